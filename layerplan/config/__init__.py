@@ -1,0 +1,1 @@
+"""Configs: pydantic only, importable in milliseconds."""

@@ -1,0 +1,20 @@
+"""Which Ray cluster is used."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from layerplan.config.base import StrictModel
+
+
+class ClusterConfig(StrictModel):
+    """Ray connection. Under `ray job submit` the cluster is already known and nothing here is needed."""
+
+    address: str | None = None
+    """`ray://` or `host:port` of a running cluster; left out, `RAY_ADDRESS` is used, else a local cluster starts."""
+    num_cpus: int | None = Field(default=None, ge=1)
+    """CPUs of the local cluster; left out, every core."""
+    auth_mode: Literal["token", "disabled"] = "token"
+    """Ray's authentication; only sets the variable when the environment has not."""

@@ -1,0 +1,86 @@
+"""Where the text comes from and how it becomes a token store."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from layerplan.config.base import StrictModel
+
+
+class SourceConfig(StrictModel):
+    """One source of raw documents."""
+
+    path: str = Field(min_length=1)
+    """A folder or file (JSONL plain/gz/zst, Parquet, Arrow, .txt/.md/.rst), an `s3://`/`gs://` address, `hub://owner/dataset`,
+    or `machine://docs`: the documentation already on this machine."""
+    format: Literal["auto", "jsonl", "parquet", "arrow", "text"] = "auto"
+    """`auto` goes by the file name's ending."""
+    id_column: str = "id"
+    """Column with the document id; a missing one is replaced by path and row number."""
+    text_column: str = "text"
+    """Column with the text."""
+    score_column: str | None = None
+    """Column with a quality score, if there is one."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of this source in the mixture, relative to the others' weights."""
+    max_documents: int | None = Field(default=None, ge=1)
+    """Read at most so many documents, in file order."""
+
+
+class FilterConfig(StrictModel):
+    """Thresholds; each drops documents under its own counted reason."""
+
+    min_chars: int = Field(default=50, ge=0)
+    """Shortest document kept, in characters after normalisation."""
+    max_chars: int = Field(default=5_000_000, ge=1)
+    """Longest document kept, in characters."""
+    min_score: float | None = None
+    """Lowest quality score kept; documents without a score are kept."""
+    max_line_repetition: float = Field(default=0.7, ge=0, le=1)
+    """Largest share of characters in duplicate lines."""
+    max_ngram_repetition: float = Field(default=0.7, ge=0, le=1)
+    """Largest share of repeated character 10-grams."""
+    min_cjk_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Smallest share of Chinese characters among letters; 0 keeps every language."""
+
+
+class DecontaminationConfig(StrictModel):
+    """n-gram overlap with benchmark questions."""
+
+    enabled: bool = True
+    """Look for benchmark questions in the corpus."""
+    ngram: int = Field(default=13, ge=4)
+    """Length of the matching n-gram, in characters after normalisation."""
+    min_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of a question's n-grams that must occur in a document for it to be dropped."""
+
+
+class CorpusConfig(StrictModel):
+    """Raw documents to packed rows."""
+
+    sources: list[SourceConfig] = Field(default_factory=lambda: [SourceConfig(path="machine://docs")], min_length=1)
+    """Sources, each with its weight."""
+    store: str | None = None
+    """An existing token store to train on; nothing is built then."""
+    seq_len: int = Field(default=4096, ge=16)
+    """Tokens per row."""
+    filters: FilterConfig = FilterConfig()
+    """Document filters."""
+    deduplicate: bool = True
+    """Drop exact duplicates by normalised hash across the whole corpus."""
+    decontamination: DecontaminationConfig = DecontaminationConfig()
+    """Drop documents that contain benchmark questions."""
+    rows_per_group: int = Field(default=64, ge=1)
+    """Rows in one row group, the unit of shuffling and reading."""
+    groups_per_shard: int = Field(default=64, ge=1)
+    """Row groups in one shard file."""
+    validation_rows: int = Field(default=64, ge=0)
+    """Rows held out for the validation loss, taken before the lanes are formed."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Stop the build when a larger share of the input is malformed."""
+    num_workers: int = Field(default=1, ge=1)
+    """Tokenizer actors."""
+    num_cpus_per_worker: float = Field(default=0.5, ge=0)
+    """CPU share each actor reserves on Ray."""

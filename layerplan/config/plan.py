@@ -1,0 +1,139 @@
+"""Which layers train: one union on `type`, turned into a `FreezePlan` by `layerplan.plan.policies`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from layerplan.config.base import StrictModel
+
+
+class PlanOptions(StrictModel):
+    """What every plan type decides beside its decoder layers. The paper's partial plans freeze all three."""
+
+    train_embeddings: bool = False
+    """Train the input embedding."""
+    train_final_norm: bool = False
+    """Train the norm after the last decoder layer."""
+    train_lm_head: bool = False
+    """Train the output head."""
+    tied: Literal["frozen", "trained", "head_only"] | None = None
+    """The one choice for tied embeddings: freeze both sides, train both, or train the head with the input path detached.
+    Left out, it follows `train_embeddings` and `train_lm_head` when they agree."""
+
+
+class FullPlanConfig(StrictModel):
+    """Every parameter trains."""
+
+    type: Literal["full"] = "full"
+
+
+class BoundaryPlanOptions(PlanOptions):
+    """A plan cut at one boundary; give `boundary` or `split_ratio`, not both."""
+
+    boundary: int | None = Field(default=None, ge=1)
+    """k in 1..num_layers-1: layers [0, k) are shallow, [k, num_layers) deep."""
+    split_ratio: float | None = Field(default=None, gt=0, lt=1)
+    """Shallow share of the layers; becomes k = clamp(floor(ratio * L + 1/2), 1, L - 1)."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> BoundaryPlanOptions:
+        if (self.boundary is None) == (self.split_ratio is None):
+            raise ValueError(
+                f"give exactly one of boundary and split_ratio (got boundary={self.boundary}, split_ratio={self.split_ratio})"
+            )
+        return self
+
+
+class FreezeDeepPlanConfig(BoundaryPlanOptions):
+    """Layers [boundary, L) freeze; the shallow ones train (the paper's proposal)."""
+
+    type: Literal["freeze_deep"] = "freeze_deep"
+
+
+class FreezeShallowPlanConfig(BoundaryPlanOptions):
+    """Layers [0, boundary) freeze; the deep ones train."""
+
+    type: Literal["freeze_shallow"] = "freeze_shallow"
+
+
+class FromProfilePlanConfig(PlanOptions):
+    """The boundary with the best alignment score S (Eq. 7) of the layer profile; the deep side freezes."""
+
+    type: Literal["from_profile"] = "from_profile"
+    freeze: Literal["deep", "shallow"] = "deep"
+    """Which side of the chosen boundary freezes."""
+
+
+class SemanticPlanConfig(PlanOptions):
+    """SALF: layers before the profile's end-of-freezing layer freeze."""
+
+    type: Literal["semantic"] = "semantic"
+    deviation: Literal["cosine", "ce", "rank"] = "cosine"
+    """Which semantic deviation decides."""
+
+
+class ExplicitPlanConfig(PlanOptions):
+    """The layers named by selectors train, everything else freezes."""
+
+    type: Literal["explicit"] = "explicit"
+    trainable: list[str | int] = Field(min_length=1)
+    """Selectors: an index (`3`, `-1`), a half-open range (`0:9`), a share from either end (`first:0.5`, `last:1/3`),
+    a regular expression over parameter names (`re:layers\\.(0|5)\\.`), or the top of a metric (`top:4:sensitivity`)."""
+
+
+class TopKSensitivityPlanConfig(PlanOptions):
+    """The k layers with the largest mean sensitivity train; they need not be neighbours."""
+
+    type: Literal["top_k_sensitivity"] = "top_k_sensitivity"
+    k: int = Field(ge=1)
+    """How many layers train."""
+
+
+class RandomPlanConfig(PlanOptions):
+    """Control: k layers drawn with a seed."""
+
+    type: Literal["random"] = "random"
+    k: int = Field(ge=1)
+    """How many layers train."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the draw."""
+
+
+class ReversePlanConfig(PlanOptions):
+    """Control: as many layers as `from_profile` would train, taken from the other end."""
+
+    type: Literal["reverse"] = "reverse"
+
+
+class MidpointPlanConfig(PlanOptions):
+    """Control: boundary L // 2, the guess without a measurement."""
+
+    type: Literal["midpoint"] = "midpoint"
+    freeze: Literal["deep", "shallow"] = "deep"
+    """Which side freezes."""
+
+
+class FilePlanConfig(StrictModel):
+    """A `freeze_plan.json` made earlier; its hash is checked on load."""
+
+    type: Literal["file"] = "file"
+    path: str = Field(min_length=1)
+    """Path of the plan."""
+
+
+PlanConfig = Annotated[
+    FullPlanConfig
+    | FreezeDeepPlanConfig
+    | FreezeShallowPlanConfig
+    | FromProfilePlanConfig
+    | SemanticPlanConfig
+    | ExplicitPlanConfig
+    | TopKSensitivityPlanConfig
+    | RandomPlanConfig
+    | ReversePlanConfig
+    | MidpointPlanConfig
+    | FilePlanConfig,
+    Field(discriminator="type"),
+]

@@ -1,0 +1,54 @@
+"""`RunConfig`: everything one run needs, resolved once, written beside the run and accepted again by `--config`."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from layerplan.config.base import StrictModel
+from layerplan.config.cluster import ClusterConfig
+from layerplan.config.corpus import CorpusConfig
+from layerplan.config.evaluation import EvaluationConfig
+from layerplan.config.model import ModelConfig, ScratchModelConfig
+from layerplan.config.plan import FromProfilePlanConfig, PlanConfig
+from layerplan.config.sweep import SweepConfig
+from layerplan.config.trace import TraceConfig
+from layerplan.config.tracking import TrackingConfig
+from layerplan.config.train import TrainConfig
+
+
+class RunConfig(StrictModel):
+    """One run of the chain: config -> trace -> plan -> corpus -> train -> checkpoint -> evaluate -> verdict."""
+
+    name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder; the same name continues the run."""
+    storage_path: str = "runs"
+    """Folder that holds the runs; relative paths start at the working directory."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of the corpus order and of random weights."""
+    model: ModelConfig
+    """The model to continue."""
+    trace: TraceConfig = TraceConfig()
+    """Layer measurement."""
+    plan: PlanConfig = Field(default_factory=FromProfilePlanConfig)
+    """What freezes."""
+    corpus: CorpusConfig = CorpusConfig()
+    """Training text."""
+    train: TrainConfig = TrainConfig()
+    """Training."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Scoring."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Lineage."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Ray."""
+    sweep: SweepConfig | None = None
+    """Boundaries to try; read by `sweep_boundary` only."""
+
+    @model_validator(mode="after")
+    def _sequence_fits_model(self) -> RunConfig:
+        if isinstance(self.model, ScratchModelConfig) and self.corpus.seq_len > self.model.max_position_embeddings:
+            raise ValueError(
+                f"corpus.seq_len={self.corpus.seq_len} must be at most"
+                f" model.max_position_embeddings={self.model.max_position_embeddings}"
+            )
+        return self

@@ -1,0 +1,99 @@
+"""How the plan is trained. Defaults are the paper's values."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from layerplan.config.base import StrictModel
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW over fp32 master weights."""
+
+    learning_rate: float = Field(default=3e-5, gt=0, le=1)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the denominator of the update."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay on matrices; norms and biases have none."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradient clipping threshold (global L2 norm)."""
+
+
+class ScheduleConfig(StrictModel):
+    """Learning-rate schedule over optimizer steps."""
+
+    type: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after the warm-up; `wsd` holds, then decays over the last `decay_ratio`."""
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps spent on the linear warm-up."""
+    min_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Final learning rate as a share of the peak."""
+    decay_ratio: float = Field(default=0.1, gt=0, le=1)
+    """Share of the steps in the final decay of `wsd`."""
+
+
+class StabilityConfig(StrictModel):
+    """What happens when a step goes wrong; every event is logged and counted."""
+
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    """Non-finite loss or gradient: leave the weights as they are and go on, or stop."""
+    max_nonfinite: int = Field(default=5, ge=0)
+    """Stop after so many skipped steps."""
+
+
+class TrainConfig(StrictModel):
+    """The training run."""
+
+    max_steps: int = Field(default=1000, ge=1)
+    """Optimizer steps."""
+    global_batch_size: int = Field(default=64, ge=1)
+    """Sequences per optimizer step over all workers: the number of lanes."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Sequences per worker per forward pass."""
+    num_workers: int = Field(default=1, ge=1)
+    """Training workers (data-parallel ranks)."""
+    num_cpus_per_worker: float = Field(default=0.5, ge=0)
+    """CPU share each worker reserves on Ray."""
+    use_gpu: bool = False
+    """Give each worker one GPU."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of the matrix products; masters of what trains are always float32."""
+    frozen_sharding: Literal["auto", "replicate", "shard"] = "auto"
+    """Whether frozen layers are replicated on every worker or sharded; `auto` decides by memory."""
+    activation_checkpointing: Literal["auto", "none", "full"] = "auto"
+    """Recompute activations along the gradient path; `auto` only as much as memory asks for."""
+    compile: bool = False
+    """Compile each decoder layer with torch.compile."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning-rate schedule."""
+    stability: StabilityConfig = StabilityConfig()
+    """Policies for steps that go wrong."""
+    log_every_steps: int = Field(default=10, ge=1)
+    """Steps between logged metrics."""
+    checkpoint_every_steps: int = Field(default=500, ge=1)
+    """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+    validate_every_steps: int = Field(default=500, ge=1)
+    """Steps between validation losses on the held-out rows."""
+    max_failures: int = Field(default=3, ge=0)
+    """Worker failures after which the run gives up."""
+    write_ledger: bool = False
+    """Write a hash of the row ids of every step (`ledger.jsonl`)."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TrainConfig:
+        per_step = self.num_workers * self.micro_batch_size
+        if self.global_batch_size % per_step:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} must be a multiple of num_workers * micro_batch_size"
+                f" = {self.num_workers} * {self.micro_batch_size} = {per_step}"
+            )
+        return self

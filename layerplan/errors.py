@@ -1,0 +1,64 @@
+"""One exception family, so that every fault a user can cause ends as one clear line.
+
+The jobs catch `LayerplanError`, print its message and exit: 2 for a `ConfigError`, 1 for the rest. Every class
+here survives pickling, because Ray carries exceptions from workers to the driver.
+"""
+
+
+class LayerplanError(Exception):
+    """A fault with a message meant for the user: it names the field or file, the value, and what is allowed."""
+
+    exit_code = 1
+
+
+class ConfigError(LayerplanError):
+    """The configuration is wrong; carries one line per fault."""
+
+    exit_code = 2
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__(*faults)
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """One line per fault."""
+        return tuple(str(fault) for fault in self.args)
+
+    def __str__(self) -> str:
+        return "\n".join(self.faults)
+
+
+class PlanError(LayerplanError):
+    """A freeze plan is contradictory, matches nothing, was changed on disk, or belongs to another model."""
+
+
+class ModelError(LayerplanError):
+    """A model folder is incomplete, of an unknown structure, or fails its self-test."""
+
+
+class ProbeError(LayerplanError):
+    """A probe has no context, no query, or a span that covers no token; the message names the probe's id."""
+
+
+class CorpusError(LayerplanError):
+    """The raw documents or the token store cannot be used."""
+
+
+class CheckpointError(LayerplanError):
+    """A checkpoint is missing, incomplete, or of another run."""
+
+
+class TrainingError(LayerplanError):
+    """Training cannot start or had to stop."""
+
+
+class EvaluationError(LayerplanError):
+    """A benchmark, a protocol or an engine cannot give a trustworthy score."""
+
+
+class ClusterError(LayerplanError):
+    """The Ray cluster is absent, too small, or cannot be started."""
+
+
+class TrackingError(LayerplanError):
+    """The tracking store cannot be reached or refuses the run."""

@@ -1,0 +1,150 @@
+"""What the tracer measured, as a value: `layer_profile.json`.
+
+Lists over decoder layers are indexed by `layer_idx` (0 beside the embeddings); entry i belongs to the papers' block
+l = i + 1. Rows are probe groups in the order of `groups`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from layerplan.config.base import StrictModel
+from layerplan.errors import PlanError
+from layerplan.plan.hashing import compute_sha256
+
+SCHEMA_VERSION = 1
+SealedT = TypeVar("SealedT", bound=StrictModel)
+
+
+class ModelIdentity(StrictModel):
+    """Which model an artifact belongs to."""
+
+    name: str
+    """Folder name or hub id as configured."""
+    revision: str = "main"
+    """Branch, tag or commit; `main` for folders."""
+    model_type: str
+    """`model_type` of the Hugging Face config."""
+    num_layers: int = Field(ge=1)
+    """Decoder layers."""
+    weights_sha256: str | None = None
+    """Hash over the names, shapes and bytes of the weights, when they were at hand."""
+
+
+class SemanticProfile(StrictModel):
+    """SALF deviations of one kind."""
+
+    deviation: list[float]
+    """d(k), k = 0..L: mean deviation from the gold label after k layers."""
+    gain: list[float]
+    """d(l-1) - d(l) per layer."""
+    eof_layer: int = Field(ge=0)
+    """argmax of the gain, 0-based: layers [0, eof_layer) freeze."""
+
+
+class Interval(StrictModel):
+    """A bootstrap interval."""
+
+    low: float
+    """2.5 % quantile."""
+    high: float
+    """97.5 % quantile."""
+
+
+class LayerProfile(StrictModel):
+    """Everything the plan policies and the figures need, with the options and the probe set that gave it."""
+
+    schema_version: int = SCHEMA_VERSION
+    """Version of this layout."""
+    model: ModelIdentity
+    """The measured model."""
+    options: dict[str, Any]
+    """The resolved trace options."""
+    probe_set_sha256: str
+    """Hash of the probes' prompts and spans."""
+    groups: list[str]
+    """Probe groups, the rows of the heat maps."""
+    num_probes: int = Field(ge=1)
+    """Probes measured."""
+    answered_share: dict[str, float]
+    """Per group: share of probes whose most likely token is the right answer's first token."""
+    task_particle: list[float]
+    """Mean of the group rows of Ratio(l), L values."""
+    task_particle_rows: list[list[float]]
+    """Group rows of Ratio(l)."""
+    task_particle_median: list[float]
+    """Median over probes of Ratio(l)."""
+    task_particle_log: list[float]
+    """Mean of |log P(l) - log P(l-1)|."""
+    task_particle_interval: tuple[int, int]
+    """Half-open range of layer indices: the longest run above the threshold; (0, 0) when there is none."""
+    task_particle_argmax: int
+    """Layer index of the largest mean ratio."""
+    js: list[float]
+    """Mean JS(l), l = 0..L (L + 1 values; the last is 0)."""
+    layer_sensitivity: list[float]
+    """Mean of the group rows of LS(l), l = 1..L-1 (L - 1 values; LS(L) is 1 by construction and dropped)."""
+    layer_sensitivity_rows: list[list[float]]
+    """Group rows of LS(l)."""
+    absolute_sensitivity: list[float]
+    """Mean |JS(l) - JS(l-1)|, l = 1..L (L values)."""
+    alignment_score: list[float]
+    """S(k) for k = 1..L-1 (Eq. 7); entry i belongs to boundary i + 1."""
+    best_boundary: int = Field(ge=1)
+    """argmax of S."""
+    semantic: dict[Literal["cosine", "ce", "rank"], SemanticProfile] = Field(default_factory=dict)
+    """SALF deviations by kind."""
+    uncertainty: dict[str, list[Interval]] = Field(default_factory=dict)
+    """Bootstrap intervals over probes for `task_particle`, `layer_sensitivity` and `alignment_score`."""
+    boundary_win_share: list[float] = Field(default_factory=list)
+    """Share of bootstrap resamples in which boundary i + 1 has the best S; L - 1 values that add up to 1."""
+    stability: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """Per check (`top_k`, `mask`, `halves`): rank correlations and the boundary each variant chooses."""
+    sha256: str = ""
+    """Hash over every other field."""
+
+    def sealed(self) -> LayerProfile:
+        """Returns a copy whose hash matches its content."""
+        return self.model_copy(update={"sha256": _content_hash(self)})
+
+    def save(self, path: Path) -> None:
+        """Writes the sealed profile as JSON."""
+        write_sealed(path, self.sealed())
+
+    @classmethod
+    def load(cls, path: Path) -> LayerProfile:
+        """Reads a profile; raises `PlanError` when it is missing, malformed or changed."""
+        return read_sealed(path, cls)
+
+
+def _content_hash(value: StrictModel) -> str:
+    return compute_sha256(value.model_dump(mode="json", exclude={"sha256"}))
+
+
+def write_sealed(path: Path, value: StrictModel) -> None:
+    """Writes JSON beside `path` and moves it into place, so that no reader sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(value.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_sealed(path: Path, cls: type[SealedT]) -> SealedT:
+    """Reads a sealed artifact and checks its hash; raises `PlanError` naming the file."""
+    try:
+        value = cls.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be read ({error})") from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        first = str(error).splitlines()
+        raise PlanError(f"{path}: not a valid {cls.__name__}: {' '.join(first[:3])}") from None
+    expected = _content_hash(value)
+    if getattr(value, "sha256", None) != expected:
+        raise PlanError(
+            f"{path}: its sha256 field is {getattr(value, 'sha256', None)!r} but the content hashes to {expected!r};"
+            " the file was changed after it was made"
+        )
+    return value

@@ -1,0 +1,52 @@
+"""Fixtures shared by every test: where the real data is, a local Ray, and an environment with no telemetry."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real corpora and benchmark questions, named by LAYERPLAN_DATA."""
+    value = os.environ.get("LAYERPLAN_DATA")
+    if not value:
+        pytest.skip("LAYERPLAN_DATA is not set: no real corpora at hand")
+    return Path(value).resolve()
+
+
+@pytest.fixture
+def ray_local() -> None:
+    """A local Ray with four logical CPUs, shared by the tests that use it; a test may shut it down."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address="local", num_cpus=4, include_dashboard=True, log_to_driver=False, configure_logging=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shut_ray_down() -> Iterator[None]:
+    with tempfile.TemporaryDirectory(prefix="lp", dir="/tmp") as folder:
+        os.environ.setdefault("RAY_TMPDIR", folder)
+        yield
+        import sys
+
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
