@@ -103,7 +103,7 @@ def _describe_faults(error: ValidationError) -> list[str]:
 
 def _describe_fault(fault: Any) -> str:
     path = [str(part) for part in fault["loc"]]
-    field = ".".join(path) or "config"
+    field = ".".join(_without_union_tags(fault["loc"])) or "config"
     if fault["type"] == "extra_forbidden":
         allowed = _fields_beside(path)
         near = difflib.get_close_matches(path[-1], allowed, n=1)
@@ -115,6 +115,13 @@ def _describe_fault(fault: Any) -> str:
     if fault["type"] == "missing":
         return f"{field}: is required"
     return f"{field}: {message}{shown}"
+
+
+def _without_union_tags(location: Sequence[str | int]) -> list[str]:
+    """The path as the user wrote it: pydantic puts the `type` of a union member into it (`plan.full.x`)."""
+    unions = [name for name, field in RunConfig.model_fields.items() if field.discriminator]
+    parts = [str(part) for part in location]
+    return parts[:1] + parts[2:] if len(parts) > 2 and parts[0] in unions else parts
 
 
 def _fields_beside(path: Sequence[str]) -> list[str]:

@@ -1,0 +1,143 @@
+"""The folder of one run: where each artifact lies, and whether the folder may be continued.
+
+A run name belongs to one config. Submitting the same name again continues the run when nothing that decides its
+numbers has changed; where it runs, how it is logged and how often it is saved may change freely.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerplan.config.load import dump_config
+from layerplan.config.run import RunConfig
+from layerplan.errors import ConfigError
+
+MAY_CHANGE = (
+    "storage_path",
+    "cluster",
+    "tracking",
+    "sweep",
+    "trace.num_actors",
+    "trace.num_cpus_per_actor",
+    "trace.num_gpus_per_actor",
+    "corpus.num_workers",
+    "corpus.num_cpus_per_worker",
+    "train.num_workers",
+    "train.num_cpus_per_worker",
+    "train.use_gpu",
+    "train.micro_batch_size",
+    "train.frozen_sharding",
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.log_every_steps",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
+    "train.validate_every_steps",
+    "train.max_failures",
+    "evaluation",
+)
+"""Fields that decide where and how a run is carried out, not what it computes; scores carry their own protocol id."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run below `<storage_path>/<run_name>`."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """Every value the run used."""
+        return self.root / "resolved_config.json"
+
+    @property
+    def base_model(self) -> Path:
+        """Folder of a base model made by the job itself."""
+        return self.root / "base_model"
+
+    @property
+    def profile(self) -> Path:
+        """Tracer measurements."""
+        return self.root / "layer_profile.json"
+
+    @property
+    def plan(self) -> Path:
+        """The freeze plan."""
+        return self.root / "freeze_plan.json"
+
+    @property
+    def plan_text(self) -> Path:
+        """The freeze plan, explained."""
+        return self.root / "freeze_plan.md"
+
+    @property
+    def token_store(self) -> Path:
+        """Packed rows of the corpus."""
+        return self.root / "token_store"
+
+    @property
+    def training(self) -> Path:
+        """Summary of the finished training."""
+        return self.root / "training.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """Scores, one folder per model."""
+        return self.root / "evaluation"
+
+    @property
+    def verdicts(self) -> Path:
+        """Statistical comparison with the base."""
+        return self.root / "verdicts.json"
+
+
+def open_run_folder(config: RunConfig) -> RunFolder:
+    """Creates or continues the run's folder and writes its resolved config.
+
+    Raises:
+        ConfigError: When the name is taken by a run with another config, or the folder cannot be written.
+    """
+    folder = RunFolder(Path(config.storage_path).expanduser().resolve() / config.name)
+    if folder.config.exists():
+        _check_same_config(folder, config)
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        partial = folder.config.with_suffix(".partial")
+        partial.write_text(dump_config(config), encoding="utf-8")
+        partial.replace(folder.config)
+    except OSError as error:
+        raise ConfigError(f"storage_path: {folder.root} cannot be written ({error})") from None
+    return folder
+
+
+def _check_same_config(folder: RunFolder, config: RunConfig) -> None:
+    try:
+        earlier = _flatten(json.loads(folder.config.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"name: {folder.config} of an earlier run cannot be read ({error}); choose another name") from None
+    now = _flatten(config.model_dump(mode="json"))
+    faults = [
+        f"name: run {config.name!r} exists with {key}={earlier.get(key)!r}, this config has {now.get(key)!r};"
+        " choose another name or the earlier value"
+        for key in sorted({*earlier, *now})
+        if earlier.get(key) != now.get(key) and not _may_change(key)
+    ]
+    if faults:
+        raise ConfigError(*faults)
+
+
+def _may_change(key: str) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping of dotted paths; lists stay whole."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, child in value.items():
+        flat.update(_flatten(child, f"{prefix}.{key}" if prefix else key))
+    return flat

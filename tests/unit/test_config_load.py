@@ -1,0 +1,106 @@
+"""A config is strict, says every fault in one go, and survives the trip through its resolved file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from layerplan.config.load import dump_config, load_config, validate_config
+from layerplan.errors import ConfigError
+
+MINIMAL = {"name": "run-1", "model": {"type": "scratch"}, "corpus": {"seq_len": 256}}
+CONFIGS = sorted(Path("jobs/configs").glob("*.yaml"))
+
+
+def faults_of(values: dict) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        validate_config(values)
+    return caught.value.faults
+
+
+def test_every_fault_is_one_line_with_field_value_and_what_is_allowed():
+    faults = faults_of(
+        {
+            **MINIMAL,
+            "model": {"type": "scratch", "hiden_size": 3},
+            "train": {"max_stepz": 1, "optimizer": {"learning_rate": -1}},
+            "plan": {"type": "freeze_deep", "boundry": 2},
+        }
+    )
+    text = "\n".join(faults)
+    assert "model.hiden_size: unknown key; did you mean 'hidden_size'?" in text
+    assert "plan.boundry: unknown key; did you mean 'boundary'?" in text
+    assert "train.max_stepz: unknown key; did you mean 'max_steps'?" in text
+    assert "train.optimizer.learning_rate: Input should be greater than 0 (got -1)" in text
+    assert all("\n" not in fault for fault in faults)
+
+
+def test_an_unknown_key_inside_a_list_names_its_index():
+    (fault,) = faults_of({**MINIMAL, "corpus": {"seq_len": 64, "sources": [{"path": "x", "wieght": 2}]}})
+    assert fault.startswith("corpus.sources.0.wieght: unknown key; did you mean 'weight'?")
+
+
+def test_an_unknown_union_member_lists_the_members():
+    (fault,) = faults_of({**MINIMAL, "plan": {"type": "freeze_all"}})
+    assert fault.startswith("plan") and "freeze_deep" in fault and "from_profile" in fault
+
+
+def test_a_batch_that_workers_cannot_share_is_refused():
+    (fault,) = faults_of({**MINIMAL, "train": {"global_batch_size": 6, "num_workers": 4}})
+    assert "global_batch_size=6 must be a multiple of num_workers * micro_batch_size" in fault
+
+
+def test_a_missing_model_is_named():
+    (fault,) = faults_of({"name": "x"})
+    assert fault == "model: is required"
+
+
+def test_overrides_are_read_as_yaml_and_may_enter_lists(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({**MINIMAL, "corpus": {"seq_len": 64, "sources": [{"path": "a"}]}}))
+    config = load_config(path, ["train.max_steps=7", "corpus.sources.0.path=b", "plan.type=full", "cluster.num_cpus=2"])
+    assert config.train.max_steps == 7
+    assert config.corpus.sources[0].path == "b"
+    assert config.plan.type == "full"
+    assert config.cluster.num_cpus == 2
+
+
+@pytest.mark.parametrize("override", ["train.max_steps", "=3", "train..x=1", "name.x=1", "corpus.sources.9.path=a"])
+def test_a_malformed_override_names_itself(tmp_path: Path, override: str):
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({**MINIMAL, "corpus": {"sources": [{"path": "a"}]}}))
+    with pytest.raises(ConfigError, match=r"--set"):
+        load_config(path, [override])
+
+
+@pytest.mark.parametrize("content", [b"[1, 2]", b"a: [", b"\xff\xfe\x00", None])
+def test_a_file_that_is_no_mapping_is_one_clear_error(tmp_path: Path, content: bytes | None):
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value) and len(caught.value.faults) == 1
+
+
+def test_the_resolved_config_is_accepted_again(tmp_path: Path):
+    config = validate_config(MINIMAL)
+    path = tmp_path / "resolved_config.json"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_is_valid(path: Path):
+    assert load_config(path).name
+
+
+def test_config_imports_no_engine():
+    heavy = ["torch", "ray", "transformers", "vllm", "mlflow", "datasets"]
+    code = f"import layerplan.config.run, sys; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
