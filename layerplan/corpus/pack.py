@@ -1,0 +1,57 @@
+"""Documents of any length to rows of one length, nothing truncated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One packed row: (seq_len,) ids, the positions at which documents start, and the tokens used."""
+
+    input_ids: NDArray[np.int32]
+    starts: NDArray[np.int32]
+    used: int
+
+
+class Packer:
+    """Joins documents with the end-of-text token and cuts the stream every `seq_len` tokens.
+
+    A document that crosses a cut continues in the next row as a piece of its own: attention never reaches back over
+    the cut anyway. Only the last row of a corpus has padding.
+    """
+
+    def __init__(self, seq_len: int, end_of_text_id: int) -> None:
+        self._seq_len = seq_len
+        self._end_of_text_id = end_of_text_id
+        self._row = np.full(seq_len, end_of_text_id, dtype=np.int32)
+        self._starts: list[int] = []
+        self._used = 0
+
+    def add(self, ids: NDArray[np.int32]) -> list[RawRow]:
+        """Adds a document; returns the rows it completed."""
+        rows: list[RawRow] = []
+        document = np.append(ids, np.int32(self._end_of_text_id))
+        position = 0
+        while position < len(document):
+            size = min(self._seq_len - self._used, len(document) - position)
+            self._starts.append(self._used)
+            self._row[self._used : self._used + size] = document[position : position + size]
+            self._used += size
+            position += size
+            if self._used == self._seq_len:
+                rows.append(self._emit())
+        return rows
+
+    def finish(self) -> RawRow | None:
+        """Returns the last, padded row, if one is open."""
+        return self._emit() if self._used else None
+
+    def _emit(self) -> RawRow:
+        row = RawRow(self._row.copy(), np.asarray(self._starts, dtype=np.int32), self._used)
+        self._row.fill(self._end_of_text_id)
+        self._starts, self._used = [], 0
+        return row

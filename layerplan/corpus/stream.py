@@ -1,0 +1,103 @@
+"""A rank's rows, step by step: a Ray Data pipeline that reads ahead, in the order the schedule fixes.
+
+The schedule says which rows a step needs; the pipeline only fetches them. A resume therefore starts at its first step
+without reading anything before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layerplan.corpus.manifest import Manifest
+from layerplan.corpus.rows import PackedRows
+from layerplan.corpus.schedule import LaneSchedule
+from layerplan.corpus.store import StoreReader
+
+STEPS_PER_TASK = 16
+
+
+def make_schedule(store: Path, *, num_lanes: int, seed: int) -> LaneSchedule:
+    """The schedule of a run over a store."""
+    manifest = Manifest.load(store)
+    return LaneSchedule(manifest.num_rows, manifest.rows_per_group, num_lanes, seed)
+
+
+def iter_rank_steps(
+    store: Path, *, num_lanes: int, seed: int, rank: int, world_size: int, start_step: int, stop_step: int
+) -> Iterator[PackedRows]:
+    """Yields, for each step in [start_step, stop_step), the num_lanes / world_size rows this rank trains on.
+
+    Uses Ray Data when Ray is initialised in this process, else reads directly; both give the same rows.
+
+    Raises:
+        CorpusError: When the store is incomplete, or world_size does not divide num_lanes.
+    """
+    schedule = make_schedule(store, num_lanes=num_lanes, seed=seed)
+    schedule.rank_rows_at(start_step, rank, world_size)
+    import ray
+
+    if not ray.is_initialized():
+        reader = StoreReader(store)
+        for step in range(start_step, stop_step):
+            yield reader.read_rows(schedule.rank_rows_at(step, rank, world_size))
+        return
+    yield from _iter_with_ray(store, schedule, rank, world_size, start_step, stop_step)
+
+
+def _iter_with_ray(
+    store: Path, schedule: LaneSchedule, rank: int, world_size: int, start_step: int, stop_step: int
+) -> Iterator[PackedRows]:
+    import ray
+
+    starts = range(start_step, stop_step, STEPS_PER_TASK)
+    tasks = [{"start": start, "stop": min(start + STEPS_PER_TASK, stop_step)} for start in starts]
+    if not tasks:
+        return
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = 4 * 2**20
+    context.enable_progress_bars = False
+    steps = ray.data.from_items(tasks, override_num_blocks=min(len(tasks), 2000)).map_batches(
+        _read_steps,
+        fn_kwargs={"store": str(store), "schedule": schedule, "rank": rank, "world_size": world_size},
+        batch_size=1,
+        num_cpus=0.25,
+    )
+    for row in steps.iter_rows():
+        yield _unpack(row)
+
+
+def _read_steps(
+    batch: dict[str, Any], *, store: str, schedule: LaneSchedule, rank: int, world_size: int
+) -> Iterator[dict[str, Any]]:
+    reader = _open_reader(store)
+    for start, stop in zip(batch["start"], batch["stop"]):
+        for step in range(int(start), int(stop)):
+            rows = reader.read_rows(schedule.rank_rows_at(step, rank, world_size))
+            yield {
+                "row_ids": [rows.row_ids],
+                "input_ids": [rows.input_ids.reshape(-1)],
+                "document_ids": [rows.document_ids.reshape(-1)],
+                "position_ids": [rows.position_ids.reshape(-1)],
+            }
+
+
+@lru_cache(maxsize=4)
+def _open_reader(store: str) -> StoreReader:
+    return StoreReader(Path(store))
+
+
+def _unpack(row: dict[str, Any]) -> PackedRows:
+    row_ids = np.asarray(row["row_ids"], dtype=np.int64)
+    shape = (len(row_ids), -1)
+    return PackedRows(
+        row_ids,
+        np.asarray(row["input_ids"], dtype=np.int32).reshape(shape),
+        np.asarray(row["document_ids"], dtype=np.int32).reshape(shape),
+        np.asarray(row["position_ids"], dtype=np.int32).reshape(shape),
+    )
