@@ -1,0 +1,96 @@
+"""A plan in words: `freeze_plan.md`, and the layer map printed on a terminal."""
+
+from __future__ import annotations
+
+from layerplan.plan.cost import PlanCost
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.layer_profile import LayerProfile
+
+TRAINS, FROZEN = "■", "□"
+
+
+def render_layer_map(plan: FreezePlan) -> str:
+    """One line per plan: which layers train, from the embeddings to the head."""
+    trained = set(plan.trainable_layers)
+    cells = "".join(TRAINS if layer in trained else FROZEN for layer in range(plan.model.num_layers))
+    ends = {True: TRAINS, False: FROZEN}
+    return (
+        f"embed {ends[plan.train_embeddings]}  layers {cells}  norm {ends[plan.train_final_norm]}"
+        f"  head {ends[plan.train_lm_head]}   ({TRAINS} trains, {FROZEN} frozen;"
+        f" {len(trained)} of {plan.model.num_layers} layers train)"
+    )
+
+
+def explain_plan(plan: FreezePlan, profile: LayerProfile | None = None) -> str:
+    """Renders the plan as Markdown: the decision, what was measured, and what it costs."""
+    lines = [
+        f"# Freeze plan `{plan.plan_type}` for {plan.model.name}",
+        "",
+        plan.reason,
+        "",
+        "```",
+        render_layer_map(plan),
+        "```",
+        "",
+        *_cost_lines(plan),
+        *(_profile_lines(profile) if profile is not None else []),
+        "## Layer by layer",
+        "",
+        "| layer | state |" if profile is None else "| layer | state | task particle | sensitivity | S (boundary above) |",
+        "|---|---|" if profile is None else "|---|---|---|---|---|",
+        *_layer_lines(plan, profile),
+        "",
+        f"Embeddings {_state(plan.train_embeddings)}, final norm {_state(plan.train_final_norm)},"
+        f" head {_state(plan.train_lm_head)} (tied: {plan.tied}).",
+        "",
+        f"sha256 `{plan.sha256}`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cost_lines(plan: FreezePlan) -> list[str]:
+    if not plan.predicted_cost:
+        return []
+    cost = PlanCost.model_validate(plan.predicted_cost["plan"])
+    full = PlanCost.model_validate(plan.predicted_cost["full"])
+    return [
+        "## Predicted cost",
+        "",
+        f"- trains {cost.trainable_params:,} of {cost.total_params:,} parameters ({cost.trainable_params / cost.total_params:.1%})",
+        f"- {cost.total_flops / 1e9:.3f} GFLOP per token at {plan.predicted_cost['seq_len']:,} tokens,"
+        f" {cost.total_flops / full.total_flops:.1%} of training everything",
+        f"- backward enters layer {cost.first_gradient_layer} and above",
+        "",
+    ]
+
+
+def _profile_lines(profile: LayerProfile) -> list[str]:
+    answered = sum(profile.answered_share.values()) / max(len(profile.answered_share), 1)
+    warning = " A profile of wrong answers is noise; read it as such." if answered < 0.5 else ""
+    lines = [
+        "## What was measured",
+        "",
+        f"- {profile.num_probes} probes in {len(profile.groups)} groups; the model answers {answered:.0%} of them rightly.{warning}",
+    ]
+    if profile.boundary_win_share:
+        share = profile.boundary_win_share[profile.best_boundary - 1]
+        lines.append(f"- boundary {profile.best_boundary} wins in {share:.0%} of bootstrap resamples of the probes")
+    return [*lines, ""]
+
+
+def _layer_lines(plan: FreezePlan, profile: LayerProfile | None) -> list[str]:
+    trained = set(plan.trainable_layers)
+    lines = []
+    for layer in range(plan.model.num_layers):
+        state = _state(layer in trained)
+        if profile is None:
+            lines.append(f"| {layer} | {state} |")
+            continue
+        sensitivity = f"{profile.layer_sensitivity[layer]:.3f}" if layer < len(profile.layer_sensitivity) else "-"
+        score = f"{profile.alignment_score[layer - 1]:+.3f}" if layer > 0 else "-"
+        lines.append(f"| {layer} | {state} | {profile.task_particle[layer]:.3f} | {sensitivity} | {score} |")
+    return lines
+
+
+def _state(trains: bool) -> str:
+    return "trains" if trains else "frozen"

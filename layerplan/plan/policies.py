@@ -1,0 +1,189 @@
+"""A plan config to a freeze plan: each policy is a pure choice of layers and a sentence that says why."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, Literal
+
+from layerplan.config.plan import (
+    ExplicitPlanConfig,
+    FreezeDeepPlanConfig,
+    FreezeShallowPlanConfig,
+    FromProfilePlanConfig,
+    FullPlanConfig,
+    MidpointPlanConfig,
+    PlanConfig,
+    PlanOptions,
+    RandomPlanConfig,
+    ReversePlanConfig,
+    SemanticPlanConfig,
+    TopKSensitivityPlanConfig,
+)
+from layerplan.errors import PlanError
+from layerplan.plan.boundary import check_boundary, compute_boundary
+from layerplan.plan.cost import predict_cost
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
+from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.selectors import select_layers
+
+Tied = Literal["untied", "frozen", "trained", "head_only"]
+COST_SEQ_LEN = 4096
+
+
+def needs_profile(config: PlanConfig) -> bool:
+    """Whether the policy reads a measurement."""
+    if isinstance(config, ExplicitPlanConfig):
+        return any(str(selector).startswith("top:") for selector in config.trainable)
+    return isinstance(
+        config, FromProfilePlanConfig | SemanticPlanConfig | TopKSensitivityPlanConfig | ReversePlanConfig
+    )
+
+
+def make_plan(
+    config: PlanConfig, *, model: ModelIdentity, shape: ModelShape, profile: LayerProfile | None = None
+) -> FreezePlan:
+    """Makes the sealed plan with its evidence and predicted cost.
+
+    Raises:
+        PlanError: When the policy needs a profile there is none of, the profile is of another model, a selector or
+            boundary does not fit, or the embedding choices contradict each other.
+    """
+    if profile is not None and profile.model.num_layers != model.num_layers:
+        raise PlanError(
+            f"layer profile {profile.sha256[:12]}: has {profile.model.num_layers} layers, the model {model.num_layers}"
+        )
+    layers, reason, evidence = _choose(config, model.num_layers, profile)
+    if profile is not None:
+        evidence = {"profile_sha256": profile.sha256, **evidence}
+    plan = FreezePlan(
+        model=model,
+        plan_type=config.type,
+        trainable_layers=layers,
+        reason=reason,
+        evidence=evidence,
+        **_decide_ends(config, shape),
+    )
+    full = make_full_plan(model, shape)
+    costs = {"plan": predict_cost(plan, shape, seq_len=COST_SEQ_LEN), "full": predict_cost(full, shape, seq_len=COST_SEQ_LEN)}
+    predicted = {"seq_len": COST_SEQ_LEN} | {name: cost.model_dump() for name, cost in costs.items()}
+    return plan.model_copy(update={"predicted_cost": predicted}).sealed()
+
+
+def make_full_plan(model: ModelIdentity, shape: ModelShape) -> FreezePlan:
+    """The plan that trains everything."""
+    return FreezePlan(
+        model=model,
+        plan_type="full",
+        trainable_layers=tuple(range(model.num_layers)),
+        train_embeddings=True,
+        train_final_norm=True,
+        train_lm_head=True,
+        tied="trained" if shape.is_tied else "untied",
+        reason="Every parameter trains.",
+    ).sealed()
+
+
+def _decide_ends(config: PlanConfig, shape: ModelShape) -> dict[str, Any]:
+    """Embeddings, norm and head; a tied matrix needs one choice for both of its sides."""
+    if isinstance(config, FullPlanConfig):
+        tied: Tied = "trained" if shape.is_tied else "untied"
+        return {"train_embeddings": True, "train_final_norm": True, "train_lm_head": True, "tied": tied}
+    if not isinstance(config, PlanOptions):
+        raise PlanError(f"plan.type={config.type}: a plan file carries its own choices")
+    norm = {"train_final_norm": config.train_final_norm}
+    if not shape.is_tied:
+        if config.tied is not None:
+            raise PlanError(f"plan.tied={config.tied}: the model's embeddings are not tied; use train_embeddings and train_lm_head")
+        return norm | {
+            "train_embeddings": config.train_embeddings,
+            "train_lm_head": config.train_lm_head,
+            "tied": "untied",
+        }
+    if config.tied is None and config.train_embeddings != config.train_lm_head:
+        raise PlanError(
+            f"plan.train_embeddings={config.train_embeddings} and plan.train_lm_head={config.train_lm_head} contradict each"
+            " other: they are one tied matrix; set plan.tied to frozen, trained or head_only"
+        )
+    choice = config.tied or ("trained" if config.train_embeddings else "frozen")
+    if choice == "frozen" and (config.train_embeddings or config.train_lm_head):
+        raise PlanError("plan.tied=frozen contradicts plan.train_embeddings or plan.train_lm_head")
+    return norm | {
+        "train_embeddings": choice == "trained",
+        "train_lm_head": choice in ("trained", "head_only"),
+        "tied": choice,
+    }
+
+
+def _choose(
+    config: PlanConfig, num_layers: int, profile: LayerProfile | None
+) -> tuple[tuple[int, ...], str, dict[str, Any]]:
+    match config:
+        case FullPlanConfig():
+            return tuple(range(num_layers)), "Every parameter trains.", {}
+        case FreezeDeepPlanConfig() | FreezeShallowPlanConfig():
+            return _cut_by_config(config, num_layers)
+        case MidpointPlanConfig():
+            boundary = check_boundary(num_layers // 2, num_layers)
+            return _one_side(boundary, num_layers, config.freeze), f"Boundary {boundary}: the middle, without a measurement.", {}
+        case ExplicitPlanConfig():
+            layers = select_layers(config.trainable, num_layers, profile)
+            return layers, f"Layers named by {', '.join(map(str, config.trainable))}.", {}
+        case RandomPlanConfig():
+            layers = tuple(sorted(random.Random(config.seed).sample(range(num_layers), _check_k(config.k, num_layers))))
+            return layers, f"{config.k} layers drawn with seed {config.seed}: a control of equal cost.", {}
+    return _choose_by_profile(config, num_layers, _require(profile, config.type))
+
+
+def _choose_by_profile(
+    config: PlanConfig, num_layers: int, profile: LayerProfile
+) -> tuple[tuple[int, ...], str, dict[str, Any]]:
+    match config:
+        case FromProfilePlanConfig():
+            best = profile.best_boundary
+            score = profile.alignment_score[best - 1]
+            evidence = {"alignment_score": profile.alignment_score, "best_boundary": best}
+            reason = f"Boundary {best} has the best alignment score, S = {score:.3f}; the {config.freeze} side freezes."
+            return _one_side(best, num_layers, config.freeze), reason, evidence
+        case ReversePlanConfig():
+            count = profile.best_boundary
+            reason = f"The {count} deepest layers: as many as from_profile trains, from the other end."
+            return tuple(range(num_layers - count, num_layers)), reason, {"best_boundary": count}
+        case TopKSensitivityPlanConfig():
+            layers = select_layers([f"top:{_check_k(config.k, num_layers - 1)}:sensitivity"], num_layers, profile)
+            return layers, f"The {config.k} most sensitive layers.", {"layer_sensitivity": profile.layer_sensitivity}
+        case SemanticPlanConfig():
+            measured = profile.semantic.get(config.deviation)
+            if measured is None:
+                raise PlanError(f"plan.deviation={config.deviation}: the layer profile has no such deviation")
+            reason = f"The largest semantic gain ({config.deviation}) is at layer {measured.eof_layer}; layers below it freeze."
+            return tuple(range(measured.eof_layer, num_layers)), reason, {"gain": measured.gain}
+    raise PlanError(f"plan.type={config.type}: is not made by a policy")
+
+
+def _cut_by_config(
+    config: FreezeDeepPlanConfig | FreezeShallowPlanConfig, num_layers: int
+) -> tuple[tuple[int, ...], str, dict[str, Any]]:
+    if config.boundary is not None:
+        boundary = check_boundary(config.boundary, num_layers)
+    else:
+        assert config.split_ratio is not None, "the config gives one of the two"
+        boundary = compute_boundary(config.split_ratio, num_layers)
+    side: Literal["deep", "shallow"] = "deep" if isinstance(config, FreezeDeepPlanConfig) else "shallow"
+    return _one_side(boundary, num_layers, side), f"Boundary {boundary} as configured; the {side} side freezes.", {}
+
+
+def _one_side(boundary: int, num_layers: int, freeze: Literal["deep", "shallow"]) -> tuple[int, ...]:
+    return tuple(range(boundary)) if freeze == "deep" else tuple(range(boundary, num_layers))
+
+
+def _check_k(k: int, largest: int) -> int:
+    if k > largest:
+        raise PlanError(f"plan.k={k}: must lie in 1..{largest}")
+    return k
+
+
+def _require(profile: LayerProfile | None, plan_type: str) -> LayerProfile:
+    if profile is None:
+        raise PlanError(f"plan.type={plan_type}: needs a layer profile; trace the model first")
+    return profile
