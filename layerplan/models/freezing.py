@@ -54,7 +54,7 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> AppliedPlan:
 
 def check_gradient_coverage(model: nn.Module, applied: AppliedPlan) -> None:
     """Raises `TrainingError` unless exactly the planned parameters have a gradient."""
-    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    with_gradient = {hf_name(name) for name, value in model.named_parameters() if value.grad is not None}
     missing = sorted(applied.trainable - with_gradient)
     surplus = sorted(with_gradient - applied.trainable)
     if missing or surplus:
@@ -98,3 +98,8 @@ def _hash_tensor(tensor: Tensor) -> str:
 def _shown(names: Iterable[str], limit: int = 3) -> str:
     names = list(names)
     return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "") if names else "none"
+
+
+def hf_name(name: str) -> str:
+    """The parameter's Hugging Face name, without the prefix wrappers put before it."""
+    return name.removeprefix("causal_lm.")

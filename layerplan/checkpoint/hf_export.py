@@ -1,0 +1,89 @@
+"""A checkpoint to a Hugging Face folder: base model plus what was trained, checked before anyone relies on it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from layerplan.checkpoint.dcp import load_trained_tensors
+from layerplan.errors import CheckpointError
+from layerplan.models.causal_lm import find_model_file, load_causal_lm
+from layerplan.models.freezing import apply_plan, compute_tensor_hashes
+from layerplan.plan.freeze_plan import FreezePlan
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What the export proved."""
+
+    folder: Path
+    num_frozen: int
+    num_trained: int
+    num_trained_changed: int
+
+
+def export_hf(*, base: str, checkpoint: Path, out_dir: Path, plan: FreezePlan, revision: str = "main") -> ExportReport:
+    """Writes the trained model as safetensors and proves that the frozen tensors are the base's, byte for byte.
+
+    Raises:
+        CheckpointError: When a frozen tensor differs from the base after reloading, or a trained one did not arrive.
+    """
+    model = load_causal_lm(base, revision=revision)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    applied = apply_plan(model, plan)
+    parameters = dict(model.named_parameters())
+    frozen_before = compute_tensor_hashes({name: parameters[name] for name in applied.frozen})
+    trained = load_trained_tensors(checkpoint, {name: parameters[name] for name in applied.trainable})
+    changed = 0
+    with torch.no_grad():
+        for name, value in trained.items():
+            changed += not torch.equal(parameters[name], value.to(dtypes[name]))
+            parameters[name].copy_(value)
+    expected = compute_tensor_hashes({name: parameters[name] for name in applied.trainable})
+    partial = out_dir.with_name(out_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    _copy_tokenizer(base, revision, partial)
+    check_export(partial, frozen=frozen_before, trained=expected)
+    shutil.rmtree(out_dir, ignore_errors=True)
+    partial.replace(out_dir)
+    return ExportReport(out_dir, len(applied.frozen), len(applied.trainable), changed)
+
+
+def check_export(folder: Path, *, frozen: dict[str, str], trained: dict[str, str]) -> nn.Module:
+    """Reloads the folder and compares tensor hashes; returns the reloaded model.
+
+    Raises:
+        CheckpointError: Naming the first tensor that differs and which side of the plan it is on.
+    """
+    reloaded = load_causal_lm(str(folder))
+    found = compute_tensor_hashes(dict(reloaded.named_parameters()))
+    for side, wanted in (("frozen", frozen), ("trained", trained)):
+        wrong = sorted(name for name, value in wanted.items() if found.get(name) != value)
+        if wrong:
+            raise CheckpointError(
+                f"{folder}: {len(wrong)} {side} tensors differ from what was expected after export; the first is {wrong[0]}"
+            )
+    return reloaded
+
+
+def _copy_tokenizer(base: str, revision: str, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        source = Path(base).expanduser() / name
+        if source.is_file():
+            shutil.copyfile(source, folder / name)
+        elif not Path(base).expanduser().is_dir() and name == "tokenizer.json":
+            shutil.copyfile(find_model_file(base, name, revision=revision), folder / name)

@@ -1,0 +1,30 @@
+"""Names of the training metrics, and the sink they go to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+LOSS = "train/loss"
+LEARNING_RATE = "train/learning_rate"
+GRAD_NORM = "train/grad_norm"
+TOKENS_SEEN = "train/tokens_seen"
+SKIPPED_STEPS = "train/skipped_steps"
+VALIDATION_LOSS = "validation/loss"
+TOKENS_PER_S = "perf/tokens_per_s"
+STEP_S = "perf/step_s"
+DATA_WAIT_SHARE = "perf/data_wait_share"
+PEAK_MEMORY_GIB = "perf/peak_memory_gib"
+
+
+class MetricSink(Protocol):
+    """Where rank 0 sends its numbers; made by a factory that travels to the worker."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Takes the metrics of one step."""
+
+    def log_event(self, name: str, step: int, message: str) -> None:
+        """Takes something that happened, such as a skipped step."""
+
+    def close(self) -> None:
+        """Flushes what is buffered."""

@@ -1,0 +1,42 @@
+"""Everything of a training run that resumes beside tensors, as one value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from layerplan.config.base import StrictModel
+from layerplan.errors import CheckpointError
+
+
+class TrainState(StrictModel):
+    """The data state is `step` alone: the order of the corpus is a function of it."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    tokens_seen: int = 0
+    """Tokens trained on, padding left out."""
+    skipped_steps: int = 0
+    """Steps whose update was left out because of a non-finite loss or gradient."""
+    first_loss: float | None = None
+    """First logged training loss."""
+    last_loss: float | None = None
+    """Newest logged training loss."""
+    validation_loss: float | None = None
+    """Newest validation loss."""
+    train_s: float = 0.0
+    """Seconds spent in steps, over all attempts."""
+    plan_sha256: str = ""
+    """The plan being trained."""
+    corpus_sha256: str = ""
+    """The token store being read."""
+
+    def check_same_run(self, other: dict[str, Any]) -> TrainState:
+        """Returns the state a checkpoint carries; refuses one of another plan or corpus."""
+        loaded = TrainState.model_validate(other)
+        for field in ("plan_sha256", "corpus_sha256"):
+            if getattr(loaded, field) != getattr(self, field):
+                raise CheckpointError(
+                    f"checkpoint at step {loaded.step}: its {field} is {getattr(loaded, field)[:12]},"
+                    f" this run has {getattr(self, field)[:12]}"
+                )
+        return loaded
