@@ -1,0 +1,162 @@
+"""Probes: one example pair, a query, and the answer; ten groups in the paper's surface form.
+
+`Example:good->Bad, no-Yes; Query:bad->` asks for `Good`. The context C is what stands before `Query:`; masking it
+shows which layers still read it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from layerplan.errors import ProbeError
+from layerplan.plan.hashing import compute_sha256
+from layerplan.tracer.lexicon import Lexicon
+
+Style = Literal["mixed", "uniform"]
+QUERY = "Query:"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One prompt with its answer; the context ends where `Query:` begins."""
+
+    id: str
+    group: str
+    prompt: str
+    answer: str
+    context_end: int
+    """Character offset of the query."""
+
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class ProbeGroup:
+    """How a group turns lexicon entries into (question, answer) pairs."""
+
+    name: str
+    make_pairs: Callable[[Lexicon, random.Random], list[Pair]]
+
+
+def _capitalised(source: str) -> Callable[[Lexicon, random.Random], list[Pair]]:
+    def make(lexicon: Lexicon, rng: random.Random) -> list[Pair]:
+        return [(word, other.capitalize()) for word, other in getattr(lexicon, source)]
+
+    return make
+
+
+def _translated(source: str) -> Callable[[Lexicon, random.Random], list[Pair]]:
+    def make(lexicon: Lexicon, rng: random.Random) -> list[Pair]:
+        return list(getattr(lexicon, source))
+
+    return make
+
+
+def _choose_antonym(lexicon: Lexicon, rng: random.Random) -> list[Pair]:
+    """Three words of which one is the first one's antonym."""
+    pairs = lexicon.adjective_antonyms
+    made = []
+    for word, antonym in pairs:
+        other = rng.choice([first for first, second in pairs if word not in (first, second)])
+        options = [antonym, other]
+        rng.shuffle(options)
+        made.append((f"{word} {' '.join(options)}", antonym))
+    return made
+
+
+def _choose_last(transform: Callable[[str, Lexicon], str | None]) -> Callable[[Lexicon, random.Random], list[Pair]]:
+    def make(lexicon: Lexicon, rng: random.Random) -> list[Pair]:
+        words = [word for word, _ in lexicon.adjective_antonyms]
+        made = []
+        for word in words:
+            answer = transform(word, lexicon)
+            if answer is not None:
+                made.append((f"{rng.choice(words)} {rng.choice(words)} {word}", answer))
+        return made
+
+    return make
+
+
+def _antonym_of(word: str, lexicon: Lexicon) -> str | None:
+    return dict(lexicon.adjective_antonyms).get(word)
+
+
+GROUPS: tuple[ProbeGroup, ...] = (
+    ProbeGroup("adjective_antonym_capitalise", _capitalised("adjective_antonyms")),
+    ProbeGroup("noun_antonym_capitalise", _capitalised("noun_antonyms")),
+    ProbeGroup("verb_antonym_capitalise", _capitalised("verb_antonyms")),
+    ProbeGroup("adjective_synonym_capitalise", _capitalised("adjective_synonyms")),
+    ProbeGroup("choose_adjective_antonym", _choose_antonym),
+    ProbeGroup("choose_last_antonym", _choose_last(_antonym_of)),
+    ProbeGroup("choose_last_capitalise", _choose_last(lambda word, _: word.capitalize())),
+    ProbeGroup("choose_last_first_letter", _choose_last(lambda word, _: word[0])),
+    ProbeGroup("antonym_french", _translated("antonyms_french")),
+    ProbeGroup("antonym_spanish", _translated("antonyms_spanish")),
+)
+
+
+def make_probes(lexicon: Lexicon, *, per_group: int, style: Style, seed: int) -> list[Probe]:
+    """Makes `per_group` probes of every group, a pure function of lexicon, style and seed.
+
+    Raises:
+        ProbeError: When the lexicon has too few entries for a group.
+    """
+    probes: list[Probe] = []
+    for number, group in enumerate(GROUPS):
+        rng = random.Random(f"{seed}/{number}")
+        pairs = list(dict.fromkeys(group.make_pairs(lexicon, rng)))
+        if len(pairs) < 3:
+            raise ProbeError(f"trace.probes: group {group.name} has {len(pairs)} usable pairs, at least 3 are needed")
+        probes += [_make_probe(group.name, index, pairs, style, rng) for index in range(per_group)]
+    return probes
+
+
+def load_probes(path: Path) -> list[Probe]:
+    """Reads custom probes: JSONL with `id`, `group`, `prompt`, `answer`; the prompt contains `Query:` once.
+
+    Raises:
+        ProbeError: Naming the line or the probe's id.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProbeError(f"trace.probes={path}: cannot be read ({error})") from None
+    probes = [_parse_probe(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not probes:
+        raise ProbeError(f"trace.probes={path}: holds no probe")
+    return probes
+
+
+def hash_probes(probes: Sequence[Probe]) -> str:
+    """Hash of everything that decides a measurement."""
+    return compute_sha256([[probe.id, probe.group, probe.prompt, probe.answer, probe.context_end] for probe in probes])
+
+
+def _make_probe(group: str, index: int, pairs: list[Pair], style: Style, rng: random.Random) -> Probe:
+    query, answer = pairs[index % len(pairs)] if index >= len(pairs) else pairs[index]
+    examples = rng.sample([pair for pair in pairs if pair[0] != query], 2)
+    second = "->" if style == "uniform" else "-"
+    context = f"Example:{examples[0][0]}->{examples[0][1]}, {examples[1][0]}{second}{examples[1][1]}; "
+    return Probe(f"{group}/{index:03d}", group, f"{context}{QUERY}{query}->", answer, len(context))
+
+
+def _parse_probe(line: str, where: str) -> Probe:
+    try:
+        record: Any = json.loads(line)
+        probe = {name: record[name] for name in ("id", "group", "prompt", "answer")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProbeError(f"trace.probes: {where}: id, group, prompt and answer are expected ({error})") from None
+    if not all(isinstance(value, str) for value in probe.values()):
+        raise ProbeError(f"trace.probes: {where}: id, group, prompt and answer must be strings")
+    position = probe["prompt"].find(QUERY)
+    if position < 0 or not probe["prompt"][position + len(QUERY) :].strip():
+        raise ProbeError(f"probe {probe['id']}: its query is empty; the prompt needs {QUERY!r} and text after it")
+    if not probe["prompt"][:position].strip():
+        raise ProbeError(f"probe {probe['id']}: has no context before {QUERY!r}")
+    return Probe(**probe, context_end=position)
