@@ -1,0 +1,78 @@
+"""One way to reach Ray: the cluster that is there, or a small local one, checked before anything waits on it."""
+
+from __future__ import annotations
+
+import os
+
+from layerplan.config.cluster import ClusterConfig
+from layerplan.errors import ClusterError
+from layerplan.telemetry import QUIET_VARIABLES
+
+WORKER_VARIABLES = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+}
+"""Defaults of the workers; what the user's environment sets wins."""
+
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "PYTHONPATH")
+"""Variables of the submitting process that its workers need too."""
+
+
+def connect(config: ClusterConfig, *, min_cpus: float, min_gpus: float = 0) -> None:
+    """Connects to Ray and checks that the cluster can hold the run.
+
+    A cluster named by the config or by RAY_ADDRESS (as under `ray job submit`) is used; otherwise a local one starts
+    with its dashboard on loopback. Without the dashboard Ray Train would leak the resources of stopped runs.
+
+    Raises:
+        ClusterError: When no cluster can be reached or started, or it is too small.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        address = config.address or os.environ.get("RAY_ADDRESS")
+        if address is None:
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only, and gone with this process
+        else:
+            os.environ.setdefault("RAY_AUTH_MODE", config.auth_mode)
+        try:
+            _init(address, config)
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            where = f"cluster.address={address}" if address else "a local Ray cluster"
+            raise ClusterError(f"{where}: cannot be reached or started ({first})") from error
+    _check_size(ray.cluster_resources(), min_cpus, min_gpus)
+
+
+def _init(address: str | None, config: ClusterConfig) -> None:
+    import logging
+
+    import ray
+
+    variables = {**WORKER_VARIABLES, **QUIET_VARIABLES}
+    variables |= {name: os.environ[name] for name in (*WORKER_VARIABLES, *PASSED_ON) if name in os.environ}
+    runtime_env = {"env_vars": variables}
+    if address is not None:
+        ray.init(address=address, runtime_env=runtime_env, logging_level=logging.WARNING)
+        return
+    ray.init(
+        address="local",
+        num_cpus=config.num_cpus,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        runtime_env=runtime_env,
+        logging_level=logging.WARNING,
+    )
+
+
+def _check_size(resources: dict[str, float], min_cpus: float, min_gpus: float) -> None:
+    for name, needed in (("CPU", min_cpus), ("GPU", min_gpus)):
+        there = resources.get(name, 0.0)
+        if there < needed:
+            raise ClusterError(
+                f"cluster: has {there:g} {name}, the run needs at least {needed:g};"
+                " lower num_workers or num_*_per_* in the config, or use a larger cluster"
+            )
