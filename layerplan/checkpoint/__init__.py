@@ -1,0 +1,1 @@
+"""Checkpoints: layout, distributed saving and loading, Hugging Face export."""

@@ -39,14 +39,12 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     Raises:
         CheckpointError: When the checkpoint lacks what this plan trains.
     """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
     _load(_collect_state(model, optimizer), path)
+    with torch.no_grad():
+        for value in model.parameters():
+            master = optimizer.state.get(value, {}).get("master")
+            if master is not None:
+                value.copy_(master)
 
 
 def load_trained_tensors(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,13 +69,22 @@ def _load(state: dict[str, Any], path: Path) -> None:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         lines = [line for line in str(error).splitlines() if line.strip()]
-        raise CheckpointError(f"{path}: cannot be loaded ({lines[-1].strip() if lines else type(error).__name__})") from None
+        raise CheckpointError(
+            f"{path}: cannot be loaded ({lines[-1].strip() if lines else type(error).__name__})"
+        ) from None
 
 
 def _collect_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The tensors themselves, not copies: loading writes into them."""
+    """The tensors themselves, not copies: loading writes into them.
+
+    Parameters are saved in float32, from the optimizer's master where the weight is only its rounded copy, so that a
+    checkpoint does not depend on how the run placed its parameters.
+    """
     trained = {hf_name(name): value for name, value in model.named_parameters() if value.requires_grad}
     return {
-        "model": {name: value.detach() for name, value in trained.items()},
-        "optimizer": {name: dict(optimizer.state[value]) for name, value in trained.items()},
+        "model": {name: optimizer.state[value].get("master", value).detach() for name, value in trained.items()},
+        "optimizer": {
+            name: {key: part for key, part in optimizer.state[value].items() if key != "master"}
+            for name, value in trained.items()
+        },
     }

@@ -35,13 +35,21 @@ class ExportReport:
     num_trained_changed: int
 
 
-def export_hf(*, base: str, checkpoint: Path, out_dir: Path, plan: FreezePlan, revision: str = "main") -> ExportReport:
+def export_hf(
+    *,
+    base: str,
+    checkpoint: Path,
+    out_dir: Path,
+    plan: FreezePlan,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> ExportReport:
     """Writes the trained model as safetensors and proves that the frozen tensors are the base's, byte for byte.
 
     Raises:
         CheckpointError: When a frozen tensor differs from the base after reloading, or a trained one did not arrive.
     """
-    model = load_causal_lm(base, revision=revision)
+    model = load_causal_lm(base, revision=revision, trust_remote_code=trust_remote_code)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     applied = apply_plan(model, plan)
     parameters = dict(model.named_parameters())
@@ -75,7 +83,7 @@ def check_export(folder: Path, *, frozen: dict[str, str], trained: dict[str, str
         wrong = sorted(name for name, value in wanted.items() if found.get(name) != value)
         if wrong:
             raise CheckpointError(
-                f"{folder}: {len(wrong)} {side} tensors differ from what was expected after export; the first is {wrong[0]}"
+                f"{folder}: after export {len(wrong)} {side} tensors are not what was expected; the first is {wrong[0]}"
             )
     return reloaded
 

@@ -10,8 +10,10 @@ from layerplan.config.base import StrictModel
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW over fp32 master weights."""
+    """AdamW, or the memory-lean Adafactor, over fp32 master weights."""
 
+    type: Literal["adamw", "adafactor"] = "adamw"
+    """`adafactor` keeps one row and one column of second moments per matrix; `betas` and `eps` belong to `adamw`."""
     learning_rate: float = Field(default=3e-5, gt=0, le=1)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -40,10 +42,18 @@ class ScheduleConfig(StrictModel):
 class StabilityConfig(StrictModel):
     """What happens when a step goes wrong; every event is logged and counted."""
 
-    on_nonfinite: Literal["skip", "stop"] = "skip"
-    """Non-finite loss or gradient: leave the weights as they are and go on, or stop."""
+    on_nonfinite: Literal["skip", "rollback", "stop"] = "skip"
+    """Non-finite loss or gradient: leave the weights as they are and go on, return to the last checkpoint, or stop."""
     max_nonfinite: int = Field(default=5, ge=0)
     """Stop after so many skipped steps."""
+    on_spike: Literal["off", "log", "skip", "rollback", "stop"] = "log"
+    """Loss far above its recent mean: only note it, leave out the update, return to the last checkpoint, or stop."""
+    spike_sigmas: float = Field(default=6.0, gt=0)
+    """A spike is a loss this many recent standard deviations above the recent mean."""
+    spike_window: int = Field(default=50, ge=5)
+    """Steps the recent mean and deviation look back; none is called a spike before it is full."""
+    max_rollbacks: int = Field(default=3, ge=0)
+    """Stop after so many returns to a checkpoint; each leaves out the batches up to the bad one."""
 
 
 class TrainConfig(StrictModel):
@@ -63,12 +73,22 @@ class TrainConfig(StrictModel):
     """Give each worker one GPU."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of the matrix products; masters of what trains are always float32."""
+    parallelism: Literal["auto", "replicate", "shard"] = "auto"
+    """Whole model on every worker, or FSDP2 shards; `auto` replicates when the model fits into a worker's memory."""
+    num_replicas: int = Field(default=1, ge=1)
+    """With `shard`: groups of workers that each hold a full set of shards (HSDP); 1 shards over all workers."""
     frozen_sharding: Literal["auto", "replicate", "shard"] = "auto"
     """Whether frozen layers are replicated on every worker or sharded; `auto` decides by memory."""
     activation_checkpointing: Literal["auto", "none", "full"] = "auto"
     """Recompute activations along the gradient path; `auto` only as much as memory asks for."""
     compile: bool = False
-    """Compile each decoder layer with torch.compile."""
+    """Compile each decoder layer, the loss and the optimizer pass with torch.compile."""
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    """Attention over packed documents; `auto` measures the candidates at start on a GPU and is `sdpa` on a CPU."""
+    frozen_fp8: bool = False
+    """Keep frozen layers' matrices in FP8 (torchao, GPU only)."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared log-partition added to the loss; 0 turns it off."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -85,6 +105,12 @@ class TrainConfig(StrictModel):
     """Steps between validation losses on the held-out rows."""
     max_failures: int = Field(default=3, ge=0)
     """Worker failures after which the run gives up."""
+    profile_step: int | None = Field(default=None, ge=1)
+    """Step whose trace the profiler writes to `<run>/profile/`; none when left out."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Rate one worker's device reaches at best, the denominator of MFU; known or measured when left out."""
+    usd_per_worker_hour: float | None = Field(default=None, ge=0)
+    """Price of one worker, for the cost shown while training."""
     write_ledger: bool = False
     """Write a hash of the row ids of every step (`ledger.jsonl`)."""
 
@@ -96,4 +122,10 @@ class TrainConfig(StrictModel):
                 f"global_batch_size={self.global_batch_size} must be a multiple of num_workers * micro_batch_size"
                 f" = {self.num_workers} * {self.micro_batch_size} = {per_step}"
             )
+        if self.num_workers % self.num_replicas:
+            raise ValueError(f"num_replicas={self.num_replicas} must divide num_workers={self.num_workers}")
+        if self.num_replicas > 1 and self.parallelism == "replicate":
+            raise ValueError("num_replicas belongs to parallelism=shard; parallelism=replicate needs no groups")
+        if self.frozen_fp8 and not self.use_gpu:
+            raise ValueError("frozen_fp8=true needs use_gpu=true: FP8 matrix products exist on GPUs only")
         return self

@@ -1,4 +1,4 @@
-"""The training loop, visible in one place: read rows, accumulate, clip, update, log, validate, save.
+"""The training loop, visible in one place: read rows, accumulate, judge, update, log, validate, save.
 
 It runs on every rank, under Ray Train or in a single process; what differs is handed in through `LoopHooks`.
 """
@@ -9,22 +9,26 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerplan.config.train import TrainConfig
-from layerplan.corpus.rows import PADDING, PackedRows
+from layerplan.corpus.rows import PackedRows
 from layerplan.errors import TrainingError
 from layerplan.models.freezing import AppliedPlan, check_gradient_coverage
 from layerplan.train import metrics
-from layerplan.train.optim import clip_gradients
+from layerplan.train.optim import compute_clip_scale, compute_grad_norm
+from layerplan.train.profiling import profiled
 from layerplan.train.schedule import compute_lr_scale
+from layerplan.train.sharding import PlacedModel
+from layerplan.train.stability import StabilityMonitor, Verdict
 from layerplan.train.state import TrainState
 from layerplan.train.step import TensorBatch, accumulate_gradients, make_batch
+from layerplan.train.throughput import Window, compute_mfu, peak_memory_gib, render_progress
+from layerplan.train.validation import compute_validation_loss
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class LoopHooks:
     """What surrounds the loop: where rows come from, where numbers and checkpoints go, when to stop."""
 
     iter_steps: Callable[[int, int], Iterator[PackedRows]]
-    """(start_step, stop_step) to this rank's rows of each step."""
+    """(start, stop) in the data order to this rank's rows of each step."""
     save: Callable[[TrainState], None]
     """Saves and reports a checkpoint; called on every rank."""
     should_stop: Callable[[], bool]
@@ -41,192 +45,246 @@ class LoopHooks:
     """Metrics of rank 0; None elsewhere."""
     validation: PackedRows | None
     """Held-out rows, the same on every rank."""
+    restore: Callable[[], TrainState | None] = lambda: None
+    """Loads the newest complete checkpoint of this run into the model; None when there is none yet."""
     write_ledger: Callable[[int, PackedRows], None] | None = None
-    """Takes (step, rows) when a ledger is wanted."""
+    """Takes (1-based step, rows) when a ledger is wanted."""
 
 
 @dataclass(frozen=True)
 class LoopSetup:
     """The objects the loop works on."""
 
-    model: nn.Module
+    placed: PlacedModel
     optimizer: torch.optim.Optimizer
     applied: AppliedPlan
     config: TrainConfig
     device: torch.device
     rank: int
     world_size: int
-    seq_len: int
+    flops_per_token: float = 0.0
+    """Of this plan, forward and backward."""
+    peak_flops: float = 1.0
+    """Of one worker, FLOP/s."""
+    predicted_memory_gib: float = 0.0
+    """Per worker."""
+    memory_advice: str = ""
+    """What to say when memory runs out."""
+    profile_dir: Path | None = None
+    """Where a trace goes."""
 
 
-def run_loop(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> TrainState:
-    """Trains from `state.step` to `config.max_steps` and returns the final state.
+@dataclass(frozen=True)
+class StepOutcome:
+    """Global numbers of one step before its update is decided."""
+
+    loss: float
+    grad_norm: Tensor
+    tokens: int
+    wants_stop: bool
+
+
+def run_loop(setup: LoopSetup, state: TrainState, hooks: LoopHooks, *, stop_step: int | None = None) -> TrainState:
+    """Trains from `state.step` to `stop_step`, or to `config.max_steps`, and returns the final state.
 
     Raises:
-        TrainingError: When gradients do not match the plan, or too many steps are not finite.
+        TrainingError: When gradients do not match the plan, memory runs out, or a stability policy says stop.
     """
     config = setup.config
-    rows_of_steps = hooks.iter_steps(state.step, config.max_steps)
-    window = _Window()
-    covered = False
-    while state.step < config.max_steps:
+    end = config.max_steps if stop_step is None else min(stop_step, config.max_steps)
+    monitor = StabilityMonitor(config.stability)
+    monitor.recent.extend(state.recent_losses)
+    rows_of_steps = hooks.iter_steps(state.step + state.data_offset, end + state.data_offset)
+    window = Window()
+    checked = False
+    while state.step < end:
         started = time.perf_counter()
-        rows = next(rows_of_steps)
-        window.data_s += time.perf_counter() - started
-        batches = [make_batch(piece, setup.device) for piece in rows.split(config.micro_batch_size)]
-        labels, stop = _agree(setup, batches, hooks)
-        loss_sum = accumulate_gradients(setup.model, batches, scale=setup.world_size / labels)
-        if not covered:
-            check_gradient_coverage(setup.model, setup.applied)
-            covered = True
-        loss = _reduce_sum(loss_sum, setup) / labels
-        norm = clip_gradients(setup.model, config.optimizer.max_grad_norm)
-        state = _update(setup, state, loss, norm, hooks)
+        with window.phase("data"):
+            rows = next(rows_of_steps)
+        with profiled(setup.profile_dir if state.step + 1 == config.profile_step else None, state.step + 1):
+            outcome = _forward_backward(setup, state, rows, hooks, window)
+            if not checked:
+                state, checked = _check_coverage(setup, state), True
+            verdict = monitor.judge(
+                state.step + 1,
+                outcome.loss,
+                float(outcome.grad_norm),
+                skipped=state.skipped_steps,
+                rollbacks=state.rollbacks,
+            )
+            _report_event(verdict, state.step + 1, setup.rank, hooks)
+            if verdict.action == "rollback" and (restored := _roll_back(state, hooks)) is not None:
+                state = restored
+                setup.optimizer.zero_grad(set_to_none=True)
+                monitor.forget()
+                rows_of_steps = hooks.iter_steps(state.step + state.data_offset, end + state.data_offset)
+                continue
+            with window.phase("optimizer"):
+                _update(setup, state.step, outcome, apply=verdict.action == "apply")
         if hooks.write_ledger is not None:
-            hooks.write_ledger(state.step - 1, rows)
+            hooks.write_ledger(state.step + 1, rows)
         seconds = time.perf_counter() - started
-        tokens = config.global_batch_size * setup.seq_len
-        state = state.model_copy(update={"tokens_seen": state.tokens_seen + tokens, "train_s": state.train_s + seconds})
-        window.add(seconds, tokens)
-        is_last = state.step == config.max_steps or stop
+        state = _advance(
+            state, outcome, seconds, skipped=verdict.action != "apply", monitor=monitor, peak_flops=setup.peak_flops
+        )
+        window.steps, window.tokens, window.seconds = (
+            window.steps + 1,
+            window.tokens + outcome.tokens,
+            window.seconds + seconds,
+        )
+        is_last = state.step == end or outcome.wants_stop
         if state.step == 1 or state.step % config.log_every_steps == 0 or is_last:
-            state = _log(setup, state, float(loss), float(norm), window, hooks)
-            window = _Window()
+            _log(setup, state, outcome, window, hooks)
+            window = Window()
         if state.step % config.validate_every_steps == 0 or is_last:
             state = _validate(setup, state, hooks)
         if state.step % config.checkpoint_every_steps == 0 or is_last:
-            hooks.save(state)
-        if stop:
+            _save(state, hooks)
+        if outcome.wants_stop:
             break
     return state
 
 
-def compute_validation_loss(setup: LoopSetup, rows: PackedRows) -> float:
-    """Mean next-token loss over the held-out rows, each rank taking every world_size-th row.
+def _forward_backward(
+    setup: LoopSetup, state: TrainState, rows: PackedRows, hooks: LoopHooks, window: Window
+) -> StepOutcome:
+    # dropout, where a model has any, is a function of the step, so that a resume repeats it
+    torch.manual_seed(state.step * setup.world_size + setup.rank)
+    placed = setup.placed
+    batches = [make_batch(piece, setup.device) for piece in rows.split(setup.config.micro_batch_size)]
+    labels, tokens, wants_stop = _agree(setup, batches, rows, hooks)
+    try:
+        with window.phase("forward_backward"):
+            loss_sum = accumulate_gradients(placed.model, batches, setup.world_size / labels, placed.set_sync)
+            if placed.finish_sync is not None:
+                placed.finish_sync()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise TrainingError(f"step {state.step + 1}: out of memory. {setup.memory_advice}") from error
+    parameters = [parameter for parameter in placed.model.parameters() if parameter.requires_grad]
+    loss = float(_reduce_sum(loss_sum, setup)) / labels
+    return StepOutcome(loss, compute_grad_norm(parameters, placed.reduce_square), tokens, wants_stop)
 
-    Every rank runs the same number of forward passes, as sharded layers are gathered together; a rank without a row
-    of its own runs one whose positions are all padding.
-    """
-    size = setup.config.micro_batch_size * setup.world_size
-    total = torch.zeros(2, dtype=torch.float64, device=setup.device)
-    setup.model.eval()
-    with torch.no_grad():
-        for start in range(0, len(rows), size):
-            mine = rows.take(start + setup.rank, min(start + size, len(rows)))
-            picked = _every(mine, setup.world_size) if len(mine) else _blank(rows)
-            batch = make_batch(picked, setup.device)
-            loss = setup.model(batch.input_ids_BT, batch.position_ids_BT, batch.document_ids_BT, batch.labels_BT)
-            total += torch.stack([loss.double(), torch.tensor(float(batch.num_labels), device=setup.device).double()])
-    setup.model.train()
-    total = _reduce_sum(total, setup)
-    return float(total[0] / total[1])
 
-
-def _agree(setup: LoopSetup, batches: list[TensorBatch], hooks: LoopHooks) -> tuple[float, bool]:
-    """One small all-reduce a step: the global number of labels, and whether rank 0 was asked to stop."""
+def _agree(setup: LoopSetup, batches: list[TensorBatch], rows: PackedRows, hooks: LoopHooks) -> tuple[float, int, bool]:
+    """One small all-reduce a step: global labels and tokens, and whether rank 0 was asked to stop."""
     wants_stop = setup.rank == 0 and hooks.should_stop()
-    counts = torch.tensor(
-        [float(sum(batch.num_labels for batch in batches)), float(wants_stop)], dtype=torch.float64, device=setup.device
-    )
-    counts = _reduce_sum(counts, setup)
-    return max(float(counts[0]), 1.0), bool(counts[1] > 0)
+    mine = [sum(batch.num_labels for batch in batches), int(np.sum(rows.document_ids >= 0)), int(wants_stop)]
+    counts = _reduce_sum(torch.tensor(mine, dtype=torch.float64, device=setup.device), setup).tolist()
+    return max(counts[0], 1.0), int(counts[1]), counts[2] > 0
 
 
-def _update(setup: LoopSetup, state: TrainState, loss: Tensor, norm: Tensor, hooks: LoopHooks) -> TrainState:
+def _check_coverage(setup: LoopSetup, state: TrainState) -> TrainState:
+    check_gradient_coverage(setup.placed.model, setup.applied)
+    coverage = {"trainable_with_gradient": len(setup.applied.trainable), "frozen_without": len(setup.applied.frozen)}
+    return state.model_copy(update={"gradient_coverage": coverage})
+
+
+def _update(setup: LoopSetup, step: int, outcome: StepOutcome, *, apply: bool) -> None:
     config = setup.config
-    scale = compute_lr_scale(state.step, config.max_steps, config.schedule)
-    skipped = state.skipped_steps
-    if bool(torch.isfinite(loss)) and bool(torch.isfinite(norm)):
+    if apply:
+        rate = config.optimizer.learning_rate * compute_lr_scale(step, config.max_steps, config.schedule)
         for group in setup.optimizer.param_groups:
-            group["lr"] = config.optimizer.learning_rate * scale
-        setup.optimizer.step()
-    else:
-        skipped += 1
-        _note_nonfinite(config, state.step, skipped, hooks)
+            group["lr"] = rate
+        scale = compute_clip_scale(outcome.grad_norm, config.optimizer.max_grad_norm)
+        setup.optimizer.step(grad_scale=scale)
     setup.optimizer.zero_grad(set_to_none=True)
-    return state.model_copy(update={"step": state.step + 1, "skipped_steps": skipped})
 
 
-def _note_nonfinite(config: TrainConfig, step: int, skipped: int, hooks: LoopHooks) -> None:
-    message = f"step {step + 1}: loss or gradient is not finite; its update is left out ({skipped} so far)"
-    if hooks.sink is not None:
-        hooks.sink.log_event("nonfinite", step + 1, message)
-    if config.stability.on_nonfinite == "stop" or skipped > config.stability.max_nonfinite:
-        raise TrainingError(
-            f"{message}; train.stability allows max_nonfinite={config.stability.max_nonfinite}"
-            f" with on_nonfinite={config.stability.on_nonfinite}"
-        )
+def _report_event(verdict: Verdict, step: int, rank: int, hooks: LoopHooks) -> None:
+    if verdict.event and hooks.sink is not None:
+        hooks.sink.log_event(verdict.event, step, verdict.message)
+    if verdict.event and rank == 0:
+        print(f"[train] {verdict.message}", flush=True)
+    if verdict.action == "stop":
+        raise TrainingError(verdict.message)
 
 
-def _log(
-    setup: LoopSetup, state: TrainState, loss: float, norm: float, window: _Window, hooks: LoopHooks
+def _roll_back(state: TrainState, hooks: LoopHooks) -> TrainState | None:
+    """The state of the newest checkpoint, moved past the rows that led here; None when nothing was saved yet."""
+    restored = hooks.restore()
+    if restored is None:
+        return None
+    offset = state.step + state.data_offset + 1 - restored.step
+    update = {"rollbacks": state.rollbacks + 1, "data_offset": offset, "recent_losses": ()}
+    return restored.model_copy(update=update)
+
+
+def _advance(
+    state: TrainState,
+    outcome: StepOutcome,
+    seconds: float,
+    *,
+    skipped: bool,
+    monitor: StabilityMonitor,
+    peak_flops: float,
 ) -> TrainState:
-    update: dict[str, Any] = {"last_loss": loss}
-    if state.first_loss is None:
-        update["first_loss"] = loss
-    if hooks.sink is None:
-        return state.model_copy(update=update)
-    rate = setup.optimizer.param_groups[0]["lr"]
-    tokens_per_s = window.tokens / max(window.seconds, 1e-9)
-    hooks.sink.log_metrics(
-        {
-            metrics.LOSS: loss,
-            metrics.GRAD_NORM: norm,
-            metrics.LEARNING_RATE: rate,
-            metrics.TOKENS_SEEN: float(state.tokens_seen),
-            metrics.SKIPPED_STEPS: float(state.skipped_steps),
-            metrics.TOKENS_PER_S: tokens_per_s,
-            metrics.STEP_S: window.seconds / window.steps,
-            metrics.DATA_WAIT_SHARE: window.data_s / max(window.seconds, 1e-9),
-        },
-        step=state.step,
-    )
-    left_s = (setup.config.max_steps - state.step) * window.seconds / window.steps
-    print(
-        f"[train] step {state.step}/{setup.config.max_steps}  loss {loss:.4f}  lr {rate:.2e}"
-        f"  {tokens_per_s:,.0f} tokens/s  {left_s:.0f} s left",
-        flush=True,
-    )
+    update = {
+        "step": state.step + 1,
+        "tokens_seen": state.tokens_seen + outcome.tokens,
+        "train_s": state.train_s + seconds,
+        "skipped_steps": state.skipped_steps + int(skipped),
+        "recent_losses": tuple(monitor.recent),
+        "last_loss": outcome.loss,
+        "peak_flops": peak_flops,
+        "first_loss": outcome.loss if state.first_loss is None else state.first_loss,
+    }
     return state.model_copy(update=update)
+
+
+def _log(setup: LoopSetup, state: TrainState, outcome: StepOutcome, window: Window, hooks: LoopHooks) -> None:
+    if setup.rank != 0:
+        return
+    rate = setup.optimizer.param_groups[0]["lr"]
+    mfu = compute_mfu(
+        window.tokens_per_s, setup.flops_per_token, peak_flops=setup.peak_flops, num_workers=setup.world_size
+    )
+    values = {
+        metrics.LOSS: outcome.loss,
+        metrics.GRAD_NORM: float(outcome.grad_norm),
+        metrics.LEARNING_RATE: rate,
+        metrics.TOKENS_SEEN: float(state.tokens_seen),
+        metrics.SKIPPED_STEPS: float(state.skipped_steps),
+        metrics.ROLLBACKS: float(state.rollbacks),
+        metrics.TOKENS_PER_S: window.tokens_per_s,
+        metrics.STEP_S: window.step_s,
+        metrics.MFU: mfu,
+        metrics.DATA_WAIT_SHARE: window.phases_s.get("data", 0.0) / max(window.seconds, 1e-9),
+        metrics.PEAK_MEMORY_GIB: peak_memory_gib(setup.device),
+        metrics.PREDICTED_MEMORY_GIB: setup.predicted_memory_gib,
+    }
+    for phase in ("forward_backward", "optimizer"):
+        values[metrics.PHASE_SHARE.format(phase=phase)] = window.phases_s.get(phase, 0.0) / max(window.seconds, 1e-9)
+    if hooks.sink is not None:
+        hooks.sink.log_metrics(values, step=state.step)
+    print(render_progress(state.step, setup.config, loss=outcome.loss, rate=rate, window=window, mfu=mfu), flush=True)
 
 
 def _validate(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> TrainState:
     if hooks.validation is None:
         return state
-    loss = compute_validation_loss(setup, hooks.validation)
+    loss = compute_validation_loss(
+        setup.placed.model,
+        hooks.validation,
+        micro_batch_size=setup.config.micro_batch_size,
+        device=setup.device,
+        rank=setup.rank,
+        world_size=setup.world_size,
+    )
     if hooks.sink is not None:
         hooks.sink.log_metrics({metrics.VALIDATION_LOSS: loss}, step=state.step)
+    if setup.rank == 0:
         print(f"[train] step {state.step}/{setup.config.max_steps}  validation loss {loss:.4f}", flush=True)
     return state.model_copy(update={"validation_loss": loss})
 
 
-@dataclass
-class _Window:
-    """Sums since the last log line."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    data_s: float = 0.0
-    tokens: int = 0
-
-    def add(self, seconds: float, tokens: int) -> None:
-        self.steps += 1
-        self.seconds += seconds
-        self.tokens += tokens
+def _save(state: TrainState, hooks: LoopHooks) -> None:
+    started = time.perf_counter()
+    hooks.save(state)
+    if hooks.sink is not None:
+        hooks.sink.log_metrics({metrics.CHECKPOINT_STALL_S: time.perf_counter() - started}, step=state.step)
 
 
 def _reduce_sum(value: Tensor, setup: LoopSetup) -> Tensor:
     if setup.world_size > 1:
         dist.all_reduce(value)
     return value
-
-
-def _every(rows: PackedRows, step: int) -> PackedRows:
-    return PackedRows(rows.row_ids[::step], rows.input_ids[::step], rows.document_ids[::step], rows.position_ids[::step])
-
-
-def _blank(rows: PackedRows) -> PackedRows:
-    one = rows.take(0, 1)
-    return PackedRows(one.row_ids, one.input_ids, np.full_like(one.document_ids, PADDING), one.position_ids)
-
-

@@ -2,59 +2,93 @@
 
 The logits of a batch are the largest tensor of a small model with a large vocabulary: 8 x 4,096 tokens times 151,936
 entries in float32 are 18.5 GiB, and autograd would keep several of them. Here a chunk of positions is projected,
-turned into its loss *and* its gradient at once, and dropped. Shapes: N positions, D hidden, V vocabulary.
+turned into its loss *and* its gradient at once, and dropped. Logits have the dtype of the weights; the log-sum-exp,
+the losses and the sums over chunks are float32. Shapes: N positions, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 IGNORED = -100
-CHUNK_LOGITS = 32 * 2**20
-"""Logits held at once; a chunk has about CHUNK_LOGITS / V positions."""
+_CHUNK_LOGITS = {"cpu": 32 * 2**20, "cuda": 640 * 2**20}
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What shapes the loss beside hidden states and labels."""
+
+    softcap: float | None = None
+    """Logits become `softcap * tanh(logits / softcap)` (Gemma)."""
+    z_weight: float = 0.0
+    """Weight of the squared log-sum-exp."""
+    compiled: bool = False
+    """Fuse everything after the projection with torch.compile."""
+
+
+def chunk_logits(device_type: str) -> int:
+    """Logits held at once; a chunk has about this many divided by V positions. GPUs need larger products."""
+    return _CHUNK_LOGITS.get(device_type, _CHUNK_LOGITS["cpu"])
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of `softcap(hidden_ND @ weight_VD.T)` against labels_N, ignoring IGNORED."""
+    """Sum of the cross-entropies of `hidden_ND @ weight_VD.T` against labels_N, ignoring IGNORED."""
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, softcap: float | None
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, scale: float, options: LossOptions
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        core = _compiled_core() if options.compiled else _chunk
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        grad_weight: Tensor | None = None
         total = hidden_ND.new_zeros((), dtype=torch.float32)
-        size = max(1, CHUNK_LOGITS // weight_VD.shape[0])
+        size = max(1, chunk_logits(hidden_ND.device.type) // weight_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], size):
             piece = slice(start, start + size)
-            loss, grad_logits = _chunk(hidden_ND[piece] @ weight_VD.T, labels_N[piece], softcap)
+            loss, grad_logits = core(
+                hidden_ND[piece] @ weight_VD.T, labels_N[piece], scale, options.softcap, options.z_weight
+            )
             total += loss
             if grad_hidden is not None:
-                grad_hidden[piece] = grad_logits.to(hidden_ND.dtype) @ weight_VD
-            if grad_weight is not None:
-                grad_weight += (grad_logits.to(hidden_ND.dtype).T @ hidden_ND[piece]).float()
+                torch.mm(grad_logits, weight_VD, out=grad_hidden[piece])
+            if needs_weight:
+                grad_weight = _add_in_float32(grad_weight, grad_logits.T @ hidden_ND[piece])
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight_VD.dtype
+        ctx.scale, ctx.weight_dtype = scale, weight_VD.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad_output.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad_output).to(ctx.weight_dtype),
-            None,
-            None,
-        )
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients already carry `scale`; only what the caller asks beyond it is left to multiply."""
+        grads = list(ctx.saved_tensors)
+        if grad_output.device.type != "cpu" or float(grad_output) != ctx.scale:
+            rest = grad_output / ctx.scale
+            grads = [None if grad is None else grad * rest.to(grad.dtype) for grad in grads]
+        grad_hidden, grad_weight = grads
+        return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.weight_dtype), None, None, None
 
 
-def compute_loss_sum(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, softcap: float | None = None) -> Tensor:
-    """Returns the summed cross-entropy as a float32 scalar; divide by the number of labels yourself."""
-    loss: Tensor = LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, softcap)
+def compute_loss_sum(
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, scale: float = 1.0, options: LossOptions | None = None
+) -> Tensor:
+    """Returns the summed cross-entropy as a float32 scalar.
+
+    Args:
+        hidden_ND: Hidden states after the final norm.
+        weight_VD: Head, in the dtype of the hidden states.
+        labels_N: Token ids or IGNORED.
+        scale: What the caller is going to multiply the sum by before `backward`; knowing it here saves a pass over the
+            gradients. Another factor is still right, only slower.
+        options: Soft-cap, z-loss, compilation.
+    """
+    loss: Tensor = LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, float(scale), options or LossOptions())
     return loss
 
 
@@ -71,17 +105,60 @@ def make_labels(input_ids_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
     return labels
 
 
-def _chunk(logits_NV: Tensor, labels_N: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of the raw logits of one chunk, in float32."""
+def _add_in_float32(total: Tensor | None, piece: Tensor) -> Tensor:
+    """One chunk needs no sum and stays as it is; more are summed in float32."""
+    if total is None:
+        return piece
+    if total.dtype != torch.float32:
+        total = total.float()
+    return total.add_(piece)
+
+
+def _chunk(
+    logits_NV: Tensor, labels_N: Tensor, scale: float, softcap: float | None, z_weight: float
+) -> tuple[Tensor, Tensor]:
+    """Loss, and the gradient times `scale` of the raw logits, of one chunk."""
     raw = logits_NV.float()
     capped = raw if softcap is None else torch.tanh(raw / softcap) * softcap
-    valid = labels_N != IGNORED
+    valid = (labels_N != IGNORED).float()
     target = labels_N.clamp_min(0)[:, None]
     log_sum = torch.logsumexp(capped, dim=-1)
-    losses = log_sum - capped.gather(1, target)[:, 0]
-    grad = torch.exp(capped - log_sum[:, None])
-    grad.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=grad.dtype))
+    losses = log_sum - capped.gather(1, target)[:, 0] + z_weight * log_sum.square()
+    factor = valid * scale
+    # softmax * (1 + 2 z lse) - onehot
+    grad = (capped - log_sum[:, None]).exp_()
+    grad *= ((1 + 2 * z_weight * log_sum) * factor)[:, None]
+    grad.scatter_add_(1, target, -factor[:, None])
     if softcap is not None:
-        grad *= 1 - (capped / softcap) ** 2
-    grad *= valid[:, None]
-    return (losses * valid).sum(), grad
+        grad *= 1 - (capped / softcap).square()
+    return (losses * valid).sum(), grad.to(logits_NV.dtype)
+
+
+def _chunk_fused(
+    logits_NV: Tensor, labels_N: Tensor, scale: Tensor, softcap: float | None, z_weight: float
+) -> tuple[Tensor, Tensor]:
+    """As `_chunk`, for the compiler: no scatter; one read for the sum, one for the gradient, written in place."""
+    raw = logits_NV.float()
+    capped = raw if softcap is None else torch.tanh(raw / softcap) * softcap
+    valid = (labels_N != IGNORED).float()
+    target = labels_N.clamp_min(0)[:, None]
+    log_sum = torch.logsumexp(capped, dim=-1)
+    losses = log_sum - capped.gather(1, target)[:, 0] + z_weight * log_sum.square()
+    is_target = torch.arange(logits_NV.shape[1], device=logits_NV.device)[None, :] == target
+    grad = torch.exp(capped - log_sum[:, None]) * (1 + 2 * z_weight * log_sum)[:, None] - is_target.float()
+    if softcap is not None:
+        grad = grad * (1 - (capped / softcap).square())
+    logits_NV.copy_(grad * (valid * scale)[:, None])
+    return (losses * valid).sum(), logits_NV
+
+
+@lru_cache(maxsize=1)
+def _compiled_core() -> Callable[..., tuple[Tensor, Tensor]]:
+    compiled = torch.compile(_chunk_fused, dynamic=False)
+
+    def core(
+        logits_NV: Tensor, labels_N: Tensor, scale: float, softcap: float | None, z_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        return compiled(logits_NV, labels_N, torch.tensor(scale, device=logits_NV.device), softcap, z_weight)
+
+    return core

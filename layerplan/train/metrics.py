@@ -10,11 +10,16 @@ LEARNING_RATE = "train/learning_rate"
 GRAD_NORM = "train/grad_norm"
 TOKENS_SEEN = "train/tokens_seen"
 SKIPPED_STEPS = "train/skipped_steps"
+ROLLBACKS = "train/rollbacks"
 VALIDATION_LOSS = "validation/loss"
 TOKENS_PER_S = "perf/tokens_per_s"
 STEP_S = "perf/step_s"
+MFU = "perf/mfu"
 DATA_WAIT_SHARE = "perf/data_wait_share"
+PHASE_SHARE = "perf/{phase}_share"
+CHECKPOINT_STALL_S = "perf/checkpoint_stall_s"
 PEAK_MEMORY_GIB = "perf/peak_memory_gib"
+PREDICTED_MEMORY_GIB = "perf/predicted_memory_gib"
 
 
 class MetricSink(Protocol):

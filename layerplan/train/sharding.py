@@ -1,43 +1,170 @@
-"""FSDP2 units aligned with the plan: one per decoder layer, so no unit mixes trained and frozen layers."""
+"""Where parameters live: whole on every worker, or FSDP2 shards in units aligned with the plan.
+
+Order, because each step depends on the one before: load -> apply the plan -> `place_model` -> build the optimizer.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import torch
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from layerplan.config.train import TrainConfig
-from layerplan.models.causal_lm import find_decoder_parts
+from layerplan.models.causal_lm import DecoderParts, find_decoder_parts
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.train.activation import checkpoint_layers
+from layerplan.train.replicate import GradientReducer
 from layerplan.train.step import LossModel
 
 
-def cast_for_training(causal_lm: nn.Module, config: TrainConfig) -> None:
-    """Puts frozen parameters into the compute dtype; what trains keeps float32 masters."""
-    dtype = getattr(torch, config.compute_dtype)
-    for parameter in causal_lm.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+@dataclass(frozen=True)
+class Placement:
+    """How this run uses its workers; the outcome of every `auto`."""
+
+    parallelism: str
+    """`replicate` or `shard`."""
+    frozen_sharding: str
+    """`replicate` or `shard`; means something under `shard` only."""
+    attention: str = "sdpa"
+    """`sdpa` or `flex`."""
+    checkpointed_layers: tuple[int, ...] = ()
+    """Decoder layers whose activations are recomputed."""
 
 
-def shard_model(causal_lm: nn.Module, plan: FreezePlan, config: TrainConfig, mesh: DeviceMesh | None) -> nn.Module:
-    """Wraps the model for its loss and shards it over the mesh; without a mesh it stays whole.
+@dataclass(frozen=True)
+class PlacedModel:
+    """A model ready for its optimizer."""
 
-    The plan must be applied before: FSDP decides per unit by `requires_grad`, and the optimizer must be built after,
-    over the sharded parameters.
+    model: nn.Module
+    """A `LossModel`."""
+    masters: dict[int, Tensor] = field(default_factory=dict)
+    """id of a low-precision trained parameter to its float32 original."""
+    set_sync: Callable[[bool], None] | None = None
+    """Told before each backward pass whether it is the step's last."""
+    finish_sync: Callable[[], None] | None = None
+    """Called after the last backward pass."""
+    reduce_square: Callable[[Tensor], Tensor] | None = None
+    """Sums a squared norm over shards."""
+    reducer: GradientReducer | None = None
+    """Present under replication over several workers."""
+
+
+def place_model(
+    causal_lm: nn.Module,
+    plan: FreezePlan,
+    config: TrainConfig,
+    placement: Placement,
+    *,
+    world_size: int,
+    device: torch.device,
+) -> PlacedModel:
+    """Casts, compiles, checkpoints and distributes the model the plan was applied to."""
+    parts = find_decoder_parts(causal_lm)
+    masters = cast_for_training(causal_lm, config, placement)
+    causal_lm.to(device)
+    if config.frozen_fp8:
+        from layerplan.train.fp8 import convert_frozen_layers
+
+        convert_frozen_layers(parts, plan)
+    if config.compile:
+        compile_layers(parts)
+    checkpoint_layers(parts.layers, placement.checkpointed_layers)
+    model = LossModel(causal_lm, attention=placement.attention, z_weight=config.z_loss, compiled=config.compile)
+    if placement.parallelism == "replicate":
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if config.global_batch_size > world_size * config.micro_batch_size:
+            _accumulate_in_float32(trained)
+        if world_size == 1:
+            return PlacedModel(model, masters)
+        reducer = GradientReducer(trained, world_size)
+        return PlacedModel(model, masters, reducer.set_sync, reducer.finish, reducer=reducer)
+    mesh = make_mesh(device.type, world_size, config.num_replicas)
+    shard_model(model, parts, plan, config, placement, mesh)
+    shards = mesh["shard"].get_group() if mesh.ndim > 1 else mesh.get_group()
+
+    def reduce_square(square: Tensor) -> Tensor:
+        dist.all_reduce(square, group=shards)
+        return square
+
+    return PlacedModel(model, masters, model.set_requires_gradient_sync, reduce_square=reduce_square)
+
+
+def cast_for_training(causal_lm: nn.Module, config: TrainConfig, placement: Placement) -> dict[int, Tensor]:
+    """Puts parameters into the dtypes the placement wants and returns the float32 originals it rounded.
+
+    Frozen parameters take the compute dtype. Trained ones do too under replication, where the optimizer keeps their
+    float32 masters; FSDP keeps float32 shards and casts when it gathers.
     """
-    if mesh is None:
-        return LossModel(causal_lm)
+    dtype = getattr(torch, config.compute_dtype)
+    masters = {}
+    for parameter in causal_lm.parameters():
+        wanted = torch.float32 if parameter.requires_grad and placement.parallelism == "shard" else dtype
+        if parameter.requires_grad and wanted != torch.float32:
+            masters[id(parameter)] = parameter.data.float()
+        parameter.data = parameter.data.to(wanted)
+    return masters
+
+
+def compile_layers(parts: DecoderParts) -> None:
+    """Compiles each decoder layer's forward pass; a plan that changes needs `reset_compiled` first.
+
+    Layers of one kind share their graphs. More variants than a plan can cause would mean silent eager execution, so
+    reaching the recompile limit is an error.
+    """
+    torch._dynamo.config.recompile_limit = 32
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for layer in parts.layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False)
+
+
+def reset_compiled() -> None:
+    """Forgets compiled graphs, which hold on to which parameters trained."""
+    torch._dynamo.reset()
+
+
+def make_mesh(device_type: str, world_size: int, num_replicas: int) -> DeviceMesh:
+    """One dimension, or (replicas, shards) for hybrid sharding over several nodes."""
+    if num_replicas == 1:
+        return init_device_mesh(device_type, (world_size,))
+    return init_device_mesh(
+        device_type, (num_replicas, world_size // num_replicas), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def shard_model(
+    model: LossModel, parts: DecoderParts, plan: FreezePlan, config: TrainConfig, placement: Placement, mesh: DeviceMesh
+) -> None:
+    """Makes one FSDP unit per decoder layer and per side of the plan; no unit mixes trained and frozen parameters.
+
+    The head stays in the root unit, because the loss reads its weight without calling its forward pass.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     dtype = getattr(torch, config.compute_dtype)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    parts = find_decoder_parts(causal_lm)
     ignored: set[nn.Parameter] = set()
+    if placement.frozen_sharding == "replicate":
+        ignored = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    trained = set(plan.trainable_layers)
     for index, layer in enumerate(parts.layers):
-        if index not in plan.trainable_layers and config.frozen_sharding != "shard":
-            ignored |= set(layer.parameters())
-        else:
-            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=index in plan.trainable_layers)
-    model = LossModel(causal_lm)
+        if any(parameter not in ignored for parameter in layer.parameters()):
+            # a frozen layer above trained ones is needed again in backward: gathered once is cheaper
+            again = index not in trained and trained and index > min(trained)
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not again, ignored_params=ignored)
+    head_trains = parts.lm_head.weight.requires_grad
+    for module in (parts.embeddings, parts.final_norm):
+        others = [p for p in module.parameters() if p is not parts.lm_head.weight and p not in ignored]
+        if others and others[0].requires_grad != head_trains:
+            fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=ignored or None)
-    return model
+
+
+def _accumulate_in_float32(parameters: list[nn.Parameter]) -> None:
+    """Sums of micro-batch gradients lose bits in bfloat16."""
+    for parameter in parameters:
+        if parameter.dtype != torch.float32:
+            parameter.grad_dtype = torch.float32

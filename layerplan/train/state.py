@@ -9,7 +9,7 @@ from layerplan.errors import CheckpointError
 
 
 class TrainState(StrictModel):
-    """The data state is `step` alone: the order of the corpus is a function of it."""
+    """The data state is `step + data_offset`: the order of the corpus is a function of it."""
 
     step: int = 0
     """Optimizer steps taken."""
@@ -17,12 +17,22 @@ class TrainState(StrictModel):
     """Tokens trained on, padding left out."""
     skipped_steps: int = 0
     """Steps whose update was left out because of a non-finite loss or gradient."""
+    rollbacks: int = 0
+    """Returns to a checkpoint because of a bad step."""
+    data_offset: int = 0
+    """Steps of the data order that were passed over by rollbacks: step s reads the rows of s + data_offset."""
+    recent_losses: tuple[float, ...] = ()
+    """What the loss-spike detector remembers."""
+    gradient_coverage: dict[str, int] = {}
+    """Numbers of parameters the first step proved to have, and to lack, a gradient."""
     first_loss: float | None = None
     """First logged training loss."""
     last_loss: float | None = None
     """Newest logged training loss."""
     validation_loss: float | None = None
     """Newest validation loss."""
+    peak_flops: float = 0.0
+    """Peak rate MFU is measured against, FLOP/s of one worker."""
     train_s: float = 0.0
     """Seconds spent in steps, over all attempts."""
     plan_sha256: str = ""

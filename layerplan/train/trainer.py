@@ -1,4 +1,4 @@
-"""A plan trained on Ray: the request, the worker function, and the result.
+"""A plan trained on Ray: checks before launch, the Ray Train run, and the result.
 
 Ray Train keeps the run under `<run_dir>/checkpoints`; a checkpoint exists once Ray has committed it, so the newest
 complete one is Ray's answer and never the newest folder. Calling `run_training` again on the same folder continues.
@@ -6,231 +6,73 @@ complete one is Ray's answer and never the newest folder. Calling `run_training`
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from layerplan.checkpoint.layout import CHECKPOINTS_NAME, STATE_NAME, name_step, read_train_state, write_train_state
-from layerplan.config.train import TrainConfig
+from layerplan.checkpoint.layout import CHECKPOINTS_NAME, name_step, read_train_state
 from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.stream import make_schedule
-from layerplan.errors import TrainingError
-from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.train.metrics import MetricSink
+from layerplan.errors import LayerplanError, TrainingError
+from layerplan.models.causal_lm import identify_model, load_hf_config
+from layerplan.plan.cost import predict_cost
+from layerplan.plan.model_shape import ModelShape
+from layerplan.train.request import TrainRequest, TrainResult, load_result
 from layerplan.train.state import TrainState
 
-STOP_REQUEST = "stop_requested"
+__all__ = ["TrainRequest", "TrainResult", "load_result", "run_training"]
 
-
-@dataclass(frozen=True)
-class TrainRequest:
-    """Everything a training run needs; travels to the workers."""
-
-    run_dir: Path
-    model_path: str
-    plan: FreezePlan
-    store: Path
-    config: TrainConfig
-    seed: int
-    sink_factory: Callable[[int], MetricSink] | None = None
-    """(start step) to the sink of rank 0."""
-    revision: str = "main"
-    trust_remote_code: bool = False
-    env: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables of the workers."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished training run came to."""
-
-    final_step: int
-    final_checkpoint: Path
-    first_loss: float
-    final_loss: float
-    validation_loss: float | None
-    tokens_seen: int
-    train_s: float
-    tokens_per_s: float
-    skipped_steps: int
-    stopped_early: bool
+HF_NAME = "hf"
 
 
 def run_training(request: TrainRequest, *, callbacks: Sequence[Any] = ()) -> TrainResult:
     """Trains the plan, or continues, or returns the result of a run that is already finished.
+
+    SIGTERM makes the workers save a checkpoint and stop; the signal is then delivered again to whoever handled it
+    before, so that a job exits as it would have.
 
     Args:
         request: What to train.
         callbacks: Ray Train `UserCallback`s for the controller.
 
     Raises:
-        TrainingError: When training fails; the message carries the worker's own.
+        TrainingError: When training cannot start or fails; the message carries the worker's own.
         CorpusError: When the store cannot feed the batch.
+        PlanError: When the plan was made for another model.
     """
+    started = time.perf_counter()
     finished = load_result(request.run_dir)
     if finished is not None and finished.final_step >= request.config.max_steps:
         return finished
     make_schedule(request.store, num_lanes=request.config.global_batch_size, seed=request.seed)
-    _check_training_fits(request)
-    stop_file = request.run_dir / STOP_REQUEST
+    check_training_fits(request)
     request.run_dir.mkdir(parents=True, exist_ok=True)
-    stop_file.unlink(missing_ok=True)
-    with _stop_on_sigterm(stop_file):
-        result = _fit(request, callbacks)
-    checkpoint = Path(result.checkpoint.path)
+    with _stop_on_sigterm(request.run_dir):
+        checkpoint = _fit(request, callbacks)
     state = TrainState.model_validate(read_train_state(checkpoint))
-    summary = _summarise(state, checkpoint, request.config)
-    if not summary.stopped_early:
-        _save_result(request.run_dir, summary)
-    return summary
-
-
-def load_result(run_dir: Path) -> TrainResult | None:
-    """Reads `training.json` of a finished run, or returns None."""
-    path = run_dir / "training.json"
-    if not path.exists():
-        return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return TrainResult(**{**values, "final_checkpoint": run_dir / values["final_checkpoint"]})
-
-
-def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Any:
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    config = request.config
-    backend = "cpu:gloo,cuda:nccl" if config.use_gpu else "gloo"
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"request": request},
-        torch_config=TorchConfig(backend=backend),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers,
-            use_gpu=config.use_gpu,
-            resources_per_worker={"CPU": config.num_cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})},
-        ),
-        run_config=ray.train.RunConfig(
-            name=CHECKPOINTS_NAME,
-            storage_path=str(request.run_dir),
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
-            callbacks=list(callbacks),
-            worker_runtime_env={"env_vars": dict(request.env)} if request.env else {},
-        ),
-    )
-    result = trainer.fit()
-    if result.error is not None:
-        raise TrainingError(f"training failed: {result.error}") from result.error
-    if result.checkpoint is None:
-        raise TrainingError("training ended without a checkpoint")
+    hf_dir = None
+    if state.step >= request.config.max_steps:
+        hf_dir = _export(request, checkpoint, state.step)
+    result = _summarise(request, state, checkpoint, hf_dir, wall_s=time.perf_counter() - started)
+    if not result.stopped_early:
+        result.save(request.run_dir)
     return result
 
 
-def train_worker(loop_config: dict[str, Any]) -> None:
-    """What every worker runs: build, restore, loop."""
-    import ray.train
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
+def check_training_fits(request: TrainRequest) -> None:
+    """Refuses, before anything is launched, what cannot be trained.
 
-    from layerplan.checkpoint.dcp import load_checkpoint
-    from layerplan.corpus.store import load_validation_rows
-    from layerplan.corpus.stream import iter_rank_steps
-    from layerplan.models.causal_lm import load_causal_lm
-    from layerplan.models.freezing import apply_plan
-    from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
-    from layerplan.train.optim import build_optimizer
-    from layerplan.train.sharding import cast_for_training, shard_model
-
-    request: TrainRequest = loop_config["request"]
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    torch.manual_seed(request.seed)
-    causal_lm = load_causal_lm(request.model_path, revision=request.revision, trust_remote_code=request.trust_remote_code)
-    applied = apply_plan(causal_lm, request.plan)
-    cast_for_training(causal_lm, request.config)
-    causal_lm.to(device).train()
-    mesh = init_device_mesh(device.type, (world_size,))
-    model = shard_model(causal_lm, request.plan, request.config, mesh)
-    optimizer = build_optimizer(model, request.config.optimizer)
+    Raises:
+        TrainingError: Rows longer than the model's positions, or a tokenizer larger than its embedding.
+        PlanError: A plan for another model.
+    """
+    request.plan.check_model(identify_model(request.model_path, revision=request.revision))
     manifest = Manifest.load(request.store)
-    state = TrainState(plan_sha256=request.plan.sha256, corpus_sha256=manifest.content_sha256)
-    restored = ray.train.get_checkpoint()
-    if restored is not None:
-        state = state.check_same_run(read_train_state(Path(restored.path)))
-        load_checkpoint(Path(restored.path), model, optimizer)
-    sink = request.sink_factory(state.step) if rank == 0 and request.sink_factory is not None else None
-    setup = LoopSetup(
-        model, optimizer, applied, request.config, device, rank, world_size, seq_len=manifest.seq_len
-    )
-    hooks = LoopHooks(
-        iter_steps=lambda start, stop: iter_rank_steps(
-            request.store,
-            num_lanes=request.config.global_batch_size,
-            seed=request.seed,
-            rank=rank,
-            world_size=world_size,
-            start_step=start,
-            stop_step=stop,
-        ),
-        save=partial(_save_and_report, request, model, optimizer, dist.new_group(backend="gloo"), rank),
-        should_stop=(request.run_dir / STOP_REQUEST).exists,
-        sink=sink,
-        validation=load_validation_rows(request.store),
-    )
-    try:
-        run_loop(setup, state, hooks)
-    finally:
-        if sink is not None:
-            sink.close()
-
-
-def _save_and_report(
-    request: TrainRequest, model: Any, optimizer: Any, group: Any, rank: int, state: TrainState
-) -> None:
-    """Saves in the background and commits through Ray: complete, or ignored."""
-    import ray.train
-    from ray.train import Checkpoint, CheckpointUploadMode
-
-    from layerplan.checkpoint.dcp import save_checkpoint
-
-    name = name_step(state.step)
-    folder = request.run_dir / CHECKPOINTS_NAME / name
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / STATE_NAME).unlink(missing_ok=True)
-    future = save_checkpoint(folder, model, optimizer, group)
-
-    def finish(checkpoint: Checkpoint, checkpoint_dir_name: str) -> Checkpoint:
-        if future is not None:
-            future.result()
-        if rank == 0:
-            write_train_state(folder, state.model_dump(mode="json"))
-        return Checkpoint(str(folder))
-
-    ray.train.report(
-        {"step": state.step, "train_loss": state.last_loss, "validation_loss": state.validation_loss},
-        checkpoint=Checkpoint(str(folder)),
-        checkpoint_dir_name=name,
-        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        checkpoint_upload_fn=finish,
-        delete_local_checkpoint_after_upload=False,
-    )
-
-
-def _check_training_fits(request: TrainRequest) -> None:
-    from layerplan.models.causal_lm import load_hf_config
-    from layerplan.plan.model_shape import ModelShape
-
-    manifest = Manifest.load(request.store)
-    shape = ModelShape.from_hf_config(load_hf_config(request.model_path, revision=request.revision))
+    shape = _shape(request)
     if manifest.seq_len > shape.max_position_embeddings:
         raise TrainingError(
             f"corpus.seq_len={manifest.seq_len}: the model has {shape.max_position_embeddings} positions"
@@ -242,33 +84,130 @@ def _check_training_fits(request: TrainRequest) -> None:
         )
 
 
-def _summarise(state: TrainState, checkpoint: Path, config: TrainConfig) -> TrainResult:
+def _shape(request: TrainRequest) -> ModelShape:
+    return ModelShape.from_hf_config(load_hf_config(request.model_path, revision=request.revision))
+
+
+def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Path:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from layerplan.train.worker import train_worker
+
+    config = request.config
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"request": request},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config.use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker={"CPU": config.num_cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=CHECKPOINTS_NAME,
+            storage_path=str(request.run_dir.resolve()),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            callbacks=list(callbacks),
+            worker_runtime_env={"env_vars": dict(request.env)} if request.env else {},
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _explain_failure(error) from error
+    if result.error is not None:
+        raise _explain_failure(result.error) from result.error
+    if result.checkpoint is None:
+        raise TrainingError("training ended without a checkpoint")
+    return Path(result.checkpoint.path)
+
+
+def _explain_failure(error: BaseException) -> LayerplanError:
+    """The first fault of ours in the failures of the workers, or the engine's own last line."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in [*failures.values(), error]:
+        seen: BaseException | None = failure
+        while seen is not None:
+            if isinstance(seen, LayerplanError):
+                return type(seen)(*seen.args)
+            seen = getattr(seen, "cause", None) or seen.__cause__
+    texts = [str(failure) for failure in failures.values()] or [str(error)]
+    lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
+    return TrainingError(f"training failed: {lines[-1] if lines else type(error).__name__}")
+
+
+def _export(request: TrainRequest, checkpoint: Path, step: int) -> Path:
+    from layerplan.checkpoint.hf_export import export_hf
+
+    folder = request.run_dir / HF_NAME / name_step(step)
+    report = export_hf(
+        base=request.model_path,
+        checkpoint=checkpoint,
+        out_dir=folder,
+        plan=request.plan,
+        revision=request.revision,
+        trust_remote_code=request.trust_remote_code,
+    )
+    print(
+        f"[train] exported {folder}: {report.num_frozen} frozen tensors byte-identical to the base,"
+        f" {report.num_trained_changed} of {report.num_trained} trained ones changed",
+        flush=True,
+    )
+    return folder
+
+
+def _summarise(
+    request: TrainRequest, state: TrainState, checkpoint: Path, hf_dir: Path | None, *, wall_s: float
+) -> TrainResult:
+    import math
+
     return TrainResult(
         final_step=state.step,
         final_checkpoint=checkpoint,
-        first_loss=state.first_loss if state.first_loss is not None else float("nan"),
-        final_loss=state.last_loss if state.last_loss is not None else float("nan"),
+        first_loss=state.first_loss if state.first_loss is not None else math.nan,
+        final_loss=state.last_loss if state.last_loss is not None else math.nan,
         validation_loss=state.validation_loss,
         tokens_seen=state.tokens_seen,
         train_s=state.train_s,
+        wall_s=wall_s,
         tokens_per_s=state.tokens_seen / max(state.train_s, 1e-9),
+        mfu=_overall_mfu(request, state),
         skipped_steps=state.skipped_steps,
-        stopped_early=state.step < config.max_steps,
+        rollbacks=state.rollbacks,
+        gradient_coverage=state.gradient_coverage,
+        stopped_early=state.step < request.config.max_steps,
+        hf_dir=hf_dir,
     )
 
 
-def _save_result(run_dir: Path, result: TrainResult) -> None:
-    values = asdict(result) | {"final_checkpoint": os.path.relpath(result.final_checkpoint, run_dir)}
-    partial_path = run_dir / "training.json.partial"
-    partial_path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial_path.replace(run_dir / "training.json")
+def _overall_mfu(request: TrainRequest, state: TrainState) -> float:
+    from layerplan.train.throughput import compute_mfu
+
+    if not state.peak_flops:
+        return 0.0
+    flops = predict_cost(request.plan, _shape(request), seq_len=Manifest.load(request.store).seq_len).total_flops
+    return compute_mfu(
+        state.tokens_seen / max(state.train_s, 1e-9),
+        flops,
+        peak_flops=state.peak_flops,
+        num_workers=request.config.num_workers,
+    )
 
 
 @contextmanager
-def _stop_on_sigterm(stop_file: Path) -> Iterator[None]:
-    """SIGTERM asks the workers for a last checkpoint instead of killing the driver."""
+def _stop_on_sigterm(run_dir: Path) -> Iterator[None]:
+    """SIGTERM asks the workers for a last checkpoint instead of killing the driver; afterwards it is raised again."""
+    from layerplan.train.worker import STOP_REQUEST
+
+    stop_file = run_dir / STOP_REQUEST
+    stop_file.unlink(missing_ok=True)
+    asked = False
 
     def request_stop(signum: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
         print("[train] SIGTERM: saving a checkpoint, then stopping", flush=True)
         stop_file.touch()
 
@@ -282,3 +221,5 @@ def _stop_on_sigterm(stop_file: Path) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, previous)
         stop_file.unlink(missing_ok=True)
+        if asked:
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,86 @@
+"""Which attention runs on packed rows, and the mask it is given.
+
+A row made of one document needs no mask: the plain causal kernel runs. With several documents, `sdpa` takes a boolean
+mask, and `flex` (FlexAttention, GPU) a block mask whose empty blocks are skipped, so cost falls with document length.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerplan.config.train import TrainConfig
+from layerplan.plan.model_shape import ModelShape
+
+
+def make_document_mask(document_ids_BT: Tensor, attention: str = "sdpa") -> Any:
+    """Returns the mask, True where a query may see a key: same document, not later.
+
+    Args:
+        document_ids_BT: Document of each position within its row.
+        attention: `sdpa` gives a (B, 1, T, T) boolean tensor, `flex` a BlockMask of that shape.
+
+    Returns:
+        None when every row is one document and the plain causal kernel does (`sdpa` only).
+    """
+    if attention == "flex":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query >= key) & (document_ids_BT[batch, query] == document_ids_BT[batch, key])
+
+        num_rows, seq_len = document_ids_BT.shape
+        return create_block_mask(allowed, num_rows, None, seq_len, seq_len, device=document_ids_BT.device)
+    if bool((document_ids_BT == document_ids_BT[:, :1]).all()):
+        return None
+    same = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
+    return torch.tril(same)[:, None]
+
+
+def choose_attention(config: TrainConfig, shape: ModelShape, seq_len: int, device: torch.device) -> str:
+    """Returns `sdpa` or `flex`: what the config says, or the faster one in a short test on a GPU."""
+    if config.attention != "auto":
+        return config.attention
+    if device.type != "cuda":
+        return "sdpa"
+    seconds = {}
+    for name in ("sdpa", "flex"):
+        try:
+            seconds[name] = time_attention(name, shape, seq_len, config.micro_batch_size, device)
+        except (RuntimeError, ImportError) as error:
+            print(f"[train] attention {name} cannot run here: {str(error).splitlines()[0]}", flush=True)
+    return min(seconds, key=lambda name: seconds[name], default="sdpa")
+
+
+def time_attention(name: str, shape: ModelShape, seq_len: int, num_rows: int, device: torch.device) -> float:
+    """Seconds of one forward and backward pass over rows of four documents, the best of five."""
+    document_ids = (torch.arange(seq_len, device=device) * 4 // seq_len).expand(num_rows, seq_len)
+    mask = make_document_mask(document_ids, name)
+
+    def random(num_heads: int) -> Tensor:
+        size = (num_rows, num_heads, seq_len, shape.head_dim)
+        return torch.randn(size, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    query, key, value = (
+        random(count) for count in (shape.num_attention_heads, shape.num_key_value_heads, shape.num_key_value_heads)
+    )
+    best = float("inf")
+    for _ in range(6):
+        started = time.perf_counter()
+        _attend(name, query, key, value, mask).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _attend(name: str, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+    if name == "flex":
+        from torch.nn.attention.flex_attention import flex_attention
+
+        output: Tensor = torch.compile(flex_attention)(query, key, value, block_mask=mask, enable_gqa=True)
+        return output
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)

@@ -1,0 +1,185 @@
+"""Predicted memory of a worker, and the placement that fits: pure functions over plan, shape and config.
+
+Activation bytes were measured on transformers' Qwen3 layer with saved-tensor hooks: per token and layer, so many bytes
+for every element of the residual stream, of the queries, of keys and values, and of the feed-forward layer. A trained
+layer also keeps the inputs of its matrices; a frozen one on the gradient path does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layerplan.config.train import TrainConfig
+from layerplan.plan.cost import count_trainable_params
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.model_shape import ModelShape
+from layerplan.train.activation import choose_layers, gradient_path
+from layerplan.train.loss import chunk_logits
+from layerplan.train.sharding import Placement
+
+GIB = 2**30
+HEADROOM = 0.9
+"""Share of the free memory a prediction may fill."""
+BASELINE_BYTES = {"cuda": 1.5 * GIB, "cpu": 0.5 * GIB}
+"""Libraries, contexts, workspaces."""
+
+# bytes per token for each element of (residual, queries, keys and values, feed-forward)
+_ACTIVATION = {
+    ("bfloat16", True): (16.0, 10.25, 5.0, 8.0),
+    ("bfloat16", False): (8.0, 8.25, 4.0, 6.0),
+    ("float32", True): (24.0, 16.25, 8.0, 16.0),
+    ("float32", False): (8.0, 12.25, 6.0, 12.0),
+}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Predicted bytes on one worker."""
+
+    parameters: float
+    """Weights, masters, gradients, moments."""
+    activations: float
+    """Stored for backward, at the peak of one micro-batch."""
+    loss: float
+    """Logits held at once, and hidden states."""
+    baseline: float
+    """What is there before the model."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.parameters + self.activations + self.loss + self.baseline
+
+
+def layer_activation_bytes(shape: ModelShape, dtype: str, *, trained: bool) -> float:
+    """Bytes per token a layer on the gradient path stores."""
+    residual, queries, keys_values, feed_forward = _ACTIVATION[(dtype, trained)]
+    return (
+        residual * shape.hidden_size
+        + queries * shape.num_attention_heads * shape.head_dim
+        + keys_values * 2 * shape.num_key_value_heads * shape.head_dim
+        + feed_forward * shape.intermediate_size
+    )
+
+
+def estimate_memory(
+    plan: FreezePlan,
+    shape: ModelShape,
+    config: TrainConfig,
+    placement: Placement,
+    *,
+    seq_len: int,
+    world_size: int,
+    device_type: str,
+) -> MemoryEstimate:
+    """Predicts one worker's memory under a placement."""
+    width = 2 if config.compute_dtype == "bfloat16" else 4
+    trained = count_trainable_params(plan, shape)
+    frozen = shape.total_params - trained
+    tokens = config.micro_batch_size * seq_len
+    checkpointed = set(placement.checkpointed_layers)
+    stored = 0.0
+    for layer in gradient_path(plan):
+        kept = float(width * shape.hidden_size)
+        if layer not in checkpointed:
+            kept = layer_activation_bytes(shape, config.compute_dtype, trained=layer in set(plan.trainable_layers))
+        stored += tokens * kept
+    if checkpointed:
+        stored += tokens * layer_activation_bytes(shape, config.compute_dtype, trained=True)
+    trains_head = plan.train_lm_head or plan.tied in ("trained", "head_only")
+    loss = chunk_logits(device_type) * (width + 8) + 3 * tokens * shape.hidden_size * width
+    loss += shape.embedding_params * 4 if trains_head else 0
+    return MemoryEstimate(
+        parameters=_parameter_bytes(trained, frozen, width, shape, config, placement, world_size, seq_len),
+        activations=stored,
+        loss=loss,
+        baseline=BASELINE_BYTES.get(device_type, 0.0),
+    )
+
+
+def choose_placement(
+    plan: FreezePlan,
+    shape: ModelShape,
+    config: TrainConfig,
+    *,
+    seq_len: int,
+    world_size: int,
+    device_type: str,
+    available_bytes: float,
+    attention: str = "sdpa",
+) -> tuple[Placement, MemoryEstimate]:
+    """Settles every `auto`: the placement that communicates and recomputes least and still fits.
+
+    Returns:
+        The placement and its estimate. When nothing fits, the leanest one: the caller compares and refuses.
+    """
+    parallelisms = ["replicate", "shard"] if config.parallelism == "auto" else [config.parallelism]
+    if world_size == 1 and config.parallelism == "auto":
+        parallelisms = ["replicate"]
+    frozen = ["replicate", "shard"] if config.frozen_sharding == "auto" else [config.frozen_sharding]
+    limit = HEADROOM * available_bytes
+    best: tuple[Placement, MemoryEstimate] | None = None
+    for parallelism in parallelisms:
+        for frozen_sharding in frozen if parallelism == "shard" else frozen[:1]:
+            bare = Placement(parallelism, frozen_sharding, attention)
+
+            def estimate(placement: Placement) -> MemoryEstimate:
+                return estimate_memory(
+                    plan, shape, config, placement, seq_len=seq_len, world_size=world_size, device_type=device_type
+                )
+
+            excess = estimate(bare).total - limit
+            mode = config.activation_checkpointing
+            per_layer = [
+                config.micro_batch_size * seq_len * layer_activation_bytes(shape, config.compute_dtype, trained=trained)
+                for trained in (True, False)
+            ]
+            layers = choose_layers(
+                plan,
+                mode if mode != "auto" or excess > 0 else "none",
+                bytes_to_save=excess + per_layer[0],
+                trained_layer_bytes=per_layer[0],
+                frozen_layer_bytes=per_layer[1],
+            )
+            placement = Placement(parallelism, frozen_sharding, attention, layers)
+            best = placement, estimate(placement)
+            if best[1].total <= limit:
+                return best
+    if best is None:
+        raise AssertionError("at least one placement is tried")
+    return best
+
+
+def explain_shortage(estimate: MemoryEstimate, available_bytes: float, config: TrainConfig) -> str:
+    """Predicted beside available bytes, and the settings that would help."""
+    return (
+        f"Predicted {estimate.total:,.0f} bytes ({estimate.total / GIB:.2f} GiB: parameters"
+        f" {estimate.parameters / GIB:.2f}, activations {estimate.activations / GIB:.2f}, loss"
+        f" {estimate.loss / GIB:.2f}, baseline {estimate.baseline / GIB:.2f}), available {available_bytes:,.0f} bytes"
+        f" ({available_bytes / GIB:.2f} GiB) per worker. What helps: train.micro_batch_size below"
+        f" {config.micro_batch_size}, train.activation_checkpointing=full, or train.parallelism=shard with"
+        f" train.frozen_sharding=shard over more than num_workers={config.num_workers}"
+    )
+
+
+def _parameter_bytes(
+    trained: int,
+    frozen: int,
+    width: int,
+    shape: ModelShape,
+    config: TrainConfig,
+    placement: Placement,
+    world_size: int,
+    seq_len: int,
+) -> float:
+    moments = 8 if config.optimizer.type == "adamw" else 0.1
+    if placement.parallelism == "replicate":
+        accumulates = config.global_batch_size > world_size * config.micro_batch_size
+        gradient = 4 if width == 4 or accumulates else width
+        master = 4 if width != 4 else 0
+        return trained * (width + gradient + master + moments) + frozen * width
+    shards = world_size // config.num_replicas
+    frozen_shards = shards if placement.frozen_sharding == "shard" else 1
+    # two layers and the root are gathered at a time
+    gathered = width * (2 * shape.layer_params + shape.embedding_params)
+    return trained * (4 + 4 + moments) / shards + frozen * width / frozen_shards + gathered

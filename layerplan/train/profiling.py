@@ -1,0 +1,26 @@
+"""The profiler switch: a trace of one chosen step, readable by Perfetto or chrome://tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+@contextmanager
+def profiled(folder: Path | None, step: int) -> Iterator[None]:
+    """Writes `step_XXXXXXXX.json` into the folder; does nothing without one."""
+    if folder is None:
+        yield
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+        yield
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:08d}.json"
+    profiler.export_chrome_trace(str(path))
+    print(f"[train] profiler trace of step {step}: {path}", flush=True)

@@ -1,0 +1,87 @@
+"""What goes into a training run and what comes out of it, as values."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from layerplan.config.train import TrainConfig
+from layerplan.errors import CheckpointError
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.train.metrics import MetricSink
+
+RESULT_NAME = "training.json"
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Everything a training run needs; travels to the workers."""
+
+    run_dir: Path
+    model_path: str
+    plan: FreezePlan
+    store: Path
+    config: TrainConfig
+    seed: int
+    sink_factory: Callable[[int], MetricSink] | None = None
+    """(start step) to the sink of rank 0."""
+    revision: str = "main"
+    trust_remote_code: bool = False
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of the workers."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run came to."""
+
+    final_step: int
+    final_checkpoint: Path
+    first_loss: float
+    final_loss: float
+    validation_loss: float | None
+    tokens_seen: int
+    train_s: float
+    """Seconds in steps, over all attempts."""
+    wall_s: float
+    """Seconds of the call that finished it."""
+    tokens_per_s: float
+    mfu: float
+    """On the plan's own FLOPs, over all steps."""
+    skipped_steps: int
+    rollbacks: int
+    gradient_coverage: dict[str, int]
+    """What the first step proved."""
+    stopped_early: bool
+    hf_dir: Path | None
+    """Exported folder; None when training stopped early."""
+
+    def save(self, run_dir: Path) -> None:
+        """Writes `training.json` atomically, with paths relative to the run folder."""
+        values = asdict(self)
+        for key in ("final_checkpoint", "hf_dir"):
+            values[key] = None if values[key] is None else os.path.relpath(values[key], run_dir)
+        partial = run_dir / (RESULT_NAME + ".partial")
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        partial.replace(run_dir / RESULT_NAME)
+
+
+def load_result(run_dir: Path) -> TrainResult | None:
+    """Reads the result of a finished run, or returns None.
+
+    Raises:
+        CheckpointError: When `training.json` is not readable.
+    """
+    path = run_dir / RESULT_NAME
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("final_checkpoint", "hf_dir"):
+            values[key] = None if values[key] is None else run_dir / values[key]
+        return TrainResult(**values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); delete it to continue from the checkpoints") from None

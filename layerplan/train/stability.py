@@ -1,0 +1,85 @@
+"""What to do with a step whose loss or gradient went wrong: a pure decision over the recent losses."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+from layerplan.config.train import StabilityConfig
+
+Action = Literal["apply", "skip", "rollback", "stop"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What happens to the update of one step, and why; `event` is empty when nothing is out of the ordinary."""
+
+    action: Action
+    event: str = ""
+    message: str = ""
+
+
+@dataclass
+class StabilityMonitor:
+    """Judges each step; every rank holds one and, fed the same numbers, decides the same."""
+
+    config: StabilityConfig
+    recent: deque[float] = field(default_factory=deque)
+
+    def judge(self, step: int, loss: float, grad_norm: float, *, skipped: int, rollbacks: int) -> Verdict:
+        """Decides on the step and remembers its loss.
+
+        Args:
+            step: 1-based number of the step.
+            loss: Global mean loss.
+            grad_norm: Norm before clipping.
+            skipped: Steps left out so far.
+            rollbacks: Returns to a checkpoint so far.
+        """
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            event, policy = "nonfinite", str(self.config.on_nonfinite)
+            message = f"step {step}: loss {loss:.4g} or gradient norm {grad_norm:.4g} is not finite"
+        elif self._is_spike(loss):
+            event, policy = "loss_spike", self.config.on_spike
+            message = (
+                f"step {step}: loss {loss:.4f} is over {self.config.spike_sigmas:g} deviations above its recent mean"
+            )
+        else:
+            self._remember(loss)
+            return Verdict("apply")
+        return self._apply_policy(event, policy, message, skipped, rollbacks)
+
+    def forget(self) -> None:
+        """Starts over after a return to a checkpoint."""
+        self.recent.clear()
+
+    def _apply_policy(self, event: str, policy: str, message: str, skipped: int, rollbacks: int) -> Verdict:
+        if policy in ("log", "off"):
+            return Verdict("apply", event, f"{message}; its update is applied")
+        if policy == "skip" and event == "nonfinite" and skipped + 1 > self.config.max_nonfinite:
+            policy = "stop"
+            message += f"; max_nonfinite={self.config.max_nonfinite} steps were left out before it"
+        if policy == "rollback" and rollbacks + 1 > self.config.max_rollbacks:
+            policy = "stop"
+            message += f"; max_rollbacks={self.config.max_rollbacks} are used up"
+        if policy == "skip":
+            return Verdict("skip", event, f"{message}; its update is left out ({skipped + 1} so far)")
+        if policy == "rollback":
+            return Verdict("rollback", event, f"{message}; returning to the last checkpoint ({rollbacks + 1} so far)")
+        return Verdict("stop", event, f"{message}; stopping as train.stability says")
+
+    def _is_spike(self, loss: float) -> bool:
+        if self.config.on_spike == "off" or len(self.recent) < self.config.spike_window:
+            return False
+        mean = statistics.fmean(self.recent)
+        deviation = statistics.pstdev(self.recent, mu=mean)
+        # a floor, because a loss that has converged on one batch deviates by nothing
+        return loss > mean + self.config.spike_sigmas * max(deviation, 0.01 * abs(mean))
+
+    def _remember(self, loss: float) -> None:
+        self.recent.append(loss)
+        while len(self.recent) > self.config.spike_window:
+            self.recent.popleft()

@@ -1,0 +1,51 @@
+"""Mean next-token loss over the held-out rows, spread over the ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from layerplan.corpus.rows import PADDING, PackedRows
+from layerplan.train.step import make_batch
+
+
+def compute_validation_loss(
+    model: nn.Module,
+    rows: PackedRows,
+    *,
+    micro_batch_size: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> float:
+    """Returns nats per label; each rank takes every world_size-th row.
+
+    Every rank runs the same number of forward passes, as sharded layers are gathered together; a rank without a row
+    of its own runs one whose positions are all padding.
+    """
+    size = micro_batch_size * world_size
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(rows), size):
+            mine = rows.take(start + rank, min(start + size, len(rows)))
+            batch = make_batch(_every(mine, world_size) if len(mine) else _blank(rows), device)
+            total[0] += model(batch).double()
+            total[1] += batch.num_labels
+    model.train()
+    if world_size > 1:
+        dist.all_reduce(total)
+    return float(total[0] / total[1].clamp_min(1))
+
+
+def _every(rows: PackedRows, step: int) -> PackedRows:
+    return PackedRows(
+        rows.row_ids[::step], rows.input_ids[::step], rows.document_ids[::step], rows.position_ids[::step]
+    )
+
+
+def _blank(rows: PackedRows) -> PackedRows:
+    one = rows.take(0, 1)
+    return PackedRows(one.row_ids, one.input_ids, np.full_like(one.document_ids, PADDING), one.position_ids)

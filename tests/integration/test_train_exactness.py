@@ -1,0 +1,169 @@
+"""Two gloo workers equal one process over 50 steps: every plan type, tied and untied, replicated and sharded.
+
+The test starts this file twice as a program; each copy is one worker and checks itself against the single process.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+NUM_STEPS = 50
+PLANS = ("full", "freeze_deep", "freeze_shallow", "explicit")
+PLACEMENTS = (("replicate", "replicate"), ("shard", "replicate"), ("shard", "shard"))
+
+
+def test_two_workers_equal_one_process_over_fifty_steps(tmp_path: Path) -> None:
+    """24 cases: four plans, tied and untied, three placements; parameters within 1e-5."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    env |= {"GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__],
+            env=env | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [worker.communicate(timeout=400)[0] for worker in workers]
+    for worker, output in zip(workers, outputs):
+        assert worker.returncode == 0, output[-3000:]
+    assert outputs[0].count("case ok") == len(PLANS) * 2 * len(PLACEMENTS)
+
+
+def make_model(is_tied: bool):  # type: ignore[no-untyped-def]
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=is_tied,
+        max_position_embeddings=64,
+    )
+    return Qwen3ForCausalLM(config).float().train()
+
+
+def make_plan_for(model, plan_type: str):  # type: ignore[no-untyped-def]
+    from pydantic import TypeAdapter
+
+    from layerplan.config.plan import PlanConfig
+    from layerplan.plan.layer_profile import ModelIdentity
+    from layerplan.plan.model_shape import ModelShape
+    from layerplan.plan.policies import make_plan
+
+    ends = {"train_embeddings": False}
+    values = {
+        "full": {"type": "full"},
+        "freeze_deep": {"type": "freeze_deep", "boundary": 2, **ends},
+        "freeze_shallow": {"type": "freeze_shallow", "boundary": 2, "train_final_norm": True, "train_lm_head": True},
+        "explicit": {"type": "explicit", "trainable": [0, 2], **ends},
+    }[plan_type]
+    is_tied = model.config.tie_word_embeddings
+    if plan_type == "freeze_shallow" and is_tied:
+        values = {**values, "tied": "head_only"}
+    identity = ModelIdentity(name="tiny", revision="main", model_type="qwen3", num_layers=3, weights_sha256=None)
+    shape = ModelShape.from_hf_config(model.config.to_dict())
+    return make_plan(TypeAdapter(PlanConfig).validate_python(values), model=identity, shape=shape, profile=None)
+
+
+def rows_of_step(step: int, rank: int, world_size: int):  # type: ignore[no-untyped-def]
+    from layerplan.corpus.rows import PackedRows
+
+    rng = np.random.default_rng(step)
+    input_ids = rng.integers(0, 96, size=(8, 16), dtype=np.int32)
+    document_ids = np.repeat([[0] * 6 + [1] * 10], 8, axis=0).astype(np.int32)
+    document_ids[0, 12:] = -1
+    position_ids = np.repeat([[*range(6), *range(10)]], 8, axis=0).astype(np.int32)
+    rows = PackedRows(np.arange(8, dtype=np.int64), input_ids, document_ids, position_ids)
+    pick = slice(rank, None, world_size)
+    return PackedRows(rows.row_ids[pick], input_ids[pick], document_ids[pick], position_ids[pick])
+
+
+def train(plan_type: str, is_tied: bool, parallelism: str, frozen: str, rank: int, world_size: int):  # type: ignore[no-untyped-def]
+    import torch
+
+    from layerplan.config.train import OptimizerConfig, TrainConfig
+    from layerplan.models.freezing import apply_plan, hf_name
+    from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
+    from layerplan.train.optim import build_optimizer
+    from layerplan.train.sharding import Placement, place_model
+    from layerplan.train.state import TrainState
+
+    model = make_model(is_tied)
+    plan = make_plan_for(model, plan_type)
+    config = TrainConfig(
+        max_steps=NUM_STEPS,
+        global_batch_size=8,
+        micro_batch_size=4,
+        num_workers=world_size,
+        compute_dtype="float32",
+        log_every_steps=1000,
+        optimizer=OptimizerConfig(learning_rate=1e-3, eps=1e-5),
+    )
+    applied = apply_plan(model, plan)
+    device = torch.device("cpu")
+    placed = place_model(model, plan, config, Placement(parallelism, frozen), world_size=world_size, device=device)
+    optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters)
+
+    def iter_steps(start: int, stop: int) -> Iterator[object]:
+        return (rows_of_step(step, rank, world_size) for step in range(start, stop))
+
+    hooks = LoopHooks(iter_steps, lambda state: None, lambda: False, None, None)
+    setup = LoopSetup(placed, optimizer, applied, config, device, rank, world_size)
+    state = run_loop(setup, TrainState(), hooks)
+    full = {}
+    for name, parameter in placed.model.named_parameters():
+        full[hf_name(name)] = (
+            (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().clone()
+        )
+    return state, full, placed, plan, applied
+
+
+def main() -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    for plan_type in PLANS:
+        for is_tied in (False, True):
+            base = {name: value.clone() for name, value in make_model(is_tied).named_parameters()}
+            alone, expected, _, _, applied = train(plan_type, is_tied, "replicate", "replicate", 0, 1)
+            for parallelism, frozen in PLACEMENTS:
+                state, found, placed, _, _ = train(plan_type, is_tied, parallelism, frozen, rank, 2)
+                assert found.keys() == expected.keys()
+                worst = max(float((found[name] - expected[name]).abs().max()) for name in expected)
+                case = f"{plan_type} tied={is_tied} {parallelism}/{frozen}"
+                assert worst < 1e-5, f"{case}: {worst}"
+                assert abs(state.last_loss - alone.last_loss) < 1e-5, case
+                assert state.tokens_seen == alone.tokens_seen, case
+                for name in applied.frozen:
+                    assert torch.equal(found[name], base[name]), f"{case}: frozen {name} moved"
+                if placed.reducer is not None:
+                    trained = sum(found[name].numel() * 4 for name in applied.trainable)
+                    assert placed.reducer.bytes_sent == trained, case
+                print(f"case ok {case}: {worst:.1e}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
