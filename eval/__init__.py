@@ -1,0 +1,1 @@
+"""Scores and verdicts: benchmarks, prompts, protocols, engines, significance."""

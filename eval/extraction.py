@@ -1,6 +1,6 @@
-"""One answer out of generated text, or none: never a substring test.
+r"""One answer out of generated text, or none: never a substring test.
 
-Python's `\\b` counts Chinese characters as word characters, so `选A是` would have no boundary around A; boundaries here
+Python's `\b` counts Chinese characters as word characters, so `选A是` would have no boundary around A; boundaries here
 are between a letter and anything that is not a Latin letter or digit. The rules are tried in order; the first that
 decides wins.
 """
@@ -24,7 +24,9 @@ _CUE = re.compile(
     r"\s*[:：]?\s*[(（\[【\"“'‘]*\s*" + _ALONE,
     re.IGNORECASE,
 )
-_NEGATION = re.compile(r"(?:不|非|别|没有|未|勿|not|n't|never|isn't)\s*(?:应该|应|能|可|是|be|to|the|a|an)?\s*$", re.IGNORECASE)
+_NEGATION = re.compile(
+    r"(?:不|非|别|没有|未|勿|not|n't|never|isn't)\s*(?:应该|应|能|可|是|be|to|the|a|an)?\s*$", re.IGNORECASE
+)
 _NEGATED_CUE = re.compile(r"(?:不是|不为|不选|并非|is not|isn't)", re.IGNORECASE)
 
 

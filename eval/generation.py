@@ -29,12 +29,12 @@ class VllmEngine:
             dtype = "float32" if on_cpu else "bfloat16"
         options: dict[str, Any] = {"enforce_eager": True} if on_cpu else {"tensor_parallel_size": max(1, int(num_gpus))}
         try:
-            self._engine = LLM(
-                model=model, revision=revision, dtype=dtype, seed=0, disable_log_stats=True, **options
-            )
+            self._engine = LLM(model=model, revision=revision, dtype=dtype, seed=0, disable_log_stats=True, **options)
         except Exception as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
-            raise EvaluationError(f"vLLM cannot start on {model}: {lines[-1] if lines else type(error).__name__}") from error
+            raise EvaluationError(
+                f"vLLM cannot start on {model}: {lines[-1] if lines else type(error).__name__}"
+            ) from error
         self._letter_ids = list(letter_ids)
         self._sampling = SamplingParams(
             temperature=0.0, max_tokens=max_new_tokens, logprob_token_ids=list(letter_ids), detokenize=True

@@ -83,12 +83,16 @@ def _read_subjects(root: Path, name: str) -> dict[str, dict[str, Any]]:
     try:
         subjects = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise EvaluationError(f"evaluation.benchmarks: {name}: {path} does not exist; a folder of CSV files is expected") from None
+        raise EvaluationError(
+            f"evaluation.benchmarks: {name}: {path} does not exist; a folder of CSV files is expected"
+        ) from None
     except (OSError, ValueError) as error:
         raise EvaluationError(f"evaluation.benchmarks: {name}: {path} cannot be read ({error})") from None
     for subject, values in subjects.items():
         if values.get("category") not in CATEGORIES or not values.get("name_zh"):
-            raise EvaluationError(f"{path}: subject {subject} needs name_zh and a category out of {', '.join(CATEGORIES)}")
+            raise EvaluationError(
+                f"{path}: subject {subject} needs name_zh and a category out of {', '.join(CATEGORIES)}"
+            )
     return dict(subjects)
 
 

@@ -94,7 +94,13 @@ def load_answers(out_dir: Path, benchmark: str, protocol: str) -> list[Answer]:
 
 def make_protocol_id(benchmark: Benchmark, protocol: Protocol, config: EvaluationConfig) -> str:
     """Hash of everything that decides a score beside the model: questions, prompt, extraction, decoding."""
-    parts: list[Any] = [benchmark.name, benchmark.split, benchmark.content_sha256, describe_template(benchmark.name), protocol]
+    parts: list[Any] = [
+        benchmark.name,
+        benchmark.split,
+        benchmark.content_sha256,
+        describe_template(benchmark.name),
+        protocol,
+    ]
     if protocol == "generate":
         parts += [EXTRACTION_VERSION, config.max_new_tokens, "greedy"]
     return compute_sha256(parts)
@@ -109,7 +115,9 @@ def find_letter_ids(tokenizer: Any, model: str) -> list[int]:
     found = [tokenizer.encode(letter, add_special_tokens=False) for letter in LETTERS]
     wrong = [letter for letter, ids in zip(LETTERS, found) if len(ids) != 1]
     if wrong:
-        raise EvaluationError(f"{model}: its tokenizer splits the letter {wrong[0]!r}; the logit protocol needs single tokens")
+        raise EvaluationError(
+            f"{model}: its tokenizer splits the letter {wrong[0]!r}; the logit protocol needs single tokens"
+        )
     return [ids[0] for ids in found]
 
 
@@ -166,7 +174,9 @@ def _finish(
             _make_answer(benchmark.name, question, protocol, output)
             for question, output in zip(benchmark.questions, outputs, strict=True)
         ]
-        lines += [json.dumps({"protocol": protocol, "answer": item.model_dump()}, ensure_ascii=False) for item in answers]
+        lines += [
+            json.dumps({"protocol": protocol, "answer": item.model_dump()}, ensure_ascii=False) for item in answers
+        ]
         protocol_id = make_protocol_id(benchmark, protocol, config)
         results[f"{benchmark.name}/{protocol}"] = score_answers(benchmark, protocol, protocol_id, answers)
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,7 @@ def compare_runs(
         EvaluationError: When protocol ids differ.
     """
     drafts = [_compare(reference, run, seed) for run in runs]
-    adjusted = correct_holm([draft["mcnemar_p"] for draft in drafts])
+    adjusted = correct_holm([float(str(draft["mcnemar_p"])) for draft in drafts])
     return finish_verdicts(drafts, adjusted)
 
 

@@ -17,7 +17,7 @@ from types import FrameType
 from layerplan.config.load import load_config
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError, LayerplanError
-from layerplan.tracking.telemetry import disable_telemetry
+from layerplan.telemetry import disable_telemetry
 
 JobFunction = Callable[[RunConfig, argparse.Namespace], None]
 

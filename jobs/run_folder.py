@@ -79,9 +79,9 @@ class RunFolder:
         return self.root / "token_store"
 
     @property
-    def training(self) -> Path:
-        """Summary of the finished training."""
-        return self.root / "training.json"
+    def metrics(self) -> Path:
+        """One line per logged step."""
+        return self.root / "metrics.jsonl"
 
     @property
     def evaluation(self) -> Path:
@@ -117,7 +117,9 @@ def _check_same_config(folder: RunFolder, config: RunConfig) -> None:
     try:
         earlier = _flatten(json.loads(folder.config.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"name: {folder.config} of an earlier run cannot be read ({error}); choose another name") from None
+        raise ConfigError(
+            f"name: {folder.config} of an earlier run cannot be read ({error}); choose another name"
+        ) from None
     now = _flatten(config.model_dump(mode="json"))
     faults = [
         f"name: run {config.name!r} exists with {key}={earlier.get(key)!r}, this config has {now.get(key)!r};"

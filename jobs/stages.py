@@ -10,26 +10,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from eval.items import load_benchmark
+from eval.runner import Results, evaluate_model, load_answers
+from eval.significance import Verdict, correct_holm, draft_comparison, finish_verdicts
 from jobs.run_folder import RunFolder
-from layerplan.config.model import ScratchModelConfig
-from layerplan.config.plan import FilePlanConfig, FullPlanConfig
+from layerplan.checkpoint.hf_export import ExportReport, export_hf
+from layerplan.checkpoint.layout import name_step
+from layerplan.config.plan import FilePlanConfig
 from layerplan.config.run import RunConfig
-from layerplan.config.train import TrainConfig
+from layerplan.corpus.build import build_token_store, hash_tokenizer
+from layerplan.corpus.decontamination import BenchmarkText
 from layerplan.corpus.manifest import Manifest
-from layerplan.errors import ConfigError
-from layerplan.models.causal_lm import identify_model, load_hf_config
+from layerplan.errors import CorpusError
+from layerplan.models.causal_lm import find_tokenizer_file, identify_model, load_hf_config
 from layerplan.plan.explain import explain_plan, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan, needs_profile
-from layerplan.tracking.tracker import Tracker
+from layerplan.tracer.pool import trace_model
+from layerplan.tracking.callback import LineageCallback
+from layerplan.tracking.tracker import RunSinkFactory, Tracker
 from layerplan.train.trainer import TrainRequest, TrainResult, run_training
-
-TOKENIZER_SAMPLE_CHARS = 8_000_000
-"""Text the quick-start tokenizer is trained on; more changes the merges little."""
 
 
 @dataclass(frozen=True)
@@ -58,52 +61,39 @@ def tracked(context: RunContext, stage: str) -> Iterator[Tracker]:
     tracker.close(status="FINISHED")
 
 
-def prepare_model(context: RunContext) -> str:
-    """Returns the folder or hub id of the base model, making a scratch one first when the config asks for it."""
-    model = context.config.model
-    if not isinstance(model, ScratchModelConfig):
-        return model.name
-    trained = context.folder.base_model / "hf"
-    if (trained / "config.json").exists():
-        say("base", f"found {trained}")
-        return str(trained)
-    return _make_scratch_base(context, model, trained)
-
-
 def build_store(context: RunContext, model_name: str) -> Path:
     """Builds the token store, or checks the given one against the config and the model's tokenizer."""
-    from layerplan.corpus.build import build_token_store
-    from layerplan.models.causal_lm import find_tokenizer_file
-
     corpus = context.config.corpus
+    tokenizer = find_tokenizer_file(model_name, revision=revision_of(context.config))
     if corpus.store is not None:
         store = Path(corpus.store).expanduser().resolve()
-        _check_store(Manifest.load(store), context.config)
+        _check_store(Manifest.load(store), store, corpus.seq_len, hash_tokenizer(tokenizer))
+        say("corpus", f"using {store}")
         return store
     with tracked(context, "corpus") as tracker:
         manifest = build_token_store(
             corpus,
-            find_tokenizer_file(model_name, revision=revision_of(context.config)),
+            tokenizer,
             context.folder.token_store,
-            questions=_benchmark_texts(context.config),
+            questions=list_benchmark_texts(context.config),
             seed=context.config.seed,
             report=lambda line: say("corpus", line),
         )
         tracker.log_params({"num_rows": manifest.num_rows, "seq_len": manifest.seq_len})
         tracker.log_metrics({f"corpus/{name}": float(count) for name, count in manifest.counts.items()}, step=0)
+        tracker.log_artifact(context.folder.token_store / "manifest.json")
     return context.folder.token_store
 
 
 def trace(context: RunContext, model_name: str) -> LayerProfile | None:
     """Measures the layers when the plan needs it; returns the profile, or None when nothing was measured."""
-    from layerplan.tracer.pool import trace_model
-
     if context.folder.profile.exists():
         say("trace", f"found {context.folder.profile}")
         return LayerProfile.load(context.folder.profile)
     if not needs_profile(context.config.plan):
         say("trace", f"skipped: plan type {context.config.plan.type!r} needs no measurement")
         return None
+    say("trace", f"measuring the layers of {model_name}")
     with tracked(context, "trace") as tracker:
         profile = trace_model(
             model_name,
@@ -112,7 +102,8 @@ def trace(context: RunContext, model_name: str) -> LayerProfile | None:
             trust_remote_code=trusts_remote_code(context.config),
             out_dir=context.folder.root,
         )
-        log_profile(tracker, profile, context.folder)
+        _log_profile(tracker, profile, context.folder)
+    say("trace", f"{profile.num_probes} probes; best boundary {profile.best_boundary}")
     return profile
 
 
@@ -123,9 +114,10 @@ def decide_plan(context: RunContext, model_name: str, profile: LayerProfile | No
     if context.folder.plan.exists():
         plan = FreezePlan.load(context.folder.plan)
     elif isinstance(config.plan, FilePlanConfig):
-        plan = FreezePlan.load(Path(config.plan.path))
+        plan = FreezePlan.load(Path(config.plan.path).expanduser())
     else:
-        plan = make_plan(config.plan, model=identity, shape=shape_of(model_name, config), profile=profile)
+        shape = ModelShape.from_hf_config(load_hf_config(model_name, revision=revision_of(config)))
+        plan = make_plan(config.plan, model=identity, shape=shape, profile=profile)
     plan.check_model(identity)
     if not context.folder.plan.exists():
         with tracked(context, "plan") as tracker:
@@ -135,27 +127,96 @@ def decide_plan(context: RunContext, model_name: str, profile: LayerProfile | No
             tracker.log_artifact(context.folder.plan)
             tracker.log_artifact(context.folder.plan_text)
     say("plan", plan.reason)
-    print(render_layer_map(plan), flush=True)
+    say("plan", render_layer_map(plan))
     return plan
 
 
 def train(context: RunContext, model_name: str, plan: FreezePlan, store: Path) -> TrainResult:
     """Trains exactly the plan; a finished training is read back, an interrupted one continues."""
-    from layerplan.tracking.callback import RunCallback
-
+    config = context.config
     with tracked(context, "train") as tracker:
-        request = TrainRequest(
-            run_dir=context.folder.root,
-            model_path=model_name,
-            plan=plan,
-            store=store,
-            config=context.config.train,
-            seed=context.config.seed,
-            sink_factory=tracker.make_sink_factory(context.folder.root / "metrics.jsonl"),
+        tracker.log_params(config.train.model_dump(mode="json"))
+        result = run_training(
+            TrainRequest(
+                run_dir=context.folder.root,
+                model_path=model_name,
+                plan=plan,
+                store=store,
+                config=config.train,
+                seed=config.seed,
+                sink_factory=RunSinkFactory(context.folder.metrics, "train", tracker),
+                revision=revision_of(config),
+                trust_remote_code=trusts_remote_code(config),
+            ),
+            callbacks=[LineageCallback(tracker)],
         )
-        result = run_training(request, callbacks=[RunCallback(tracker.make_sink_factory(None))])
-        tracker.log_params({"gradient_coverage": "equal to the plan", "hf_dir": str(result.hf_dir)})
+    say("train", f"loss {result.first_loss:.3f} -> {result.final_loss:.3f}, {result.tokens_seen:,} tokens")
     return result
+
+
+def export(context: RunContext, model_name: str, plan: FreezePlan, result: TrainResult) -> Path:
+    """Writes the Hugging Face folder and proves that frozen tensors are the base's, byte for byte."""
+    folder = context.folder.root / "hf" / name_step(result.final_step)
+    proof = context.folder.root / "export.json"
+    if (folder / "config.json").exists() and proof.exists():
+        say("export", f"found {folder}")
+        return folder
+    with tracked(context, "export") as tracker:
+        report = export_hf(
+            base=model_name,
+            checkpoint=result.final_checkpoint,
+            out_dir=folder,
+            plan=plan,
+            revision=revision_of(context.config),
+        )
+        write_json(proof, _describe_export(report))
+        tracker.log_artifact(proof)
+    say(
+        "export", f"{report.num_frozen} frozen tensors byte-identical to the base, {report.num_trained_changed} trained"
+    )
+    return folder
+
+
+def evaluate(context: RunContext, model: str, label: str, *, revision: str = "main") -> Results:
+    """Scores one model into `evaluation/<label>`."""
+    folder = context.folder.evaluation / label
+    with tracked(context, f"evaluate_{label}") as tracker:
+        results = evaluate_model(
+            model,
+            context.config.evaluation,
+            folder,
+            revision=revision,
+            report=lambda line: say("evaluate", f"{label}: {line}"),
+        )
+        for key, result in results.items():
+            tracker.log_metrics({f"eval/{key}/accuracy": result.question_mean}, step=0)
+        for path in sorted(folder.glob("*.json")):
+            tracker.log_artifact(path)
+    return results
+
+
+def judge(context: RunContext, base: Results, trained: Results, label: str) -> list[Verdict]:
+    """Compares the trained model with the untouched base, corrected over every comparison of the run."""
+    folder = context.folder.evaluation
+    drafts = []
+    for key, result in trained.items():
+        answers = [load_answers(folder / name, result.benchmark, result.protocol) for name in ("base", label)]
+        drafts.append(draft_comparison(("the base", base[key], answers[0]), (context.config.name, result, answers[1])))
+    adjusted = correct_holm([float(str(draft["mcnemar_p"])) for draft in drafts])
+    verdicts = finish_verdicts(drafts, adjusted)
+    write_json(context.folder.verdicts, [verdict.model_dump(mode="json") for verdict in verdicts])
+    with tracked(context, "verdict") as tracker:
+        tracker.log_artifact(context.folder.verdicts)
+    return verdicts
+
+
+def list_benchmark_texts(config: RunConfig) -> list[BenchmarkText]:
+    """The questions the corpus must not contain."""
+    return [
+        BenchmarkText(f"{benchmark.name}/{question.id}", question.question)
+        for benchmark in map(load_benchmark, config.evaluation.benchmarks)
+        for question in benchmark.questions
+    ]
 
 
 def revision_of(config: RunConfig) -> str:
@@ -168,12 +229,32 @@ def trusts_remote_code(config: RunConfig) -> bool:
     return bool(getattr(config.model, "trust_remote_code", False))
 
 
-def shape_of(model_name: str, config: RunConfig) -> ModelShape:
-    """Shape of the model from its config file alone."""
-    return ModelShape.from_hf_config(load_hf_config(model_name, revision=revision_of(config)))
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON aside and moves it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
-def log_profile(tracker: Tracker, profile: LayerProfile, folder: RunFolder) -> None:
+def _check_store(manifest: Manifest, store: Path, seq_len: int, tokenizer_sha256: str) -> None:
+    if manifest.seq_len != seq_len:
+        raise CorpusError(f"corpus.store={store}: has rows of {manifest.seq_len} tokens, corpus.seq_len={seq_len}")
+    if manifest.tokenizer_sha256 != tokenizer_sha256:
+        raise CorpusError(f"corpus.store={store}: was built with another tokenizer than the model's; build it again")
+
+
+def _describe_export(report: ExportReport) -> dict[str, object]:
+    return {
+        "folder": report.folder.name,
+        "frozen_tensors_identical_to_base": report.num_frozen,
+        "trained_tensors": report.num_trained,
+        "trained_tensors_changed": report.num_trained_changed,
+        "gradient_coverage": "equal to the plan at the first step of every attempt",
+    }
+
+
+def _log_profile(tracker: Tracker, profile: LayerProfile, folder: RunFolder) -> None:
     """Puts the profile and its per-layer curves into the lineage, the layer index as the step."""
     tracker.log_params({"num_probes": profile.num_probes, "best_boundary": profile.best_boundary})
     for layer, value in enumerate(profile.task_particle):

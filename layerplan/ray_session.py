@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 
 from layerplan.config.cluster import ClusterConfig
 from layerplan.errors import ClusterError
@@ -14,6 +16,8 @@ WORKER_VARIABLES = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
 }
 """Defaults of the workers; what the user's environment sets wins."""
 
@@ -44,12 +48,20 @@ def connect(config: ClusterConfig, *, min_cpus: float, min_gpus: float = 0) -> N
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             where = f"cluster.address={address}" if address else "a local Ray cluster"
             raise ClusterError(f"{where}: cannot be reached or started ({first})") from error
+    quiet_engines()
     _check_size(ray.cluster_resources(), min_cpus, min_gpus)
 
 
-def _init(address: str | None, config: ClusterConfig) -> None:
-    import logging
+def quiet_engines() -> None:
+    """Keeps Ray's own progress to terminals that can redraw it; in a log file it would bury the run's lines."""
+    import ray.data
 
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+
+
+def _init(address: str | None, config: ClusterConfig) -> None:
     import ray
 
     variables = {**WORKER_VARIABLES, **QUIET_VARIABLES}

@@ -27,7 +27,7 @@ class EvaluationConfig(StrictModel):
 
     benchmarks: list[BenchmarkConfig] = Field(default_factory=lambda: [BenchmarkConfig(name="ceval")], min_length=1)
     """Benchmarks, each scored by every protocol."""
-    protocols: list[Literal["logit", "generate"]] = Field(default_factory=lambda: ["logit", "generate"], min_length=1)
+    protocols: list[Literal["logit", "generate"]] = Field(default=["logit", "generate"], min_length=1)
     """`logit` compares the four letters' log-probabilities; `generate` decodes greedily and extracts an answer."""
     backend: Literal["vllm", "transformers"] = "vllm"
     """Engine that runs the model."""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from layerplan.config.base import StrictModel
+from layerplan.config.corpus import SourceConfig
 
 
 class PretrainedModelConfig(StrictModel):
@@ -46,6 +47,10 @@ class ScratchModelConfig(StrictModel):
     """Longest sequence the model accepts, in tokens."""
     tie_word_embeddings: bool = True
     """Input embedding and output head share one matrix, as in small Qwen3 models."""
+    initializer_range: float = Field(default=0.02, gt=0, le=1)
+    """Standard deviation of the random weights; a narrow model learns faster with more than the usual 0.02."""
+    pretrain_sources: list[SourceConfig] | None = None
+    """Text of that training; left out, the run's own `corpus.sources`."""
     pretrain_steps: int = Field(default=60, ge=1)
     """Optimizer steps of the brief `full` training that turns the random model into a base."""
     pretrain_learning_rate: float = Field(default=1e-3, gt=0, le=1)

@@ -58,20 +58,27 @@ def build_token_store(
     """
     tokenizer_file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
     tokenizer_json = tokenizer_file.read_text(encoding="utf-8")
-    tokenizer_sha256 = hashlib.sha256(tokenizer_json.encode()).hexdigest()
+    tokenizer_sha256 = hash_tokenizer(tokenizer_file)
     config_sha256 = compute_sha256([_content_fields(config), [question.id for question in questions], seed])
     if (store / MANIFEST_NAME).exists():
         manifest = Manifest.load(store)
         if (manifest.tokenizer_sha256, manifest.config_sha256) == (tokenizer_sha256, config_sha256):
             report(f"found {store}: {manifest.num_rows:,} rows of {manifest.seq_len:,} tokens")
             return manifest
-        raise CorpusError(f"{store}: was built from another corpus config or tokenizer; remove it or choose another name")
+        raise CorpusError(
+            f"{store}: was built from another corpus config or tokenizer; remove it or choose another name"
+        )
     loaded = Tokenizer.from_str(tokenizer_json)
     writer = _StoreWriter(config, store, _find_end_of_text(loaded, tokenizer_file), seed)
     _consume(_iter_records(config, tokenizer_json, list(questions)), config, writer, report)
     return writer.finish(
         vocab_size=loaded.get_vocab_size(), tokenizer_sha256=tokenizer_sha256, config_sha256=config_sha256
     )
+
+
+def hash_tokenizer(path: Path) -> str:
+    """Hash of a `tokenizer.json`, as a store's manifest keeps it."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _content_fields(config: CorpusConfig) -> dict[str, Any]:
@@ -233,9 +240,7 @@ class _StoreWriter:
             rows, self._rows = self._rows[:size], self._rows[size:]
             path = self._store / f"shard_{len(self._shards):06d}.parquet"
             first = sum(shard.num_rows for shard in self._shards)
-            self._shards.append(
-                write_rows(path, rows, first_row_id=first, rows_per_group=self._config.rows_per_group)
-            )
+            self._shards.append(write_rows(path, rows, first_row_id=first, rows_per_group=self._config.rows_per_group))
 
     def _check_counts(self) -> None:
         bad = self._counts[QUARANTINED] / max(self._counts["in"], 1)

@@ -13,19 +13,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MACHINE_DOCS = "machine://docs"
+PYTHON_DOCS, PACKAGE_DOCS = "machine://docs/python", "machine://docs/packages"
+ALL_MACHINE_DOCS = (MACHINE_DOCS, PYTHON_DOCS, PACKAGE_DOCS)
 TOPICS, STDLIB, PACKAGE = "topics", "stdlib:", "package:"
 
 
-def iter_machine_units() -> Iterator[str]:
-    """Names the units: `topics`, `stdlib:<file>`, `package:<name>`."""
+def iter_machine_units(source: str = MACHINE_DOCS) -> Iterator[str]:
+    """Names the units: `topics`, `stdlib:<file>`, `package:<name>`; a narrower source names its own kinds only."""
+    if source != PACKAGE_DOCS:
+        yield from _iter_python_units()
+    if source != PYTHON_DOCS:
+        names = {distribution.metadata["Name"] or "" for distribution in importlib.metadata.distributions()}
+        yield from (PACKAGE + name for name in sorted(names) if name)
+
+
+def _iter_python_units() -> Iterator[str]:
     yield TOPICS
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         inner = path.relative_to(root).as_posix()
         if not inner.startswith(("site-packages/", "test/", "idlelib/", "lib2to3/", "config-")):
             yield STDLIB + inner
-    names = {distribution.metadata["Name"] or "" for distribution in importlib.metadata.distributions()}
-    yield from (PACKAGE + name for name in sorted(names) if name)
 
 
 def read_machine_unit(name: str) -> Iterator[tuple[str, str]]:
@@ -53,7 +61,9 @@ def _read_docstrings(inner: str) -> Iterator[tuple[str, str]]:
         return
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [
-        (getattr(node, "name", inner), ast.get_docstring(node)) for node in ast.walk(tree) if isinstance(node, documented)
+        (getattr(node, "name", inner), ast.get_docstring(node))
+        for node in ast.walk(tree)
+        if isinstance(node, documented)
     ]
     text = "\n\n".join(f"{title}\n{docstring}" for title, docstring in found if docstring)
     if text:
@@ -65,7 +75,7 @@ def _read_package(name: str) -> Iterator[tuple[str, str]]:
         metadata = importlib.metadata.metadata(name)
     except importlib.metadata.PackageNotFoundError:
         return
-    body = metadata.get_payload()
-    text = body if isinstance(body, str) and body.strip() else metadata.get("Description", "")
+    fields = metadata.json
+    text = str(fields.get("description", ""))
     if text:
         yield f"package:{name}", text

@@ -77,6 +77,8 @@ class Manifest(StrictModel):
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise CorpusError(f"corpus.store={store}: no {MANIFEST_NAME}; not a token store, or its build did not finish") from None
+            raise CorpusError(
+                f"corpus.store={store}: no {MANIFEST_NAME}; not a token store, or its build did not finish"
+            ) from None
         except (OSError, ValidationError, UnicodeDecodeError) as error:
             raise CorpusError(f"{path}: not a readable manifest ({' '.join(str(error).split())[:200]})") from None

@@ -19,7 +19,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from layerplan.config.corpus import CorpusConfig, SourceConfig
-from layerplan.corpus.machine_docs import MACHINE_DOCS, iter_machine_units, read_machine_unit
+from layerplan.corpus.machine_docs import ALL_MACHINE_DOCS, iter_machine_units, read_machine_unit
 from layerplan.errors import CorpusError
 
 FORMATS = {
@@ -104,8 +104,8 @@ def iter_documents(config: CorpusConfig) -> Iterator[Document]:
 
 
 def _list_source(index: int, source: SourceConfig) -> Iterator[Unit]:
-    if source.path == MACHINE_DOCS:
-        yield from (Unit(index, name, "machine") for name in iter_machine_units())
+    if source.path in ALL_MACHINE_DOCS:
+        yield from (Unit(index, name, "machine") for name in iter_machine_units(source.path))
         return
     filesystem, root = _open_filesystem(index, source.path)
     info = filesystem.get_file_info(root)
@@ -147,7 +147,7 @@ def _open_stream(path: str) -> IO[bytes]:
         import zstandard
 
         return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))
-    return io.BufferedReader(raw)  # type: ignore[arg-type]
+    return io.BufferedReader(raw)  # type: ignore[type-var]
 
 
 def _read_jsonl(unit: Unit, source: SourceConfig) -> Iterator[Document | Malformed]:

@@ -1,0 +1,1 @@
+"""Models from transformers: found by structure, frozen by plan."""

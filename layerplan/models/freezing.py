@@ -43,7 +43,8 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> AppliedPlan:
             f" {'tied' if parts.is_tied else 'not tied'}"
         )
     chosen = _trainable_ids(parts, plan, model)
-    trainable, frozen = set(), set()
+    trainable: set[str] = set()
+    frozen: set[str] = set()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(id(parameter) in chosen)
         (trainable if id(parameter) in chosen else frozen).add(name)

@@ -40,6 +40,7 @@ def make_hf_config(config: ScratchModelConfig, *, vocab_size: int, end_of_text_i
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
+        "initializer_range": config.initializer_range,
         "bos_token_id": None,
         "eos_token_id": end_of_text_id,
         "pad_token_id": end_of_text_id,
@@ -95,9 +96,9 @@ def build_scratch_model(config: ScratchModelConfig, tokenizer: Tokenizer, out_di
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = make_hf_config(
-        config, vocab_size=tokenizer.get_vocab_size(), end_of_text_id=tokenizer.token_to_id(END_OF_TEXT)
-    )
+    end_of_text_id = tokenizer.token_to_id(END_OF_TEXT)
+    assert end_of_text_id is not None, "the trainer adds the special token"
+    values = make_hf_config(config, vocab_size=tokenizer.get_vocab_size(), end_of_text_id=end_of_text_id)
     hf_config = AutoConfig.for_model(**values)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

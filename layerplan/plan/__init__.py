@@ -1,0 +1,1 @@
+"""Freeze plans as values: policies, cost, explanation. Pure Python."""

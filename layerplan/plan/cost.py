@@ -89,7 +89,9 @@ def explain_cost(plan: FreezePlan, shape: ModelShape, cost: PlanCost, full: Plan
     if cost.first_gradient_layer == 0 and plan.train_embeddings and plan.frozen_layers:
         why = "the trained input embedding pulls the gradient through every layer, so frozen layers save weight gradients only"
     elif cost.first_gradient_layer == 0 and plan.frozen_layers:
-        why = "layer 0 trains, so the gradient crosses every frozen layer above it; only their weight gradients are saved"
+        why = (
+            "layer 0 trains, so the gradient crosses every frozen layer above it; only their weight gradients are saved"
+        )
     elif cost.first_gradient_layer > 0:
         why = f"backward stops at layer {cost.first_gradient_layer}; the layers below it run forward only"
     else:
@@ -101,7 +103,9 @@ def render_cost_table(costs: Mapping[str, PlanCost]) -> str:
     """A text table of plans by name, each beside the first one."""
     names: Sequence[str] = list(costs)
     reference = costs[names[0]]
-    lines = [f"{'plan':<22}{'trainable':>12}{'GFLOP/token':>13}{'of ' + names[0]:>10}{'memory GiB':>12}{'ckpt GiB':>10}"]
+    lines = [
+        f"{'plan':<22}{'trainable':>12}{'GFLOP/token':>13}{'of ' + names[0]:>10}{'memory GiB':>12}{'ckpt GiB':>10}"
+    ]
     for name in names:
         cost = costs[name]
         lines.append(
@@ -126,9 +130,7 @@ def _gradient_below_head(plan: FreezePlan, first: int, shape: ModelShape) -> boo
     return first < shape.num_layers or plan.train_final_norm or plan.train_embeddings
 
 
-def _input_gradient_flops(
-    layer: int, first: int, plan: FreezePlan, shape: ModelShape, projections: float
-) -> float:
+def _input_gradient_flops(layer: int, first: int, plan: FreezePlan, shape: ModelShape, projections: float) -> float:
     """Activation gradients of one layer's matrices; the lowest one needs none below its first projections."""
     if layer > first or plan.train_embeddings:
         return projections

@@ -36,7 +36,9 @@ def explain_plan(plan: FreezePlan, profile: LayerProfile | None = None) -> str:
         *(_profile_lines(profile) if profile is not None else []),
         "## Layer by layer",
         "",
-        "| layer | state |" if profile is None else "| layer | state | task particle | sensitivity | S (boundary above) |",
+        "| layer | state |"
+        if profile is None
+        else "| layer | state | task particle | sensitivity | S (boundary above) |",
         "|---|---|" if profile is None else "|---|---|---|---|---|",
         *_layer_lines(plan, profile),
         "",
@@ -56,7 +58,8 @@ def _cost_lines(plan: FreezePlan) -> list[str]:
     return [
         "## Predicted cost",
         "",
-        f"- trains {cost.trainable_params:,} of {cost.total_params:,} parameters ({cost.trainable_params / cost.total_params:.1%})",
+        f"- trains {cost.trainable_params:,} of {cost.total_params:,} parameters"
+        f" ({cost.trainable_params / cost.total_params:.1%})",
         f"- {cost.total_flops / 1e9:.3f} GFLOP per token at {plan.predicted_cost['seq_len']:,} tokens,"
         f" {cost.total_flops / full.total_flops:.1%} of training everything",
         f"- backward enters layer {cost.first_gradient_layer} and above",
@@ -70,7 +73,8 @@ def _profile_lines(profile: LayerProfile) -> list[str]:
     lines = [
         "## What was measured",
         "",
-        f"- {profile.num_probes} probes in {len(profile.groups)} groups; the model answers {answered:.0%} of them rightly.{warning}",
+        f"- {profile.num_probes} probes in {len(profile.groups)} groups;"
+        f" the model answers {answered:.0%} of them rightly.{warning}",
     ]
     if profile.boundary_win_share:
         share = profile.boundary_win_share[profile.best_boundary - 1]

@@ -65,7 +65,10 @@ def make_plan(
         **_decide_ends(config, shape),
     )
     full = make_full_plan(model, shape)
-    costs = {"plan": predict_cost(plan, shape, seq_len=COST_SEQ_LEN), "full": predict_cost(full, shape, seq_len=COST_SEQ_LEN)}
+    costs = {
+        "plan": predict_cost(plan, shape, seq_len=COST_SEQ_LEN),
+        "full": predict_cost(full, shape, seq_len=COST_SEQ_LEN),
+    }
     predicted = {"seq_len": COST_SEQ_LEN} | {name: cost.model_dump() for name, cost in costs.items()}
     return plan.model_copy(update={"predicted_cost": predicted}).sealed()
 
@@ -94,7 +97,9 @@ def _decide_ends(config: PlanConfig, shape: ModelShape) -> dict[str, Any]:
     norm = {"train_final_norm": config.train_final_norm}
     if not shape.is_tied:
         if config.tied is not None:
-            raise PlanError(f"plan.tied={config.tied}: the model's embeddings are not tied; use train_embeddings and train_lm_head")
+            raise PlanError(
+                f"plan.tied={config.tied}: the model's embeddings are not tied; use train_embeddings and train_lm_head"
+            )
         return norm | {
             "train_embeddings": config.train_embeddings,
             "train_lm_head": config.train_lm_head,
@@ -125,7 +130,11 @@ def _choose(
             return _cut_by_config(config, num_layers)
         case MidpointPlanConfig():
             boundary = check_boundary(num_layers // 2, num_layers)
-            return _one_side(boundary, num_layers, config.freeze), f"Boundary {boundary}: the middle, without a measurement.", {}
+            return (
+                _one_side(boundary, num_layers, config.freeze),
+                f"Boundary {boundary}: the middle, without a measurement.",
+                {},
+            )
         case ExplicitPlanConfig():
             layers = select_layers(config.trainable, num_layers, profile)
             return layers, f"Layers named by {', '.join(map(str, config.trainable))}.", {}

@@ -12,7 +12,9 @@ from layerplan.plan.layer_profile import LayerProfile
 _RANGE = re.compile(r"^(-?\d*):(-?\d*)$")
 
 
-def select_layers(selectors: Sequence[str | int], num_layers: int, profile: LayerProfile | None = None) -> tuple[int, ...]:
+def select_layers(
+    selectors: Sequence[str | int], num_layers: int, profile: LayerProfile | None = None
+) -> tuple[int, ...]:
     """Returns the sorted layer indices the selectors name together.
 
     Raises:
@@ -53,7 +55,9 @@ def _select(selector: str | int, num_layers: int, profile: LayerProfile | None) 
 
 def _by_index(index: int, num_layers: int) -> list[int]:
     if not -num_layers <= index < num_layers:
-        raise PlanError(f"plan.trainable: layer {index} does not exist; the nearest is {0 if index < 0 else num_layers - 1}")
+        raise PlanError(
+            f"plan.trainable: layer {index} does not exist; the nearest is {0 if index < 0 else num_layers - 1}"
+        )
     return [index % num_layers]
 
 

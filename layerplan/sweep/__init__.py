@@ -1,0 +1,1 @@
+"""Boundary sweeps with Ray Tune."""

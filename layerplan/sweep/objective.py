@@ -49,6 +49,6 @@ def run_trial(config: Mapping[str, Any]) -> None:
             "validation_loss": result.validation_loss,
             "train_loss": result.final_loss,
             "tokens_per_s": result.tokens_per_s,
-            "wall_s": result.wall_s,
+            "train_s": result.train_s,
         }
     )

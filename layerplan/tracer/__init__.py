@@ -1,0 +1,1 @@
+"""Layer measurements: LayerTracer and SALF on a pool of model replicas."""

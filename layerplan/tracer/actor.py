@@ -108,9 +108,7 @@ class TracerActor:
 
     def _encode_one(self, identifier: str, prompt: str, context_end: int) -> tuple[list[int], list[bool]]:
         encoding = self._tokenizer(prompt, return_offsets_mapping=True)
-        context = [
-            is_in_context(prompt, start, end, context_end) for start, end in encoding["offset_mapping"]
-        ]
+        context = [is_in_context(prompt, start, end, context_end) for start, end in encoding["offset_mapping"]]
         if not any(context):
             raise ProbeError(f"probe {identifier}: no token lies in its context")
         if context[-1]:

@@ -69,7 +69,9 @@ def compute_output_basis(weight_VD: Tensor, labels_B: Tensor) -> Tensor:
     return torch.cholesky_solve(weight[labels_B].T, torch.linalg.cholesky(gram)).T
 
 
-def compute_semantic_deviations(state_BD: Tensor, basis_BD: Tensor, weight_VD: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
+def compute_semantic_deviations(
+    state_BD: Tensor, basis_BD: Tensor, weight_VD: Tensor, labels_B: Tensor
+) -> dict[str, Tensor]:
     """SALF deviations of a state from its gold label: `cosine`, `ce`, `rank`, each (B,).
 
     `cosine` is 1 - cos(f, v); `ce` the cross-entropy of the cosine similarities to every label's head row; `rank` the

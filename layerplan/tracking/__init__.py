@@ -1,0 +1,1 @@
+"""The lineage of a run: a small protocol, MLflow, JSONL."""

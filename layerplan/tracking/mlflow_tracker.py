@@ -50,9 +50,7 @@ def open_mlflow_run(uri: str, experiment: str, run_dir: Path, run_name: str) -> 
 class MlflowTracker:
     """One MLflow run."""
 
-    def __init__(
-        self, client: mlflow.MlflowClient, uri: str, experiment_id: str, run_id: str, book: _RunBook
-    ) -> None:
+    def __init__(self, client: mlflow.MlflowClient, uri: str, experiment_id: str, run_id: str, book: _RunBook) -> None:
         self._client = client
         self._uri = uri
         self._experiment_id = experiment_id

@@ -1,0 +1,107 @@
+"""The base stage: an existing model by name, or a small one made here and trained briefly with the `full` plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from jobs.stages import RunContext, list_benchmark_texts, say, tracked
+from layerplan.checkpoint.hf_export import export_hf
+from layerplan.config.corpus import CorpusConfig
+from layerplan.config.model import ScratchModelConfig
+from layerplan.config.train import TrainConfig
+from layerplan.corpus.build import build_token_store
+from layerplan.corpus.sources import iter_documents
+from layerplan.models.causal_lm import identify_model, load_hf_config
+from layerplan.models.scratch import build_scratch_model, train_tokenizer
+from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.policies import make_full_plan
+from layerplan.tracking.tracker import RunSinkFactory
+from layerplan.train.trainer import TrainRequest, run_training
+
+TOKENIZER_SAMPLE_CHARS = 8_000_000
+"""Text the tokenizer is trained on; more changes the merges little."""
+
+
+def prepare_model(context: RunContext) -> str:
+    """Returns the folder or hub id of the base model, making a scratch one first when the config asks for it."""
+    model = context.config.model
+    if not isinstance(model, ScratchModelConfig):
+        return model.name
+    folder = context.folder.base_model / "hf"
+    if (folder / "config.json").exists():
+        say("base", f"found {folder}")
+        return str(folder)
+    with tracked(context, "base_model") as tracker:
+        tracker.log_params(model.model_dump(mode="json"))
+        untrained = _make_untrained(context, model)
+        corpus = _pretrain_corpus(context, model)
+        store = context.folder.base_model / "token_store"
+        build_token_store(
+            corpus,
+            untrained,
+            store,
+            questions=list_benchmark_texts(context.config),
+            seed=context.config.seed,
+            report=lambda line: say("base", line),
+        )
+        shape = ModelShape.from_hf_config(load_hf_config(str(untrained)))
+        plan = make_full_plan(identify_model(str(untrained)), shape)
+        result = run_training(
+            TrainRequest(
+                run_dir=context.folder.base_model,
+                model_path=str(untrained),
+                plan=plan,
+                store=store,
+                config=_pretrain_config(context.config.train, model),
+                seed=context.config.seed,
+                sink_factory=RunSinkFactory(context.folder.metrics, "base_model", tracker),
+            )
+        )
+        say("base", f"loss {result.first_loss:.3f} -> {result.final_loss:.3f} in {result.final_step} steps")
+        export_hf(base=str(untrained), checkpoint=result.final_checkpoint, out_dir=folder, plan=plan)
+    return str(folder)
+
+
+def _make_untrained(context: RunContext, model: ScratchModelConfig) -> Path:
+    """Tokenizer and random weights, in a folder of their own; the model file is written last."""
+    folder = context.folder.base_model / "untrained"
+    if not (folder / "model.safetensors").exists():
+        say("base", f"training a tokenizer of {model.vocab_size:,} entries")
+        texts = _sample_texts(context, model)
+        tokenizer = train_tokenizer(
+            texts, vocab_size=model.vocab_size, out_dir=folder, max_length=model.max_position_embeddings
+        )
+        build_scratch_model(model, tokenizer, folder, seed=context.config.seed)
+    return folder
+
+
+def _sample_texts(context: RunContext, model: ScratchModelConfig) -> Iterator[str]:
+    """Text of the pre-training and of the run itself, so that the tokenizer serves both."""
+    corpora = [_pretrain_corpus(context, model)]
+    if model.pretrain_sources is not None:
+        corpora.append(context.config.corpus)
+    for corpus in corpora:
+        left = TOKENIZER_SAMPLE_CHARS // len(corpora)
+        for document in iter_documents(corpus):
+            if left <= 0:
+                break
+            left -= len(document.text)
+            yield document.text
+
+
+def _pretrain_corpus(context: RunContext, model: ScratchModelConfig) -> CorpusConfig:
+    corpus = context.config.corpus.model_copy(update={"store": None})
+    return corpus if model.pretrain_sources is None else corpus.model_copy(update={"sources": model.pretrain_sources})
+
+
+def _pretrain_config(train: TrainConfig, model: ScratchModelConfig) -> TrainConfig:
+    return train.model_copy(
+        update={
+            "max_steps": model.pretrain_steps,
+            "checkpoint_every_steps": model.pretrain_steps,
+            "validate_every_steps": model.pretrain_steps,
+            "keep_checkpoints": 1,
+            "optimizer": train.optimizer.model_copy(update={"learning_rate": model.pretrain_learning_rate}),
+        }
+    )

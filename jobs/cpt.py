@@ -1,0 +1,53 @@
+"""The whole chain: config -> trace -> plan -> corpus -> train -> checkpoint -> evaluate -> verdict.
+
+    python jobs/cpt.py --config jobs/configs/quickstart.yaml
+    ray job submit --working-dir . -- python jobs/cpt.py --config jobs/configs/quickstart.yaml
+
+A stage whose artifact is complete in the run folder is not repeated: submit the same run name again to continue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from jobs.base_model import prepare_model
+from jobs.dry_run import print_dry_run
+from jobs.entry import build_parser, run_job
+from jobs.run_folder import open_run_folder
+from jobs.session import open_run
+from jobs.stages import build_store, decide_plan, evaluate, export, judge, revision_of, trace, train
+from jobs.summary import print_summary
+from layerplan.checkpoint.layout import name_step
+from layerplan.config.run import RunConfig
+from layerplan.report.page import write_report
+
+
+def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
+    """Runs every stage that is not done yet."""
+    if args.dry_run:
+        print_dry_run(config)
+        return
+    with open_run(config, open_run_folder(config)) as context:
+        model = prepare_model(context)
+        store = build_store(context, model)
+        profile = trace(context, model)
+        plan = decide_plan(context, model, profile)
+        result = train(context, model, plan, store)
+        if result.stopped_early:
+            raise SystemExit(143)
+        trained = export(context, model, plan, result)
+        label = name_step(result.final_step)
+        verdicts = []
+        scores = evaluate(context, str(trained), label)
+        if config.evaluation.evaluate_base:
+            base = evaluate(context, model, "base", revision=revision_of(config))
+            verdicts = judge(context, base, scores, label)
+        report = write_report(context.folder.root)
+        context.tracker.log_artifact(report)
+        context.tracker.log_artifact(context.folder.config)
+        print_summary(plan, result, verdicts, report)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(continue_pretraining, build_parser("Continue pre-training under a measured freeze plan.")))

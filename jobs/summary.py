@@ -1,0 +1,52 @@
+"""The last thing a run prints: scores beside the base's, the verdicts, and where everything lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from eval.significance import Verdict
+from layerplan.plan.explain import render_layer_map
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.train.trainer import TrainResult
+
+
+def print_summary(plan: FreezePlan, result: TrainResult, verdicts: Sequence[Verdict], report: Path) -> None:
+    """Prints the summary table of a finished run."""
+    console = Console(width=120)
+    fall = 100 * (1 - result.final_loss / result.first_loss)
+    console.print(f"\nplan      {plan.plan_type}: {plan.reason}", highlight=False)
+    console.print(f"          {render_layer_map(plan)}", highlight=False)
+    console.print(
+        f"training  loss {result.first_loss:.3f} -> {result.final_loss:.3f} ({fall:.0f} % lower),"
+        f" {result.tokens_seen:,} tokens, {result.tokens_per_s:,.0f} tokens/s",
+        highlight=False,
+    )
+    console.print(_score_table(verdicts))
+    for verdict in verdicts:
+        console.print(f"{verdict.benchmark}/{verdict.protocol}: {verdict.sentence}", highlight=False)
+    print(f"\nreport    {report}")
+
+
+def _score_table(verdicts: Sequence[Verdict]) -> Table:
+    table = Table(title="Accuracy, percent [95 % interval]")
+    for heading in ("benchmark", "protocol", "questions", "base", "trained", "difference", "p (Holm)"):
+        table.add_column(heading)
+    for verdict in verdicts:
+        table.add_row(
+            verdict.benchmark,
+            verdict.protocol,
+            str(verdict.num_questions),
+            _with_interval(verdict.reference_accuracy, verdict.reference_interval),
+            _with_interval(verdict.accuracy, verdict.accuracy_interval),
+            f"{verdict.difference:+.1f} [{verdict.difference_interval[0]:+.1f}, {verdict.difference_interval[1]:+.1f}]",
+            f"{verdict.adjusted_p:.3g}",
+        )
+    return table
+
+
+def _with_interval(value: float, interval: tuple[float, float]) -> str:
+    return f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"

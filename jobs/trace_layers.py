@@ -1,0 +1,29 @@
+"""Measures the layers of a model and makes the freeze plan: `layer_profile.json` and `freeze_plan.json` only."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from jobs.base_model import prepare_model
+from jobs.dry_run import print_dry_run
+from jobs.entry import build_parser, run_job
+from jobs.run_folder import open_run_folder
+from jobs.session import open_run
+from jobs.stages import decide_plan, trace
+from layerplan.config.run import RunConfig
+
+
+def trace_layers(config: RunConfig, args: argparse.Namespace) -> None:
+    """Runs the stages up to the plan."""
+    if args.dry_run:
+        print_dry_run(config)
+        return
+    with open_run(config, open_run_folder(config)) as context:
+        model = prepare_model(context)
+        plan = decide_plan(context, model, trace(context, model))
+        print(f"\nplan      {context.folder.plan} ({plan.sha256[:12]})")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(trace_layers, build_parser("Measure a model's layers and make a freeze plan.")))

@@ -1,0 +1,220 @@
+"""`report.html`: one self-contained page made from the artifacts of a run folder, and from nothing else."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from layerplan.plan.cost import PlanCost
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.layer_profile import LayerProfile
+from layerplan.report.figures import build_layer_figures, draw_loss
+
+REPORT_NAME = "report.html"
+FIGURES_NAME = "figures"
+
+_STYLE = """
+:root{--ink:#111827;--soft:#4b5563;--line:#e5e7eb;--train:#b45309;--frozen:#dbeafe}
+body{font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Noto Sans CJK SC",sans-serif;color:var(--ink);
+max-width:860px;margin:3rem auto;padding:0 1.2rem}
+h1{font-size:1.7rem;margin:0 0 .2rem}h2{font-size:1.15rem;margin:2.4rem 0 .6rem;border-bottom:1px solid var(--line);
+padding-bottom:.3rem}p{margin:.5rem 0}.soft{color:var(--soft)}table{border-collapse:collapse;width:100%;font-size:.92rem}
+th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}
+th{color:var(--soft);font-weight:600}.map{display:flex;gap:3px;margin:1rem 0;flex-wrap:wrap}.cell{min-width:34px;
+flex:1;text-align:center;padding:.5rem .2rem;border-radius:4px;font-size:.8rem}.on{background:var(--train);color:#fff}
+.off{background:var(--frozen);color:#1e3a8a}svg{max-width:100%;height:auto}code{font-size:.88em}
+.verdict{border-left:3px solid var(--train);padding:.2rem 0 .2rem .8rem;margin:.6rem 0}
+"""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes the page and its figures as PNG; what a run has not made yet is left out.
+
+    Returns:
+        Path of the page.
+    """
+    plan = FreezePlan.load(run_dir / "freeze_plan.json") if (run_dir / "freeze_plan.json").exists() else None
+    profile = LayerProfile.load(run_dir / "layer_profile.json") if (run_dir / "layer_profile.json").exists() else None
+    figures = build_layer_figures(profile, plan) if profile is not None else {}
+    lines = [line for line in _read_lines(run_dir / "metrics.jsonl") if line.get("run") == "train"]
+    if lines:
+        figures["loss"] = draw_loss(lines)
+    save_figures(run_dir / FIGURES_NAME, figures)
+    sections = [
+        _head(run_dir, plan),
+        _plan_section(plan),
+        _verdict_section(_read(run_dir / "verdicts.json") or []),
+        _training_section(_read(run_dir / "training.json"), figures),
+        _profile_section(profile, figures),
+        _proof_section(_read(run_dir / "export.json")),
+        _corpus_section(_read(run_dir / "token_store" / "manifest.json")),
+        _config_section(run_dir),
+    ]
+    body = "\n".join(section for section in sections if section)
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>layerplan: {html.escape(run_dir.name)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
+    )
+    partial = run_dir / (REPORT_NAME + ".partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(run_dir / REPORT_NAME)
+    return run_dir / REPORT_NAME
+
+
+def save_figures(folder: Path, figures: dict[str, Figure]) -> None:
+    """Writes each figure as a PNG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=150)
+
+
+def _head(run_dir: Path, plan: FreezePlan | None) -> str:
+    subtitle = f"{plan.model.name}, plan <code>{plan.plan_type}</code>" if plan is not None else ""
+    return f'<h1>{html.escape(run_dir.name)}</h1><p class="soft">{subtitle}</p>'
+
+
+def _plan_section(plan: FreezePlan | None) -> str:
+    if plan is None:
+        return ""
+    cells = [("embed", plan.train_embeddings)]
+    cells += [(str(layer), layer in plan.trainable_layers) for layer in range(plan.model.num_layers)]
+    cells += [("norm", plan.train_final_norm), ("head", plan.train_lm_head)]
+    drawn = "".join(f'<div class="cell {"on" if trains else "off"}">{name}</div>' for name, trains in cells)
+    text = f"<h2>The plan</h2><p>{html.escape(plan.reason)}</p><div class='map'>{drawn}</div>"
+    text += '<p class="soft">Amber trains, blue is frozen; layer 0 is beside the embeddings.</p>'
+    return text + _cost_table(plan)
+
+
+def _cost_table(plan: FreezePlan) -> str:
+    if not plan.predicted_cost:
+        return ""
+    rows = []
+    full = PlanCost.model_validate(plan.predicted_cost["full"])
+    for name in ("plan", "full"):
+        cost = PlanCost.model_validate(plan.predicted_cost[name])
+        share = f"{cost.total_flops / full.total_flops:.1%}"
+        rows.append(
+            [name, f"{cost.trainable_params:,}", f"{cost.total_flops / 1e9:.4g}", share, str(cost.first_gradient_layer)]
+        )
+    headings = ["predicted", "trainable parameters", "GFLOP per token", "of full", "backward reaches layer"]
+    return _table(headings, rows)
+
+
+def _verdict_section(verdicts: Sequence[dict[str, Any]]) -> str:
+    if not verdicts:
+        return ""
+    rows = [
+        [
+            f"{item['benchmark']} / {item['protocol']}",
+            str(item["num_questions"]),
+            _interval(item["reference_accuracy"], item["reference_interval"]),
+            _interval(item["accuracy"], item["accuracy_interval"]),
+            f"{item['difference']:+.1f}",
+            f"{item['adjusted_p']:.3g}",
+        ]
+        for item in verdicts
+    ]
+    sentences = "".join(
+        f'<p class="verdict">{html.escape(item["benchmark"] + " / " + item["protocol"] + ": " + item["sentence"])}</p>'
+        for item in verdicts
+    )
+    headings = ["benchmark", "questions", "base [95 %]", "trained [95 %]", "difference", "p (Holm)"]
+    return "<h2>The verdict</h2>" + _table(headings, rows) + sentences
+
+
+def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure]) -> str:
+    if result is None and "loss" not in figures:
+        return ""
+    text = "<h2>Training</h2>"
+    if "loss" in figures:
+        text += _svg(figures["loss"])
+    if result is not None:
+        rows = [
+            ["steps", f"{result['final_step']:,}"],
+            ["tokens", f"{result['tokens_seen']:,}"],
+            ["loss, first to last logged", f"{result['first_loss']:.3f} to {result['final_loss']:.3f}"],
+            ["tokens per second", f"{result['tokens_per_s']:,.0f}"],
+            ["steps left out as not finite", str(result["skipped_steps"])],
+        ]
+        text += _table(["measured", ""], rows)
+    return text
+
+
+def _profile_section(profile: LayerProfile | None, figures: dict[str, Figure]) -> str:
+    if profile is None:
+        return ""
+    answered = sum(profile.answered_share.values()) / len(profile.answered_share)
+    text = (
+        f"<h2>What was measured</h2><p>{profile.num_probes} probes; the model answers {answered:.0%} of them rightly."
+    )
+    if answered < 0.5:
+        text += " <b>A profile of wrong answers is noise: read the boundary as a guess.</b>"
+    text += "</p>"
+    text += "".join(
+        _svg(figures[name])
+        for name in ("profiles", "alignment_score", "task_particle", "layer_sensitivity", "semantic")
+    )
+    rows = [
+        [name, *(f"{key} {value:.3g}" for key, value in sorted(values.items()))]
+        for name, values in profile.stability.items()
+    ]
+    width = max((len(row) for row in rows), default=1)
+    padded = [row + [""] * (width - len(row)) for row in rows]
+    return text + "<h2>How stable the measurement is</h2>" + _table(["variant", *[""] * (width - 1)], padded)
+
+
+def _proof_section(proof: dict[str, Any] | None) -> str:
+    if proof is None:
+        return ""
+    rows = [[name.replace("_", " "), str(value)] for name, value in proof.items()]
+    return "<h2>Proof that the plan was obeyed</h2>" + _table(["checked", ""], rows)
+
+
+def _corpus_section(manifest: dict[str, Any] | None) -> str:
+    if manifest is None:
+        return ""
+    rows = [[name, f"{count:,}"] for name, count in manifest["counts"].items()]
+    rows += [["rows", f"{manifest['num_rows']:,}"], ["tokens", f"{manifest['num_tokens']:,}"]]
+    return "<h2>Corpus</h2>" + _table(["documents", "count"], rows)
+
+
+def _config_section(run_dir: Path) -> str:
+    path = run_dir / "resolved_config.json"
+    if not path.exists():
+        return ""
+    text = html.escape(path.read_text(encoding="utf-8"))
+    return f"<h2>Configuration</h2><details><summary>resolved_config.json</summary><pre>{text}</pre></details>"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _interval(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
