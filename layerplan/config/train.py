@@ -83,8 +83,9 @@ class TrainConfig(StrictModel):
     """Recompute activations along the gradient path; `auto` only as much as memory asks for."""
     compile: bool = False
     """Compile each decoder layer, the loss and the optimizer pass with torch.compile."""
-    attention: Literal["auto", "sdpa", "flex"] = "auto"
-    """Attention over packed documents; `auto` measures the candidates at start on a GPU and is `sdpa` on a CPU."""
+    attention: Literal["auto", "sdpa", "flex", "eager"] = "auto"
+    """Attention over packed documents; `auto` measures the candidates at start on a GPU; on a
+    CPU it is `eager` for short rows under `compile`, else `sdpa`."""
     frozen_fp8: bool = False
     """Keep frozen layers' matrices in FP8 (torchao, GPU only)."""
     z_loss: float = Field(default=0.0, ge=0)

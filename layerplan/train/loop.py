@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,8 @@ class LoopHooks:
     """Held-out rows, the same on every rank."""
     restore: Callable[[], TrainState | None] = lambda: None
     """Loads the newest complete checkpoint of this run into the model; None when there is none yet."""
+    say: Callable[[str], None] = partial(print, flush=True)
+    """Takes the console lines of rank 0."""
     write_ledger: Callable[[int, PackedRows], None] | None = None
     """Takes (1-based step, rows) when a ledger is wanted."""
 
@@ -162,7 +165,8 @@ def _forward_backward(
         raise TrainingError(f"step {state.step + 1}: out of memory. {setup.memory_advice}") from error
     parameters = [parameter for parameter in placed.model.parameters() if parameter.requires_grad]
     loss = float(_reduce_sum(loss_sum, setup)) / labels
-    return StepOutcome(loss, compute_grad_norm(parameters, placed.reduce_square), tokens, wants_stop)
+    norm = compute_grad_norm(parameters, placed.reduce_square, compiled=setup.config.compile)
+    return StepOutcome(loss, norm, tokens, wants_stop)
 
 
 def _agree(setup: LoopSetup, batches: list[TensorBatch], rows: PackedRows, hooks: LoopHooks) -> tuple[float, int, bool]:
@@ -194,7 +198,7 @@ def _report_event(verdict: Verdict, step: int, rank: int, hooks: LoopHooks) -> N
     if verdict.event and hooks.sink is not None:
         hooks.sink.log_event(verdict.event, step, verdict.message)
     if verdict.event and rank == 0:
-        print(f"[train] {verdict.message}", flush=True)
+        hooks.say(f"[train] {verdict.message}")
     if verdict.action == "stop":
         raise TrainingError(verdict.message)
 
@@ -256,7 +260,7 @@ def _log(setup: LoopSetup, state: TrainState, outcome: StepOutcome, window: Wind
         values[metrics.PHASE_SHARE.format(phase=phase)] = window.phases_s.get(phase, 0.0) / max(window.seconds, 1e-9)
     if hooks.sink is not None:
         hooks.sink.log_metrics(values, step=state.step)
-    print(render_progress(state.step, setup.config, loss=outcome.loss, rate=rate, window=window, mfu=mfu), flush=True)
+    hooks.say(render_progress(state.step, setup.config, loss=outcome.loss, rate=rate, window=window, mfu=mfu))
 
 
 def _validate(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> TrainState:
@@ -273,7 +277,7 @@ def _validate(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> TrainSta
     if hooks.sink is not None:
         hooks.sink.log_metrics({metrics.VALIDATION_LOSS: loss}, step=state.step)
     if setup.rank == 0:
-        print(f"[train] step {state.step}/{setup.config.max_steps}  validation loss {loss:.4f}", flush=True)
+        hooks.say(f"[train] step {state.step}/{setup.config.max_steps}  validation loss {loss:.4f}")
     return state.model_copy(update={"validation_loss": loss})
 
 

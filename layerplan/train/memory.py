@@ -130,14 +130,17 @@ def choose_placement(
 
             excess = estimate(bare).total - limit
             mode = config.activation_checkpointing
+            tokens = config.micro_batch_size * seq_len
+            # a recomputed layer still keeps its input
+            kept = (2 if config.compute_dtype == "bfloat16" else 4) * shape.hidden_size
             per_layer = [
-                config.micro_batch_size * seq_len * layer_activation_bytes(shape, config.compute_dtype, trained=trained)
+                tokens * (layer_activation_bytes(shape, config.compute_dtype, trained=trained) - kept)
                 for trained in (True, False)
             ]
             layers = choose_layers(
                 plan,
                 mode if mode != "auto" or excess > 0 else "none",
-                bytes_to_save=excess + per_layer[0],
+                bytes_to_save=excess + per_layer[0] + tokens * kept,
                 trained_layer_bytes=per_layer[0],
                 frozen_layer_bytes=per_layer[1],
             )

@@ -182,20 +182,33 @@ def iter_parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
         yield from group["params"]
 
 
-def compute_grad_norm(parameters: Iterable[Tensor], reduce_square: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def compute_grad_norm(
+    parameters: Iterable[Tensor], reduce_square: Callable[[Tensor], Tensor] | None = None, *, compiled: bool = False
+) -> Tensor:
     """Global L2 norm of the gradients, float32, the same on every rank.
 
     Args:
         parameters: Those with a gradient count.
         reduce_square: Sums a squared norm over the ranks that hold different shards; None when gradients are whole.
+        compiled: Read bfloat16 gradients once instead of converting them to a float32 copy first.
     """
-    norms = [
-        torch.linalg.vector_norm(local_tensor(parameter.grad), dtype=torch.float32)
-        for parameter in parameters
-        if parameter.grad is not None
-    ]
-    square = torch.stack(norms).square().sum()
+    square_sum = _compiled_square_sum() if compiled else _square_sum
+    squares = [square_sum(local_tensor(value.grad).reshape(-1)) for value in parameters if value.grad is not None]
+    square = torch.stack(squares).sum()
     return (square if reduce_square is None else reduce_square(square)).sqrt()
+
+
+def _square_sum(flat: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(flat, dtype=torch.float32).square()
+
+
+def _float32_square_sum(flat: Tensor) -> Tensor:
+    return flat.float().square().sum()
+
+
+@lru_cache(maxsize=1)
+def _compiled_square_sum() -> Callable[[Tensor], Tensor]:
+    return torch.compile(_float32_square_sum, dynamic=True)
 
 
 def compute_clip_scale(norm: Tensor, max_norm: float) -> Tensor:

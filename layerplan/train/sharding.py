@@ -30,7 +30,7 @@ class Placement:
     frozen_sharding: str
     """`replicate` or `shard`; means something under `shard` only."""
     attention: str = "sdpa"
-    """`sdpa` or `flex`."""
+    """`sdpa`, `flex` or `eager`."""
     checkpointed_layers: tuple[int, ...] = ()
     """Decoder layers whose activations are recomputed."""
 

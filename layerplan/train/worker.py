@@ -24,7 +24,7 @@ from layerplan.models.causal_lm import load_causal_lm, load_hf_config
 from layerplan.models.freezing import AppliedPlan, apply_plan
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.model_shape import ModelShape
-from layerplan.train.attention import choose_attention
+from layerplan.train.attention import IMPLEMENTATIONS, choose_attention
 from layerplan.train.ledger import LEDGER_NAME, LedgerWriter
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
 from layerplan.train.memory import GIB, MemoryEstimate, choose_placement, explain_shortage
@@ -228,8 +228,7 @@ def build_model(
     causal_lm = load_causal_lm(
         request.model_path, revision=request.revision, trust_remote_code=request.trust_remote_code
     )
-    if placement.attention == "flex":
-        causal_lm.set_attn_implementation("flex_attention")
+    causal_lm.set_attn_implementation(IMPLEMENTATIONS[placement.attention])
     applied = apply_plan(causal_lm, request.plan)
     causal_lm.train()
     placed = place_model(causal_lm, request.plan, config, placement, world_size=world_size, device=device)

@@ -1,0 +1,168 @@
+"""Pure decisions around the step: schedules, stability, memory and placement, activation checkpointing, MFU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig
+from layerplan.config.train import ScheduleConfig, StabilityConfig, TrainConfig
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.layer_profile import ModelIdentity
+from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.policies import make_plan
+from layerplan.train.activation import choose_layers, gradient_path
+from layerplan.train.ledger import LedgerWriter, hash_row_ids
+from layerplan.train.memory import choose_placement, estimate_memory, explain_shortage
+from layerplan.train.schedule import compute_lr_scale
+from layerplan.train.sharding import Placement
+from layerplan.train.stability import StabilityMonitor
+from layerplan.train.throughput import compute_mfu, render_duration
+
+QWEN = ModelShape(
+    num_layers=28,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=151936,
+    max_position_embeddings=40960,
+    is_tied=True,
+    has_qk_norm=True,
+)
+IDENTITY = ModelIdentity(name="qwen", revision="main", model_type="qwen3", num_layers=28, weights_sha256=None)
+
+
+def deep(boundary: int = 14) -> FreezePlan:
+    return make_plan(FreezeDeepPlanConfig(boundary=boundary), model=IDENTITY, shape=QWEN, profile=None)
+
+
+def shallow(boundary: int = 14) -> FreezePlan:
+    return make_plan(FreezeShallowPlanConfig(boundary=boundary), model=IDENTITY, shape=QWEN, profile=None)
+
+
+def test_warmup_reaches_the_peak_and_each_shape_ends_at_its_minimum() -> None:
+    for kind in ("cosine", "linear", "wsd"):
+        config = ScheduleConfig(type=kind, warmup_ratio=0.1, min_ratio=0.2)
+        assert compute_lr_scale(0, 100, config) == pytest.approx(0.1)
+        assert compute_lr_scale(9, 100, config) == 1.0
+        assert compute_lr_scale(99, 100, config) == pytest.approx(0.2)
+    assert compute_lr_scale(99, 100, ScheduleConfig(type="constant")) == 1.0
+
+
+def test_wsd_holds_the_peak_until_its_decay() -> None:
+    config = ScheduleConfig(type="wsd", warmup_ratio=0.0, decay_ratio=0.5)
+    assert compute_lr_scale(49, 101, config) == 1.0
+    assert compute_lr_scale(75, 101, config) == pytest.approx(0.5)
+
+
+def judge(monitor: StabilityMonitor, loss: float, skipped: int = 0, rollbacks: int = 0) -> str:
+    return monitor.judge(7, loss, 1.0, skipped=skipped, rollbacks=rollbacks).action
+
+
+def test_nonfinite_steps_are_skipped_until_the_limit_then_stop() -> None:
+    monitor = StabilityMonitor(StabilityConfig(on_nonfinite="skip", max_nonfinite=2))
+    assert [judge(monitor, float("nan"), skipped=count) for count in range(3)] == ["skip", "skip", "stop"]
+
+
+def test_a_spike_is_called_only_once_the_window_is_full() -> None:
+    monitor = StabilityMonitor(StabilityConfig(on_spike="rollback", spike_window=5, spike_sigmas=4, max_rollbacks=1))
+    assert judge(monitor, 9.0) == "apply"
+    monitor.forget()
+    for loss in (2.0, 2.1, 1.9, 2.0, 2.05):
+        assert judge(monitor, loss) == "apply"
+    assert judge(monitor, 5.0) == "rollback"
+    assert judge(monitor, 5.0, rollbacks=1) == "stop"
+    assert judge(monitor, 2.0) == "apply"
+
+
+def test_gradient_path_starts_at_the_lowest_trained_layer() -> None:
+    assert gradient_path(deep()) == tuple(range(28))
+    assert gradient_path(shallow()) == tuple(range(14, 28))
+
+
+def test_auto_checkpointing_recomputes_only_what_memory_asks_for() -> None:
+    chosen = choose_layers(deep(), "auto", bytes_to_save=25.0, trained_layer_bytes=10.0, frozen_layer_bytes=5.0)
+    assert chosen == (0, 1, 2)
+    many = choose_layers(deep(), "auto", bytes_to_save=145.0, trained_layer_bytes=10.0, frozen_layer_bytes=5.0)
+    assert many == tuple(range(15)), "frozen layers on the path follow once the trained ones are used up"
+    everything = choose_layers(shallow(), "full", bytes_to_save=0, trained_layer_bytes=1, frozen_layer_bytes=1)
+    assert everything == tuple(range(14, 28))
+
+
+def test_a_small_model_on_a_large_device_is_replicated_without_recomputation() -> None:
+    config = TrainConfig(num_workers=8, micro_batch_size=8)
+    placement, estimate = choose_placement(
+        deep(), QWEN, config, seq_len=4096, world_size=8, device_type="cuda", available_bytes=141e9
+    )
+    assert (placement.parallelism, placement.checkpointed_layers) == ("replicate", ())
+    assert estimate.total < 141e9
+
+
+def test_less_memory_means_recomputation_then_shards_then_a_refusal_that_helps() -> None:
+    config = TrainConfig(num_workers=8, micro_batch_size=8, parallelism="auto")
+
+    def place(gib: float) -> tuple[Placement, float]:
+        placement, estimate = choose_placement(
+            deep(), QWEN, config, seq_len=4096, world_size=8, device_type="cuda", available_bytes=gib * 2**30
+        )
+        return placement, estimate.total / 2**30
+
+    some, _ = place(60)
+    assert some.parallelism == "replicate"
+    assert 0 < len(some.checkpointed_layers) < 28
+    bare = estimate_memory(deep(), QWEN, config, some, seq_len=4096, world_size=8, device_type="cuda")
+    tiny, total = place(2)
+    assert (tiny.parallelism, tiny.frozen_sharding) == ("shard", "shard")
+    assert total > 2
+    message = explain_shortage(bare, 2 * 2**30, config)
+    for wanted in ("2,147,483,648 bytes", "micro_batch_size", "activation_checkpointing", "frozen_sharding"):
+        assert wanted in message
+
+
+def test_a_frozen_prefix_stores_less_than_a_frozen_suffix() -> None:
+    config = TrainConfig(micro_batch_size=4)
+    place = Placement("replicate", "replicate")
+    prefix, suffix = (
+        estimate_memory(plan, QWEN, config, place, seq_len=1024, world_size=1, device_type="cuda").activations
+        for plan in (shallow(), deep())
+    )
+    assert prefix < 0.6 * suffix
+
+
+def test_mfu_counts_the_plans_flops_and_never_passes_one() -> None:
+    assert compute_mfu(100.0, 2e9, peak_flops=1e12, num_workers=1) == pytest.approx(0.2)
+    assert compute_mfu(1e6, 2e9, peak_flops=1e12, num_workers=1) == 1.0
+
+
+def test_durations_are_said_as_people_say_them() -> None:
+    assert [render_duration(value) for value in (45, 720, 12240)] == ["45 s", "12 min", "3.4 h"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"global_batch_size": 6, "num_workers": 4}, "multiple of num_workers"),
+        ({"num_workers": 4, "num_replicas": 3}, "num_replicas=3 must divide"),
+        ({"frozen_fp8": True}, "use_gpu"),
+    ],
+)
+def test_contradictory_configs_are_refused_by_name(values: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        TrainConfig.model_validate(values)
+
+
+def test_the_ledger_drops_steps_after_the_checkpoint_and_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    writer = LedgerWriter(path, start_step=0, rank=0, world_size=1)
+    for step in (1, 2, 3):
+        writer.write(step, np.array([step, 10 - step]))
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write('{"step": 4, "num')
+    LedgerWriter(path, start_step=2, rank=0, world_size=1)
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 2
+    assert hash_row_ids(np.array([3, 1])) == hash_row_ids(np.array([1, 3]))

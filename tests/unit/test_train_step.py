@@ -1,0 +1,183 @@
+"""The pure step: loss, labels, masks and gradients against plain transformers and plain PyTorch, in float32."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from layerplan.corpus.rows import PackedRows
+from layerplan.train import loss as loss_module
+from layerplan.train.loss import IGNORED, LossOptions, compute_loss_sum, make_labels
+from layerplan.train.step import LossModel, accumulate_gradients, make_batch
+
+CPU = torch.device("cpu")
+VOCAB = 67
+
+
+def make_model(is_tied: bool = True) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=is_tied,
+        max_position_embeddings=64,
+    )
+    return Qwen3ForCausalLM(config).float().train()
+
+
+def make_rows(lengths: list[int], num_rows: int = 2, seq_len: int = 16, seed: int = 0) -> PackedRows:
+    rng = np.random.default_rng(seed)
+    document = np.concatenate([np.full(length, index) for index, length in enumerate(lengths)])
+    position = np.concatenate([np.arange(length) for length in lengths])
+    padding = seq_len - len(document)
+    document = np.concatenate([document, np.full(padding, -1)])
+    position = np.concatenate([position, np.zeros(padding)])
+    return PackedRows(
+        np.arange(num_rows, dtype=np.int64),
+        rng.integers(0, VOCAB, (num_rows, seq_len), dtype=np.int32),
+        np.tile(document, (num_rows, 1)).astype(np.int32),
+        np.tile(position, (num_rows, 1)).astype(np.int32),
+    )
+
+
+def plain_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    logits = hidden.float() @ weight.float().T
+    if options.softcap is not None:
+        logits = torch.tanh(logits / options.softcap) * options.softcap
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    z = logits.logsumexp(-1).square() * (labels != IGNORED)
+    return total + options.z_weight * z.sum()
+
+
+@pytest.mark.parametrize("options", [LossOptions(), LossOptions(softcap=3.0), LossOptions(z_weight=0.01)])
+@pytest.mark.parametrize("core", ["_chunk", "_chunk_fused"])
+def test_chunked_loss_and_gradients_equal_the_plain_ones(
+    options: LossOptions, core: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(loss_module._CHUNK_LOGITS, "cpu", 3 * VOCAB)
+    monkeypatch.setattr(loss_module, "_chunk", getattr(loss_module, core))
+    torch.manual_seed(1)
+    hidden = torch.randn(10, 8, requires_grad=True)
+    weight = torch.randn(VOCAB, 8, requires_grad=True)
+    labels = torch.randint(0, VOCAB, (10,))
+    labels[4] = IGNORED
+    expected = plain_loss(hidden, weight, labels, options)
+    wanted = torch.autograd.grad(expected * 0.25, (hidden, weight))
+    for scale in (0.25, 1.0):
+        found = compute_loss_sum(hidden, weight, labels, scale=scale, options=options)
+        grads = torch.autograd.grad(found * 0.25, (hidden, weight))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        for grad, want in zip(grads, wanted):
+            torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_loss_sums_in_float32_and_a_frozen_head_gets_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss_module._CHUNK_LOGITS, "cpu", 16 * VOCAB)
+    torch.manual_seed(1)
+    hidden = torch.randn(4096, 8, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(VOCAB, 8, dtype=torch.bfloat16)
+    labels = torch.randint(0, VOCAB, (4096,))
+    found = compute_loss_sum(hidden, weight, labels)
+    found.backward()
+    logits = (hidden @ weight.T).float()
+    expected = F.cross_entropy(logits, labels, reduction="sum")
+    assert abs(float((found - expected).detach())) / float(expected) < 1e-6
+    assert weight.grad is None
+    assert hidden.grad is not None
+
+
+def test_labels_stay_inside_their_document() -> None:
+    labels = make_labels(torch.tensor([[5, 6, 7, 8, 9, 0]]), torch.tensor([[0, 0, 1, 1, 1, -1]]))
+    assert labels.tolist() == [[6, IGNORED, 8, 9, IGNORED, IGNORED]]
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_loss_and_gradients_equal_plain_transformers(is_tied: bool) -> None:
+    rows = make_rows([16])
+    batch = make_batch(rows, CPU)
+    model, reference = make_model(is_tied), make_model(is_tied)
+    loss = accumulate_gradients(LossModel(model), [batch], scale=1 / batch.num_labels) / batch.num_labels
+    wanted = reference(input_ids=batch.input_ids_BT, labels=batch.input_ids_BT).loss
+    wanted.backward()
+    assert abs(float(loss - wanted)) < 1e-5
+    for (name, found), expected in zip(model.named_parameters(), reference.parameters()):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_softcapped_family_keeps_its_loss() -> None:
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        final_logit_softcapping=5.0,
+    )
+    model = Gemma2ForCausalLM(config).float().train()
+    batch = make_batch(make_rows([16]), CPU)
+    found = LossModel(model)(batch) / batch.num_labels
+    wanted = model(input_ids=batch.input_ids_BT, labels=batch.input_ids_BT).loss
+    assert abs(float(found - wanted)) < 1e-5
+
+
+def test_one_document_never_changes_the_loss_of_another() -> None:
+    """The packed row's loss is the sum of its documents' own, whatever stands before them."""
+    rows = make_rows([5, 7], num_rows=1)
+    model = LossModel(make_model())
+    together = float(model(make_batch(rows, CPU)))
+    alone = 0.0
+    for start, stop in ((0, 5), (5, 12)):
+        piece = PackedRows(
+            rows.row_ids,
+            rows.input_ids[:, start:stop],
+            np.zeros((1, stop - start), np.int32),
+            rows.position_ids[:, start:stop],
+        )
+        alone += float(model(make_batch(piece, CPU)))
+    assert abs(together - alone) < 1e-5
+    ids = rows.input_ids.copy()
+    ids[:, :4] = (ids[:, :4] + 1) % VOCAB
+    changed = PackedRows(rows.row_ids, ids, rows.document_ids, rows.position_ids)
+    hidden = []
+    for each in (rows, changed):
+        batch = make_batch(each, CPU)
+        from layerplan.train.attention import make_document_mask
+
+        output = model.causal_lm.base_model(
+            input_ids=batch.input_ids_BT,
+            position_ids=batch.position_ids_BT,
+            attention_mask=make_document_mask(batch.document_ids_BT),
+        )
+        hidden.append(output.last_hidden_state[:, 5:12])
+    assert torch.equal(*hidden)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_variants_agree_on_packed_rows(attention: str) -> None:
+    batch = make_batch(make_rows([5, 7]), CPU)
+    model = make_model()
+    wanted = float(LossModel(model)(batch))
+    model.set_attn_implementation(attention)
+    assert abs(float(LossModel(model, attention=attention)(batch)) - wanted) < 1e-4
+
+
+def test_micro_batches_add_up_to_the_whole_batch() -> None:
+    rows = make_rows([6, 8], num_rows=4)
+    whole, pieces = make_model(), make_model()
+    labels = make_batch(rows, CPU).num_labels
+    one = accumulate_gradients(LossModel(whole), [make_batch(rows, CPU)], 1 / labels)
+    several = accumulate_gradients(LossModel(pieces), [make_batch(piece, CPU) for piece in rows.split(1)], 1 / labels)
+    assert abs(float(one - several)) < 1e-3
+    for found, expected in zip(pieces.parameters(), whole.parameters()):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-6)
