@@ -43,7 +43,7 @@ from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
 from layerplan.train.optim import build_optimizer
 from layerplan.train.sharding import Placement, place_model
 from layerplan.train.state import TrainState
-from layerplan.train.throughput import find_peak_flops, peak_memory_gib
+from layerplan.train.throughput import find_peak_flops, measure_matmul_flops, peak_memory_gib
 
 SHAPES = {
     "small": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8}
@@ -262,7 +262,7 @@ def compare(case: Case, peers: list[str], warmup: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     flops = predict_cost(case.plan, case.shape, seq_len=case.seq_len).total_flops
     tokens = case.batch * case.seq_len
-    peak = find_peak_flops(TrainConfig(), case.device)
+    peak = find_peak(case.device)
     for name, turn in turns.items():
         kept = turn.seconds[warmup:]
         median = statistics.median(kept)
@@ -309,6 +309,13 @@ def build_case(args: argparse.Namespace, plan_type: str, split_ratio: Fraction) 
     return Case(base, plan, shape, rows, args.batch, args.steps, torch.device(args.device))
 
 
+def find_peak(device: torch.device) -> float:
+    """Peak FLOP/s: of the data sheet on a known GPU, else measured by the same clock as the steps."""
+    if device.type == "cuda":
+        return find_peak_flops(TrainConfig(), device)
+    return measure_matmul_flops(device, torch.bfloat16, clock=time.process_time)
+
+
 def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
     import transformers
 
@@ -322,7 +329,7 @@ def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "bf16_matmul_tflops": find_peak_flops(TrainConfig(), torch.device(args.device)) / 1e12,
+        "bf16_matmul_tflops": find_peak(torch.device(args.device)) / 1e12,
     }
 
 

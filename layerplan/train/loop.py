@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +47,7 @@ class LoopHooks:
     """Held-out rows, the same on every rank."""
     restore: Callable[[], TrainState | None] = lambda: None
     """Loads the newest complete checkpoint of this run into the model; None when there is none yet."""
-    say: Callable[[str], None] = partial(print, flush=True)
+    say: Callable[[str], None] = field(default=lambda line: print(line, flush=True))
     """Takes the console lines of rank 0."""
     write_ledger: Callable[[int, PackedRows], None] | None = None
     """Takes (1-based step, rows) when a ledger is wanted."""

@@ -1,0 +1,196 @@
+"""A run on Ray that is stopped, killed, and loses a worker ends bit for bit like one that never was interrupted.
+
+The file is also the program the test starts: `python test_train_resume.py FOLDER RUN...` trains the named runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MAX_STEPS = 10
+
+
+def test_a_stopped_killed_and_crashed_run_ends_bit_exact(tmp_path: Path) -> None:
+    """SIGTERM to the driver at step 2, SIGKILL of the driver at step 5, SIGKILL of a worker at step 8."""
+    make_inputs(tmp_path)
+    stopped = start(tmp_path, "interrupted")
+    assert stopped.returncode in (-signal.SIGTERM, 143), stopped.stdout[-3000:]
+    assert "SIGTERM: saving a checkpoint" in stopped.stdout
+    saved = sorted(path.name for path in (tmp_path / "interrupted" / "checkpoints").glob("step_*"))
+    assert saved, "the stopped run left no checkpoint"
+    killed = start(tmp_path, "interrupted")
+    assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
+    finished = start(tmp_path, "interrupted", "quiet")
+    assert finished.returncode == 0, finished.stdout[-5000:]
+    assert (tmp_path / "interrupted" / "worker.done").exists(), "the worker was never killed"
+    results = {name: json.loads((tmp_path / name / "training.json").read_text()) for name in ("interrupted", "quiet")}
+    for field in ("final_loss", "first_loss", "validation_loss", "tokens_seen", "final_step", "gradient_coverage"):
+        assert results["interrupted"][field] == results["quiet"][field], field
+    weights = [
+        (tmp_path / name / results[name]["hf_dir"] / "model.safetensors").read_bytes()
+        for name in ("interrupted", "quiet")
+    ]
+    assert weights[0] == weights[1]
+    ledgers = [(tmp_path / name / "ledger.jsonl").read_text() for name in ("interrupted", "quiet")]
+    assert ledgers[0] == ledgers[1]
+    assert len(ledgers[0].splitlines()) == MAX_STEPS
+    assert not list((tmp_path / "quiet" / "checkpoints").glob("step_00000002")), "old checkpoints are removed"
+
+
+@dataclass
+class AccidentSink:
+    """A sink in the worker that causes each accident once, at its step."""
+
+    folder: Path
+    driver: int
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        if "train/loss" not in metrics:
+            return
+        for name, at, victim, number in (
+            ("stop", 2, self.driver, signal.SIGTERM),
+            ("driver", 5, self.driver, signal.SIGKILL),
+            ("worker", 8, os.getpid(), signal.SIGKILL),
+        ):
+            marker = self.folder / f"{name}.done"
+            if step == at and not marker.exists():
+                marker.touch()
+                os.kill(victim, number)
+                time.sleep(2)  # the driver notices between two waits for Ray; these steps take milliseconds
+
+    def log_event(self, name: str, step: int, message: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def start(folder: Path, *runs: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    env |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, __file__, str(folder), *runs],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def make_inputs(folder: Path) -> None:
+    """A two-layer model and a token store of 64 rows, without Ray."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from layerplan.corpus.manifest import MANIFEST_NAME, VALIDATION_NAME, Manifest
+    from layerplan.corpus.pack import RawRow
+    from layerplan.corpus.store import write_rows
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=True,
+        max_position_embeddings=64,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder / "base")
+    store = folder / "store"
+    store.mkdir()
+    rng = np.random.default_rng(0)
+
+    def draw(count: int) -> list[RawRow]:
+        return [
+            RawRow(rng.integers(0, 128, 32, dtype=np.int32), np.array([0, 11], dtype=np.int32), 32)
+            for _ in range(count)
+        ]
+
+    shard = write_rows(store / "shard_000000.parquet", draw(64), first_row_id=0, rows_per_group=8)
+    write_rows(store / VALIDATION_NAME, draw(3), first_row_id=-3, rows_per_group=8)
+    manifest = Manifest(
+        seq_len=32,
+        rows_per_group=8,
+        num_rows=64,
+        num_validation_rows=3,
+        num_tokens=2048,
+        num_padding_tokens=0,
+        vocab_size=128,
+        end_of_text_id=0,
+        tokenizer_sha256="0",
+        config_sha256="0",
+        counts={},
+        sources={},
+        shards=[shard],
+    )
+    (store / MANIFEST_NAME).write_text(manifest.model_dump_json())
+
+
+def make_request(folder: Path, run: str) -> Any:
+    from layerplan.config.plan import FreezeShallowPlanConfig
+    from layerplan.config.train import OptimizerConfig, TrainConfig
+    from layerplan.models.causal_lm import identify_model, load_hf_config
+    from layerplan.plan.model_shape import ModelShape
+    from layerplan.plan.policies import make_plan
+    from layerplan.train.trainer import TrainRequest
+
+    base = str(folder / "base")
+    plan = make_plan(
+        FreezeShallowPlanConfig(boundary=1, tied="head_only", train_lm_head=True),
+        model=identify_model(base),
+        shape=ModelShape.from_hf_config(load_hf_config(base)),
+        profile=None,
+    )
+    config = TrainConfig(
+        max_steps=MAX_STEPS,
+        global_batch_size=4,
+        micro_batch_size=1,
+        num_workers=2,
+        num_cpus_per_worker=0.5,
+        compute_dtype="float32",
+        parallelism="shard",
+        log_every_steps=1,
+        checkpoint_every_steps=2,
+        validate_every_steps=5,
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        write_ledger=True,
+    )
+    driver = os.getpid()
+    run_dir = folder / run
+    sink: Callable[[int], Any] | None = None if run == "quiet" else lambda start: AccidentSink(run_dir, driver)
+    return TrainRequest(run_dir, base, plan, folder / "store", config, seed=0, sink_factory=sink)
+
+
+def main() -> None:
+    import tempfile
+
+    import ray
+
+    from layerplan.train.trainer import run_training
+
+    folder = Path(sys.argv[1])
+    with tempfile.TemporaryDirectory(prefix="lpt", dir="/tmp") as ray_folder:
+        os.environ["RAY_TMPDIR"] = ray_folder
+        ray.init(address="local", num_cpus=4, include_dashboard=True)
+        for run in sys.argv[2:]:
+            result = run_training(make_request(folder, run))
+            assert run_training(make_request(folder, run)) == result, "a finished run is not trained again"
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
