@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -66,7 +67,7 @@ def make_trials(context: RunContext, tracker: Tracker, model_name: str, sweep: S
     shape = ModelShape.from_hf_config(load_hf_config(model_name, revision=revision_of(context.config)))
     ratios, given = sweep.split_ratios or [], sweep.boundaries or []
     boundaries = sorted({*(compute_boundary(ratio, shape.num_layers) for ratio in ratios), *given})
-    ends = {
+    ends: dict[str, Any] = {
         name: getattr(context.config.plan, name, default)
         for name, default in (
             ("tied", None),
