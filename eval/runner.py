@@ -77,6 +77,22 @@ def evaluate_model(
     return {key: result for results in done.values() if results is not None for key, result in results.items()}
 
 
+def load_results(out_dir: Path) -> Results:
+    """Reads every result of a scored model; empty when there is none.
+
+    Raises:
+        EvaluationError: When a file is malformed.
+    """
+    results: Results = {}
+    for path in sorted(out_dir.glob("*.json")):
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            results |= {key: EvaluationResult.model_validate(value) for key, value in stored.items()}
+        except (OSError, ValueError) as error:
+            raise EvaluationError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+    return results
+
+
 def load_answers(out_dir: Path, benchmark: str, protocol: str) -> list[Answer]:
     """Reads the per-question file of one protocol, in the benchmark's order.
 

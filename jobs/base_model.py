@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.stages import RunContext, list_benchmark_texts, say, tracked
-from layerplan.checkpoint.hf_export import export_hf
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.train import TrainConfig
@@ -17,7 +16,7 @@ from layerplan.models.scratch import build_scratch_model, train_tokenizer
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan
 from layerplan.tracking.tracker import RunSinkFactory
-from layerplan.train.trainer import TrainRequest, run_training
+from layerplan.train.trainer import TrainRequest, load_result, run_training
 
 TOKENIZER_SAMPLE_CHARS = 8_000_000
 """Text the tokenizer is trained on; more changes the merges little."""
@@ -28,10 +27,10 @@ def prepare_model(context: RunContext) -> str:
     model = context.config.model
     if not isinstance(model, ScratchModelConfig):
         return model.name
-    folder = context.folder.base_model / "hf"
-    if (folder / "config.json").exists():
-        say("base", f"found {folder}")
-        return str(folder)
+    finished = load_result(context.folder.base_model)
+    if finished is not None:
+        say("base", f"found {finished.hf_dir}")
+        return str(finished.hf_dir)
     with tracked(context, "base_model") as tracker:
         tracker.log_params(model.model_dump(mode="json"))
         untrained = _make_untrained(context, model)
@@ -59,8 +58,9 @@ def prepare_model(context: RunContext) -> str:
             )
         )
         say("base", f"loss {result.first_loss:.3f} -> {result.final_loss:.3f} in {result.final_step} steps")
-        export_hf(base=str(untrained), checkpoint=result.final_checkpoint, out_dir=folder, plan=plan)
-    return str(folder)
+    if result.stopped_early:
+        raise SystemExit(143)
+    return str(result.hf_dir)
 
 
 def _make_untrained(context: RunContext, model: ScratchModelConfig) -> Path:

@@ -16,7 +16,7 @@ from jobs.dry_run import print_dry_run
 from jobs.entry import build_parser, run_job
 from jobs.run_folder import open_run_folder
 from jobs.session import open_run
-from jobs.stages import build_store, decide_plan, evaluate, export, judge, revision_of, trace, train
+from jobs.stages import build_store, decide_plan, evaluate, judge, revision_of, trace, train
 from jobs.summary import print_summary
 from layerplan.checkpoint.layout import name_step
 from layerplan.config.run import RunConfig
@@ -36,10 +36,9 @@ def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
         result = train(context, model, plan, store)
         if result.stopped_early:
             raise SystemExit(143)
-        trained = export(context, model, plan, result)
         label = name_step(result.final_step)
         verdicts = []
-        scores = evaluate(context, str(trained), label)
+        scores = evaluate(context, str(result.hf_dir), label)
         if config.evaluation.evaluate_base:
             base = evaluate(context, model, "base", revision=revision_of(config))
             verdicts = judge(context, base, scores, label)

@@ -42,10 +42,15 @@ def run_job(job: JobFunction, parser: argparse.ArgumentParser, argv: Sequence[st
         argv: Arguments; the process's own when left out.
     """
     args = parser.parse_args(argv)
+    return run_guarded(lambda: job(load_config(args.config, args.set), args))
+
+
+def run_guarded(work: Callable[[], None]) -> int:
+    """Runs the work with telemetry off and turns every ending into an exit code and at most one line per fault."""
     disable_telemetry()
     signal.signal(signal.SIGTERM, _stop_on_sigterm)
     try:
-        job(load_config(args.config, args.set), args)
+        work()
     except LayerplanError as error:
         return _report_fault(error)
     except KeyboardInterrupt:

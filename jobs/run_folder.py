@@ -84,9 +84,24 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def training(self) -> Path:
+        """Result of the finished training."""
+        return self.root / "training.json"
+
+    @property
+    def export(self) -> Path:
+        """What the export proved about frozen and trained tensors."""
+        return self.root / "export.json"
+
+    @property
     def evaluation(self) -> Path:
         """Scores, one folder per model."""
         return self.root / "evaluation"
+
+    @property
+    def sweep(self) -> Path:
+        """Trials of a boundary sweep."""
+        return self.root / "sweep"
 
     @property
     def verdicts(self) -> Path:

@@ -15,8 +15,6 @@ from eval.items import load_benchmark
 from eval.runner import Results, evaluate_model, load_answers
 from eval.significance import Verdict, correct_holm, draft_comparison, finish_verdicts
 from jobs.run_folder import RunFolder
-from layerplan.checkpoint.hf_export import ExportReport, export_hf
-from layerplan.checkpoint.layout import name_step
 from layerplan.config.plan import FilePlanConfig
 from layerplan.config.run import RunConfig
 from layerplan.corpus.build import build_token_store, hash_tokenizer
@@ -136,45 +134,32 @@ def train(context: RunContext, model_name: str, plan: FreezePlan, store: Path) -
     config = context.config
     with tracked(context, "train") as tracker:
         tracker.log_params(config.train.model_dump(mode="json"))
+        sinks = RunSinkFactory(context.folder.metrics, "train", tracker)
         result = run_training(
-            TrainRequest(
-                run_dir=context.folder.root,
-                model_path=model_name,
-                plan=plan,
-                store=store,
-                config=config.train,
-                seed=config.seed,
-                sink_factory=RunSinkFactory(context.folder.metrics, "train", tracker),
-                revision=revision_of(config),
-                trust_remote_code=trusts_remote_code(config),
-            ),
+            make_train_request(context, model_name, plan, store, sinks),
             callbacks=[LineageCallback(tracker)],
         )
+        _log_result(tracker, result, context.folder)
     say("train", f"loss {result.first_loss:.3f} -> {result.final_loss:.3f}, {result.tokens_seen:,} tokens")
     return result
 
 
-def export(context: RunContext, model_name: str, plan: FreezePlan, result: TrainResult) -> Path:
-    """Writes the Hugging Face folder and proves that frozen tensors are the base's, byte for byte."""
-    folder = context.folder.root / "hf" / name_step(result.final_step)
-    proof = context.folder.root / "export.json"
-    if (folder / "config.json").exists() and proof.exists():
-        say("export", f"found {folder}")
-        return folder
-    with tracked(context, "export") as tracker:
-        report = export_hf(
-            base=model_name,
-            checkpoint=result.final_checkpoint,
-            out_dir=folder,
-            plan=plan,
-            revision=revision_of(context.config),
-        )
-        write_json(proof, _describe_export(report))
-        tracker.log_artifact(proof)
-    say(
-        "export", f"{report.num_frozen} frozen tensors byte-identical to the base, {report.num_trained_changed} trained"
+def make_train_request(
+    context: RunContext, model_name: str, plan: FreezePlan, store: Path, sink_factory: RunSinkFactory | None
+) -> TrainRequest:
+    """The request of the run itself; sweeps vary it."""
+    config = context.config
+    return TrainRequest(
+        run_dir=context.folder.root,
+        model_path=model_name,
+        plan=plan,
+        store=store,
+        config=config.train,
+        seed=config.seed,
+        sink_factory=sink_factory,
+        revision=revision_of(config),
+        trust_remote_code=trusts_remote_code(config),
     )
-    return folder
 
 
 def evaluate(context: RunContext, model: str, label: str, *, revision: str = "main") -> Results:
@@ -244,14 +229,11 @@ def _check_store(manifest: Manifest, store: Path, seq_len: int, tokenizer_sha256
         raise CorpusError(f"corpus.store={store}: was built with another tokenizer than the model's; build it again")
 
 
-def _describe_export(report: ExportReport) -> dict[str, object]:
-    return {
-        "folder": report.folder.name,
-        "frozen_tensors_identical_to_base": report.num_frozen,
-        "trained_tensors": report.num_trained,
-        "trained_tensors_changed": report.num_trained_changed,
-        "gradient_coverage": "equal to the plan at the first step of every attempt",
-    }
+def _log_result(tracker: Tracker, result: TrainResult, folder: RunFolder) -> None:
+    tracker.set_tags({f"proof.{name}": str(count) for name, count in result.gradient_coverage.items()})
+    for path in (folder.training, folder.export):
+        if path.exists():
+            tracker.log_artifact(path)
 
 
 def _log_profile(tracker: Tracker, profile: LayerProfile, folder: RunFolder) -> None:

@@ -25,18 +25,25 @@ def print_summary(plan: FreezePlan, result: TrainResult, verdicts: Sequence[Verd
         f" {result.tokens_seen:,} tokens, {result.tokens_per_s:,.0f} tokens/s",
         highlight=False,
     )
+    print_verdicts(verdicts)
+    print(f"\nreport    {report}")
+
+
+def print_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """Prints scores beside the base's, and one sentence each."""
+    console = Console(width=120)
     console.print(_score_table(verdicts))
     for verdict in verdicts:
         console.print(f"{verdict.benchmark}/{verdict.protocol}: {verdict.sentence}", highlight=False)
-    print(f"\nreport    {report}")
 
 
 def _score_table(verdicts: Sequence[Verdict]) -> Table:
     table = Table(title="Accuracy, percent [95 % interval]")
-    for heading in ("benchmark", "protocol", "questions", "base", "trained", "difference", "p (Holm)"):
+    for heading in ("run", "benchmark", "protocol", "questions", "base", "trained", "difference", "p (Holm)"):
         table.add_column(heading)
     for verdict in verdicts:
         table.add_row(
+            verdict.run,
             verdict.benchmark,
             verdict.protocol,
             str(verdict.num_questions),

@@ -52,7 +52,7 @@ def write_report(run_dir: Path) -> Path:
         _verdict_section(_read(run_dir / "verdicts.json") or []),
         _training_section(_read(run_dir / "training.json"), figures),
         _profile_section(profile, figures),
-        _proof_section(_read(run_dir / "export.json")),
+        _proof_section(_read(run_dir / "export.json"), _read(run_dir / "training.json")),
         _corpus_section(_read(run_dir / "token_store" / "manifest.json")),
         _config_section(run_dir),
     ]
@@ -141,6 +141,7 @@ def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure])
             ["tokens", f"{result['tokens_seen']:,}"],
             ["loss, first to last logged", f"{result['first_loss']:.3f} to {result['final_loss']:.3f}"],
             ["tokens per second", f"{result['tokens_per_s']:,.0f}"],
+            ["MFU on the plan's own FLOPs", f"{result['mfu']:.1%}"],
             ["steps left out as not finite", str(result["skipped_steps"])],
         ]
         text += _table(["measured", ""], rows)
@@ -170,8 +171,9 @@ def _profile_section(profile: LayerProfile | None, figures: dict[str, Figure]) -
     return text + "<h2>How stable the measurement is</h2>" + _table(["variant", *[""] * (width - 1)], padded)
 
 
-def _proof_section(proof: dict[str, Any] | None) -> str:
-    if proof is None:
+def _proof_section(export: dict[str, Any] | None, training: dict[str, Any] | None) -> str:
+    proof = {**(training or {}).get("gradient_coverage", {}), **(export or {})}
+    if not proof:
         return ""
     rows = [[name.replace("_", " "), str(value)] for name, value in proof.items()]
     return "<h2>Proof that the plan was obeyed</h2>" + _table(["checked", ""], rows)

@@ -1,0 +1,57 @@
+# Everything a newcomer runs. The environment is made once and reused until the lock file changes.
+PYTHON ?= python3.11
+VENV ?= .venv
+LOCK ?= requirements/cpu.txt
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp-$(shell cksum < $(LOCK) | cut -d' ' -f1)
+RUNS ?= $(CURDIR)/runs
+UI_PORT ?= 5000
+QUIET := RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+
+.PHONY: help env demo test test-unit check format ui clean
+
+help:
+	@echo "make demo    run the quick start on a local Ray cluster and print its summary"
+	@echo "make test    run every test"
+	@echo "make check   formatter, linter, types, import contracts"
+	@echo "make ui      open MLflow on http://127.0.0.1:$(UI_PORT) over $(RUNS)"
+	@echo "make env     make the environment only; make clean removes it"
+
+env: $(STAMP)
+
+$(STAMP): $(LOCK)
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or set PYTHON=/path/to/it"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing $(LOCK) into $(VENV) (once, a few minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c "import torch, ray, transformers, vllm" >/dev/null 2>&1 || { echo "error: the environment is broken; see requirements/README.md on where torch must come from"; exit 1; }
+	@rm -f $(VENV)/.stamp-*
+	@touch $@
+
+demo: env
+	@VENV=$(VENV) RUNS=$(RUNS) bash cluster/local/demo.sh
+
+test: env
+	$(QUIET) $(BIN)/python -m pytest tests -q --durations=15
+
+test-unit: env
+	$(QUIET) $(BIN)/python -m pytest tests/unit tests/test_architecture.py -q
+
+check: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/test_architecture.py -q
+
+format: env
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+ui: env
+	@test -f $(RUNS)/mlflow.db || { echo "error: $(RUNS)/mlflow.db does not exist; run make demo first"; exit 1; }
+	$(QUIET) $(BIN)/mlflow ui --host 127.0.0.1 --port $(UI_PORT) --backend-store-uri sqlite:///$(RUNS)/mlflow.db
+
+clean:
+	rm -rf $(VENV) build *.egg-info

