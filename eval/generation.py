@@ -7,6 +7,7 @@ than with a process of its own.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,15 @@ class VllmEngine:
             dtype = "float32" if on_cpu else "bfloat16"
         options: dict[str, Any] = {"enforce_eager": True} if on_cpu else {"tensor_parallel_size": max(1, int(num_gpus))}
         try:
-            self._engine = LLM(model=model, revision=revision, dtype=dtype, seed=0, disable_log_stats=True, **options)
+            self._engine = LLM(
+                model=model,
+                revision=revision,
+                dtype=dtype,
+                seed=0,
+                disable_log_stats=True,
+                use_tqdm_on_load=sys.stderr.isatty(),
+                **options,
+            )
         except Exception as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise EvaluationError(

@@ -43,8 +43,10 @@ def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
             base = evaluate(context, model, "base", revision=revision_of(config))
             verdicts = judge(context, base, scores, label)
         report = write_report(context.folder.root)
-        context.tracker.log_artifact(report)
-        context.tracker.log_artifact(context.folder.config)
+        for path in (report, context.folder.config):
+            context.tracker.log_artifact(path)
+        for path in sorted(context.folder.figures.glob("*.png")):
+            context.tracker.log_artifact(path, "figures")
         print_summary(plan, result, verdicts, report)
 
 

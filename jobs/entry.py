@@ -17,7 +17,7 @@ from types import FrameType
 from layerplan.config.load import load_config
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError, LayerplanError
-from layerplan.telemetry import disable_telemetry
+from layerplan.telemetry import disable_bars_in_logs, disable_telemetry
 
 JobFunction = Callable[[RunConfig, argparse.Namespace], None]
 
@@ -48,6 +48,7 @@ def run_job(job: JobFunction, parser: argparse.ArgumentParser, argv: Sequence[st
 def run_guarded(work: Callable[[], None]) -> int:
     """Runs the work with telemetry off and turns every ending into an exit code and at most one line per fault."""
     disable_telemetry()
+    disable_bars_in_logs()
     signal.signal(signal.SIGTERM, _stop_on_sigterm)
     try:
         work()

@@ -99,6 +99,16 @@ class RunFolder:
         return self.root / "evaluation"
 
     @property
+    def probes(self) -> Path:
+        """Per-probe measurements, from which any aggregate can be computed again."""
+        return self.root / "layer_probes.parquet"
+
+    @property
+    def figures(self) -> Path:
+        """The report's figures as PNG."""
+        return self.root / "figures"
+
+    @property
     def sweep(self) -> Path:
         """Trials of a boundary sweep."""
         return self.root / "sweep"

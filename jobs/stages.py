@@ -245,4 +245,5 @@ def _log_profile(tracker: Tracker, profile: LayerProfile, folder: RunFolder) -> 
         tracker.log_metrics({"trace/layer_sensitivity": value}, step=layer)
     for index, value in enumerate(profile.alignment_score):
         tracker.log_metrics({"trace/alignment_score": value}, step=index + 1)
-    tracker.log_artifact(folder.profile)
+    for path in (folder.profile, folder.probes):
+        tracker.log_artifact(path)

@@ -13,10 +13,13 @@ from layerplan.plan.explain import render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.train.trainer import TrainResult
 
+WIDTH = 100
+"""Columns of the printed tables; a job's log is not a terminal whose width could be asked."""
+
 
 def print_summary(plan: FreezePlan, result: TrainResult, verdicts: Sequence[Verdict], report: Path) -> None:
     """Prints the summary table of a finished run."""
-    console = Console(width=120)
+    console = Console(width=WIDTH)
     fall = 100 * (1 - result.final_loss / result.first_loss)
     console.print(f"\nplan      {plan.plan_type}: {plan.reason}", highlight=False)
     console.print(f"          {render_layer_map(plan)}", highlight=False)
@@ -31,7 +34,7 @@ def print_summary(plan: FreezePlan, result: TrainResult, verdicts: Sequence[Verd
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     """Prints scores beside the base's, and one sentence each."""
-    console = Console(width=120)
+    console = Console(width=WIDTH)
     console.print(_score_table(verdicts))
     for verdict in verdicts:
         console.print(f"{verdict.benchmark}/{verdict.protocol}: {verdict.sentence}", highlight=False)
@@ -39,13 +42,13 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
 
 def _score_table(verdicts: Sequence[Verdict]) -> Table:
     table = Table(title="Accuracy, percent [95 % interval]")
-    for heading in ("run", "benchmark", "protocol", "questions", "base", "trained", "difference", "p (Holm)"):
+    runs = {verdict.run for verdict in verdicts}
+    for heading in ("scored by", "questions", "base", "trained", "difference", "p (Holm)"):
         table.add_column(heading)
     for verdict in verdicts:
+        name = f"{verdict.benchmark}/{verdict.protocol}"
         table.add_row(
-            verdict.run,
-            verdict.benchmark,
-            verdict.protocol,
+            f"{verdict.run} {name}" if len(runs) > 1 else name,
             str(verdict.num_questions),
             _with_interval(verdict.reference_accuracy, verdict.reference_interval),
             _with_interval(verdict.accuracy, verdict.accuracy_interval),

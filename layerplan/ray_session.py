@@ -58,6 +58,7 @@ def quiet_engines() -> None:
 
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that the bars are off
     ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
 
 

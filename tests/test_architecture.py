@@ -33,14 +33,26 @@ def package_of(module: str) -> str:
 
 
 def test_eval_is_imported_by_from_only():
-    wrong = [path.name for path in SOURCES for module, is_from in imports_of(path) if package_of(module) == "eval" and not is_from]
+    wrong = [
+        path.name
+        for path in SOURCES
+        for module, is_from in imports_of(path)
+        if package_of(module) == "eval" and not is_from
+    ]
     assert wrong == []
 
 
-@pytest.mark.parametrize(("engine", "home"), [("vllm", "eval/generation.py"), ("mlflow", "layerplan/tracking/mlflow_tracker.py")])
+@pytest.mark.parametrize(
+    ("engine", "home"), [("vllm", "eval/generation.py"), ("mlflow", "layerplan/tracking/mlflow_tracker.py")]
+)
 def test_an_engine_is_imported_in_its_one_module_only(engine: str, home: str):
     library = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("layerplan", "eval", "jobs")]
-    users = {str(path.relative_to(ROOT)) for path in library for module, _ in imports_of(path) if package_of(module) == engine}
+    users = {
+        str(path.relative_to(ROOT))
+        for path in library
+        for module, _ in imports_of(path)
+        if package_of(module) == engine
+    }
     assert users == {home}
 
 

@@ -4,6 +4,7 @@ VENV="${VENV:-.venv}"
 case "$VENV" in /*) ;; *) VENV="$PWD/$VENV" ;; esac
 export PATH="$VENV/bin:$PATH"
 export RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+export RAY_COLOR_PREFIX=0
 export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
 
 free_port() {

@@ -18,13 +18,19 @@ mkdir -p "$RUNS"
 stop() {
   status=$?
   trap - EXIT INT TERM
-  if [ -n "${RAY_PID:-}" ] && kill -0 "$RAY_PID" 2>/dev/null; then
-    kill -TERM "$RAY_PID" 2>/dev/null || true
-    for _ in $(seq 60); do kill -0 "$RAY_PID" 2>/dev/null || break; sleep 0.25; done
-    kill -KILL "-$RAY_PID" 2>/dev/null || true
+  if [ -n "${RAY_PID:-}" ]; then
+    kill -TERM -- "-$RAY_PID" 2>/dev/null || true
+    for _ in $(seq 40); do kill -0 -- "-$RAY_PID" 2>/dev/null || break; sleep 0.25; done
+    kill -KILL -- "-$RAY_PID" 2>/dev/null || true
   fi
   rm -rf "$RAY_TMPDIR"
   exit "$status"
+}
+# What Ray says about itself; the run's own lines, warnings and errors stay.
+without_engine_talk() {
+  grep --line-buffered -v -E -e '(INFO|WARNING) (packaging|working_dir|sdk|dashboard_sdk|cli|job_manager)\.py' \
+    -e 'SUCC cli\.py.*---' -e '^\(TrainController' -e '(Setting up process group|Reporting training result)' \
+    -e '(issues/53727|PYTHON worker processes|NUMA binding|Triton is installed)'
 }
 trap stop EXIT
 trap 'exit 130' INT
@@ -35,6 +41,7 @@ setsid ray start --head --block --node-ip-address 127.0.0.1 --port "$PORT" --das
   --dashboard-port "$DASHBOARD" --dashboard-agent-listen-port "$AGENT" --temp-dir "$RAY_TMPDIR" \
   --disable-usage-stats >"$RAY_TMPDIR/head.log" 2>&1 &
 RAY_PID=$!
+disown "$RAY_PID"
 export RAY_API_SERVER_ADDRESS="http://127.0.0.1:$DASHBOARD"
 for attempt in $(seq 120); do
   ray job list >/dev/null 2>&1 && break
@@ -46,6 +53,7 @@ for attempt in $(seq 120); do
   sleep 0.5
 done
 
-ray job submit --working-dir . -- python jobs/cpt.py --config "$CONFIG" --set storage_path="$RUNS" "$@"
+ray job submit --log-color false --working-dir . -- python jobs/cpt.py --config "$CONFIG" \
+  --set storage_path="$RUNS" "$@" 2>&1 | without_engine_talk
 echo
 echo "lineage   make ui"

@@ -5,6 +5,7 @@ Frozen parameters are not saved: they are the base model's, byte for byte, and t
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def load_trained_tensors(path: Path, like: dict[str, Tensor]) -> dict[str, Tenso
 
 def _load(state: dict[str, Any], path: Path) -> None:
     try:
-        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise

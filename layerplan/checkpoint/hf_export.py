@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,22 @@ class ExportReport:
 
     folder: Path
     num_frozen: int
+    """Tensors the plan freezes; after reloading, each has the base's bytes."""
     num_trained: int
+    """Tensors the plan trains; after reloading, each has the checkpoint's bytes."""
     num_trained_changed: int
+    """Trained tensors that differ from the base."""
+
+    def save(self, path: Path) -> None:
+        """Writes the proof as JSON, atomically."""
+        values = {
+            "frozen_tensors_identical_to_base": self.num_frozen,
+            "trained_tensors": self.num_trained,
+            "trained_tensors_changed": self.num_trained_changed,
+        }
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
 
 
 def export_hf(

@@ -7,6 +7,7 @@ without reading anything before it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ from layerplan.corpus.schedule import LaneSchedule
 from layerplan.corpus.store import StoreReader
 
 STEPS_PER_TASK = 16
+WINDOW_STEPS = 64
+WINDOW_BYTES = 128 * 2**20
+"""Read-ahead of one worker: at most one window being read beside the one in use."""
+BYTES_PER_TOKEN = 12
+"""Token, document and position, each int32."""
 
 
 def make_schedule(store: Path, *, num_lanes: int, seed: int) -> LaneSchedule:
@@ -52,24 +58,56 @@ def iter_rank_steps(
 def _iter_with_ray(
     store: Path, schedule: LaneSchedule, rank: int, world_size: int, start_step: int, stop_step: int
 ) -> Iterator[PackedRows]:
+    """Reads one window ahead in a thread; each window is a Ray Data pipeline that runs to its end.
+
+    One pipeline over all steps would read ahead too, but while it waits for its consumer its scheduler keeps looping
+    in this process, and a CPU worker then trains at half its speed (`docs/log.md`).
+    """
+    windows = _plan_windows(start_step, stop_step, Manifest.load(store), schedule.num_lanes // world_size)
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+    try:
+        futures = (pool.submit(_read_window, store, schedule, rank, world_size, window) for window in windows)
+        ahead = next(futures, None)
+        while ahead is not None:
+            rows, ahead = ahead.result(), next(futures, None)
+            for row in rows:
+                yield _unpack(row)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _plan_windows(start_step: int, stop_step: int, manifest: Manifest, rows_per_step: int) -> list[range]:
+    """Splits the steps into windows of bounded memory; the first is short, so that training starts at once."""
+    step_bytes = rows_per_step * manifest.seq_len * BYTES_PER_TOKEN
+    size = max(1, min(WINDOW_STEPS, WINDOW_BYTES // step_bytes))
+    first = min(start_step + min(size, STEPS_PER_TASK), stop_step)
+    starts = range(first, stop_step, size)
+    windows = [range(start_step, first), *(range(start, min(start + size, stop_step)) for start in starts)]
+    return [window for window in windows if window]
+
+
+def _read_window(
+    store: Path, schedule: LaneSchedule, rank: int, world_size: int, window: range
+) -> list[dict[str, Any]]:
     import ray
 
-    starts = range(start_step, stop_step, STEPS_PER_TASK)
-    tasks = [{"start": start, "stop": min(start + STEPS_PER_TASK, stop_step)} for start in starts]
-    if not tasks:
-        return
+    starts = range(window.start, window.stop, STEPS_PER_TASK)
+    tasks = [{"start": start, "stop": min(start + STEPS_PER_TASK, window.stop)} for start in starts]
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.target_max_block_size = 4 * 2**20
     context.enable_progress_bars = False
-    steps = ray.data.from_items(tasks, override_num_blocks=min(len(tasks), 2000)).map_batches(
-        _read_steps,
-        fn_kwargs={"store": str(store), "schedule": schedule, "rank": rank, "world_size": world_size},
-        batch_size=1,
-        num_cpus=0.25,
+    rows: list[dict[str, Any]] = (
+        ray.data.from_items(tasks, override_num_blocks=len(tasks))
+        .map_batches(
+            _read_steps,
+            fn_kwargs={"store": str(store), "schedule": schedule, "rank": rank, "world_size": world_size},
+            batch_size=1,
+            num_cpus=0.25,
+        )
+        .take_all()
     )
-    for row in steps.iter_rows():
-        yield _unpack(row)
+    return rows
 
 
 def _read_steps(

@@ -165,12 +165,19 @@ def identify_model(name: str, *, revision: str = "main") -> ModelIdentity:
     if not isinstance(num_layers, int):
         raise ModelError(f"model.name={name}: config.json has no num_hidden_layers")
     return ModelIdentity(
-        name=folder.name if folder.is_dir() else name,
+        name=name_folder(folder) if folder.is_dir() else name,
         revision=revision,
         model_type=config["model_type"],
         num_layers=num_layers,
         weights_sha256=weights,
     )
+
+
+def name_folder(folder: Path) -> str:
+    """A model folder's name; an export of ours, `<run>/hf/step_X`, is named after its run: `<run>/step_X`."""
+    folder = folder.resolve()
+    is_export = folder.parent.name == "hf" and folder.name.startswith("step_")
+    return f"{folder.parent.parent.name}/{folder.name}" if is_export else folder.name
 
 
 def _hash_weight_files(folder: Path) -> str:

@@ -74,13 +74,15 @@ class FreezePlan(StrictModel):
         return read_sealed(path, cls)
 
     def check_model(self, model: ModelIdentity) -> None:
-        """Refuses a model the plan was not made for.
+        """Refuses a model the plan was not made for; equal weights are the same model, wherever the folder lies.
 
         Raises:
             PlanError: Naming the first field that differs and both values.
         """
         mine: Mapping[str, Any] = self.model.model_dump()
         theirs = model.model_dump()
+        if self.model.weights_sha256 is not None and self.model.weights_sha256 == model.weights_sha256:
+            return
         for field in ("num_layers", "model_type", "name", "revision", "weights_sha256"):
             if mine[field] != theirs[field] and None not in (mine[field], theirs[field]):
                 raise PlanError(

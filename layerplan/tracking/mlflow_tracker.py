@@ -7,6 +7,7 @@ is used throughout: it needs no global active run, and a worker can log to a run
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,9 @@ from layerplan.tracking.tracker import Status
 RUNS_NAME = "mlflow_runs.json"
 MAX_PARAM_CHARS = 6000
 FLUSH_EVERY_S = 5.0
+
+for _name in ("mlflow.store.db.utils", "alembic"):
+    logging.getLogger(_name).setLevel(logging.WARNING)  # making a new database is not news
 
 
 def open_mlflow_run(uri: str, experiment: str, run_dir: Path, run_name: str) -> MlflowTracker:

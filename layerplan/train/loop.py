@@ -136,7 +136,7 @@ def run_loop(setup: LoopSetup, state: TrainState, hooks: LoopHooks, *, stop_step
         )
         is_last = state.step == end or outcome.wants_stop
         if state.step == 1 or state.step % config.log_every_steps == 0 or is_last:
-            _log(setup, state, outcome, window, hooks)
+            state = _log(setup, state, outcome, window, hooks)
             window = Window()
         if state.step % config.validate_every_steps == 0 or is_last:
             state = _validate(setup, state, hooks)
@@ -227,22 +227,25 @@ def _advance(
         "train_s": state.train_s + seconds,
         "skipped_steps": state.skipped_steps + int(skipped),
         "recent_losses": tuple(monitor.recent),
-        "last_loss": outcome.loss,
+        "window_losses": (*state.window_losses, outcome.loss),
         "peak_flops": peak_flops,
-        "first_loss": outcome.loss if state.first_loss is None else state.first_loss,
     }
     return state.model_copy(update=update)
 
 
-def _log(setup: LoopSetup, state: TrainState, outcome: StepOutcome, window: Window, hooks: LoopHooks) -> None:
+def _log(setup: LoopSetup, state: TrainState, outcome: StepOutcome, window: Window, hooks: LoopHooks) -> TrainState:
+    """Logs the mean loss since the last line: the loss of one small batch says little."""
+    loss = state.mean_window_loss()
+    first = loss if state.first_loss is None else state.first_loss
+    state = state.model_copy(update={"window_losses": (), "last_loss": loss, "first_loss": first})
     if setup.rank != 0:
-        return
+        return state
     rate = setup.optimizer.param_groups[0]["lr"]
     mfu = compute_mfu(
         window.tokens_per_s, setup.flops_per_token, peak_flops=setup.peak_flops, num_workers=setup.world_size
     )
     values = {
-        metrics.LOSS: outcome.loss,
+        metrics.LOSS: loss,
         metrics.GRAD_NORM: float(outcome.grad_norm),
         metrics.LEARNING_RATE: rate,
         metrics.TOKENS_SEEN: float(state.tokens_seen),
@@ -259,7 +262,8 @@ def _log(setup: LoopSetup, state: TrainState, outcome: StepOutcome, window: Wind
         values[metrics.PHASE_SHARE.format(phase=phase)] = window.phases_s.get(phase, 0.0) / max(window.seconds, 1e-9)
     if hooks.sink is not None:
         hooks.sink.log_metrics(values, step=state.step)
-    hooks.say(render_progress(state.step, setup.config, loss=outcome.loss, rate=rate, window=window, mfu=mfu))
+    hooks.say(render_progress(state.step, setup.config, loss=loss, rate=rate, window=window, mfu=mfu))
+    return state
 
 
 def _validate(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> TrainState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from layerplan.config.base import StrictModel
@@ -23,12 +24,14 @@ class TrainState(StrictModel):
     """Steps of the data order that were passed over by rollbacks: step s reads the rows of s + data_offset."""
     recent_losses: tuple[float, ...] = ()
     """What the loss-spike detector remembers."""
+    window_losses: tuple[float, ...] = ()
+    """Losses of the steps since the last log line."""
     gradient_coverage: dict[str, int] = {}
     """Numbers of parameters the first step proved to have, and to lack, a gradient."""
     first_loss: float | None = None
-    """First logged training loss."""
+    """First logged training loss, nats per token."""
     last_loss: float | None = None
-    """Newest logged training loss."""
+    """Newest logged training loss, a mean over the steps since the one before."""
     validation_loss: float | None = None
     """Newest validation loss."""
     peak_flops: float = 0.0
@@ -39,6 +42,11 @@ class TrainState(StrictModel):
     """The plan being trained."""
     corpus_sha256: str = ""
     """The token store being read."""
+
+    def mean_window_loss(self) -> float:
+        """Mean loss since the last log line; steps that were left out as not finite do not count."""
+        finite = [loss for loss in self.window_losses if math.isfinite(loss)]
+        return sum(finite) / len(finite) if finite else math.nan
 
     def check_same_run(self, other: dict[str, Any]) -> TrainState:
         """Returns the state a checkpoint carries; refuses one of another plan or corpus."""

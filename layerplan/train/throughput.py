@@ -98,8 +98,11 @@ def render_progress(step: int, config: TrainConfig, *, loss: float, rate: float,
     left_s = (config.max_steps - step) * window.step_s
     line = (
         f"[train] step {step}/{config.max_steps}  loss {loss:.4f}  lr {rate:.2e}  {window.tokens_per_s:,.0f} tokens/s"
-        f"  MFU {mfu:.1%}  {render_duration(left_s)} left"
+        f"  MFU {mfu:.1%}"
     )
+    if step == 1:  # it includes the start-up of every engine and says nothing about the rest
+        return line
+    line += f"  {render_duration(left_s)} left"
     if config.usd_per_worker_hour:
         line += f"  {left_s / 3600 * config.num_workers * config.usd_per_worker_hour:,.2f} USD to go"
     return line

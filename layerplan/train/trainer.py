@@ -27,6 +27,7 @@ from layerplan.train.state import TrainState
 __all__ = ["TrainRequest", "TrainResult", "load_result", "run_training"]
 
 HF_NAME = "hf"
+EXPORT_NAME = "export.json"
 
 
 def run_training(request: TrainRequest, *, callbacks: Sequence[Any] = ()) -> TrainResult:
@@ -150,6 +151,7 @@ def _export(request: TrainRequest, checkpoint: Path, step: int) -> Path:
         revision=request.revision,
         trust_remote_code=request.trust_remote_code,
     )
+    report.save(request.run_dir / EXPORT_NAME)
     print(
         f"[train] exported {folder}: {report.num_frozen} frozen tensors byte-identical to the base,"
         f" {report.num_trained_changed} of {report.num_trained} trained ones changed",

@@ -24,6 +24,7 @@ from layerplan.models.causal_lm import load_causal_lm, load_hf_config
 from layerplan.models.freezing import AppliedPlan, apply_plan
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.model_shape import ModelShape
+from layerplan.ray_session import quiet_engines
 from layerplan.train.attention import IMPLEMENTATIONS, choose_attention
 from layerplan.train.ledger import LEDGER_NAME, LedgerWriter
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
@@ -115,6 +116,7 @@ class BuiltModel:
 def train_worker(loop_config: dict[str, Any]) -> None:
     """The train function of Ray Train."""
     request: TrainRequest = loop_config["request"]
+    quiet_engines()
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()

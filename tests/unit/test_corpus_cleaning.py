@@ -27,7 +27,12 @@ def lines(*records: object) -> bytes:
 
 
 def test_a_broken_line_costs_one_line(tmp_path: Path):
-    content = lines({"id": "a", "text": "x"}) + b'{"id": "b", "te\n' + b"\xff\xfe\n[1]\n" + lines({"id": "c"}, {"id": "d", "text": "y"})
+    content = (
+        lines({"id": "a", "text": "x"})
+        + b'{"id": "b", "te\n'
+        + b"\xff\xfe\n[1]\n"
+        + lines({"id": "c"}, {"id": "d", "text": "y"})
+    )
     (tmp_path / "raw.jsonl").write_bytes(content)
     found = read_all(tmp_path)
     assert [item.id for item in found if isinstance(item, Document)] == ["a", "d"]

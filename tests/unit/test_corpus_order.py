@@ -64,7 +64,7 @@ def test_the_global_batch_does_not_depend_on_the_world_size():
 
 
 def test_a_world_size_that_does_not_divide_the_lanes_is_refused():
-    with pytest.raises(CorpusError, match="world size 3 must divide train.global_batch_size=8"):
+    with pytest.raises(CorpusError, match=r"world size 3 must divide train\.global_batch_size=8"):
         LaneSchedule(64, 4, 8, seed=0).rank_rows_at(0, 0, 3)
 
 
@@ -75,7 +75,7 @@ def test_epochs_and_seeds_have_their_own_permutations():
 
 
 def test_a_store_too_small_for_one_batch_is_refused():
-    with pytest.raises(CorpusError, match="3 rows cannot fill train.global_batch_size=8 lanes"):
+    with pytest.raises(CorpusError, match=r"3 rows cannot fill train\.global_batch_size=8 lanes"):
         LaneSchedule(3, 4, 8, seed=0)
 
 

@@ -76,7 +76,7 @@ def test_a_gradient_on_a_frozen_tensor_is_found():
     step(model)
     frozen = dict(model.named_parameters())["model.layers.0.mlp.up_proj.weight"]
     frozen.grad = torch.zeros_like(frozen)
-    with pytest.raises(TrainingError, match="1 frozen parameters have one .*layers.0.mlp.up_proj"):
+    with pytest.raises(TrainingError, match=r"1 frozen parameters have one .*layers.0.mlp.up_proj"):
         check_gradient_coverage(model, applied)
 
 

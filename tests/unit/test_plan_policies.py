@@ -125,7 +125,7 @@ def test_a_bad_selector_is_one_clear_error(selectors: list[Any], words: str):
 
 
 def test_profiled_policies_need_a_profile():
-    with pytest.raises(PlanError, match="plan.type=from_profile: needs a layer profile"):
+    with pytest.raises(PlanError, match=r"plan\.type=from_profile: needs a layer profile"):
         layers_of(FromProfilePlanConfig())
 
 

@@ -70,7 +70,7 @@ def test_artifacts_lie_beside_the_store(tmp_path: Path):
 
 def test_an_unreachable_store_is_one_clear_error(tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(TrackingError, match="tracking.uri=sqlite:///"):
+    with pytest.raises(TrackingError, match=r"tracking\.uri=sqlite:///"):
         open_tracker(TrackingConfig(uri=f"sqlite:///{tmp_path}/file/x.db"), tmp_path, "run")
 
 
