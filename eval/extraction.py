@@ -19,6 +19,7 @@ _NEXT_QUESTION = re.compile(r"\n\s*\n|\n\s*(?:题目|问题|以下是|Question|Q
 _ALONE = r"(?<![A-Za-z0-9])([A-D])(?![A-Za-z0-9'’])"
 _LEADING = re.compile(r"^[\s\W_]*" + _ALONE)
 _LIST_AFTER = re.compile(r"^\s*(?:[,，、/&+]|and\b|or\b|和|或|与|及)\s*[A-D](?![A-Za-z0-9])")
+_REJECTED_AFTER = re.compile(r"^\s*(?:选项|项)?\s*(?:不对|不正确|不是|错|is\s+(?:wrong|incorrect|not))", re.IGNORECASE)
 _CUE = re.compile(
     r"(?:答案\s*(?:是|为|应为|应该是|选)?|故选|应选|正确选项\s*(?:是|为)?|正确的\s*(?:是|为)|选择|选|answer\s*(?:is|:)?|option|choose)"
     r"\s*[:：]?\s*[(（\[【\"“'‘]*\s*" + _ALONE,
@@ -58,16 +59,24 @@ def _starts_with_option(text: str, options: Sequence[str]) -> str | None:
 
 
 def _is_prefix(option: str, text: str) -> bool:
-    if len(option) < 2 or not text.startswith(option):
-        return False
-    following = text[len(option) : len(option) + 1]
-    return not (option[-1].isascii() and option[-1].isalnum() and following.isascii() and following.isalnum())
+    return len(option) >= 2 and re.match(_as_words(option), text) is not None
+
+
+def _occurs(option: str, text: str) -> bool:
+    return re.search(_as_words(option), text) is not None
+
+
+def _as_words(option: str) -> str:
+    """The option's text; a Latin letter or digit at its ends must end a word there."""
+    before = r"(?<![A-Za-z0-9])" if re.match(r"[A-Za-z0-9]", option) else ""
+    after = r"(?![A-Za-z0-9])" if re.search(r"[A-Za-z0-9]$", option) else ""
+    return before + re.escape(option) + after
 
 
 def _leading_letter(text: str, options: Sequence[str]) -> str | None:
     """First letter after leading punctuation, unless it starts a word or a list of letters."""
     match = _LEADING.match(text)
-    if match is None or _LIST_AFTER.match(text[match.end() :]):
+    if match is None or _LIST_AFTER.match(text[match.end() :]) or _REJECTED_AFTER.match(text[match.end() :]):
         return None
     if re.match(r"\s+[a-z]", text[match.end() :]) and match.group(1) == "A":
         return None  # the article of an English sentence
@@ -90,16 +99,21 @@ def _only_letter(text: str, options: Sequence[str]) -> str | None:
     """Exactly one distinct stand-alone letter, not negated."""
     matches = list(re.finditer(_ALONE, text))
     letters = {match.group(1) for match in matches}
-    if len(letters) != 1 or any(re.search(r"(?:不是|不选|并非|not)\s*$", text[: match.start()]) for match in matches):
+    if len(letters) != 1 or any(_is_rejected(text, match) for match in matches):
         return None
     if letters == {"A"} and all(re.match(r"\s+[a-z]", text[match.end() :]) for match in matches):
         return None
     return letters.pop()
 
 
+def _is_rejected(text: str, match: re.Match[str]) -> bool:
+    before = re.search(r"(?:不是|不选|并非|not)\s*$", text[: match.start()])
+    return before is not None or _REJECTED_AFTER.match(text[match.end() :]) is not None
+
+
 def _only_option(text: str, options: Sequence[str]) -> str | None:
     """Exactly one option's text occurs; an option inside a longer one that also occurs does not count."""
-    present = [index for index, option in enumerate(options) if len(option) >= 2 and option in text]
+    present = [index for index, option in enumerate(options) if len(option) >= 2 and _occurs(option, text)]
     outer = [
         index
         for index in present

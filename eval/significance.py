@@ -19,6 +19,10 @@ ALPHA = 0.05
 BOOTSTRAP_SAMPLES = 2000
 
 
+Arm = tuple[str, EvaluationResult, Sequence[Answer]]
+"""A name, its scores, and its answers in the benchmark's order."""
+
+
 class Verdict(StrictModel):
     """One run against the untouched base, on one benchmark under one protocol."""
 
@@ -85,45 +89,30 @@ def correct_holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def compare_runs(
-    reference: tuple[str, EvaluationResult, Sequence[Answer]],
-    runs: Sequence[tuple[str, EvaluationResult, Sequence[Answer]]],
-    *,
-    seed: int = 0,
-) -> list[Verdict]:
-    """Judges runs against the reference under one protocol; corrects for the number of comparisons.
+def compare_runs(reference: Arm, runs: Sequence[Arm], *, seed: int = 0) -> list[Verdict]:
+    """Judges runs against one reference under one protocol; corrects for the number of comparisons.
 
     Raises:
         EvaluationError: When protocol ids differ.
     """
-    drafts = [_compare(reference, run, seed) for run in runs]
+    return judge_pairs([(reference, run) for run in runs], seed=seed)
+
+
+def judge_pairs(pairs: Sequence[tuple[Arm, Arm]], *, seed: int = 0) -> list[Verdict]:
+    """Judges (reference, run) pairs over several benchmarks and protocols, corrected over all of them together.
+
+    Raises:
+        EvaluationError: When the protocol ids of a pair differ.
+    """
+    drafts = [_compare(reference, run, seed) for reference, run in pairs]
     adjusted = correct_holm([float(str(draft["mcnemar_p"])) for draft in drafts])
-    return finish_verdicts(drafts, adjusted)
-
-
-def finish_verdicts(drafts: Sequence[Mapping[str, object]], adjusted: Sequence[float]) -> list[Verdict]:
-    """Adds the corrected p-values and the sentences."""
     return [
         Verdict.model_validate({**draft, "adjusted_p": p, "sentence": _describe({**draft, "adjusted_p": p})})
         for draft, p in zip(drafts, adjusted)
     ]
 
 
-def draft_comparison(
-    reference: tuple[str, EvaluationResult, Sequence[Answer]],
-    run: tuple[str, EvaluationResult, Sequence[Answer]],
-    *,
-    seed: int = 0,
-) -> dict[str, object]:
-    """One comparison before the correction for multiplicity, for callers that pool several benchmarks."""
-    return _compare(reference, run, seed)
-
-
-def _compare(
-    reference: tuple[str, EvaluationResult, Sequence[Answer]],
-    run: tuple[str, EvaluationResult, Sequence[Answer]],
-    seed: int,
-) -> dict[str, object]:
+def _compare(reference: Arm, run: Arm, seed: int) -> dict[str, object]:
     (reference_name, base, base_answers), (name, result, answers) = reference, run
     if base.protocol_id != result.protocol_id:
         raise EvaluationError(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.runner import load_answers, load_results
-from eval.significance import Verdict, correct_holm, draft_comparison, finish_verdicts
+from eval.significance import Verdict, judge_pairs
 from jobs.entry import run_guarded
 from jobs.stages import write_json
 from jobs.summary import print_verdicts
@@ -40,7 +40,7 @@ def judge_runs(runs: Sequence[Path]) -> list[Verdict]:
     base = load_results(base_dir)
     if not base:
         raise EvaluationError(f"{base_dir}: has no scores; the first run must have evaluated its base")
-    drafts = []
+    pairs = []
     for run in runs:
         folder = find_trained_scores(run)
         results = load_results(folder)
@@ -49,8 +49,8 @@ def judge_runs(runs: Sequence[Path]) -> list[Verdict]:
                 raise EvaluationError(f"{folder}: has no {key}; the base has {', '.join(base)}")
             result = results[key]
             answers = [load_answers(where, result.benchmark, result.protocol) for where in (base_dir, folder)]
-            drafts.append(draft_comparison(("the base", reference, answers[0]), (run.name, result, answers[1])))
-    return finish_verdicts(drafts, correct_holm([float(str(draft["mcnemar_p"])) for draft in drafts]))
+            pairs.append((("the base", reference, answers[0]), (run.name, result, answers[1])))
+    return judge_pairs(pairs)
 
 
 def find_trained_scores(run: Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from eval.items import load_benchmark
 from eval.runner import Results, evaluate_model, load_answers
-from eval.significance import Verdict, correct_holm, draft_comparison, finish_verdicts
+from eval.significance import Verdict, judge_pairs
 from jobs.run_folder import RunFolder
 from layerplan.config.plan import FilePlanConfig
 from layerplan.config.run import RunConfig
@@ -183,12 +183,11 @@ def evaluate(context: RunContext, model: str, label: str, *, revision: str = "ma
 def judge(context: RunContext, base: Results, trained: Results, label: str) -> list[Verdict]:
     """Compares the trained model with the untouched base, corrected over every comparison of the run."""
     folder = context.folder.evaluation
-    drafts = []
+    pairs = []
     for key, result in trained.items():
         answers = [load_answers(folder / name, result.benchmark, result.protocol) for name in ("base", label)]
-        drafts.append(draft_comparison(("the base", base[key], answers[0]), (context.config.name, result, answers[1])))
-    adjusted = correct_holm([float(str(draft["mcnemar_p"])) for draft in drafts])
-    verdicts = finish_verdicts(drafts, adjusted)
+        pairs.append((("the base", base[key], answers[0]), (context.config.name, result, answers[1])))
+    verdicts = judge_pairs(pairs)
     write_json(context.folder.verdicts, [verdict.model_dump(mode="json") for verdict in verdicts])
     with tracked(context, "verdict") as tracker:
         tracker.log_artifact(context.folder.verdicts)

@@ -1,0 +1,123 @@
+"""Intervals, tests and verdicts against numbers worked out by hand, and against scipy where it has the test."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from scipy.stats import binomtest
+
+from eval.items import Benchmark, Question
+from eval.scoring import Answer, EvaluationResult, pick_letter, score_answers
+from eval.significance import bootstrap_difference, compare_runs, compute_mcnemar, compute_wilson, correct_holm
+from layerplan.errors import EvaluationError
+
+
+def make_benchmark(sizes: dict[str, tuple[str, int]]) -> Benchmark:
+    questions = [
+        Question(f"{subject}/{index}", subject, subject, category, "q", ("a", "b", "c", "d"), "ABCD"[index % 4])
+        for subject, (category, size) in sizes.items()
+        for index in range(size)
+    ]
+    return Benchmark("ceval", "val", tuple(questions), is_official=False)
+
+
+def make_run(
+    benchmark: Benchmark, right: set[int], *, protocol_id: str = "p", unparsed: frozenset[int] = frozenset()
+) -> tuple[EvaluationResult, list[Answer]]:
+    answers = []
+    for index, question in enumerate(benchmark.questions):
+        wrong = "B" if question.answer == "A" else "A"
+        predicted = question.answer if index in right else None if index in unparsed else wrong
+        answers.append(Answer(id=question.id, prompt="", output="", predicted=predicted, answer=question.answer))
+    return score_answers(benchmark, "generate", protocol_id, answers), answers
+
+
+def test_wilson_interval_of_one_in_four() -> None:
+    # p = 1/4, n = 100, z = 1.96: centre (0.25 + 0.019207) / 1.038415, spread 0.087098 / 1.038415
+    low, high = compute_wilson(25, 100)
+    assert (low, high) == pytest.approx((17.55, 34.30), abs=0.01)
+    assert compute_wilson(0, 64)[0] == 0.0
+    assert compute_wilson(64, 64)[1] == 100.0
+
+
+def test_mcnemar_is_the_exact_sign_test_on_the_discordant_pairs() -> None:
+    assert compute_mcnemar(0, 0) == 1.0
+    assert compute_mcnemar(0, 5) == pytest.approx(2 / 2**5)
+    assert compute_mcnemar(1, 9) == pytest.approx(2 * 11 / 2**10)
+    assert compute_mcnemar(4, 4) == 1.0
+    for first, second in ((3, 17), (20, 31), (100, 60)):
+        assert compute_mcnemar(first, second) == pytest.approx(binomtest(first, first + second, 0.5).pvalue)
+
+
+def test_holm_steps_down_and_keeps_the_order() -> None:
+    assert correct_holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert correct_holm([0.6, 0.9]) == [1.0, 1.0]
+    assert correct_holm([]) == []
+
+
+def test_bootstrap_keeps_subjects_apart() -> None:
+    # within each subject every difference is the same, so resampling inside subjects has no variance at all
+    differences = np.array([1.0] * 10 + [0.0] * 30)
+    subjects = ["law"] * 10 + ["art"] * 30
+    assert bootstrap_difference(differences, subjects, seed=0) == pytest.approx((25.0, 25.0))
+    low, high = bootstrap_difference(differences, ["one"] * 40, seed=0)
+    assert low < 20 and high > 30
+
+
+def test_the_three_averages_differ_as_they_should() -> None:
+    benchmark = make_benchmark({"law": ("Social Science", 10), "art": ("Humanities", 2), "music": ("Humanities", 4)})
+    result, _ = make_run(benchmark, set(range(5)) | {10, 11})
+    # law 50 %, art 100 %, music 0 %: categories 50 and 50, subjects (50 + 100 + 0) / 3, questions 7 of 16
+    assert result.category_mean == pytest.approx(50)
+    assert result.subject_mean == pytest.approx(50)
+    assert result.question_mean == pytest.approx(100 * 7 / 16)
+    assert result.subjects == {"law": (5, 10), "art": (2, 2), "music": (0, 4)}
+
+
+def test_counts_that_do_not_add_up_are_refused() -> None:
+    benchmark = make_benchmark({"law": ("Social Science", 4)})
+    result, _ = make_run(benchmark, {0}, unparsed=frozenset({1}))
+    assert (result.num_correct, result.num_wrong, result.num_unparsed) == (1, 2, 1)
+    with pytest.raises(ValidationError, match="is not asked 5"):
+        EvaluationResult.model_validate({**result.model_dump(), "num_asked": 5})
+
+
+def test_a_tie_takes_the_first_letter() -> None:
+    assert pick_letter([-1.0, -1.0, -2.0, -3.0]) == "A"
+    assert pick_letter([-3.0, -1.0, -2.0, -1.0]) == "B"
+
+
+def test_verdicts_are_paired_corrected_and_put_into_words() -> None:
+    benchmark = make_benchmark({"law": ("Social Science", 100), "art": ("Humanities", 100)})
+    base = ("the base", *make_run(benchmark, set(range(0, 200, 4))))  # 50 right
+    better = ("better", *make_run(benchmark, set(range(0, 200, 4)) | set(range(1, 120, 4))))  # 30 more, none lost
+    same = ("same", *make_run(benchmark, set(range(1, 200, 4))))  # 50 right, all others
+    first, second = compare_runs(base, [better, same])
+    assert first.difference == pytest.approx(15)
+    assert first.mcnemar_p == pytest.approx(2 / 2**30)
+    assert first.adjusted_p == pytest.approx(4 / 2**30)
+    assert first.sentence.startswith("better is better than the base by 15.0 ± ")
+    assert second.mcnemar_p == 1.0
+    assert "not distinguishable from the base" in second.sentence
+    assert second.sentence.endswith("not distinguishable from guessing.")
+
+
+def test_a_run_that_always_says_one_letter_is_not_better_than_guessing() -> None:
+    questions = [
+        Question(f"law/{index}", "law", "law", "Humanities", "q", ("a", "b", "c", "d"), "A" if index % 2 else "B")
+        for index in range(200)
+    ]
+    benchmark = Benchmark("ceval", "val", tuple(questions), is_official=False)
+    run = make_run(benchmark, set(range(1, 200, 2)))  # always "A" where the key is A: 50 %
+    (verdict,) = compare_runs(("the base", *run), [("constant", *run)])
+    assert verdict.chance_p < 1e-10
+    assert verdict.constant_letter_p > 0.4
+    assert "not better than always answering one letter" in verdict.sentence
+
+
+def test_unequal_protocols_cannot_be_compared() -> None:
+    benchmark = make_benchmark({"law": ("Social Science", 4)})
+    base, other = make_run(benchmark, {0}), make_run(benchmark, {1}, protocol_id="q")
+    with pytest.raises(EvaluationError, match="protocol ids q and p differ"):
+        compare_runs(("the base", *base), [("run", *other)])
