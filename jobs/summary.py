@@ -43,7 +43,7 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
 def _score_table(verdicts: Sequence[Verdict]) -> Table:
     table = Table(title="Accuracy, percent [95 % interval]")
     runs = {verdict.run for verdict in verdicts}
-    for heading in ("scored by", "questions", "base", "trained", "difference", "p (Holm)"):
+    for heading in ("scored by", "n", "base", "trained", "difference", "p (Holm)"):
         table.add_column(heading)
     for verdict in verdicts:
         name = f"{verdict.benchmark}/{verdict.protocol}"

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.base_model import prepare_model
+from jobs.checks import check_corpus, check_model
 from jobs.dry_run import print_dry_run
 from jobs.entry import build_parser, run_job
 from jobs.run_folder import open_run_folder
@@ -37,6 +38,8 @@ def sweep_boundary(config: RunConfig, args: argparse.Namespace) -> None:
     if args.dry_run:
         print_dry_run(config)
         return
+    for check in (check_model, check_corpus):
+        check(config)
     with open_run(config, open_run_folder(config)) as context:
         model = prepare_model(context)
         store = build_store(context, model)

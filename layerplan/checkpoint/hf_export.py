@@ -12,7 +12,7 @@ from torch import nn
 
 from layerplan.checkpoint.dcp import load_trained_tensors
 from layerplan.errors import CheckpointError
-from layerplan.models.causal_lm import find_model_file, load_causal_lm
+from layerplan.models.causal_lm import find_model_file, hash_weight_files, load_causal_lm
 from layerplan.models.freezing import apply_plan, compute_tensor_hashes
 from layerplan.plan.freeze_plan import FreezePlan
 
@@ -62,8 +62,10 @@ def export_hf(
     """Writes the trained model as safetensors and proves that the frozen tensors are the base's, byte for byte.
 
     Raises:
-        CheckpointError: When a frozen tensor differs from the base after reloading, or a trained one did not arrive.
+        CheckpointError: When the base is no longer the one the plan was made for, a frozen tensor differs from the base
+            after reloading, or a trained one did not arrive.
     """
+    _check_base(base, plan)
     model = load_causal_lm(base, revision=revision, trust_remote_code=trust_remote_code)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     applied = apply_plan(model, plan)
@@ -101,6 +103,17 @@ def check_export(folder: Path, *, frozen: dict[str, str], trained: dict[str, str
                 f"{folder}: after export {len(wrong)} {side} tensors are not what was expected; the first is {wrong[0]}"
             )
     return reloaded
+
+
+def _check_base(base: str, plan: FreezePlan) -> None:
+    folder = Path(base).expanduser()
+    if folder.is_dir() and plan.model.weights_sha256 is not None:
+        found = hash_weight_files(folder)
+        if found != plan.model.weights_sha256:
+            raise CheckpointError(
+                f"{folder}: its weights changed since the freeze plan was made (sha256 {found[:12]}, the plan says"
+                f" {plan.model.weights_sha256[:12]}); restore them to export this run"
+            )
 
 
 def _copy_tokenizer(base: str, revision: str, folder: Path) -> None:

@@ -160,7 +160,7 @@ def identify_model(name: str, *, revision: str = "main") -> ModelIdentity:
     """
     config = load_hf_config(name, revision=revision)
     folder = Path(name).expanduser()
-    weights = _hash_weight_files(folder) if folder.is_dir() else None
+    weights = hash_weight_files(folder) if folder.is_dir() else None
     num_layers = config.get("num_hidden_layers", config.get("n_layer"))
     if not isinstance(num_layers, int):
         raise ModelError(f"model.name={name}: config.json has no num_hidden_layers")
@@ -180,7 +180,8 @@ def name_folder(folder: Path) -> str:
     return f"{folder.parent.parent.name}/{folder.name}" if is_export else folder.name
 
 
-def _hash_weight_files(folder: Path) -> str:
+def hash_weight_files(folder: Path) -> str:
+    """Hash over the names and bytes of a folder's safetensors; raises `ModelError` when it has none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"model.name={folder}: the folder has no *.safetensors weights")

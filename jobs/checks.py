@@ -1,0 +1,61 @@
+"""Cheap looks at a run's inputs before a cluster starts: what is missing is said in seconds, not after minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from eval.items import load_benchmark
+from jobs.stages import revision_of
+from layerplan.config.model import ScratchModelConfig
+from layerplan.config.run import RunConfig
+from layerplan.corpus.sources import list_units
+from layerplan.errors import ModelError
+from layerplan.models.causal_lm import find_tokenizer_file, load_hf_config
+from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.policies import needs_profile
+from layerplan.tracer.pool import collect_probes
+
+
+def check_model(config: RunConfig) -> None:
+    """Looks at config, tokenizer and weight files of an existing model.
+
+    Raises:
+        ModelError: When one is missing or they do not fit together.
+    """
+    if isinstance(config.model, ScratchModelConfig):
+        return
+    name, revision = config.model.name, revision_of(config)
+    vocab_size = ModelShape.from_hf_config(load_hf_config(name, revision=revision)).vocab_size
+    path = find_tokenizer_file(name, revision=revision)
+    try:
+        entries = Tokenizer.from_file(str(path)).get_vocab_size()
+    except Exception as error:
+        raise ModelError(f"model.name={name}: {path} is not a readable tokenizer ({error})") from None
+    if entries > vocab_size:
+        raise ModelError(
+            f"model.name={name}: the tokenizer has {entries:,} entries, the embedding {vocab_size:,} rows;"
+            " the tokenizer does not fit the model"
+        )
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ModelError(f"model.name={name}: the folder has no *.safetensors weights; other formats are not read")
+
+
+def check_corpus(config: RunConfig) -> None:
+    """Raises `CorpusError` when a source is missing or holds no readable file."""
+    if config.corpus.store is None:
+        list_units(config.corpus)
+
+
+def check_probes(config: RunConfig) -> None:
+    """Raises `ProbeError` when tracing is wanted and its probes cannot be made."""
+    if needs_profile(config.plan):
+        collect_probes(config.trace)
+
+
+def check_benchmarks(config: RunConfig) -> None:
+    """Raises `EvaluationError` when a benchmark is missing, short or unlabelled."""
+    for benchmark in config.evaluation.benchmarks:
+        load_benchmark(benchmark)

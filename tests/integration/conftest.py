@@ -1,0 +1,142 @@
+"""Whole jobs as a user starts them, on real text and a model small enough for seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+JOB_TIMEOUT_S = 420
+
+TINY = {
+    "seed": 3,
+    "model": {
+        "type": "scratch",
+        "vocab_size": 700,
+        "num_layers": 3,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+        "pretrain_steps": 6,
+    },
+    "corpus": {"seq_len": 64, "rows_per_group": 2, "groups_per_shard": 512, "validation_rows": 4},
+    "trace": {"probes_per_group": 2, "batch_size": 20, "bootstrap_samples": 20},
+    "plan": {"type": "from_profile"},
+    "train": {
+        "max_steps": 40,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "num_workers": 2,
+        "num_cpus_per_worker": 0.5,
+        "parallelism": "shard",
+        "compute_dtype": "float32",
+        "log_every_steps": 5,
+        "checkpoint_every_steps": 5,
+        "validate_every_steps": 20,
+        "write_ledger": True,
+        "optimizer": {"learning_rate": 1.0e-3},
+    },
+    "evaluation": {
+        "benchmarks": [{"name": "ceval", "path": "builtin", "max_questions": 4}],
+        "protocols": ["logit"],
+        "backend": "transformers",
+    },
+    "cluster": {"num_cpus": 3},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a job ended."""
+
+    returncode: int
+    output: str
+
+
+def job_environment(**extra: str) -> dict[str, str]:
+    env = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    return env | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | extra
+
+
+@pytest.fixture(scope="session")
+def corpus_source() -> dict[str, object]:
+    """The real Chinese corpus where there is one, else the documentation on this machine."""
+    data = os.environ.get("LAYERPLAN_DATA")
+    path = str(Path(data).resolve() / "zh") if data else "machine://docs/python"
+    return {"path": path, "max_documents": 60}
+
+
+@pytest.fixture(scope="session")
+def start_job() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts a job in a process group of its own, with its own folder for Ray."""
+    started: list[subprocess.Popen[str]] = []
+    folders = []
+
+    def start(*arguments: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        folders.append(tempfile.TemporaryDirectory(prefix="lpj", dir="/tmp", ignore_cleanup_errors=True))
+        process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=ROOT,
+            env=job_environment(RAY_TMPDIR=folders[-1].name, **(env or {})),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for folder in folders:
+        folder.cleanup()
+
+
+@pytest.fixture(scope="session")
+def run_job(start_job: Callable[..., subprocess.Popen[str]]) -> Callable[..., Job]:
+    """Runs a job to its end."""
+
+    def run(*arguments: object, env: dict[str, str] | None = None) -> Job:
+        process = start_job(*arguments, env=env)
+        output, _ = process.communicate(timeout=JOB_TIMEOUT_S)
+        return Job(process.returncode, output)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory, corpus_source: dict[str, object]) -> Path:
+    """A config of the whole chain that takes under a minute."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    config = {**TINY, "corpus": {**TINY["corpus"], "sources": [corpus_source]}}
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory, run_job: Callable[..., Job]) -> Path:
+    """A run of the whole chain that nothing interrupted, scored by vLLM under both protocols."""
+    storage = tmp_path_factory.mktemp("runs")
+    job = run_job(
+        *("jobs/cpt.py", "--config", tiny_config, "--set", f"storage_path={storage}", "--set", "name=quiet"),
+        *("--set", "evaluation.backend=vllm", "--set", "evaluation.protocols=[logit, generate]"),
+    )
+    assert job.returncode == 0, job.output[-6000:]
+    (storage / "quiet" / "output.txt").write_text(job.output, encoding="utf-8")
+    return storage / "quiet"
