@@ -36,7 +36,7 @@ def fails(job: Any, code: int, *words: str) -> None:
 def test_a_bad_setting_is_exit_2_and_names_itself(
     settings: list[str], words: list[str], tiny_config: Path, tmp_path: Path, run_job: Callable[..., Any]
 ) -> None:
-    arguments = [part for setting in settings for part in ("--set", setting)]
+    arguments = [part for setting in ["name=bad", *settings] for part in ("--set", setting)]
     job = run_job("jobs/cpt.py", "--config", tiny_config, "--set", f"storage_path={tmp_path / 'runs'}", *arguments)
     fails(job, 2, *words)
     assert len([line for line in job.output.splitlines() if line.startswith("error: ")]) == len(settings)
@@ -87,7 +87,7 @@ def nothing(folder: Path) -> None:
         (corrupt_jsonl, ["raw.jsonl:1", "max_bad_fraction"]),
         (empty_files, ["corpus.sources"]),
         (nothing, ["corpus.sources"]),
-        (None, ["corpus.sources", "does not exist"]),
+        (None, ["corpus.sources", "no such file or folder"]),
     ],
 )
 def test_a_corpus_that_cannot_be_used_is_exit_1(
@@ -154,8 +154,8 @@ def test_a_model_folder_that_cannot_be_used_is_exit_1(
     damage(model)
     job = run_job(
         *("jobs/cpt.py", "--config", tiny_config, "--set", f"storage_path={tmp_path / 'runs'}", "--set", "name=bad"),
-        *("--set", f"model={json.dumps({'type': 'pretrained', 'name': str(model)})}", "--set", "plan.type=freeze_deep"),
-        *("--set", "tracking.backend=none", "--set", "corpus.sources.0.max_documents=20"),
+        *("--set", f"model={json.dumps({'type': 'pretrained', 'name': str(model)})}"),
+        *("--set", 'plan={"type": "freeze_deep", "boundary": 1}', "--set", "tracking.backend=none"),
     )
     fails(job, 1, *words)
     assert not (tmp_path / "runs" / "bad" / "training.json").exists()
