@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from layerplan.config.cluster import ClusterConfig
 from layerplan.errors import ClusterError
@@ -43,7 +47,8 @@ def connect(config: ClusterConfig, *, min_cpus: float, min_gpus: float = 0) -> N
         else:
             os.environ.setdefault("RAY_AUTH_MODE", config.auth_mode)
         try:
-            _init(address, config)
+            with _own_sigterm():
+                _init(address, config)
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             where = f"cluster.address={address}" if address else "a local Ray cluster"
@@ -60,6 +65,15 @@ def quiet_engines() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that the bars are off
     ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """`ray.init` installs a handler that exits with status 15; a job that has its own keeps it, and its 143."""
+    previous = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(previous) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _init(address: str | None, config: ClusterConfig) -> None:

@@ -26,6 +26,9 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         model: The training model, sharded or not.
         optimizer: Its optimizer.
         group: A gloo process group of the checkpoint's own, or None for a single process.
+
+    Raises:
+        CheckpointError: When the optimizer lacks state for a trained parameter.
     """
     state = _collect_state(model, optimizer)
     if group is None:
@@ -82,8 +85,14 @@ def _collect_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
     Parameters are saved in float32, from the optimizer's master where the weight is only its rounded copy, so that a
     checkpoint does not depend on how the run placed its parameters.
+
+    Raises:
+        CheckpointError: When the optimizer has no state for a trained parameter, as while FSDP has it gathered.
     """
     trained = {hf_name(name): value for name, value in model.named_parameters() if value.requires_grad}
+    strangers = [name for name, value in trained.items() if value not in optimizer.state]
+    if strangers:
+        raise CheckpointError(f"the optimizer has no state for {len(strangers)} trained parameters: {strangers[0]} ...")
     return {
         "model": {name: optimizer.state[value].get("master", value).detach() for name, value in trained.items()},
         "optimizer": {

@@ -163,6 +163,19 @@ def shard_model(
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=ignored or None)
 
 
+def reshard(model: nn.Module) -> None:
+    """Puts every FSDP unit back into shards.
+
+    Backward does this; a forward pass without one leaves the root unit gathered, and `parameters()` then yields
+    tensors the optimizer has never seen.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _accumulate_in_float32(parameters: list[nn.Parameter]) -> None:
     """Sums of micro-batch gradients lose bits in bfloat16."""
     for parameter in parameters:

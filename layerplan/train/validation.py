@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from layerplan.corpus.rows import PADDING, PackedRows
+from layerplan.train.sharding import reshard
 from layerplan.train.step import make_batch
 
 
@@ -35,6 +36,7 @@ def compute_validation_loss(
             total[0] += model(batch).double()
             total[1] += batch.num_labels
     model.train()
+    reshard(model)
     if world_size > 1:
         dist.all_reduce(total)
     return float(total[0] / total[1].clamp_min(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +50,21 @@ class CheckpointWriter:
     rank: int
     newest: Path | None = None
     """Newest checkpoint this run has, restored or saved."""
-    _pending: list[Any] = field(default_factory=list)
+    _pending: Any = None
 
     def save(self, state: TrainState) -> None:
-        """Starts saving and hands the end of it to Ray's upload thread."""
+        """Starts saving and hands the end of it to Ray's upload thread.
+
+        Waits for the save before it: two at once would mix their collectives, and a checkpoint would lack tensors.
+        """
+        self._wait()
         name = name_step(state.step)
         folder = self.run_dir / CHECKPOINTS_NAME / name
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / STATE_NAME).unlink(missing_ok=True)
         future = save_checkpoint(folder, self.model, self.optimizer, self.group)
-        self._pending = [future] if future is not None else []
+        self._pending = future
         self.newest = folder
 
         def finish(checkpoint: Checkpoint, checkpoint_dir_name: str) -> Checkpoint:
@@ -83,11 +87,15 @@ class CheckpointWriter:
         """Loads the newest checkpoint into model and optimizer; None when there is none."""
         if self.newest is None:
             return None
-        for future in self._pending:
-            future.result()
+        self._wait()
         dist.barrier()
         load_checkpoint(self.newest, self.model, self.optimizer)
         return expected.check_same_run(self._read_state())
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
     def _read_state(self) -> dict[str, Any]:
         """Rank 0 writes the state in its upload thread, a moment after the shards are done."""

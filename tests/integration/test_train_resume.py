@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+ROOT = Path(__file__).resolve().parents[2]
 MAX_STEPS = 10
 
 
@@ -25,7 +26,7 @@ def test_a_stopped_killed_and_crashed_run_ends_bit_exact(tmp_path: Path) -> None
     """SIGTERM to the driver at step 2, SIGKILL of the driver at step 5, SIGKILL of a worker at step 8."""
     make_inputs(tmp_path)
     stopped = start(tmp_path, "interrupted")
-    assert stopped.returncode in (-signal.SIGTERM, 143), stopped.stdout[-3000:]
+    assert stopped.returncode == 143, stopped.stdout[-3000:]
     assert "SIGTERM: saving a checkpoint" in stopped.stdout
     saved = sorted(path.name for path in (tmp_path / "interrupted" / "checkpoints").glob("step_*"))
     assert saved, "the stopped run left no checkpoint"
@@ -76,7 +77,7 @@ class AccidentSink:
 
 def start(folder: Path, *runs: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
-    env |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, __file__, str(folder), *runs],
         env=env,
@@ -180,12 +181,14 @@ def main() -> None:
 
     import ray
 
+    from layerplan.config.cluster import ClusterConfig
+    from layerplan.ray_session import connect
     from layerplan.train.trainer import run_training
 
     folder = Path(sys.argv[1])
     with tempfile.TemporaryDirectory(prefix="lpt", dir="/tmp") as ray_folder:
         os.environ["RAY_TMPDIR"] = ray_folder
-        ray.init(address="local", num_cpus=4, include_dashboard=True)
+        connect(ClusterConfig(num_cpus=4), min_cpus=1)
         for run in sys.argv[2:]:
             result = run_training(make_request(folder, run))
             assert run_training(make_request(folder, run)) == result, "a finished run is not trained again"
@@ -193,4 +196,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from jobs.entry import run_guarded
+
+    sys.exit(run_guarded(main))
