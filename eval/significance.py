@@ -35,7 +35,9 @@ class Verdict(StrictModel):
     reference: str
     """What it was compared with."""
     num_questions: int = Field(ge=1)
-    """Questions both answered."""
+    """Questions both were asked."""
+    num_unparsed: int = Field(ge=0)
+    """Outputs of the run that no answer could be read from; they count as wrong."""
     accuracy: float
     """Question-weighted accuracy of the run, percent."""
     accuracy_interval: tuple[float, float]
@@ -131,6 +133,7 @@ def _compare(reference: Arm, run: Arm, seed: int) -> dict[str, object]:
         "run": name,
         "reference": reference_name,
         "num_questions": result.num_asked,
+        "num_unparsed": result.num_unparsed,
         "accuracy": result.question_mean,
         "accuracy_interval": compute_wilson(result.num_correct, result.num_asked),
         "reference_accuracy": base.question_mean,
@@ -171,7 +174,9 @@ def _describe(values: Mapping[str, object]) -> str:
     else:
         text = f"not distinguishable from {values['reference']} ({difference:+.1f} ± {spread:.1f} points, p = {p:.3g})"
     if float(str(values["chance_p"])) >= ALPHA:
-        text += "; not distinguishable from guessing"
+        text += "; no better than guessing"
     elif float(str(values["constant_letter_p"])) >= ALPHA:
         text += "; not better than always answering one letter"
+    if values["num_unparsed"]:
+        text += f"; {values['num_unparsed']} of {values['num_questions']} outputs hold no answer"
     return f"{values['run']} is {text}."

@@ -100,7 +100,7 @@ def test_verdicts_are_paired_corrected_and_put_into_words() -> None:
     assert first.sentence.startswith("better is better than the base by 15.0 ± ")
     assert second.mcnemar_p == 1.0
     assert "not distinguishable from the base" in second.sentence
-    assert second.sentence.endswith("not distinguishable from guessing.")
+    assert second.sentence.endswith("no better than guessing.")
 
 
 def test_a_run_that_always_says_one_letter_is_not_better_than_guessing() -> None:

@@ -1,0 +1,198 @@
+"""The other jobs, as a user starts them: on a cluster of two Ray nodes, on a model folder nobody of ours saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+RunJob = Callable[..., Any]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[dict[str, str]]:
+    """Two Ray nodes of two CPUs each on this machine; yields what a job needs to reach them."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True})
+    cluster.add_node(num_cpus=2)
+    cluster.wait_for_nodes()
+    yield {"RAY_ADDRESS": cluster.address}
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model_folder(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base model, opened and written again by transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("model") / "some_model"
+    base = next((finished_run / "base_model" / "hf").iterdir())
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny config on an existing model, with a plan that needs no measurement."""
+    values = yaml.safe_load(tiny_config.read_text(encoding="utf-8"))
+    values |= {"model": {"type": "pretrained", "name": str(model_folder)}}
+    values |= {"plan": {"type": "freeze_deep", "boundary": 1}}
+    values["train"] |= {"max_steps": 6, "validate_every_steps": 6, "checkpoint_every_steps": 6, "log_every_steps": 2}
+    path = tmp_path_factory.mktemp("config") / "pretrained.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def settings(**values: object) -> list[str]:
+    return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+
+
+def test_training_spans_two_ray_nodes(
+    config: Path, two_nodes: dict[str, str], tmp_path: Path, run_job: RunJob, model_folder: Path
+) -> None:
+    """1.5 CPUs a worker on nodes of two: the workers cannot share a node."""
+    arguments = settings(storage_path=tmp_path, name="wide", **{"train.num_cpus_per_worker": 1.5})
+    job = run_job("jobs/cpt.py", "--config", config, *arguments, env=two_nodes)
+    assert job.returncode == 0, job.output[-5000:]
+    assert "node_rank=0" in job.output
+    assert "node_rank=1" in job.output
+    assert read(tmp_path / "wide" / "training.json")["final_step"] == 6
+    assert read(tmp_path / "wide" / "export.json")["frozen_tensors_identical_to_base"] > 0
+    assert read(tmp_path / "wide" / "freeze_plan.json")["model"]["name"] == model_folder.name
+
+
+def test_a_sweep_trains_three_boundaries_as_nested_runs(
+    finished_run: Path, tiny_config: Path, two_nodes: dict[str, str], tmp_path: Path, run_job: RunJob
+) -> None:
+    """Three boundaries need four layers: the base is a random model of its own."""
+    import mlflow
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "four_layers"
+    base = next((finished_run / "base_model" / "hf").iterdir())
+    shape = AutoConfig.from_pretrained(base, num_hidden_layers=4, layer_types=None)
+    AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    values = yaml.safe_load(tiny_config.read_text(encoding="utf-8"))
+    values |= {"model": {"type": "pretrained", "name": str(folder)}}
+    values |= {"sweep": {"boundaries": [1, 2, 3], "max_steps": 4}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    command = ("jobs/sweep_boundary.py", "--config", tmp_path / "sweep.yaml")
+    job = run_job(*command, *settings(storage_path=tmp_path, name="sweep"), env=two_nodes)
+    assert job.returncode == 0, job.output[-5000:]
+    results = read(tmp_path / "sweep" / "sweep" / "results.json")
+    assert sorted(item["boundary"] for item in results) == [1, 2, 3]
+    assert [item["step"] for item in results] == [4, 4, 4]
+    losses = [item["validation_loss"] for item in results]
+    assert losses == sorted(losses)
+    shares = {item["boundary"]: item["flops_share"] for item in results}
+    assert shares[1] < shares[2] < shares[3] < 1
+    table = [line for line in job.output.splitlines() if f"{losses[0]:.4f}" in line and "│" in line]
+    assert len(table) == 1
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("layerplan")
+    runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
+    stage = {run.data.tags.get("layerplan.stage"): run for run in runs.values()}
+    for boundary in (1, 2, 3):
+        trial = stage[f"sweep_boundary_{boundary:02d}"]
+        assert trial.data.tags["mlflow.parentRunId"] == stage["sweep"].info.run_id
+        assert trial.data.params["boundary"] == str(boundary)
+        assert [point.step for point in client.get_metric_history(trial.info.run_id, "train/loss")] == [1, 4]
+
+    again = run_job(*command, *settings(storage_path=tmp_path, name="sweep"), env=two_nodes)
+    assert again.returncode == 0, again.output[-3000:]
+    assert "[train] step" not in again.output, "a finished sweep was trained a second time"
+    assert read(tmp_path / "sweep" / "sweep" / "results.json") == results
+
+
+def test_tracing_alone_leaves_profile_and_plan(
+    config: Path, two_nodes: dict[str, str], tmp_path: Path, run_job: RunJob, finished_run: Path
+) -> None:
+    arguments = settings(storage_path=tmp_path, name="traced", plan="{type: from_profile}")
+    job = run_job("jobs/trace_layers.py", "--config", config, *arguments, env=two_nodes)
+    assert job.returncode == 0, job.output[-5000:]
+    profile, plan = (read(tmp_path / "traced" / f"{name}.json") for name in ("layer_profile", "freeze_plan"))
+    assert plan["evidence"]["profile_sha256"] == profile["sha256"]
+    assert not (tmp_path / "traced" / "token_store").exists()
+    before = read(finished_run / "layer_profile.json")
+    assert profile["task_particle"] == pytest.approx(before["task_particle"], rel=1e-5)
+    assert profile["layer_sensitivity"] == pytest.approx(before["layer_sensitivity"], rel=1e-4)
+
+
+def test_a_store_built_alone_is_the_store_of_the_chain(
+    config: Path, two_nodes: dict[str, str], tmp_path: Path, run_job: RunJob, finished_run: Path
+) -> None:
+    arguments = settings(storage_path=tmp_path, name="built")
+    job = run_job("jobs/build_corpus.py", "--config", config, *arguments, env=two_nodes)
+    assert job.returncode == 0, job.output[-5000:]
+    built, chain = (read(run / "token_store" / "manifest.json") for run in (tmp_path / "built", finished_run))
+    assert built["counts"] == chain["counts"]
+    assert [shard["sha256"] for shard in built["shards"]] == [shard["sha256"] for shard in chain["shards"]]
+    assert f"{built['num_tokens']:,}" in job.output
+
+
+def test_any_model_folder_can_be_scored(
+    config: Path, two_nodes: dict[str, str], tmp_path: Path, run_job: RunJob, model_folder: Path, finished_run: Path
+) -> None:
+    """The same weights written by transformers get the same answers; those of the chain came from vLLM."""
+    job = run_job(
+        "jobs/evaluate.py",
+        *("--config", config, "--model", model_folder, "--out", tmp_path / "scores"),
+        *settings(name="scores", **{"evaluation.protocols": "[logit, generate]"}),
+        env=two_nodes,
+    )
+    assert job.returncode == 0, job.output[-5000:]
+    scored, chain = (read(folder / "ceval.json") for folder in (tmp_path / "scores", finished_run / "evaluation/base"))
+    for key in ("ceval/logit", "ceval/generate"):
+        assert scored[key]["num_asked"] == 16
+        assert scored[key]["num_correct"] == chain[key]["num_correct"]
+        assert key in job.output
+
+
+def test_runs_are_compared_with_their_base(finished_run: Path, tmp_path: Path, run_job: RunJob) -> None:
+    shutil.copytree(finished_run / "evaluation", tmp_path / "twin" / "evaluation")
+    job = run_job("jobs/compare.py", finished_run, tmp_path / "twin", "--out", tmp_path / "verdicts.json")
+    assert job.returncode == 0, job.output[-3000:]
+    verdicts = read(tmp_path / "verdicts.json")
+    assert len(verdicts) == 4
+    assert verdicts[0]["difference"] == verdicts[2]["difference"]
+    refused = run_job("jobs/compare.py", tmp_path / "nothing")
+    assert refused.returncode == 1
+    assert "error: " in refused.output and "nothing" in refused.output
+
+
+def test_a_job_is_submitted_to_a_cluster_made_for_it(config: Path, tmp_path: Path) -> None:
+    """`make demo`'s script: it starts a cluster with token authentication, submits, shows the end, and stops it all."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    done = subprocess.run(
+        ["bash", "cluster/local/demo.sh", *settings(name="submitted", **{"train.num_cpus_per_worker": 0.25})],
+        env=env | {"VENV": sys.prefix, "RUNS": str(tmp_path), "CONFIG": str(config)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert f"report    {tmp_path / 'submitted' / 'report.html'}" in done.stdout
+    assert (tmp_path / "submitted" / "report.html").is_file()
+    assert "make ui" in done.stdout
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False).stdout
+    assert left == "", "a process of the job is left"
