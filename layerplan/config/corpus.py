@@ -13,8 +13,8 @@ class SourceConfig(StrictModel):
     """One source of raw documents."""
 
     path: str = Field(min_length=1)
-    """A folder or file (JSONL plain/gz/zst, Parquet, Arrow, .txt/.md/.rst), an `s3://`/`gs://` address, `hub://owner/dataset`,
-    or `machine://docs`: the documentation already on this machine (`machine://docs/python` and `machine://docs/packages`
+    """A folder or file (JSONL plain/gz/zst, Parquet, Arrow, .txt/.md/.rst), local or at an `s3://` or `gs://` address, or
+    `machine://docs`: the documentation already on this machine (`machine://docs/python` and `machine://docs/packages`
     are its two halves)."""
     format: Literal["auto", "jsonl", "parquet", "arrow", "text"] = "auto"
     """`auto` goes by the file name's ending."""

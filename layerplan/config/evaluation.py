@@ -15,7 +15,7 @@ class BenchmarkConfig(StrictModel):
     name: Literal["ceval", "cmmlu"]
     """Which prompt, categories and averages apply."""
     path: str = "builtin"
-    """`builtin` (the project's own small set in the C-Eval format), a folder of CSV files, or `hub`."""
+    """`builtin` (the project's own small set in the C-Eval format) or a folder of CSV files."""
     split: str | None = None
     """Folder of the labelled questions; the benchmark's own default is `val` (C-Eval) or `test` (CMMLU)."""
     max_questions: int | None = Field(default=None, ge=1)

@@ -1,4 +1,4 @@
-"""How the layers are measured (DESIGN: LayerTracer and SALF)."""
+"""How the layers are measured: LayerTracer and SALF."""
 
 from __future__ import annotations
 

@@ -130,6 +130,9 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     manifest = Manifest.load(request.store)
     shape = ModelShape.from_hf_config(load_hf_config(request.model_path, revision=request.revision))
+    num_nodes = 1 + int(reduce_number(context.get_node_rank(), dist.ReduceOp.MAX, device))
+    if rank == 0:
+        print(f"[train] workers: {world_size} on {num_nodes} Ray node{'s' if num_nodes > 1 else ''}", flush=True)
     built = build_model(
         request,
         shape,
@@ -272,8 +275,13 @@ def find_available_bytes(device: torch.device, local_world_size: int) -> float:
 
 def agree_on_memory(available: float, device: torch.device) -> float:
     """The smallest over the workers, so that all choose the same placement."""
-    value = torch.tensor([available], dtype=torch.float64, device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MIN)
+    return reduce_number(available, dist.ReduceOp.MIN, device)
+
+
+def reduce_number(number: float, op: Any, device: torch.device) -> float:
+    """One number of every worker to one they all have."""
+    value = torch.tensor([number], dtype=torch.float64, device=device)
+    dist.all_reduce(value, op=op)
     return float(value[0])
 
 

@@ -71,8 +71,7 @@ def test_training_spans_two_ray_nodes(
     arguments = settings(storage_path=tmp_path, name="wide", **{"train.num_cpus_per_worker": 1.5})
     job = run_job("jobs/cpt.py", "--config", config, *arguments, env=two_nodes)
     assert job.returncode == 0, job.output[-5000:]
-    assert "node_rank=0" in job.output
-    assert "node_rank=1" in job.output
+    assert "[train] workers: 2 on 2 Ray nodes" in job.output
     assert read(tmp_path / "wide" / "training.json")["final_step"] == 6
     assert read(tmp_path / "wide" / "export.json")["frozen_tensors_identical_to_base"] > 0
     assert read(tmp_path / "wide" / "freeze_plan.json")["model"]["name"] == model_folder.name
@@ -87,7 +86,7 @@ def test_a_sweep_trains_three_boundaries_as_nested_runs(
 
     folder = tmp_path / "four_layers"
     base = next((finished_run / "base_model" / "hf").iterdir())
-    shape = AutoConfig.from_pretrained(base, num_hidden_layers=4, layer_types=None)
+    shape = AutoConfig.from_pretrained(base, num_hidden_layers=4, layer_types=["full_attention"] * 4)
     AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     values = yaml.safe_load(tiny_config.read_text(encoding="utf-8"))

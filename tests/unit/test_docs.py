@@ -1,0 +1,41 @@
+"""Docs that are made from code are current, and what docs name exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from layerplan.config.load import load_config
+from layerplan.config.reference import render_reference
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+
+
+def test_the_configuration_reference_is_current() -> None:
+    assert (ROOT / "docs/configuration.md").read_text(encoding="utf-8") == render_reference() + "\n"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_link_and_path_of_a_page_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    missing = [link for link in links if link and not (page.parent / link).exists()]
+    paths = re.findall(r"`((?:layerplan|eval|jobs|cluster|tests|benchmarks|docs|requirements)/[\w./-]+)`", text)
+    assert missing + [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_importing_the_config_imports_no_engine() -> None:
+    engines = ("torch", "ray", "transformers", "vllm", "mlflow", "datasets")
+    code = f"import sys, layerplan.config.run; print([name for name in {engines!r} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_loads_and_is_named_after_its_file(path: Path) -> None:
+    assert load_config(path, []).name == path.stem
