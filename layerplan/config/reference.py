@@ -1,4 +1,4 @@
-"""`python -m layerplan.config.reference > docs/configuration.md`: the reference of every config field, from the fields themselves."""
+"""The reference of every config field, from the fields: `python -m layerplan.config.reference > docs/configuration.md`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ HEADER = """# Configuration
 Made by `python -m layerplan.config.reference` from the docstrings of `layerplan/config/`; a test keeps it current.
 
 A run is one YAML file, `--config FILE.yaml`, plus any number of `--set key.path=value`; a value is YAML too, so
-`--set plan='{type: freeze_deep, boundary: 9}'` replaces a whole section. Unknown keys and values out of range are refused with one
-line each (exit status 2). The resolved config is written beside the run as `resolved_config.json`, and `--config` accepts it.
+`--set plan='{type: freeze_deep, boundary: 9}'` replaces a whole section. Unknown keys and values out of range are refused with
+one line each (exit status 2). The resolved config is written beside the run as `resolved_config.json`, and `--config` accepts it.
 """
 
 

@@ -22,6 +22,13 @@ class JsonlSink:
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         partial.replace(path)
 
+    def kept_metrics(self) -> list[tuple[int, dict[str, float]]]:
+        """Step and values of this run's lines that are no events, in order."""
+        own = [line for line in read_metrics(self._path) if line.get("run") == self._namespace and "event" not in line]
+        return [
+            (line["step"], {key: value for key, value in line.items() if key not in ("run", "step")}) for line in own
+        ]
+
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Appends one line."""
         self._append({"run": self._namespace, "step": step, **metrics})

@@ -104,23 +104,21 @@ class _MlflowSinkFactory:
         self._run_id = run_id
 
     def __call__(self, start_step: int) -> Sink:
-        return MlflowSink(self._uri, self._run_id, start_step)
+        return MlflowSink(self._uri, self._run_id)
 
 
 class MlflowSink:
     """Buffers a worker's metrics and writes them in batches, so that a step never waits on the store.
 
-    MLflow keeps every point ever logged; points of steps after `start_step` that a lost attempt wrote are therefore
-    not written a second time.
+    MLflow keeps every point ever logged; points that an earlier attempt wrote are therefore not written a second time.
     """
 
-    def __init__(self, uri: str, run_id: str, start_step: int) -> None:
+    def __init__(self, uri: str, run_id: str) -> None:
         self._client = mlflow.MlflowClient(tracking_uri=uri)
         self._run_id = run_id
         self._buffer: list[Metric] = []
         self._flushed = time.monotonic()
         self._written: dict[str, int] = {}
-        self._start_step = start_step
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Buffers the metrics of one step."""

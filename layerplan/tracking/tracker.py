@@ -88,10 +88,19 @@ class RunSinkFactory:
         self._factory: Callable[[int], Sink] | None = tracker.make_sink_factory()
 
     def __call__(self, start_step: int) -> Sink:
-        """Opens the sinks; lines of steps after `start_step` belong to a lost attempt and are dropped."""
+        """Opens the sinks; lines of steps after `start_step` belong to a lost attempt and are dropped.
+
+        An attempt that was killed took its buffered points with it. The file has them all, so the kept lines go to the
+        tracker's sink again, which writes only what it lacks.
+        """
         sinks: list[Sink] = []
+        tracked = self._factory(start_step) if self._factory is not None else None
         if self._jsonl is not None:
-            sinks.append(JsonlSink(self._jsonl, self._namespace, start_step))
-        if self._factory is not None:
-            sinks.append(self._factory(start_step))
+            jsonl = JsonlSink(self._jsonl, self._namespace, start_step)
+            sinks.append(jsonl)
+            if tracked is not None:
+                for step, values in jsonl.kept_metrics():
+                    tracked.log_metrics(values, step)
+        if tracked is not None:
+            sinks.append(tracked)
         return CompositeSink(sinks)

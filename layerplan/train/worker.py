@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -130,7 +131,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     manifest = Manifest.load(request.store)
     shape = ModelShape.from_hf_config(load_hf_config(request.model_path, revision=request.revision))
-    num_nodes = 1 + int(reduce_number(context.get_node_rank(), dist.ReduceOp.MAX, device))
+    num_nodes = count_ray_nodes(world_size)
     if rank == 0:
         print(f"[train] workers: {world_size} on {num_nodes} Ray node{'s' if num_nodes > 1 else ''}", flush=True)
     built = build_model(
@@ -275,14 +276,16 @@ def find_available_bytes(device: torch.device, local_world_size: int) -> float:
 
 def agree_on_memory(available: float, device: torch.device) -> float:
     """The smallest over the workers, so that all choose the same placement."""
-    return reduce_number(available, dist.ReduceOp.MIN, device)
-
-
-def reduce_number(number: float, op: Any, device: torch.device) -> float:
-    """One number of every worker to one they all have."""
-    value = torch.tensor([number], dtype=torch.float64, device=device)
-    dist.all_reduce(value, op=op)
+    value = torch.tensor([available], dtype=torch.float64, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MIN)
     return float(value[0])
+
+
+def count_ray_nodes(world_size: int) -> int:
+    """Ray nodes the workers are on; Ray Train's node rank goes by IP address and takes two nodes of one host for one."""
+    nodes: list[str | None] = [None] * world_size
+    dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+    return len(set(nodes))
 
 
 def render_placement(placement: Placement, estimate: MemoryEstimate, available: float, applied: AppliedPlan) -> str:

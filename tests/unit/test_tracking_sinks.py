@@ -59,6 +59,25 @@ def test_a_killed_and_resubmitted_run_continues_in_the_same_mlflow_run(tmp_path:
     assert client.get_run(ids[0][0]).data.params == {"plan": "full", "other": "0"}
 
 
+def test_points_a_killed_attempt_still_held_reach_the_store(tmp_path: Path):
+    """The first attempt is never closed, as after SIGKILL; MLflow gets its points from metrics.jsonl."""
+    import mlflow
+
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    stage = open_tracker(TrackingConfig(), run_dir, "run").child("train")
+    factory = RunSinkFactory(run_dir / "metrics.jsonl", "train", stage)
+    killed = factory(0)
+    for step in (1, 2, 3):
+        killed.log_metrics({"train/loss": 10.0 - step}, step)
+    again = factory(2)
+    again.log_metrics({"train/loss": 6.5}, 3)
+    again.close()
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    history = client.get_metric_history(stage.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(1, 9.0), (2, 8.0), (3, 6.5)]
+
+
 def test_artifacts_lie_beside_the_store(tmp_path: Path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
