@@ -6,12 +6,3 @@ export PATH="$VENV/bin:$PATH"
 export RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 export RAY_COLOR_PREFIX=0
 export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
-
-free_port() {
-  python - <<'PY' || { echo "error: no free port on 127.0.0.1" >&2; return 1; }
-import socket
-with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    print(probe.getsockname()[1])
-PY
-}

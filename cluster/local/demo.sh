@@ -6,13 +6,12 @@ cd "$(dirname "$0")/../.."
 source cluster/local/common.sh
 RUNS="${RUNS:-$PWD/runs}"
 CONFIG="${CONFIG:-jobs/configs/quickstart.yaml}"
-RAY_TMPDIR="$(mktemp -d /tmp/lp.XXXXXX)"
 RAY_AUTH_TOKEN="$(python -c 'import secrets; print(secrets.token_hex(32))')"
-export RAY_TMPDIR RAY_AUTH_TOKEN
 unset RAY_ADDRESS
-PORT="$(free_port)"
-DASHBOARD="$(free_port)"
-AGENT="$(free_port)"
+FREE="$(python cluster/local/ports.py free 3)"
+{ read -r PORT; read -r DASHBOARD; read -r AGENT; } <<<"$FREE"
+RAY_TMPDIR="$(mktemp -d /tmp/lp.XXXXXX)"
+export RAY_TMPDIR RAY_AUTH_TOKEN
 mkdir -p "$RUNS"
 
 stop() {

@@ -6,8 +6,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source cluster/local/common.sh
+RAY_PORT="${RAY_PORT:-6379}"
+DASHBOARD_PORT="${DASHBOARD_PORT:-8265}"
+python cluster/local/ports.py check "RAY_PORT=$RAY_PORT" "DASHBOARD_PORT=$DASHBOARD_PORT"
 if [ "$RAY_AUTH_MODE" = token ] && [ -z "${RAY_AUTH_TOKEN:-}" ] && [ ! -f "$HOME/.ray/auth_token" ]; then
   ray get-auth-token --generate >/dev/null
 fi
-exec ray start --head --block --node-ip-address 127.0.0.1 --port "${RAY_PORT:-6379}" \
-  --dashboard-host 127.0.0.1 --dashboard-port "${DASHBOARD_PORT:-8265}" --disable-usage-stats
+exec ray start --head --block --node-ip-address 127.0.0.1 --port "$RAY_PORT" \
+  --dashboard-host 127.0.0.1 --dashboard-port "$DASHBOARD_PORT" --disable-usage-stats

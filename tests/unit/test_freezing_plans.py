@@ -5,18 +5,25 @@ from __future__ import annotations
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerplan.config.plan import ExplicitPlanConfig, FreezeShallowPlanConfig
+from layerplan.config.train import TrainConfig
+from layerplan.corpus.rows import PackedRows
 from layerplan.errors import PlanError, TrainingError
 from layerplan.models.freezing import apply_plan, check_gradient_coverage, compute_tensor_hashes
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
+from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
+from layerplan.train.optim import build_optimizer
+from layerplan.train.sharding import Placement, place_model
+from layerplan.train.state import TrainState
 
 VALUES = {
     "model_type": "qwen3",
@@ -87,6 +94,32 @@ def test_a_trained_tensor_without_a_gradient_is_found():
     dict(model.named_parameters())["model.layers.3.mlp.up_proj.weight"].grad = None
     with pytest.raises(TrainingError, match="1 trainable parameters have no gradient"):
         check_gradient_coverage(model, applied)
+
+
+@pytest.mark.parametrize(
+    ("layer", "trains", "words"),
+    [(0, True, "1 frozen parameters have one"), (3, False, "1 trainable parameters have no gradient")],
+)
+def test_the_training_loop_stops_at_step_1_when_the_plan_is_not_obeyed(layer: int, trains: bool, words: str):
+    """One parameter is set against the plan behind the loop's back; no update and no checkpoint is made."""
+    model = build(tied=True)
+    applied = apply_plan(model, plan_for(FreezeShallowPlanConfig(boundary=2), tied=True))
+    dict(model.named_parameters())[f"model.layers.{layer}.mlp.up_proj.weight"].requires_grad_(trains)
+    before = compute_tensor_hashes(dict(model.named_parameters()))
+    config = TrainConfig(max_steps=2, global_batch_size=2, micro_batch_size=2, compute_dtype="float32")
+    plan, device = plan_for(FreezeShallowPlanConfig(boundary=2), tied=True), torch.device("cpu")
+    placed = place_model(model, plan, config, Placement("replicate", "replicate"), world_size=1, device=device)
+    optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters)
+    ids = np.arange(24, dtype=np.int32).reshape(2, 12) % 40
+    positions = np.tile(np.arange(12, dtype=np.int32), (2, 1))
+    rows = PackedRows(np.arange(2), ids, np.zeros_like(ids), positions)
+    saved: list[TrainState] = []
+    hooks = LoopHooks(lambda start, stop: iter([rows] * (stop - start)), saved.append, lambda: False, None, None)
+    setup = LoopSetup(placed, optimizer, applied, config, device, rank=0, world_size=1)
+    with pytest.raises(TrainingError, match=f"{words}.*layers.{layer}.mlp.up_proj"):
+        run_loop(setup, TrainState(), hooks)
+    assert compute_tensor_hashes(dict(model.named_parameters())) == before
+    assert saved == []
 
 
 def test_head_only_trains_the_shared_matrix_through_the_head_alone():
