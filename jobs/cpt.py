@@ -17,11 +17,19 @@ from jobs.dry_run import print_dry_run
 from jobs.entry import build_parser, run_job
 from jobs.run_folder import open_run_folder
 from jobs.session import open_run
-from jobs.stages import build_store, decide_plan, evaluate, judge, revision_of, trace, train
+from jobs.stages import (
+    build_store,
+    decide_plan,
+    evaluate,
+    judge,
+    publish_report,
+    revision_of,
+    trace,
+    train,
+)
 from jobs.summary import print_summary
 from layerplan.checkpoint.layout import name_step
 from layerplan.config.run import RunConfig
-from layerplan.report.page import write_report
 
 
 def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
@@ -45,11 +53,7 @@ def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
         if config.evaluation.evaluate_base:
             base = evaluate(context, model, "base", revision=revision_of(config))
             verdicts = judge(context, base, scores, label)
-        report = write_report(context.folder.root)
-        for path in (report, context.folder.config):
-            context.tracker.log_artifact(path)
-        for path in sorted(context.folder.figures.glob("*.png")):
-            context.tracker.log_artifact(path, "figures")
+        report = publish_report(context)
         print_summary(plan, result, verdicts, report)
 
 

@@ -1,4 +1,4 @@
-"""Measures the layers of a model and makes the freeze plan: `layer_profile.json` and `freeze_plan.json` only."""
+"""Measures the layers of a model, makes the freeze plan, and shows both in `report.html`; trains nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jobs.dry_run import print_dry_run
 from jobs.entry import build_parser, run_job
 from jobs.run_folder import open_run_folder
 from jobs.session import open_run
-from jobs.stages import decide_plan, trace
+from jobs.stages import decide_plan, publish_report, trace
 from layerplan.config.run import RunConfig
 
 
@@ -25,7 +25,9 @@ def trace_layers(config: RunConfig, args: argparse.Namespace) -> None:
     with open_run(config, open_run_folder(config)) as context:
         model = prepare_model(context)
         plan = decide_plan(context, model, trace(context, model))
+        report = publish_report(context)
         print(f"\nplan      {context.folder.plan} ({plan.sha256[:12]})")
+        print(f"report    {report}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from layerplan.plan.cost import PlanCost
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.report.figures import build_layer_figures, draw_loss
+from layerplan.report.html_parts import embed_svg, make_table
+from layerplan.report.measurement import read_deviations, render_measurement
 
 REPORT_NAME = "report.html"
 FIGURES_NAME = "figures"
@@ -41,7 +42,7 @@ def write_report(run_dir: Path) -> Path:
     """
     plan = FreezePlan.load(run_dir / "freeze_plan.json") if (run_dir / "freeze_plan.json").exists() else None
     profile = LayerProfile.load(run_dir / "layer_profile.json") if (run_dir / "layer_profile.json").exists() else None
-    figures = build_layer_figures(profile, plan) if profile is not None else {}
+    figures = build_layer_figures(profile, plan, read_deviations(run_dir)) if profile is not None else {}
     lines = [line for line in _read_lines(run_dir / "metrics.jsonl") if line.get("run") == "train"]
     if lines:
         figures["loss"] = draw_loss(lines)
@@ -51,7 +52,7 @@ def write_report(run_dir: Path) -> Path:
         _plan_section(plan),
         _verdict_section(_read(run_dir / "verdicts.json") or []),
         _training_section(_read(run_dir / "training.json"), figures),
-        _profile_section(profile, figures),
+        render_measurement(profile, figures),
         _proof_section(_read(run_dir / "export.json"), _read(run_dir / "training.json")),
         _corpus_section(_read(run_dir / "token_store" / "manifest.json")),
         _config_section(run_dir),
@@ -89,10 +90,10 @@ def _plan_section(plan: FreezePlan | None) -> str:
     drawn = "".join(f'<div class="cell {"on" if trains else "off"}">{name}</div>' for name, trains in cells)
     text = f"<h2>The plan</h2><p>{html.escape(plan.reason)}</p><div class='map'>{drawn}</div>"
     text += '<p class="soft">Amber trains, blue is frozen; layer 0 is beside the embeddings.</p>'
-    return text + _cost_table(plan)
+    return text + _costmake_table(plan)
 
 
-def _cost_table(plan: FreezePlan) -> str:
+def _costmake_table(plan: FreezePlan) -> str:
     if not plan.predicted_cost:
         return ""
     rows = []
@@ -104,7 +105,7 @@ def _cost_table(plan: FreezePlan) -> str:
             [name, f"{cost.trainable_params:,}", f"{cost.total_flops / 1e9:.4g}", share, str(cost.first_gradient_layer)]
         )
     headings = ["predicted", "trainable parameters", "GFLOP per token", "of full", "backward reaches layer"]
-    return _table(headings, rows)
+    return make_table(headings, rows)
 
 
 def _verdict_section(verdicts: Sequence[dict[str, Any]]) -> str:
@@ -126,7 +127,7 @@ def _verdict_section(verdicts: Sequence[dict[str, Any]]) -> str:
         for item in verdicts
     )
     headings = ["benchmark", "questions", "base [95 %]", "trained [95 %]", "difference", "p (Holm)"]
-    return "<h2>The verdict</h2>" + _table(headings, rows) + sentences
+    return "<h2>The verdict</h2>" + make_table(headings, rows) + sentences
 
 
 def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure]) -> str:
@@ -134,7 +135,7 @@ def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure])
         return ""
     text = "<h2>Training</h2>"
     if "loss" in figures:
-        text += _svg(figures["loss"])
+        text += embed_svg(figures["loss"])
     if result is not None:
         rows = [
             ["steps", f"{result['final_step']:,}"],
@@ -144,31 +145,8 @@ def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure])
             ["MFU on the plan's own FLOPs", f"{result['mfu']:.1%}"],
             ["steps left out as not finite", str(result["skipped_steps"])],
         ]
-        text += _table(["measured", ""], rows)
+        text += make_table(["measured", ""], rows)
     return text
-
-
-def _profile_section(profile: LayerProfile | None, figures: dict[str, Figure]) -> str:
-    if profile is None:
-        return ""
-    answered = sum(profile.answered_share.values()) / len(profile.answered_share)
-    text = (
-        f"<h2>What was measured</h2><p>{profile.num_probes} probes; the model answers {answered:.0%} of them rightly."
-    )
-    if answered < 0.5:
-        text += " <b>A profile of wrong answers is noise: read the boundary as a guess.</b>"
-    text += "</p>"
-    text += "".join(
-        _svg(figures[name])
-        for name in ("profiles", "alignment_score", "task_particle", "layer_sensitivity", "semantic")
-    )
-    rows = [
-        [name, *(f"{key} {value:.3g}" for key, value in sorted(values.items()))]
-        for name, values in profile.stability.items()
-    ]
-    width = max((len(row) for row in rows), default=1)
-    padded = [row + [""] * (width - len(row)) for row in rows]
-    return text + "<h2>How stable the measurement is</h2>" + _table(["variant", *[""] * (width - 1)], padded)
 
 
 def _proof_section(export: dict[str, Any] | None, training: dict[str, Any] | None) -> str:
@@ -176,7 +154,7 @@ def _proof_section(export: dict[str, Any] | None, training: dict[str, Any] | Non
     if not proof:
         return ""
     rows = [[name.replace("_", " "), str(value)] for name, value in proof.items()]
-    return "<h2>Proof that the plan was obeyed</h2>" + _table(["checked", ""], rows)
+    return "<h2>Proof that the plan was obeyed</h2>" + make_table(["checked", ""], rows)
 
 
 def _corpus_section(manifest: dict[str, Any] | None) -> str:
@@ -184,7 +162,7 @@ def _corpus_section(manifest: dict[str, Any] | None) -> str:
         return ""
     rows = [[name, f"{count:,}"] for name, count in manifest["counts"].items()]
     rows += [["rows", f"{manifest['num_rows']:,}"], ["tokens", f"{manifest['num_tokens']:,}"]]
-    return "<h2>Corpus</h2>" + _table(["documents", "count"], rows)
+    return "<h2>Corpus</h2>" + make_table(["documents", "count"], rows)
 
 
 def _config_section(run_dir: Path) -> str:
@@ -195,21 +173,8 @@ def _config_section(run_dir: Path) -> str:
     return f"<h2>Configuration</h2><details><summary>resolved_config.json</summary><pre>{text}</pre></details>"
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
 def _interval(value: float, interval: Sequence[float]) -> str:
     return f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
 
 
 def _read(path: Path) -> Any:
