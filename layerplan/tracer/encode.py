@@ -71,7 +71,8 @@ def _encode(probe: Probe, tokenizer: Any, max_tokens: int | None) -> EncodedProb
     is_context = [is_in_context(probe.prompt, start, end, probe.context_end) for start, end in spans]
     if not any(is_context):
         raise ProbeError(f"probe {probe.id}: no token lies in its context")
-    if is_context[-1]:
+    is_text = [bool(probe.prompt[start:end].strip()) for start, end in spans]
+    if is_context[-1] or not any(text and not inside for text, inside in zip(is_text, is_context)):
         raise ProbeError(f"probe {probe.id}: no token lies in its query")
     if max_tokens is not None and len(ids) > max_tokens:
         raise ProbeError(f"probe {probe.id}: has {len(ids)} tokens, the model {max_tokens} positions")
