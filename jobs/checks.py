@@ -12,7 +12,7 @@ from layerplan.config.model import ScratchModelConfig
 from layerplan.config.run import RunConfig
 from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
-from layerplan.models.causal_lm import find_tokenizer_file, load_hf_config
+from layerplan.models.files import find_tokenizer_file, load_hf_config
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import needs_profile
 from layerplan.tracer.pool import collect_probes

@@ -10,7 +10,7 @@ from layerplan.config.load import dump_config
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.plan import FilePlanConfig, FreezeDeepPlanConfig, FreezeShallowPlanConfig
 from layerplan.config.run import RunConfig
-from layerplan.models.causal_lm import load_hf_config
+from layerplan.models.files import load_hf_config
 from layerplan.models.scratch import make_hf_config
 from layerplan.plan.cost import GIB, PlanCost, explain_cost, predict_cost, render_cost_table
 from layerplan.plan.explain import render_layer_map

@@ -21,7 +21,7 @@ from layerplan.corpus.build import build_token_store, hash_tokenizer
 from layerplan.corpus.decontamination import BenchmarkText
 from layerplan.corpus.manifest import Manifest
 from layerplan.errors import CorpusError
-from layerplan.models.causal_lm import find_tokenizer_file, identify_model, load_hf_config
+from layerplan.models.files import find_tokenizer_file, identify_model, load_hf_config
 from layerplan.plan.explain import explain_plan, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile

@@ -22,7 +22,7 @@ from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig
 from layerplan.config.run import RunConfig
 from layerplan.config.sweep import SweepConfig
 from layerplan.errors import ConfigError, PlanError
-from layerplan.models.causal_lm import identify_model, load_hf_config
+from layerplan.models.files import identify_model, load_hf_config
 from layerplan.plan.boundary import check_boundary, compute_boundary
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
