@@ -20,7 +20,7 @@ Filling = Literal["depth_first", "breadth_first"]
 def allocate_start_layers(num_samples: int, num_layers: int, kind: BudgetKind, filling: Filling) -> list[int]:
     """Returns how many samples start at each layer; the counts add up to `num_samples`.
 
-    `half` gives every layer the same number, the remainder to layer 0. `geometric` gives layer e up to 2^e samples.
+    `half` gives every layer the same number, and one sample of the remainder to each of the first layers. `geometric` gives layer e up to 2^e samples.
     `arithmetic` gives it e + 1 samples in each whole cycle of L (L + 1) / 2; the samples left over fill one more cycle.
     `breadth_first` fills a layer before it goes to the next, shallow ones first; `depth_first` hands out one sample to
     each layer in turn. With `breadth_first` the paper's `arithmetic` numbers are not reproduced: its text does not say
@@ -33,9 +33,8 @@ def allocate_start_layers(num_samples: int, num_layers: int, kind: BudgetKind, f
         if value < 1:
             raise PlanError(f"{name}={value}: must be at least 1")
     if kind == "half":
-        counts = [num_samples // num_layers] * num_layers
-        counts[0] += num_samples % num_layers
-        return counts
+        each, rest = divmod(num_samples, num_layers)
+        return [each + (layer < rest) for layer in range(num_layers)]
     if kind == "geometric":
         capacity = [min(2**layer, num_samples) for layer in range(num_layers)]
         counts = _fill(num_samples, capacity, filling)

@@ -110,7 +110,7 @@ def test_selectors_name_layers(selectors: list[Any], expected: tuple[int, ...]):
 @pytest.mark.parametrize(
     ("selectors", "words"),
     [
-        ([28], "the nearest is 27"),
+        ([28], "the nearest is model.layers.27"),
         (["30:40"], "matches no layer"),
         (["0:3", 2], "both select layer 2"),
         (["first:2"], "share must lie"),
