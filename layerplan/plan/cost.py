@@ -23,6 +23,8 @@ BYTES_PER_FROZEN_PARAM = 2
 OPTIMIZER_FLOPS_PER_PARAM = 16
 """AdamW: two moments, their corrections, the decay and the update, element by element."""
 GIB = 2**30
+ASSUMED_FLOPS_PER_S = {True: 790e12 * 0.5, False: 50e9}
+"""Per worker, with a GPU and without: half of an H200's bf16 matrix rate, or one CPU core."""
 
 
 class PlanCost(StrictModel):
@@ -59,13 +61,15 @@ def predict_cost(
     """Predicts the cost of a plan for rows of `seq_len` tokens.
 
     Args:
-        plan: What trains.
+        plan: What trains; of a plan with phases the FLOPs are means over its steps.
         shape: Sizes of the model.
         seq_len: Tokens per row.
         causal: Count the keys a causal kernel reads; False counts the whole square, as eager attention computes it.
         input_requires_grad: Whether something asks for the gradient of the embeddings' output, as the helper
             `enable_input_require_grads` of transformers does; it cancels what a frozen prefix saves.
     """
+    if plan.phases:
+        return _average_phases(plan, shape, seq_len=seq_len, causal=causal)
     trained = set(plan.trainable_layers)
     head = 2.0 * shape.embedding_params
     first = 0 if input_requires_grad else _first_gradient_layer(plan, shape)
@@ -96,7 +100,7 @@ def predict_cost(
 
 def count_trainable_params(plan: FreezePlan, shape: ModelShape) -> int:
     """Parameters that train under the plan; a tied matrix counts once."""
-    if plan.plan_type == "full":
+    if plan.trains_everything:
         return shape.total_params
     embeddings = shape.embedding_params if plan.train_embeddings or plan.tied == "head_only" else 0
     head = shape.embedding_params if plan.train_lm_head and not shape.is_tied else 0
@@ -135,6 +139,22 @@ def render_cost_table(costs: Mapping[str, PlanCost]) -> str:
             f"{cost.weight_and_optimizer_bytes / GIB:>12.2f}{cost.checkpoint_bytes / GIB:>10.2f}"
         )
     return "\n".join(lines)
+
+
+def _average_phases(plan: FreezePlan, shape: ModelShape, *, seq_len: int, causal: bool) -> PlanCost:
+    """FLOPs as means over the steps of the run; bytes and parameters of the largest phase."""
+    starts = [phase.start_step for phase in plan.phases]
+    ends = [*starts[1:], plan.planned_steps or starts[-1] + 1]
+    steps = [max(0, end - start) for start, end in zip(starts, ends, strict=True)]
+    costs = [predict_cost(plan.at_step(start), shape, seq_len=seq_len, causal=causal) for start in starts]
+
+    def mean(name: str) -> float:
+        return sum(getattr(cost, name) * count for cost, count in zip(costs, steps, strict=True)) / max(1, sum(steps))
+
+    averaged = ("forward_flops", "backward_activation_flops", "backward_weight_flops", "optimizer_flops_per_step")
+    largest = max(costs, key=lambda cost: cost.trainable_params)
+    lowest = min(cost.first_gradient_layer for cost in costs)
+    return largest.model_copy(update={name: mean(name) for name in averaged} | {"first_gradient_layer": lowest})
 
 
 def _first_gradient_layer(plan: FreezePlan, shape: ModelShape) -> int:

@@ -22,12 +22,11 @@ from layerplan.config.plan import (
 from layerplan.errors import PlanError
 from layerplan.plan.boundary import check_boundary, compute_boundary
 from layerplan.plan.cost import predict_cost
-from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.freeze_plan import FreezePlan, Tied
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.selectors import select
 
-Tied = Literal["untied", "frozen", "trained", "head_only"]
 COST_SEQ_LEN = 4096
 
 
@@ -64,10 +63,14 @@ def make_plan(
         evidence=evidence,
         **decide_ends(_with_selected_ends(config, shape, profile), shape),
     )
-    full = make_full_plan(model, shape)
+    return seal_with_cost(plan, shape)
+
+
+def seal_with_cost(plan: FreezePlan, shape: ModelShape) -> FreezePlan:
+    """The plan with its predicted cost beside that of training everything, sealed."""
     costs = {
         "plan": predict_cost(plan, shape, seq_len=COST_SEQ_LEN),
-        "full": predict_cost(full, shape, seq_len=COST_SEQ_LEN),
+        "full": predict_cost(make_full_plan(plan.model, shape), shape, seq_len=COST_SEQ_LEN),
     }
     predicted = {"seq_len": COST_SEQ_LEN} | {name: cost.model_dump() for name, cost in costs.items()}
     return plan.model_copy(update={"predicted_cost": predicted}).sealed()

@@ -20,11 +20,11 @@ Filling = Literal["depth_first", "breadth_first"]
 def allocate_start_layers(num_samples: int, num_layers: int, kind: BudgetKind, filling: Filling) -> list[int]:
     """Returns how many samples start at each layer; the counts add up to `num_samples`.
 
-    `half` gives every layer the same number, and one sample of the remainder to each of the first layers. `geometric` gives layer e up to 2^e samples.
-    `arithmetic` gives it e + 1 samples in each whole cycle of L (L + 1) / 2; the samples left over fill one more cycle.
-    `breadth_first` fills a layer before it goes to the next, shallow ones first; `depth_first` hands out one sample to
-    each layer in turn. With `breadth_first` the paper's `arithmetic` numbers are not reproduced: its text does not say
-    how it cuts the cycles, and here only the last, unfinished cycle is affected.
+    `half` gives every layer the same number, and one sample of the remainder to each of the first layers. `geometric`
+    gives layer e up to 2^e samples. `arithmetic` gives it e + 1 samples in each whole cycle of L (L + 1) / 2; the
+    samples left over fill one more cycle. `breadth_first` fills a layer before it goes to the next, shallow ones first;
+    `depth_first` hands out one sample to each layer in turn. With `breadth_first` the paper's `arithmetic` numbers are
+    not reproduced: its text does not say how it cuts the cycles, and here only the last, unfinished one is affected.
 
     Raises:
         PlanError: When a count is not positive.
