@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import ModelError, ProbeError
-from layerplan.models.causal_lm import identify_model, load_hf_config, load_tokenizer
+from layerplan.models.causal_lm import load_tokenizer
+from layerplan.models.files import identify_model, load_hf_config
 from layerplan.plan.layer_profile import PROBES_NAME, LayerProfile
 from layerplan.tracer.actor import TracerActor, encode_batch
 from layerplan.tracer.aggregate import build_profile
