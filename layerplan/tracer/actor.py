@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import torch
 
 from layerplan.config.trace import TraceConfig
+from layerplan.errors import LayerplanError
 from layerplan.models.causal_lm import load_causal_lm
 from layerplan.tracer.encode import EncodedProbe
 from layerplan.tracer.meter import ProbeMeter
 from layerplan.tracer.model_runner import LayerRunner
 
+FAULT = "fault"
+
 
 class TracerActor:
-    """Maps rows that hold one batch of encoded probes each to one row per probe."""
+    """Maps rows that hold one batch of encoded probes each to one row per probe, or to one row with a fault."""
 
     def __init__(self, model_name: str, revision: str, trust_remote_code: bool, config: TraceConfig) -> None:
         self._arguments = (model_name, revision, trust_remote_code, config)
         self._meter: ProbeMeter | None = None
+        self._fault: LayerplanError | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Measures the batches; every output column has one entry per probe."""
+        """Measures the batches; every output column has one entry per probe.
+
+        A `LayerplanError` is returned as a value, the pickled `fault`: one that is raised reaches the driver as Ray
+        Data's own error, without its cause, and one raised in `__init__` as an actor that died.
+        """
+        if self._fault is None:
+            try:
+                return self._measure(batch)
+            except LayerplanError as error:
+                self._fault = error
+        return {FAULT: [pickle.dumps(self._fault)]}
+
+    def _measure(self, batch: dict[str, Any]) -> dict[str, Any]:
         if self._meter is None:
-            # not in __init__: what an actor raises there reaches the caller as "the actor died", without its cause
             self._meter = _build_meter(*self._arguments)
         records = [record for probes in batch["probes"] for record in self._meter.measure(decode_batch(probes))]
         return {name: [record[name] for record in records] for name in records[0]}

@@ -37,7 +37,7 @@ class LayerRunner:
             model.set_attn_implementation("eager")
         self.name = type(model).__name__
         self.parts = find_decoder_parts(model)
-        self.trunk: nn.Module = model.base_model
+        self.trunk = model.get_submodule(self.parts.layers_path.rpartition(".")[0])
         self.num_layers = len(self.parts.layers)
         if self.num_layers < 2:
             raise ModelError(f"{self.name}: has {self.num_layers} layer; tracing needs at least 2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from layerplan.errors import ModelError, ProbeError
 from layerplan.models.causal_lm import load_tokenizer
 from layerplan.models.files import identify_model, load_hf_config
 from layerplan.plan.layer_profile import PROBES_NAME, LayerProfile
-from layerplan.tracer.actor import TracerActor, encode_batch
+from layerplan.tracer.actor import FAULT, TracerActor, encode_batch
 from layerplan.tracer.aggregate import build_profile
 from layerplan.tracer.encode import EncodedProbe, encode_probes, make_batches
 from layerplan.tracer.lexicon import load_antsynnet, load_builtin_lexicon
@@ -101,7 +102,11 @@ def _measure(
         num_cpus=config.num_cpus_per_actor,
         num_gpus=config.num_gpus_per_actor,
     )
-    records: list[dict[str, Any]] = measured.take_all()
+    records: list[dict[str, Any]] = []
+    for record in measured.iter_rows():
+        if FAULT in record:
+            raise pickle.loads(record[FAULT])
+        records.append(record)
     return sorted(records, key=lambda record: record["id"])
 
 

@@ -1,4 +1,4 @@
-"""Eight decoder families from transformers as random models of a few thousand parameters, in eval mode, float32."""
+"""Decoder families from transformers as random models of a few thousand parameters, in eval mode, float32."""
 
 from __future__ import annotations
 
@@ -43,6 +43,18 @@ def make_config(family: str):
             linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, num_experts=4,
             num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
             layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        )  # fmt: skip
+    if family == "olmo":
+        return hf.OlmoConfig(**ATTENTION, num_hidden_layers=4)
+    if family == "opt":
+        return hf.OPTConfig(
+            vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_attention_heads=4, num_hidden_layers=4,
+            max_position_embeddings=64, word_embed_proj_dim=32, init_std=0.3,
+        )  # fmt: skip
+    if family == "llama4_text":
+        return hf.Llama4TextConfig(
+            **ATTENTION, num_hidden_layers=4, head_dim=8, intermediate_size_mlp=48, num_local_experts=4,
+            num_experts_per_tok=1, pad_token_id=0,
         )  # fmt: skip
     raise ValueError(family)
 

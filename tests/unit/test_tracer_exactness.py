@@ -101,6 +101,19 @@ def test_every_diagnostic_equals_the_oracle(family: str) -> None:
             )
 
 
+@pytest.mark.parametrize("family", ["olmo", "opt", "llama4_text"])
+def test_other_structures_equal_the_oracle_too(family: str) -> None:
+    """A norm without weights, a trunk inside a trunk, a head whose base model is itself."""
+    runner = LayerRunner(make_model(family))
+    probes = make_probes([(11, 6), (11, 6)])
+    ids, context = as_tensors(probes)
+    records = ProbeMeter(runner, TraceConfig(js_top_k=3)).measure(probes)
+    for column, mask in (("js", "zero"), ("js_mask_check", "mean")):
+        expected = naive_tracer.trace_naively(runner.model, runner.parts.layers, ids, context, mask, 3)
+        found = np.stack([record[column][:-1] for record in records])
+        assert np.abs(found - expected).max() < TOLERANCE and expected.max() > 1e-3
+
+
 def put(output, state):
     hidden = (output[0] if isinstance(output, tuple) else output).clone()
     hidden[:, -1] = state
