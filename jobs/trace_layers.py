@@ -31,5 +31,19 @@ def trace_layers(config: RunConfig, args: argparse.Namespace) -> None:
         print(f"report    {report}")
 
 
+def build_trace_parser() -> argparse.ArgumentParser:
+    """The arguments of every job, and `--probes` for `--set trace.probes=`."""
+    parser = build_parser("Measure a model's layers and make a freeze plan.")
+    parser.add_argument(
+        "--probes",
+        dest="set",
+        action="append",
+        type="trace.probes={}".format,
+        metavar="FOLDER",
+        help="AntSynNET folder or .jsonl file of probes",
+    )
+    return parser
+
+
 if __name__ == "__main__":
-    sys.exit(run_job(trace_layers, build_parser("Measure a model's layers and make a freeze plan.")))
+    sys.exit(run_job(trace_layers, build_trace_parser()))

@@ -10,6 +10,8 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from jobs.trace_layers import build_trace_parser
+from layerplan.config.load import load_config
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import ProbeError
 from layerplan.tracer.encode import encode_probes, make_batches
@@ -180,6 +182,13 @@ def test_an_antsynnet_folder_is_read_and_its_faults_are_named(tmp_path: Path, da
         (tmp_path / f"{kind}-pairs.train").write_text("hot\tcold\t1\nhot\twarm\n", encoding="utf-8")
     with pytest.raises(ProbeError, match=r"adjective-pairs\.train:2: expected two words and 0 or 1, got 'hot\\twarm'"):
         load_antsynnet(tmp_path)
+
+
+def test_the_probes_option_of_the_job_names_the_field() -> None:
+    args = build_trace_parser().parse_args(["--config", "x", "--set", "seed=5", "--probes", "/words/antsynnet"])
+    quickstart = Path(__file__).resolve().parents[2] / "jobs" / "configs" / "quickstart.yaml"
+    config = load_config(str(quickstart), args.set)
+    assert (config.seed, config.trace.probes) == (5, "/words/antsynnet")
 
 
 def test_custom_probes_may_say_where_their_context_ends(tmp_path: Path) -> None:
