@@ -14,7 +14,8 @@ trained on them, so that their lengths are those of a tokenizer that knows the w
 The cost of a peer is CPU time of the process per probe on a CPU (a busy machine distorts it less than the wall clock),
 and wall time between synchronisations on a GPU. `--naive-layers` masks fewer layers naively and scales up. Equality of
 the results is checked before anything is timed. Peak memory is that of the process (or the GPU) after ours has run and
-before the peers have.
+before the peers have. `flops_ratio` counts the matrix products of both, a ratio that holds on any machine; what is won
+beyond it comes from larger matrix products.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "oracles"))
 
@@ -113,6 +115,23 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def count_flops(work: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def count_both(meter: ProbeMeter, ids: torch.Tensor, context: torch.Tensor, mask: Mask) -> tuple[float, float]:
+    """GFLOP per probe of ours and of the naive way; its layers cost the same each, so two of them tell."""
+    runner = meter.runner
+    ours = count_flops(lambda: trace_ours(meter, ids, context, mask)) / len(ids)
+    one, two = (
+        count_flops(lambda layers=layers: trace_naively(runner, ids[:1], context[:1], mask, layers))
+        for layers in ([0], [0, 1])
+    )
+    return ours / 1e9, (one + (two - one) * (runner.num_layers - 1)) / 1e9
+
+
 def compare(meter: ProbeMeter, batch: list[EncodedProbe], mask: Mask, args: argparse.Namespace) -> dict[str, Any]:
     """Times the peers in turn and returns seconds per probe, ratios and the largest difference."""
     runner, device = meter.runner, meter.runner.device
@@ -121,6 +140,7 @@ def compare(meter: ProbeMeter, batch: list[EncodedProbe], mask: Mask, args: argp
     way = meter.find_way(mask, ids, context, runner.run(ids))
     trace_ours(meter, ids, context, mask)
     peak = peak_bytes(device)
+    ours_gflop, naive_gflop = count_both(meter, ids, context, mask)
     some = sorted({round(i * (runner.num_layers - 1) / (args.naive_layers - 1)) for i in range(args.naive_layers)})
     scale = (runner.num_layers + 1) / (len(some) + 1)
     seconds: dict[str, list[float]] = {"ours": [], "naive 1": [], "naive 8": []}
@@ -148,6 +168,9 @@ def compare(meter: ProbeMeter, batch: list[EncodedProbe], mask: Mask, args: argp
         "query_tokens": int((~context).sum(-1).max()),
         "batch": len(batch),
         "largest_difference": difference,
+        "ours_gflop_per_probe": ours_gflop,
+        "naive_gflop_per_probe": naive_gflop,
+        "flops_ratio": naive_gflop / ours_gflop,
         "peak_over_model": peak / model_bytes(runner.model),
         **{f"{name}_s_per_probe": statistics.median(values) for name, values in seconds.items()},
     }
