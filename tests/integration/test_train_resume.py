@@ -94,7 +94,7 @@ def make_inputs(folder: Path) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from layerplan.corpus.manifest import MANIFEST_NAME, VALIDATION_NAME, Manifest
+    from layerplan.corpus.manifest import MANIFEST_NAME, VALIDATION_NAME, Manifest, SourceRows
     from layerplan.corpus.pack import RawRow
     from layerplan.corpus.store import write_rows
 
@@ -135,7 +135,18 @@ def make_inputs(folder: Path) -> None:
         tokenizer_sha256="0",
         config_sha256="0",
         counts={},
-        sources={},
+        sources=[
+            SourceRows(
+                path="drawn",
+                weight=None,
+                num_rows=64,
+                num_tokens=2048,
+                num_padding_tokens=0,
+                num_validation_rows=3,
+                num_validation_tokens=96,
+                counts={},
+            )
+        ],
         shards=[shard],
     )
     (store / MANIFEST_NAME).write_text(manifest.model_dump_json())
