@@ -13,7 +13,8 @@ from eval.prompts import describe_template, format_prompt
 from eval.scoring import Answer, EvaluationResult, Protocol, pick_letter, score_answers
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError
-from layerplan.models.causal_lm import load_hf_config, load_tokenizer
+from layerplan.models.causal_lm import load_tokenizer
+from layerplan.models.files import load_hf_config
 from layerplan.plan.hashing import compute_sha256
 
 Results = dict[str, EvaluationResult]
