@@ -1,12 +1,18 @@
 """The corpus against its bounds: a build beside the bare tokenizer, its memory, the reader, and a resume at any position.
 
-    python benchmarks/corpus.py --data $LAYERPLAN_DATA/zh --mib 2048
+    python benchmarks/corpus.py --data $LAYERPLAN_DATA/zh --mib 192 --memory-mib 2048 --out benchmarks/results/corpus.md
 
 Text is the documents of `--data` again and again, each copy with a line of its own so that none is a duplicate. The peer is
-`encode_batch_fast` alone: two processes, text in memory, half of a sample each, timed before and after our build. Ours
-is the whole build on Ray in the same run: reading, cleaning, de-duplication, decontamination, tokenizing, packing,
-writing. On a shared machine the wall clock says little, so the ratio is given in CPU seconds too, ours being those of
-every process of the Ray cluster. Memory is the sum of proportional set sizes over the same processes, every 10 s.
+`encode_batch_fast` alone. Three comparisons with the whole build (reading, cleaning, de-duplication, decontamination,
+tokenizing, packing, writing):
+
+- *interleaved*: in one process, the bare tokenizer and the build take turns on the same stretches of text; medians of
+  the turns' ratios in CPU time, which a busy machine distorts least;
+- *on Ray, wall*: the peer in two processes, text in memory, half of a sample each, before and after a build on Ray;
+- *on Ray, CPU*: the same in CPU seconds, ours being those of every process of the Ray cluster, its start included.
+
+Memory is the sum of proportional set sizes over the cluster's processes while a larger corpus is built, with a tokenizer
+of words: it is faster, so that more data is under way at once.
 """
 
 from __future__ import annotations
@@ -16,86 +22,39 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
-from tokenizers import Tokenizer
+from process_tree import TreeMeter
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.corpus.build import build_token_store
 from layerplan.corpus.decontamination import BenchmarkText
+from layerplan.corpus.journal import BuildJournal
 from layerplan.corpus.manifest import MANIFEST_NAME, Manifest
+from layerplan.corpus.readers import Document, read_unit
 from layerplan.corpus.schedule import LaneSchedule, RowRange
+from layerplan.corpus.sources import list_units
 from layerplan.corpus.store import StoreReader
 from layerplan.corpus.stream import iter_rank_steps
+from layerplan.corpus.tokenize import UnitTokenizer
+from layerplan.corpus.writer import StoreWriter
 from layerplan.models.scratch import train_tokenizer
 
 MIB = 2**20
 BATCH = 256
 SIMULATED_ROWS = 64_000_000
-
-
-@dataclass
-class TreeMeter:
-    """CPU seconds and peak memory of this process and all below it."""
-
-    peak_pss: int = 0
-    names: dict[int, str] = field(default_factory=dict)
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _cpu_s: dict[int, float] = field(default_factory=dict)
-    _thread: threading.Thread | None = None
-
-    def __enter__(self) -> TreeMeter:
-        self._sample()
-        self._before = dict(self._cpu_s)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        assert self._thread is not None
-        self._thread.join()
-        self._sample()
-
-    @property
-    def cpu_s(self) -> float:
-        """CPU seconds since the start, of processes that ended in between up to their last sample."""
-        return sum(seconds - self._before.get(pid, 0.0) for pid, seconds in self._cpu_s.items())
-
-    def describe(self) -> dict[str, float]:
-        """CPU seconds by the beginning of the command line, those that took a second or more."""
-        parts: dict[str, float] = {}
-        for pid, seconds in self._cpu_s.items():
-            name = self.names.get(pid, "")
-            parts[name] = round(parts.get(name, 0.0) + seconds - self._before.get(pid, 0.0), 1)
-        return {name: seconds for name, seconds in sorted(parts.items()) if seconds >= 1}
-
-    def _run(self) -> None:
-        while not self._stop.wait(10):
-            self._sample()
-
-    def _sample(self) -> None:
-        total = 0
-        me = psutil.Process()
-        for process in [me, *me.children(recursive=True)]:
-            try:
-                times = process.cpu_times()
-                self._cpu_s[process.pid] = times.user + times.system
-                self.names[process.pid] = " ".join(process.cmdline())[:40]
-                total += process.memory_full_info().pss
-            except psutil.Error:
-                continue
-        self.peak_pss = max(self.peak_pss, total)
+INTERLEAVED_UNITS = 13
 
 
 def load_texts(folder: Path) -> list[str]:
@@ -156,6 +115,47 @@ def measure_bare(tokenizer_json: str, texts: list[str]) -> dict[str, float]:
     }
 
 
+def measure_interleaved(
+    config: CorpusConfig, tokenizer_json: str, questions: list[BenchmarkText], folder: Path
+) -> dict[str, float]:
+    """CPU time of the bare tokenizer over that of the build, stretch by stretch in turns; 1 means no overhead."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    bare = Tokenizer.from_str(tokenizer_json)
+    units = list(enumerate(list_units(config)))[:INTERLEAVED_UNITS]
+    mapper = UnitTokenizer(config, tokenizer_json, questions)
+    folder.mkdir()
+    journal = BuildJournal(folder, "interleaved")
+    writer = StoreWriter(config, folder, journal, end_of_text_id=0, seed=0)
+    source = config.sources[0]
+    ratios = []
+    for number, unit in units:
+        texts = [item.text for item in read_unit(unit, source) if isinstance(item, Document)]
+        seconds = {}
+        for turn in ("bare", "ours") if number % 2 else ("ours", "bare"):
+            started = time.process_time()
+            if turn == "bare":
+                for start in range(0, len(texts), BATCH):
+                    sum(map(len, bare.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)))
+            else:
+                for record in (record for batch in mapper.read(number, unit) for record in batch):
+                    writer.add(record)
+            seconds[turn] = time.process_time() - started
+        ratios.append(seconds["bare"] / seconds["ours"])
+    writer.close()
+    journal.close()
+    low, middle, high = statistics.quantiles(ratios[1:], n=4)
+    return {"ratio": middle, "lower_quartile": low, "upper_quartile": high, "turns": len(ratios) - 1}
+
+
+def train_word_tokenizer(texts: list[str], path: Path) -> None:
+    """A tokenizer of whole words, several times as fast as byte pairs."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(vocab_size=50_000, special_tokens=["<unk>", "<|endoftext|>"])
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(path))
+
+
 def measure_build(config: CorpusConfig, tokenizer: Path, store: Path, questions: list[BenchmarkText]) -> dict[str, Any]:
     """The whole build on Ray, and what it took."""
     with TreeMeter() as meter:
@@ -191,8 +191,6 @@ def measure_reader(store: Path, num_steps: int) -> dict[str, float]:
 
 def measure_resume(store: Path, folder: Path) -> dict[str, float]:
     """A manifest of 64 million rows of 4,096 tokens whose shards all are links to one; resumes at random positions."""
-    import psutil
-
     small = Manifest.load(store)
     shard = max(small.shards, key=lambda item: item.num_rows)
     count = -(-SIMULATED_ROWS // shard.num_rows)
@@ -241,7 +239,12 @@ def describe_machine() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "commit": commit,
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(
+            [
+                "python",
+                *(value.replace(os.environ.get("LAYERPLAN_DATA", "\0"), "$LAYERPLAN_DATA") for value in sys.argv),
+            ]
+        ),
         "cpu": f"{cpu or platform.processor()}, {os.cpu_count()} cores",
         "load_average": os.getloadavg(),
         "versions": {module.__name__: module.__version__ for module in (ray, tokenizers, pyarrow, np)},
@@ -262,7 +265,8 @@ def sample_of(texts: list[str], num_chars: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of Parquet files with a `text` column")
-    parser.add_argument("--mib", type=int, default=64, help="size of the corpus")
+    parser.add_argument("--mib", type=int, default=64, help="size of the corpus whose build is timed")
+    parser.add_argument("--memory-mib", type=int, default=0, help="size of the corpus whose build's memory is measured")
     parser.add_argument("--sample-chars", type=int, default=12_000_000, help="text the bare tokenizer is timed on")
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--seq-len", type=int, default=4096)
@@ -270,51 +274,84 @@ def main() -> None:
     parser.add_argument(
         "--consumption", type=float, default=2059, help="tokens/s a training consumes; the quick start's"
     )
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--out", type=Path, help="write the results to this Markdown file")
     args = parser.parse_args()
+    machine = describe_machine()
+    say(json.dumps(machine, indent=2))
+    with tempfile.TemporaryDirectory(prefix="lpc") as name:
+        results = measure_all(args, Path(name))
+    report = render_report(machine, results)
+    say(report)
+    if args.out is not None:
+        args.out.parent.mkdir(exist_ok=True)
+        args.out.write_text(report)
+
+
+def measure_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Every measurement, in the order the report gives them."""
     import ray
 
-    report: dict[str, Any] = {"machine": describe_machine()}
-    say(json.dumps(report["machine"], indent=2))
-    with tempfile.TemporaryDirectory(prefix="lpc") as name:
-        folder = Path(name)
-        texts = load_texts(args.data)
-        train_tokenizer(
-            sample_of(texts, 4_000_000), vocab_size=args.vocab_size, out_dir=folder / "tokenizer", max_length=4096
-        )
-        tokenizer = folder / "tokenizer" / "tokenizer.json"
-        say(f"writing {args.mib} MiB")
-        write_corpus(texts, folder / "raw", args.mib * MIB)
-        sample = sample_of(texts * 20, args.sample_chars)
-        questions = [
-            BenchmarkText(str(number), text[5000:5060]) for number, text in enumerate(texts) if len(text) > 1e5
-        ]
-        config = CorpusConfig(
-            sources=[SourceConfig(path=str(folder / "raw"))],
-            seq_len=args.seq_len,
-            num_workers=2,
-            num_cpus_per_worker=0.5,
-        )
-        before = measure_bare(tokenizer.read_text(), sample)
-        say(f"bare before  {before}")
-        ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", _temp_dir=tempfile.mkdtemp(prefix="lpr"))
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        built = measure_build(config, tokenizer, folder / "store", questions)
-        say(f"build        {built}")
-        after = measure_bare(tokenizer.read_text(), sample)
-        say(f"bare after   {after}")
-        reader = measure_reader(folder / "store", args.reader_steps)
-        say(f"reader       {reader}")
-        ray.shutdown()
-        resume = measure_resume(folder / "store", folder / "simulated")
-        say(f"resume       {resume}")
+    texts = load_texts(args.data)
+    train_tokenizer(
+        sample_of(texts, 4_000_000), vocab_size=args.vocab_size, out_dir=folder / "tokenizer", max_length=4096
+    )
+    tokenizer = folder / "tokenizer" / "tokenizer.json"
+    write_corpus(texts, folder / "raw", args.mib * MIB)
+    sample = sample_of(texts * 20, args.sample_chars)
+    questions = [BenchmarkText(str(number), text[5000:5060]) for number, text in enumerate(texts) if len(text) > 1e5]
+    config = CorpusConfig(
+        sources=[SourceConfig(path=str(folder / "raw"))], seq_len=args.seq_len, num_workers=2, num_cpus_per_worker=0.5
+    )
+    results: dict[str, Any] = {}
+
+    def note(name: str, value: dict[str, Any]) -> None:
+        results[name] = value
+        say(f"{name}: {value}")
+
+    note("interleaved", measure_interleaved(config, tokenizer.read_text(), questions, folder / "interleaved"))
+    note("bare before", measure_bare(tokenizer.read_text(), sample))
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", _temp_dir=tempfile.mkdtemp(prefix="lpr"))
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    note("build", measure_build(config, tokenizer, folder / "store", questions))
+    note("bare after", measure_bare(tokenizer.read_text(), sample))
+    note("reader", measure_reader(folder / "store", args.reader_steps))
+    if args.memory_mib:
+        shutil.rmtree(folder / "raw")
+        write_corpus(texts, folder / "raw", args.memory_mib * MIB)
+        train_word_tokenizer(texts, folder / "words.json")
+        note("large build", measure_build(config, folder / "words.json", folder / "large", questions))
+    ray.shutdown()
+    note("resume", measure_resume(folder / "store", folder / "simulated"))
     for key in ("tokens_per_s", "tokens_per_cpu_s"):
-        report[f"build_over_bare_{key}"] = 2 * built[key] / (before[key] + after[key])
-    report["reader_over_consumption"] = reader["tokens_per_s"] / args.consumption
-    report |= {"bare_before": before, "build": built, "bare_after": after, "reader": reader, "resume": resume}
-    say(json.dumps({key: value for key, value in report.items() if isinstance(value, float)}, indent=2))
-    if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        results[f"build over bare, {key}"] = (
+            2 * results["build"][key] / (results["bare before"][key] + results["bare after"][key])
+        )
+    results["reader over consumption"] = results["reader"]["tokens_per_s"] / args.consumption
+    return results
+
+
+def render_report(machine: dict[str, Any], results: dict[str, Any]) -> str:
+    """The result file: a table of the claims, then everything measured."""
+    interleaved, resume = results["interleaved"], results["resume"]
+    peak = max(results.get(name, {}).get("peak_pss_gib", 0.0) for name in ("build", "large build"))
+    rows = [
+        (
+            "build over bare tokenizer, interleaved, CPU time",
+            f"{interleaved['ratio']:.3f} ({interleaved['lower_quartile']:.3f} .. {interleaved['upper_quartile']:.3f})",
+        ),
+        ("build over bare tokenizer in two processes, wall", f"{results['build over bare, tokens_per_s']:.3f}"),
+        ("the same, CPU time of the whole Ray cluster", f"{results['build over bare, tokens_per_cpu_s']:.3f}"),
+        ("peak memory of all processes of a build", f"{peak:.2f} GiB"),
+        ("reader over the quick start's consumption", f"{results['reader over consumption']:.0f} x"),
+        ("rows of the simulated store", f"{resume['rows']:,}"),
+        ("its manifest and schedule loaded", f"{resume['load_s']:.2f} s, {resume['memory_mib']:.0f} MiB"),
+        ("rows of a step there, the slowest of eight random positions", f"{resume['worst_first_step_s']:.2f} s"),
+    ]
+    lines = ["# Corpus: build, reader, resume", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows]
+    for title, value in (("Machine", machine), ("Everything measured", results)):
+        lines += ["", f"## {title}", "", "```json", json.dumps(value, indent=1), "```"]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

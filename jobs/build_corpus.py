@@ -13,6 +13,7 @@ from jobs.entry import build_parser, run_job
 from jobs.run_folder import open_run_folder
 from layerplan.config.run import RunConfig
 from layerplan.corpus.manifest import Manifest
+from layerplan.errors import ConfigError
 
 
 def build_corpus(config: RunConfig, args: argparse.Namespace) -> None:
@@ -20,6 +21,8 @@ def build_corpus(config: RunConfig, args: argparse.Namespace) -> None:
     if args.dry_run:
         print_dry_run(config)
         return
+    if config.corpus.mode == "on_the_fly":
+        raise ConfigError("corpus.mode=on_the_fly: builds no store; start jobs/cpt.py, or set corpus.mode=store")
     from jobs.base_model import prepare_model
     from jobs.checks import check_benchmarks, check_corpus, check_model
     from jobs.session import open_run

@@ -20,6 +20,7 @@ from layerplan.config.run import RunConfig
 from layerplan.corpus.build import build_token_store, hash_tokenizer
 from layerplan.corpus.decontamination import BenchmarkText
 from layerplan.corpus.manifest import Manifest, resolve_store
+from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError
 from layerplan.models.files import find_tokenizer_file, identify_model, load_hf_config
 from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
@@ -69,7 +70,8 @@ def build_store(context: RunContext, model_name: str) -> Path | str:
         say("corpus", f"using {store}")
         return store
     with tracked(context, "corpus") as tracker:
-        manifest = build_token_store(
+        build = write_stream if corpus.mode == "on_the_fly" else build_token_store
+        manifest = build(
             corpus,
             tokenizer,
             context.folder.token_store,

@@ -110,6 +110,9 @@ class CorpusConfig(StrictModel):
                 "deduplicate=true: needs a pass over the whole corpus; set it to false": self.deduplicate,
                 "store: an existing store has a fixed order; leave it out": self.store is not None,
                 "validation_rows: no rows are held out; set it to 0": self.validation_rows > 0,
+                "sources.max_documents: documents are not counted across workers; leave it out": any(
+                    source.max_documents is not None for source in self.sources
+                ),
                 "sources.weight: sources are read in their natural shares; leave it out": any(weighted),
             }
             for fault, is_there in faults.items():

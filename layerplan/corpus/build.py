@@ -75,7 +75,7 @@ def build_token_store(
     loaded = load_tokenizer(tokenizer)
     config_sha256 = hash_config(config, questions, seed)
     if (store / MANIFEST_NAME).exists():
-        return _find_complete(store, loaded.sha256, config_sha256, report)
+        return find_complete(store, loaded.sha256, config_sha256, report)
     units = list_units(config)
     try:
         store.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,8 @@ def hash_config(config: CorpusConfig, questions: Sequence[BenchmarkText], seed: 
     return compute_sha256([config.model_dump(mode="json", exclude=NOT_CONTENT), asked, seed])
 
 
-def _find_complete(store: Path, tokenizer_sha256: str, config_sha256: str, report: Callable[[str], None]) -> Manifest:
+def find_complete(store: Path, tokenizer_sha256: str, config_sha256: str, report: Callable[[str], None]) -> Manifest:
+    """The manifest of a complete store; refuses one of another config or tokenizer."""
     manifest = Manifest.load(store)
     if (manifest.tokenizer_sha256, manifest.config_sha256) != (tokenizer_sha256, config_sha256):
         raise CorpusError(

@@ -61,8 +61,8 @@ class Unit:
         return self.stop - self.start
 
 
-def list_units(config: CorpusConfig) -> list[Unit]:
-    """Lists what the sources name, in a fixed order.
+def list_units(config: CorpusConfig, *, unit_bytes: int | None = None) -> list[Unit]:
+    """Lists what the sources name, in a fixed order, cut into stretches of `unit_bytes` or `UNIT_BYTES`.
 
     Raises:
         CorpusError: When a source does not exist, cannot be reached or holds no readable file.
@@ -70,7 +70,7 @@ def list_units(config: CorpusConfig) -> list[Unit]:
     units: list[Unit] = []
     for index, source in enumerate(config.sources):
         try:
-            found = list(_iter_units(index, source))
+            found = list(_iter_units(index, source, unit_bytes or UNIT_BYTES))
         except CorpusError as error:
             raise CorpusError(f"corpus.sources.{index}.path={error}") from None
         if not found:
@@ -97,7 +97,7 @@ def iter_documents(config: CorpusConfig) -> Iterator[Document]:
                 break
 
 
-def _iter_units(index: int, source: SourceConfig) -> Iterator[Unit]:
+def _iter_units(index: int, source: SourceConfig, unit_bytes: int) -> Iterator[Unit]:
     if source.path in ALL_MACHINE_DOCS:
         yield from (Unit(index, name, MACHINE, 0, MACHINE_UNIT_BYTES) for name in iter_machine_units(source.path))
         return
@@ -105,15 +105,15 @@ def _iter_units(index: int, source: SourceConfig) -> Iterator[Unit]:
     for file in files:
         format_name = source.format if source.format != "auto" else _guess_format(file.path)
         if format_name is not None:
-            yield from _cut(index, file, format_name)
+            yield from _cut(index, file, format_name, unit_bytes)
 
 
-def _cut(index: int, file: FileEntry, format_name: str) -> Iterator[Unit]:
+def _cut(index: int, file: FileEntry, format_name: str, unit_bytes: int) -> Iterator[Unit]:
     if format_name not in ("jsonl", "parquet") or file.path.endswith(COMPRESSIONS):
         yield Unit(index, file.path, format_name, 0, file.size)
         return
-    for start in range(0, max(file.size, 1), UNIT_BYTES):
-        yield Unit(index, file.path, format_name, start, min(start + UNIT_BYTES, file.size))
+    for start in range(0, max(file.size, 1), unit_bytes):
+        yield Unit(index, file.path, format_name, start, min(start + unit_bytes, file.size))
 
 
 def _guess_format(path: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from torch import nn
 from layerplan.checkpoint.dcp import load_checkpoint, save_checkpoint
 from layerplan.checkpoint.layout import CHECKPOINTS_NAME, STATE_NAME, name_step, read_train_state, write_train_state
 from layerplan.corpus.manifest import Manifest
-from layerplan.corpus.rows import PackedRows
 from layerplan.corpus.store import load_validation_rows
-from layerplan.corpus.stream import iter_rank_steps
 from layerplan.errors import TrainingError
 from layerplan.models.causal_lm import load_causal_lm
 from layerplan.models.files import load_hf_config
@@ -30,6 +27,7 @@ from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.ray_session import quiet_engines
 from layerplan.train.attention import IMPLEMENTATIONS, choose_attention
+from layerplan.train.feed import open_feed
 from layerplan.train.ledger import LEDGER_NAME, LedgerWriter
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
 from layerplan.train.optim import build_optimizer
@@ -183,20 +181,10 @@ def run_with_sink(request: TrainRequest, setup: LoopSetup, state: TrainState, wr
             ledger.drop_after(restored.step)
         return restored
 
-    def iter_steps(start: int, stop: int) -> Iterator[PackedRows]:
-        return iter_rank_steps(
-            request.store,
-            num_lanes=request.config.global_batch_size,
-            seed=request.seed,
-            rank=setup.rank,
-            world_size=setup.world_size,
-            start_step=start,
-            stop_step=stop,
-        )
-
+    feed = open_feed(request, state, rank=setup.rank, world_size=setup.world_size)
     hooks = LoopHooks(
-        iter_steps=iter_steps,
-        save=writer.save,
+        iter_steps=feed.iter_steps,
+        save=lambda reached: writer.save(feed.stamp(reached)),
         should_stop=(request.run_dir / STOP_REQUEST).exists,
         sink=sink,
         validation=load_validation_rows(request.store),
