@@ -44,6 +44,7 @@ from layerplan.corpus.journal import BuildJournal
 from layerplan.corpus.manifest import MANIFEST_NAME, Manifest
 from layerplan.corpus.readers import Document, read_unit
 from layerplan.corpus.schedule import LaneSchedule, RowRange
+from layerplan.corpus.schedule import _permute as permutations
 from layerplan.corpus.sources import list_units
 from layerplan.corpus.store import StoreReader
 from layerplan.corpus.stream import iter_rank_steps
@@ -195,14 +196,12 @@ def measure_resume(store: Path, folder: Path) -> dict[str, float]:
     shard = max(small.shards, key=lambda item: item.num_rows)
     count = -(-SIMULATED_ROWS // shard.num_rows)
     shards = [shard.model_copy(update={"name": f"{number:06d}/{shard.name}"}) for number in range(count)]
-    for item in shards:
-        (folder / item.name).parent.mkdir(parents=True)
-        (folder / item.name).symlink_to(store / shard.name)
     rows = count * shard.num_rows
     source = small.sources[0].model_copy(update={"num_rows": rows, "num_tokens": rows * small.seq_len})
     big = small.model_copy(
         update={"num_rows": rows, "num_tokens": rows * small.seq_len, "sources": [source], "shards": shards}
     )
+    folder.mkdir()
     (folder / MANIFEST_NAME).write_text(big.model_dump_json())
     before = psutil.Process().memory_info().rss
     started = time.perf_counter()
@@ -212,7 +211,14 @@ def measure_resume(store: Path, folder: Path) -> dict[str, float]:
     load_s = time.perf_counter() - started
     memory = psutil.Process().memory_info().rss - before
     seconds = []
+    first_rows = np.arange(count) * shard.num_rows
     for step in np.random.default_rng(0).integers(0, 3 * rows // 512, 8).tolist():
+        wanted = np.unique(np.searchsorted(first_rows, schedule.rank_rows_at(step, 3, 64), side="right") - 1)
+        permutations.cache_clear()
+        for number in wanted.tolist():
+            (folder / shards[number].name).parent.mkdir(exist_ok=True)
+            (folder / shards[number].name).unlink(missing_ok=True)
+            (folder / shards[number].name).symlink_to(store / shard.name)
         started = time.perf_counter()
         for _ in reader.read_rows(schedule.rank_rows_at(step, 3, 64)).split(8):
             pass

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MAX_STEPS = 36
+MAX_STEPS = 48
 STEP_S = 0.1
 TIMEOUT_S = 240
 
@@ -34,7 +35,12 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     ray.shutdown()
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # without a dashboard Ray Train leaks the placement group of a driver that was killed
+    head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": port}
+    made = Cluster(initialize_head=True, head_node_args=head)
     yield made
     made.shutdown()
 
@@ -46,15 +52,14 @@ def test_the_ledger_survives_every_kill_and_change_of_workers(cluster: Any, tmp_
     env = {"RAY_ADDRESS": cluster.address}
     killed = start(tmp_path, 2, "driver", kills[0], env)
     assert wait(killed) == -signal.SIGKILL, kills
-    lost_worker = start(tmp_path, 1, "worker", kills[1], env)
-    assert wait(lost_worker) == -signal.SIGKILL, kills
-    assert (run / "worker.done").exists(), "the worker was never killed"
     node = cluster.add_node(num_cpus=3)
-    finishing = start(tmp_path, 4, "none", 0, env)
-    wait_for_step(run / "ledger.jsonl", kills[2], finishing)
+    losing = start(tmp_path, 1, "worker", kills[1], env)
+    wait_for_step(run / "ledger.jsonl", kills[2], losing)
+    assert (run / "worker.done").exists(), "the worker was never killed"
     cluster.remove_node(node, allow_graceful=False)
+    assert wait(losing) == 1, "the second failure of the run is one more than it may have"
     cluster.add_node(num_cpus=3)
-    assert wait(finishing) == 0, kills
+    assert wait(start(tmp_path, 4, "none", 0, env)) == 0, kills
 
     from layerplan.corpus.manifest import Manifest
     from layerplan.corpus.stream import make_schedule
@@ -66,7 +71,7 @@ def test_the_ledger_survives_every_kill_and_change_of_workers(cluster: Any, tmp_
         tuple(np.sort(schedule.rows_at(step)).tolist()) for step in range(MAX_STEPS)
     ], kills
     (proof,) = check_epochs(steps, Manifest.load(tmp_path / "store"))
-    assert (proof.full_epochs, proof.rows_in_open_epoch) == (2, 16), "64 rows, 36 steps of 4"
+    assert (proof.full_epochs, proof.rows_in_open_epoch) == (3, 0), "64 rows, 48 steps of 4"
     assert json.loads((run / "training.json").read_text())["final_step"] == MAX_STEPS
 
 
@@ -116,7 +121,7 @@ class AccidentSink:
         if self.accident == "worker" and step == self.at and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        if (self.accident == "driver" and step >= self.at) or (self.accident == "worker" and step == self.at + 3):
+        if self.accident == "driver" and step >= self.at:
             os.kill(self.driver, signal.SIGKILL)
             time.sleep(5)
 
@@ -139,9 +144,9 @@ def main() -> None:
     connect(ClusterConfig(), min_cpus=1)
     run, driver = folder / "run", os.getpid()
     request = make_request(folder, "run")
-    config = request.config.model_copy(
-        update={"max_steps": MAX_STEPS, "num_workers": workers, "num_cpus_per_worker": 0.75, "validate_every_steps": 99}
-    )
+    # one worker asks for more than the head has, so that it goes to the node that will be lost
+    update = {"max_steps": MAX_STEPS, "num_workers": workers, "num_cpus_per_worker": 2.5 if workers == 1 else 0.75}
+    config = request.config.model_copy(update=update | {"validate_every_steps": 99, "max_failures": 1})
     run_training(replace(request, config=config, sink_factory=lambda step: AccidentSink(run, accident, at, driver)))
     ray.shutdown()
 
