@@ -55,7 +55,7 @@ from layerplan.models.scratch import train_tokenizer
 MIB = 2**20
 BATCH = 256
 SIMULATED_ROWS = 64_000_000
-INTERLEAVED_UNITS = 13
+INTERLEAVED_UNITS = 10
 
 
 def load_texts(folder: Path) -> list[str]:

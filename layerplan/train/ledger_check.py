@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from layerplan.corpus.manifest import Manifest
+from layerplan.corpus.on_the_fly import ROW_BITS
 from layerplan.errors import CorpusError
 from layerplan.train.ledger import LEDGER_NAME, hash_row_ids
 
@@ -89,7 +90,7 @@ def check_epochs(steps: Sequence[LedgerStep], manifest: Manifest) -> list[EpochP
         CorpusError: Naming the first step and row that break it.
     """
     if manifest.mode == "on_the_fly":
-        return [_check_unique(steps)]
+        return [_check_chunks(steps)]
     streams = [(source.path, source.num_rows) for source in manifest.sources]
     if manifest.sources[0].weight is None:
         streams = [("all sources", manifest.num_rows)]
@@ -123,15 +124,20 @@ def _check_stream(steps: Sequence[LedgerStep], name: str, first: int, num_rows: 
     return EpochProof(name, num_rows, epoch, num_read - epoch * num_rows)
 
 
-def _check_unique(steps: Sequence[LedgerStep]) -> EpochProof:
-    """On the fly a row id names epoch, chunk and place, so once is all it may occur."""
-    seen: dict[int, int] = {}
+def _check_chunks(steps: Sequence[LedgerStep]) -> EpochProof:
+    """On the fly a row id names a chunk of an epoch and a row of it: each chunk is read from its first row on, in order."""
+    following: Counter[int] = Counter()
     for step in steps:
-        for row in step.row_ids:
-            if row in seen:
-                raise CorpusError(f"step {step.step}: row {row} was trained on in step {seen[row]} already")
-            seen[row] = step.step
-    return EpochProof("rows made while training", len(seen), 0, len(seen))
+        for row_id in step.row_ids:
+            position, row = row_id >> ROW_BITS, row_id & (2**ROW_BITS - 1)
+            if row != following[position]:
+                fault = (
+                    "was trained on already" if row < following[position] else f"comes before row {following[position]}"
+                )
+                raise CorpusError(f"step {step.step}: row {row} of chunk {position} {fault}")
+            following[position] += 1
+    total = sum(following.values())
+    return EpochProof("rows made while training", total, 0, total)
 
 
 def _shorten(rows: Counter[int]) -> str:

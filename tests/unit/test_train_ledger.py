@@ -44,7 +44,9 @@ def make_manifest(*sources: tuple[int, float | None]) -> Manifest:
         config_sha256="",
         counts={},
         sources=rows,
-        shards=[Shard(name="a", num_rows=source.num_rows, num_tokens=0, sha256="") for source in rows],
+        shards=[
+            Shard(name="a", num_rows=source.num_rows, num_tokens=0, sha256="") for source in rows if source.num_rows
+        ],
     )
 
 
@@ -88,6 +90,22 @@ def test_a_repeated_a_lost_and_an_unknown_row_are_found(
     manifest = Manifest.load(tmp_path / "run" / "token_store")
     with pytest.raises(CorpusError, match=words):
         check_epochs(damage(load_ledger(tmp_path / "run")), manifest)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ((0, 1, 1), r"step 3: row 1 of chunk 7 was trained on already"),
+        ((0, 2), r"step 2: row 2 of chunk 7 comes before row 1"),
+    ],
+)
+def test_rows_made_while_training_come_in_the_order_of_their_chunk(rows: tuple[int, ...], words: str):
+    manifest = make_manifest((0, None)).model_copy(update={"mode": "on_the_fly"})
+    steps = [LedgerStep(number, ((3 << 32) + number - 1, (7 << 32) + row)) for number, row in enumerate(rows, start=1)]
+    with pytest.raises(CorpusError, match=words):
+        check_epochs(steps, manifest)
+    (proof,) = check_epochs(steps[:1], manifest)
+    assert proof.rows_in_open_epoch == 2
 
 
 def test_two_ledgers_are_compared_step_by_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
