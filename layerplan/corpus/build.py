@@ -81,7 +81,7 @@ def build_token_store(
         store.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CorpusError(f"{store}: cannot be written ({error})") from None
-    journal = BuildJournal(store, f"{loaded.sha256} {config_sha256}")
+    journal = BuildJournal(store, f"{loaded.sha256} {config_sha256} {hash_units(units)}")
     try:
         writer = StoreWriter(config, store, journal, end_of_text_id=loaded.end_of_text_id, seed=seed)
         if writer.resumed:
@@ -120,6 +120,11 @@ def hash_config(config: CorpusConfig, questions: Sequence[BenchmarkText], seed: 
     """Hash of all that decides the rows beside the input and the tokenizer."""
     asked = [[question.id, question.text] for question in questions]
     return compute_sha256([config.model_dump(mode="json", exclude=NOT_CONTENT), asked, seed])
+
+
+def hash_units(units: Sequence[Unit]) -> str:
+    """Hash of the input's files and sizes: a build may only go on where it stopped while they are the same."""
+    return compute_sha256([list(asdict(unit).values()) for unit in units])
 
 
 def find_complete(store: Path, tokenizer_sha256: str, config_sha256: str, report: Callable[[str], None]) -> Manifest:

@@ -53,7 +53,8 @@ class BuildJournal:
             self._write("identity", identity.encode())
         elif known.decode() != identity:
             raise CorpusError(
-                f"{store}: an unfinished build with another corpus config or tokenizer; remove it or choose another name"
+                f"{store}: an unfinished build with another corpus config, tokenizer or input files; remove it or choose"
+                " another name"
             )
 
     def add_key(self, key: bytes) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerplan.config.corpus import CorpusConfig
-from layerplan.corpus.build import find_complete, hash_config, load_tokenizer, write_manifest
+from layerplan.corpus.build import find_complete, hash_config, hash_units, load_tokenizer, write_manifest
 from layerplan.corpus.decontamination import BenchmarkText
 from layerplan.corpus.location import open_file
 from layerplan.corpus.manifest import MANIFEST_NAME, Manifest, SourceRows
@@ -60,9 +60,7 @@ def write_stream(
     """
     loaded = load_tokenizer(tokenizer)
     chunks = list_chunks(config)
-    config_sha256 = compute_sha256(
-        [hash_config(config, questions, seed), [list(map(asdict, chunk)) for chunk in chunks]]
-    )
+    config_sha256 = compute_sha256([hash_config(config, questions, seed), *map(hash_units, chunks)])
     if (store / MANIFEST_NAME).exists():
         return find_complete(store, loaded.sha256, config_sha256, report)
     content = {

@@ -243,6 +243,17 @@ def test_a_store_has_one_builder_and_belongs_to_one_config(tokenizer: Path, two_
         build_token_store(config, tokenizer, tmp_path / "store")
 
 
+def test_an_unfinished_build_does_not_go_on_with_other_input(tokenizer: Path, two_sources: list[Path], tmp_path: Path):
+    """It would skip as many documents as it had read, of files that now hold others."""
+    config = make_config(*two_sources, max_bad_fraction=0.0)
+    with pytest.raises(CorpusError, match=r"max_bad_fraction=0.0: 2 of 82"):
+        build_token_store(config, tokenizer, tmp_path / "store")
+    with (two_sources[0] / "a.jsonl").open("a") as handle:
+        handle.write(json.dumps({"text": make_text(999)}) + "\n")
+    with pytest.raises(CorpusError, match="an unfinished build with another corpus config, tokenizer or input files"):
+        build_token_store(config, tokenizer, tmp_path / "store")
+
+
 def test_questions_and_seed_belong_to_the_config(tokenizer: Path, two_sources: list[Path]):
     config = make_config(*two_sources)
     hashes = {
