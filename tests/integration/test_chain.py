@@ -140,8 +140,8 @@ def test_the_report_needs_nothing_from_outside(finished_run: Path) -> None:
     page = (finished_run / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") >= 6
     assert not re.search(r"""(?:src|href)\s*=\s*["']https?:""", page)
-    assert "frozen tensors identical to base" in page
-    assert "trainable with gradient" in page
+    assert "exported tensors identical to the base, byte for byte" in page
+    assert "tensors that train and have a gradient" in page
 
 
 def test_a_finished_run_is_not_repeated(finished_run: Path, tiny_config: Path, run_job: Callable[..., Any]) -> None:

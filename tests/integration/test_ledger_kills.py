@@ -133,11 +133,12 @@ class AccidentSink:
 
 def main() -> None:
     import ray
-    from test_train_resume import make_inputs, make_request
+    from test_train_resume import make_request
 
     from layerplan.config.cluster import ClusterConfig
     from layerplan.ray_session import connect
     from layerplan.train.trainer import run_training
+    from tests.tiny_store import make_inputs
 
     folder, workers, accident, at = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     if not (folder / "store").exists():

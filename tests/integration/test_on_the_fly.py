@@ -111,11 +111,12 @@ def make_stream(folder: Path) -> None:
 
 def main() -> None:
     import ray
-    from test_train_resume import make_inputs, make_request
+    from test_train_resume import make_request
 
     from layerplan.config.cluster import ClusterConfig
     from layerplan.ray_session import connect
     from layerplan.train.trainer import run_training
+    from tests.tiny_store import make_inputs
 
     folder, workers, kill_step, driver = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), os.getpid()
     if not (folder / "store").exists():

@@ -103,6 +103,7 @@ def train(plan_type: str, is_tied: bool, parallelism: str, frozen: str, rank: in
     from layerplan.config.train import OptimizerConfig, TrainConfig
     from layerplan.models.freezing import apply_plan, hf_name
     from layerplan.plan.placement import Placement
+    from layerplan.train.frozen_check import FrozenTensors
     from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
     from layerplan.train.optim import build_optimizer
     from layerplan.train.sharding import place_model
@@ -128,8 +129,9 @@ def train(plan_type: str, is_tied: bool, parallelism: str, frozen: str, rank: in
         return (rows_of_step(step, rank, world_size) for step in range(start, stop))
 
     hooks = LoopHooks(iter_steps, lambda state: None, lambda: False, None, None)
-    setup = LoopSetup(placed, optimizer, applied, config, device, rank, world_size)
-    state = run_loop(setup, TrainState(), hooks)
+    frozen_tensors = FrozenTensors(placed.model, "float32", world_size)
+    setup = LoopSetup(placed, optimizer, applied, config, device, rank, world_size, frozen=frozen_tensors)
+    state = run_loop(setup, TrainState(frozen_checksum=frozen_tensors.digest), hooks)
     full = {}
     for name, parameter in placed.model.named_parameters():
         full[hf_name(name)] = (
@@ -157,6 +159,8 @@ def main() -> None:
                 assert worst < 1e-5, f"{case}: {worst}"
                 assert abs(state.last_loss - alone.last_loss) < 1e-5, case
                 assert state.tokens_seen == alone.tokens_seen, case
+                assert state.frozen_checks == 1, case
+                assert state.frozen_checksum == alone.frozen_checksum, f"{case}: depends on the placement"
                 for name in applied.frozen:
                     assert torch.equal(found[name], base[name]), f"{case}: frozen {name} moved"
                 if placed.reducer is not None:
