@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.runner import load_answers, load_results
+from eval.artifacts import load_answers, load_results
 from eval.significance import Verdict, judge_pairs
 from jobs.entry import run_guarded
 from jobs.stages import write_json

@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from eval.artifacts import Results
 from eval.items import load_benchmark
-from eval.runner import Results, evaluate_model
+from eval.runner import evaluate_model
 from eval.significance import compute_wilson
 from jobs.entry import build_parser, run_job
 from layerplan.config.load import dump_config

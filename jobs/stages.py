@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.artifacts import Results, load_answers
 from eval.items import load_benchmark
-from eval.runner import Results, evaluate_model, load_answers
+from eval.runner import evaluate_model
 from eval.significance import Verdict, judge_pairs
 from jobs.run_folder import RunFolder
 from layerplan.config.plan import FilePlanConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from layerplan.config.base import StrictModel
 
@@ -15,9 +15,12 @@ class BenchmarkConfig(StrictModel):
     name: Literal["ceval", "cmmlu"]
     """Which prompt, categories and averages apply."""
     path: str = "builtin"
-    """`builtin` (the project's own small set in the C-Eval format) or a folder of CSV files."""
+    """`builtin` (the project's own small set in the C-Eval format), `hub` (fetched once, then cached) or a folder of CSV
+    files."""
     split: str | None = None
     """Folder of the labelled questions; the benchmark's own default is `val` (C-Eval) or `test` (CMMLU)."""
+    content_sha256: str = Field(default="official", pattern=r"^(official|any|[0-9a-f]{64})$")
+    """Hash the questions must have: `official` is the authors' publication, `any` asks nothing."""
     max_questions: int | None = Field(default=None, ge=1)
     """Ask only the first so many of each subject; the score then carries another protocol id."""
 
@@ -27,6 +30,10 @@ class EvaluationConfig(StrictModel):
 
     benchmarks: list[BenchmarkConfig] = Field(default_factory=lambda: [BenchmarkConfig(name="ceval")], min_length=1)
     """Benchmarks, each scored by every protocol."""
+    style: Literal["official", "lm_eval"] = "official"
+    """`official` prompts are the authors' own; `lm_eval` is lm-evaluation-harness's template, for comparable scores."""
+    num_few_shot: int = Field(default=0, ge=0, le=5)
+    """Solved examples from `dev` before each question."""
     protocols: list[Literal["logit", "generate"]] = Field(default=["logit", "generate"], min_length=1)
     """`logit` compares the four letters' log-probabilities; `generate` decodes greedily and extracts an answer."""
     backend: Literal["vllm", "transformers"] = "vllm"
@@ -43,5 +50,19 @@ class EvaluationConfig(StrictModel):
     """CPU share each engine reserves on Ray."""
     num_gpus_per_actor: float = Field(default=0.0, ge=0)
     """GPUs each engine uses; above 1 it splits the model over them (tensor parallel)."""
+    repeats: int = Field(default=1, ge=1, le=20)
+    """Ask everything so often, each time in another order; the standard deviation is reported."""
     evaluate_base: bool = True
     """Score the untouched base too: it is arm zero of every verdict."""
+    continuation_prompts: list[str] = Field(default_factory=list)
+    """Prompts that base and trained model continue, shown side by side in the report (the paper's Tables 11 and 12)."""
+    continuation_tokens: int = Field(default=64, ge=1)
+    """Longest continuation, in tokens."""
+
+    @model_validator(mode="after")
+    def _style_fits_protocols(self) -> EvaluationConfig:
+        if self.style == "lm_eval" and self.protocols != ["logit"]:
+            raise ValueError(
+                f"protocols={self.protocols}: style 'lm_eval' is scored by ['logit'] only, as the harness does"
+            )
+        return self

@@ -90,5 +90,7 @@ def test_a_malformed_folder_is_one_clear_error(tmp_path: Path, rows: str, option
 
 
 def test_a_folder_without_subjects_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"subjects\.json does not exist; a folder of CSV files is expected"):
+    with pytest.raises(EvaluationError, match=r"nowhere does not exist; a folder of CSV files is expected"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(EvaluationError, match=r"val/accountant\.csv: does not exist; every subject must have its file"):
         load(tmp_path)

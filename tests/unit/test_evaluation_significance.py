@@ -30,7 +30,7 @@ def make_run(
         wrong = "B" if question.answer == "A" else "A"
         predicted = question.answer if index in right else None if index in unparsed else wrong
         answers.append(Answer(id=question.id, prompt="", output="", predicted=predicted, answer=question.answer))
-    return score_answers(benchmark, "generate", protocol_id, answers), answers
+    return score_answers(benchmark, "generate", protocol_id, [answers]), answers
 
 
 def test_wilson_interval_of_one_in_four() -> None:
