@@ -14,7 +14,7 @@ from pathlib import Path
 from eval.artifacts import Results, load_answers
 from eval.items import load_benchmark
 from eval.runner import evaluate_model
-from eval.significance import Verdict, judge_pairs
+from eval.significance import Comparison, Verdict, judge_comparisons
 from jobs.run_folder import RunFolder
 from layerplan.config.plan import FilePlanConfig
 from layerplan.config.run import RunConfig
@@ -184,11 +184,11 @@ def evaluate(context: RunContext, model: str, label: str, *, revision: str = "ma
 def judge(context: RunContext, base: Results, trained: Results, label: str) -> list[Verdict]:
     """Compares the trained model with the untouched base, corrected over every comparison of the run."""
     folder = context.folder.evaluation
-    pairs = []
+    comparisons: list[Comparison] = []
     for key, result in trained.items():
         answers = [load_answers(folder / name, result.benchmark, result.protocol) for name in ("base", label)]
-        pairs.append((("the base", base[key], answers[0]), (context.config.name, result, answers[1])))
-    verdicts = judge_pairs(pairs)
+        comparisons.append((("the base", base[key], answers[0]), [(context.config.name, result, answers[1])]))
+    verdicts = judge_comparisons(comparisons)
     write_json(context.folder.verdicts, [verdict.model_dump(mode="json") for verdict in verdicts])
     with tracked(context, "verdict") as tracker:
         tracker.log_artifact(context.folder.verdicts)
