@@ -37,11 +37,12 @@ from layerplan.plan.cost import predict_cost
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.placement import Placement
 from layerplan.plan.policies import make_plan
 from layerplan.train.attention import IMPLEMENTATIONS, choose_attention
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
 from layerplan.train.optim import build_optimizer
-from layerplan.train.sharding import Placement, place_model
+from layerplan.train.sharding import place_model
 from layerplan.train.state import TrainState
 from layerplan.train.throughput import find_peak_flops, measure_matmul_flops, peak_memory_gib
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from layerplan.errors import EvaluationError, ModelError
-from layerplan.models.causal_lm import load_hf_config
+from layerplan.models.files import load_hf_config
 
 HEADER_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000

@@ -17,7 +17,8 @@ from eval.prompts import TEMPLATES, describe_template, format_prompts
 from eval.scoring import Answer, EvaluationResult, Protocol, ScoreOrigin, pick_letter, score_answers
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError
-from layerplan.models.causal_lm import identify_model, load_tokenizer
+from layerplan.models.causal_lm import load_tokenizer
+from layerplan.models.files import identify_model
 from layerplan.plan.hashing import compute_sha256
 
 

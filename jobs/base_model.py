@@ -11,7 +11,7 @@ from layerplan.config.model import ScratchModelConfig
 from layerplan.config.train import TrainConfig
 from layerplan.corpus.build import build_token_store
 from layerplan.corpus.sources import iter_documents
-from layerplan.models.causal_lm import identify_model, load_hf_config
+from layerplan.models.files import identify_model, load_hf_config
 from layerplan.models.scratch import build_scratch_model, train_tokenizer
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan

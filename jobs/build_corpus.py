@@ -8,13 +8,9 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from jobs.base_model import prepare_model
-from jobs.checks import check_benchmarks, check_corpus, check_model
 from jobs.dry_run import print_dry_run
 from jobs.entry import build_parser, run_job
 from jobs.run_folder import open_run_folder
-from jobs.session import open_run
-from jobs.stages import build_store
 from layerplan.config.run import RunConfig
 from layerplan.corpus.manifest import Manifest
 
@@ -24,6 +20,11 @@ def build_corpus(config: RunConfig, args: argparse.Namespace) -> None:
     if args.dry_run:
         print_dry_run(config)
         return
+    from jobs.base_model import prepare_model
+    from jobs.checks import check_benchmarks, check_corpus, check_model
+    from jobs.session import open_run
+    from jobs.stages import build_store
+
     for check in (check_model, check_corpus, check_benchmarks):
         check(config)
     with open_run(config, open_run_folder(config)) as context:

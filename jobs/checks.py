@@ -7,14 +7,14 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from eval.items import load_benchmark
-from jobs.stages import revision_of
+from jobs.model_options import revision_of
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.run import RunConfig
 from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
-from layerplan.models.causal_lm import find_tokenizer_file, load_hf_config
+from layerplan.models.files import find_tokenizer_file, load_hf_config
+from layerplan.plan.decide import wants_profile
 from layerplan.plan.model_shape import ModelShape
-from layerplan.plan.policies import needs_profile
 from layerplan.tracer.pool import collect_probes
 
 
@@ -51,7 +51,7 @@ def check_corpus(config: RunConfig) -> None:
 
 def check_probes(config: RunConfig) -> None:
     """Raises `ProbeError` when tracing is wanted and its probes cannot be made."""
-    if needs_profile(config.plan):
+    if wants_profile(config.plan):
         collect_probes(config.trace)
 
 

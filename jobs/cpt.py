@@ -3,7 +3,8 @@
     python jobs/cpt.py --config jobs/configs/quickstart.yaml
     ray job submit --working-dir . -- python jobs/cpt.py --config jobs/configs/quickstart.yaml
 
-A stage whose artifact is complete in the run folder is not repeated: submit the same run name again to continue.
+A stage whose artifact is complete in the run folder is not repeated: submit the same run name again to continue. A bad
+config is refused and a dry run answers before the engines are imported, which takes seconds.
 """
 
 from __future__ import annotations
@@ -11,17 +12,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jobs.base_model import prepare_model
-from jobs.checks import check_benchmarks, check_corpus, check_model, check_probes
 from jobs.dry_run import print_dry_run
 from jobs.entry import build_parser, run_job
+from jobs.model_options import revision_of
 from jobs.run_folder import open_run_folder
-from jobs.session import open_run
-from jobs.stages import build_store, decide_plan, evaluate, judge, revision_of, trace, train
-from jobs.summary import print_summary
-from layerplan.checkpoint.layout import name_step
 from layerplan.config.run import RunConfig
-from layerplan.report.page import write_report
 
 
 def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
@@ -29,6 +24,14 @@ def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
     if args.dry_run:
         print_dry_run(config)
         return
+    from jobs.base_model import prepare_model
+    from jobs.checks import check_benchmarks, check_corpus, check_model, check_probes
+    from jobs.session import open_run
+    from jobs.stages import build_store, decide_plan, evaluate, judge, trace, train
+    from jobs.summary import print_summary
+    from layerplan.checkpoint.layout import name_step
+    from layerplan.report.page import write_report
+
     for check in (check_model, check_corpus, check_probes, check_benchmarks):
         check(config)
     with open_run(config, open_run_folder(config)) as context:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
+
+from jobs.model_options import revision_of
 from jobs.run_folder import RunFolder
-from jobs.stages import revision_of
 from layerplan.config.load import dump_config
 from layerplan.config.model import ScratchModelConfig
-from layerplan.config.plan import FilePlanConfig, FreezeDeepPlanConfig, FreezeShallowPlanConfig
+from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig, PlanOptions
 from layerplan.config.run import RunConfig
-from layerplan.models.causal_lm import load_hf_config
-from layerplan.models.scratch import make_hf_config
-from layerplan.plan.cost import GIB, PlanCost, explain_cost, predict_cost, render_cost_table
-from layerplan.plan.explain import render_layer_map
+from layerplan.models.files import load_hf_config
+from layerplan.models.scratch_config import make_hf_config
+from layerplan.plan.communication import predict_communication
+from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, PlanCost, explain_cost, predict_cost, render_cost_table
+from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
+from layerplan.plan.explain import explain_changes, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
+from layerplan.plan.memory import choose_placement
 from layerplan.plan.model_shape import ModelShape
-from layerplan.plan.policies import make_full_plan, make_plan, needs_profile
+from layerplan.plan.policies import make_full_plan, make_plan
+from layerplan.train.request import load_result
 
-ASSUMED_FLOPS_PER_S = {True: 790e12 * 0.5, False: 50e9}
-"""Per worker: half of an H200's bf16 matrix rate, or one CPU core."""
+ASSUMED_GPU_BYTES = 139 * GIB
+"""Memory of one H200."""
 
 
 def print_dry_run(config: RunConfig) -> None:
@@ -36,11 +42,12 @@ def print_dry_run(config: RunConfig) -> None:
     plan, note = _plan(config, model, shape)
     print(f"model  {model.name}: {shape.num_layers} layers, {shape.total_params:,} parameters")
     print(f"plan   {plan.plan_type}: {note}")
-    print(f"       {render_layer_map(plan)}\n")
+    print(f"       {render_layer_map(plan)}")
+    print("".join(f"       {line}\n" for line in explain_changes(plan)))
     costs = _compare(config, plan, model, shape)
     print(render_cost_table({"full": costs["full"], **costs}))
     print(f"\nwhy    {explain_cost(plan, shape, costs['this plan'], costs['full'])}")
-    _print_totals(config, costs["this plan"])
+    _print_totals(config, plan, shape, costs["this plan"])
 
 
 def _hf_config(config: RunConfig) -> dict[str, object]:
@@ -55,17 +62,12 @@ def _model_name(config: RunConfig) -> str:
 
 def _plan(config: RunConfig, model: ModelIdentity, shape: ModelShape) -> tuple[FreezePlan, str]:
     """The plan itself, or a stand-in at the middle when only a measurement can decide."""
-    if isinstance(config.plan, FilePlanConfig):
-        plan = FreezePlan.load(Path(config.plan.path).expanduser())
-        return plan, plan.reason
     folder = RunFolder(Path(config.storage_path).expanduser().resolve() / config.name)
     profile = LayerProfile.load(folder.profile) if folder.profile.exists() else None
-    if profile is not None or not needs_profile(config.plan):
-        plan = make_plan(config.plan, model=model, shape=shape, profile=profile)
+    if profile is not None or not wants_profile(config.plan):
+        plan = resolve_plan(config.plan, PlanContext(model, shape, config.train, config.corpus.seq_len, profile))
         return plan, plan.reason
-    options = {
-        name: getattr(config.plan, name) for name in ("train_embeddings", "train_final_norm", "train_lm_head", "tied")
-    }
+    options = {name: getattr(config.plan, name) for name in PlanOptions.model_fields if hasattr(config.plan, name)}
     freezes_shallow = config.plan.type == "semantic" or getattr(config.plan, "freeze", "deep") == "shallow"
     stand_in = FreezeShallowPlanConfig if freezes_shallow else FreezeDeepPlanConfig
     plan = make_plan(stand_in(boundary=max(1, shape.num_layers // 2), **options), model=model, shape=shape)
@@ -83,13 +85,45 @@ def _compare(config: RunConfig, plan: FreezePlan, model: ModelIdentity, shape: M
     return {name: predict_cost(item, shape, seq_len=config.corpus.seq_len) for name, item in plans.items()}
 
 
-def _print_totals(config: RunConfig, cost: PlanCost) -> None:
-    train = config.train
-    tokens = train.max_steps * train.global_batch_size * config.corpus.seq_len
-    flops = tokens * cost.total_flops
-    hours = flops / (train.num_workers * ASSUMED_FLOPS_PER_S[train.use_gpu]) / 3600
-    device = "GPU at 50 % of an H200" if train.use_gpu else "CPU core at 50 GFLOP/s"
-    print(f"tokens {tokens:,} in {train.max_steps:,} steps of {train.global_batch_size} x {config.corpus.seq_len:,}")
-    print(f"FLOPs  {flops:.3g}; about {hours:.2g} hours on {train.num_workers} x {device} (assumed)")
-    print(f"memory {cost.weight_and_optimizer_bytes / GIB:.2f} GiB of weights, gradients and optimizer, unsharded")
-    print(f"disk   {cost.checkpoint_bytes / GIB:.2f} GiB per checkpoint, {train.keep_checkpoints} kept")
+def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: PlanCost) -> None:
+    train, seq_len = config.train, config.corpus.seq_len
+    tokens = train.max_steps * train.global_batch_size * seq_len
+    flops = tokens * cost.total_flops + train.max_steps * cost.optimizer_flops_per_step
+    rate, source = _find_rate(config)
+    hours = flops / (train.num_workers * rate) / 3600
+    available = ASSUMED_GPU_BYTES if train.use_gpu else psutil.virtual_memory().available / train.num_workers
+    placement, memory = choose_placement(
+        plan.at_step(0),
+        shape,
+        train,
+        seq_len=seq_len,
+        world_size=train.num_workers,
+        device_type="cuda" if train.use_gpu else "cpu",
+        available_bytes=available,
+    )
+    sent = predict_communication(plan.at_step(0), shape, train, placement, world_size=train.num_workers)
+    approximate = "" if shape.is_exact else f"\nnote   {config.model.type} sizes of this family are approximated"
+    print(f"tokens {tokens:,} in {train.max_steps:,} steps of {train.global_batch_size} x {seq_len:,}")
+    print(f"FLOPs  {flops:.3g}; about {hours:.2g} hours on {train.num_workers} x {source}")
+    print(
+        f"memory {memory.total / GIB:.2f} GiB of {available / GIB:.0f} per worker: parameters {memory.parameters / GIB:.2f},"
+        f" activations {memory.activations / GIB:.2f}, loss {memory.loss / GIB:.2f}, the rest {memory.baseline / GIB:.2f}"
+    )
+    print(
+        f"       parallelism {placement.parallelism}, {len(placement.checkpointed_layers)} layers recomputed; each worker"
+        f" sends {sent.total / GIB:.2f} GiB per step ({sent.reduced / GIB:.2f} gradients)"
+    )
+    print(f"disk   {cost.checkpoint_bytes / GIB:.2f} GiB per checkpoint, {train.keep_checkpoints} kept{approximate}")
+
+
+def _find_rate(config: RunConfig) -> tuple[float, str]:
+    """FLOP/s of one worker and where it is from: measured by a finished run of this name, or assumed."""
+    folder = RunFolder(Path(config.storage_path).expanduser().resolve() / config.name)
+    finished = load_result(folder.root)
+    if finished is not None and finished.tokens_per_s > 0 and folder.plan.exists():
+        plan = FreezePlan.load(folder.plan)
+        cost = PlanCost.model_validate(plan.predicted_cost["plan"])
+        rate = finished.tokens_per_s * cost.total_flops / config.train.num_workers
+        return rate, f"workers at {rate / 1e9:,.1f} GFLOP/s (measured by this run)"
+    device = "GPU at 50 % of an H200" if config.train.use_gpu else "CPU core at 50 GFLOP/s"
+    return ASSUMED_FLOPS_PER_S[config.train.use_gpu], f"{device} (assumed)"

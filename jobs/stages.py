@@ -15,19 +15,19 @@ from eval.artifacts import Results, load_answers
 from eval.items import load_benchmark
 from eval.runner import evaluate_model
 from eval.significance import Comparison, Verdict, judge_comparisons
+from jobs.model_options import revision_of, trusts_remote_code
 from jobs.run_folder import RunFolder
-from layerplan.config.plan import FilePlanConfig
 from layerplan.config.run import RunConfig
 from layerplan.corpus.build import build_token_store, hash_tokenizer
 from layerplan.corpus.decontamination import BenchmarkText
 from layerplan.corpus.manifest import Manifest
 from layerplan.errors import CorpusError
-from layerplan.models.causal_lm import find_tokenizer_file, identify_model, load_hf_config
+from layerplan.models.files import find_tokenizer_file, identify_model, load_hf_config
+from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
 from layerplan.plan.explain import explain_plan, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.model_shape import ModelShape
-from layerplan.plan.policies import make_plan, needs_profile
 from layerplan.tracer.pool import trace_model
 from layerplan.tracking.callback import LineageCallback
 from layerplan.tracking.tracker import RunSinkFactory, Tracker
@@ -89,7 +89,7 @@ def trace(context: RunContext, model_name: str) -> LayerProfile | None:
     if context.folder.profile.exists():
         say("trace", f"found {context.folder.profile}")
         return LayerProfile.load(context.folder.profile)
-    if not needs_profile(context.config.plan):
+    if not wants_profile(context.config.plan):
         say("trace", f"skipped: plan type {context.config.plan.type!r} needs no measurement")
         return None
     say("trace", f"measuring the layers of {model_name}")
@@ -112,11 +112,9 @@ def decide_plan(context: RunContext, model_name: str, profile: LayerProfile | No
     identity = identify_model(model_name, revision=revision_of(config))
     if context.folder.plan.exists():
         plan = FreezePlan.load(context.folder.plan)
-    elif isinstance(config.plan, FilePlanConfig):
-        plan = FreezePlan.load(Path(config.plan.path).expanduser())
     else:
         shape = ModelShape.from_hf_config(load_hf_config(model_name, revision=revision_of(config)))
-        plan = make_plan(config.plan, model=identity, shape=shape, profile=profile)
+        plan = resolve_plan(config.plan, PlanContext(identity, shape, config.train, config.corpus.seq_len, profile))
     plan.check_model(identity)
     if not context.folder.plan.exists():
         with tracked(context, "plan") as tracker:
@@ -202,16 +200,6 @@ def list_benchmark_texts(config: RunConfig) -> list[BenchmarkText]:
         for benchmark in map(load_benchmark, config.evaluation.benchmarks)
         for question in benchmark.questions
     ]
-
-
-def revision_of(config: RunConfig) -> str:
-    """Revision of a hub model; `main` for models made here."""
-    return getattr(config.model, "revision", "main")
-
-
-def trusts_remote_code(config: RunConfig) -> bool:
-    """Whether the user allowed the model's own Python code."""
-    return bool(getattr(config.model, "trust_remote_code", False))
 
 
 def write_json(path: Path, value: object) -> None:

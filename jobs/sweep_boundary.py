@@ -15,14 +15,15 @@ from jobs.base_model import prepare_model
 from jobs.checks import check_corpus, check_model
 from jobs.dry_run import print_dry_run
 from jobs.entry import build_parser, run_job
+from jobs.model_options import revision_of
 from jobs.run_folder import open_run_folder
 from jobs.session import open_run
-from jobs.stages import RunContext, build_store, make_train_request, revision_of, say, tracked, write_json
+from jobs.stages import RunContext, build_store, make_train_request, say, tracked, write_json
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig
 from layerplan.config.run import RunConfig
 from layerplan.config.sweep import SweepConfig
 from layerplan.errors import ConfigError, PlanError
-from layerplan.models.causal_lm import identify_model, load_hf_config
+from layerplan.models.files import identify_model, load_hf_config
 from layerplan.plan.boundary import check_boundary, compute_boundary
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan

@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jobs.base_model import prepare_model
-from jobs.checks import check_model, check_probes
 from jobs.dry_run import print_dry_run
 from jobs.entry import build_parser, run_job
 from jobs.run_folder import open_run_folder
-from jobs.session import open_run
-from jobs.stages import decide_plan, trace
 from layerplan.config.run import RunConfig
 
 
@@ -20,6 +16,11 @@ def trace_layers(config: RunConfig, args: argparse.Namespace) -> None:
     if args.dry_run:
         print_dry_run(config)
         return
+    from jobs.base_model import prepare_model
+    from jobs.checks import check_model, check_probes
+    from jobs.session import open_run
+    from jobs.stages import decide_plan, trace
+
     for check in (check_model, check_probes):
         check(config)
     with open_run(config, open_run_folder(config)) as context:

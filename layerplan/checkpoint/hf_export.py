@@ -12,7 +12,8 @@ from torch import nn
 
 from layerplan.checkpoint.dcp import load_trained_tensors
 from layerplan.errors import CheckpointError
-from layerplan.models.causal_lm import find_model_file, hash_weight_files, load_causal_lm
+from layerplan.models.causal_lm import load_causal_lm
+from layerplan.models.files import find_model_file, hash_weight_files
 from layerplan.models.freezing import apply_plan, compute_tensor_hashes
 from layerplan.plan.freeze_plan import FreezePlan
 

@@ -80,7 +80,8 @@ class ExplicitPlanConfig(PlanOptions):
     type: Literal["explicit"] = "explicit"
     trainable: list[str | int] = Field(min_length=1)
     """Selectors: an index (`3`, `-1`), a half-open range (`0:9`), a share from either end (`first:0.5`, `last:1/3`),
-    a regular expression over parameter names (`re:layers\\.(0|5)\\.`), or the top of a metric (`top:4:sensitivity`)."""
+    a regular expression over parameter names (`re:layers\\.(0|5)\\.`), a role (`role:lm_head`, `role:mamba2`), or the top
+    of a metric (`top:4:sensitivity`)."""
 
 
 class TopKSensitivityPlanConfig(PlanOptions):
@@ -123,6 +124,98 @@ class FilePlanConfig(StrictModel):
     """Path of the plan."""
 
 
+class BudgetPlanConfig(StrictModel):
+    """The plan with the best alignment score that keeps every limit; boundaries, sides and embeddings are searched."""
+
+    type: Literal["budget"] = "budget"
+    max_flops_share: float | None = Field(default=None, gt=0, le=1)
+    """FLOPs per token as a share of training everything."""
+    max_memory_gib: float | None = Field(default=None, gt=0)
+    """Predicted memory of one worker."""
+    max_worker_hours: float | None = Field(default=None, gt=0)
+    """Predicted hours times workers (GPU-hours) for `train.max_steps`."""
+    freeze: Literal["deep", "shallow", "either"] = "either"
+    """Which side of a boundary may freeze."""
+    train_final_norm: bool = False
+    """Train the norm after the last decoder layer."""
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> BudgetPlanConfig:
+        if self.max_flops_share is None and self.max_memory_gib is None and self.max_worker_hours is None:
+            raise ValueError("give at least one of max_flops_share, max_memory_gib and max_worker_hours")
+        return self
+
+
+class ChangeOptions(StrictModel):
+    """What happens at a change of plan during training."""
+
+    optimizer_state: Literal["drop", "keep"] = "drop"
+    """What a parameter that freezes leaves behind: nothing, or its moments for when it thaws."""
+    rewarm_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises again after a change; 0 leaves the schedule as it is."""
+
+
+FixedPlanConfig = Annotated[
+    FullPlanConfig
+    | FreezeDeepPlanConfig
+    | FreezeShallowPlanConfig
+    | FromProfilePlanConfig
+    | SemanticPlanConfig
+    | ExplicitPlanConfig
+    | TopKSensitivityPlanConfig
+    | RandomPlanConfig
+    | ReversePlanConfig
+    | MidpointPlanConfig,
+    Field(discriminator="type"),
+]
+
+
+class PhaseConfig(StrictModel):
+    """One plan of a schedule."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps it lasts; only the last phase may leave it out, and then lasts to the end."""
+    plan: FixedPlanConfig
+    """What trains meanwhile."""
+
+
+class SchedulePlanConfig(ChangeOptions):
+    """Plans one after the other."""
+
+    type: Literal["schedule"] = "schedule"
+    phases: list[PhaseConfig] = Field(min_length=1)
+    """The plans in order."""
+
+    @model_validator(mode="after")
+    def _only_the_last_is_open(self) -> SchedulePlanConfig:
+        for index, phase in enumerate(self.phases[:-1]):
+            if phase.steps is None:
+                raise ValueError(f"phases.{index}.steps is missing; only the last phase may leave it out")
+        return self
+
+
+class RotationPlanConfig(ChangeOptions, PlanOptions):
+    """k layers drawn anew every few steps, as in LISA; embeddings, norm and head keep their state throughout."""
+
+    type: Literal["rotation"] = "rotation"
+    k: int = Field(ge=1)
+    """Layers that train at a time."""
+    period_steps: int = Field(ge=1)
+    """Steps between draws."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the draws."""
+
+
+class SampleBudgetPlanConfig(ChangeOptions, PlanOptions):
+    """SALF's budgets: every start layer e gets a number of rows, whose steps train layers [e, L); e rises over the run."""
+
+    type: Literal["sample_budget"] = "sample_budget"
+    budget: Literal["half", "geometric", "arithmetic"] = "arithmetic"
+    """How the number of rows grows with the start layer."""
+    filling: Literal["depth_first", "breadth_first"] = "depth_first"
+    """The order rows are handed out in."""
+
+
 PlanConfig = Annotated[
     FullPlanConfig
     | FreezeDeepPlanConfig
@@ -134,6 +227,10 @@ PlanConfig = Annotated[
     | RandomPlanConfig
     | ReversePlanConfig
     | MidpointPlanConfig
+    | BudgetPlanConfig
+    | SchedulePlanConfig
+    | RotationPlanConfig
+    | SampleBudgetPlanConfig
     | FilePlanConfig,
     Field(discriminator="type"),
 ]

@@ -1,11 +1,8 @@
-"""Any decoder-only model from transformers: found by structure, loaded from safetensors only, named by its weights."""
+"""Any decoder-only model from transformers: found by structure, loaded from safetensors only."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import torch
 from torch import nn
 
 from layerplan.errors import ModelError
-from layerplan.plan.layer_profile import ModelIdentity
+from layerplan.models.files import find_tokenizer_file, load_hf_config
 
 
 @dataclass(frozen=True)
@@ -72,49 +69,6 @@ def find_decoder_parts(model: nn.Module) -> DecoderParts:
     )
 
 
-def load_hf_config(name: str, *, revision: str = "main") -> dict[str, Any]:
-    """Reads `config.json` of a folder or a hub id, without loading weights.
-
-    Raises:
-        ModelError: When the folder or its config is missing or malformed, or the hub cannot be reached.
-    """
-    path = find_model_file(name, "config.json", revision=revision)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.name={name}: {path} is not a readable config ({error})") from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ModelError(f"model.name={name}: {path} has no model_type")
-    return config
-
-
-def find_model_file(name: str, filename: str, *, revision: str = "main") -> Path:
-    """Returns the local path of one file of a model; downloads it when `name` is a hub id.
-
-    Raises:
-        ModelError: When the folder lacks the file or the hub cannot give it.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / filename).is_file():
-            raise ModelError(f"model.name={name}: the folder has no {filename}")
-        return folder / filename
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise ModelError(f"model.name={name}: no such folder, and not a hub id of the form owner/name")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, filename, revision=revision))
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model.name={name}: {filename} cannot be fetched from the hub ({first})") from None
-
-
-def find_tokenizer_file(name: str, *, revision: str = "main") -> Path:
-    """Returns the model's `tokenizer.json`; raises `ModelError` when there is none."""
-    return find_model_file(name, "tokenizer.json", revision=revision)
-
-
 def load_causal_lm(
     name: str, *, revision: str = "main", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> nn.Module:
@@ -149,49 +103,6 @@ def load_tokenizer(name: str, *, revision: str = "main", trust_remote_code: bool
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model.name={name}: the tokenizer cannot be loaded ({first})") from None
-
-
-@lru_cache(maxsize=8)
-def identify_model(name: str, *, revision: str = "main") -> ModelIdentity:
-    """Returns who the model is: config facts, and for folders the hash of the weight files.
-
-    Raises:
-        ModelError: When config or weights are missing.
-    """
-    config = load_hf_config(name, revision=revision)
-    folder = Path(name).expanduser()
-    weights = hash_weight_files(folder) if folder.is_dir() else None
-    num_layers = config.get("num_hidden_layers", config.get("n_layer"))
-    if not isinstance(num_layers, int):
-        raise ModelError(f"model.name={name}: config.json has no num_hidden_layers")
-    return ModelIdentity(
-        name=name_folder(folder) if folder.is_dir() else name,
-        revision=revision,
-        model_type=config["model_type"],
-        num_layers=num_layers,
-        weights_sha256=weights,
-    )
-
-
-def name_folder(folder: Path) -> str:
-    """A model folder's name; an export of ours, `<run>/hf/step_X`, is named after its run: `<run>/step_X`."""
-    folder = folder.resolve()
-    is_export = folder.parent.name == "hf" and folder.name.startswith("step_")
-    return f"{folder.parent.parent.name}/{folder.name}" if is_export else folder.name
-
-
-def hash_weight_files(folder: Path) -> str:
-    """Hash over the names and bytes of a folder's safetensors; raises `ModelError` when it has none."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"model.name={folder}: the folder has no *.safetensors weights")
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as handle:
-            while block := handle.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _num_layers(model: nn.Module) -> int:

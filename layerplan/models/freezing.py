@@ -72,7 +72,7 @@ def compute_tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _trainable_ids(parts: DecoderParts, plan: FreezePlan, model: nn.Module) -> set[int]:
-    if plan.plan_type == "full":
+    if plan.trains_everything:
         return {id(parameter) for parameter in model.parameters()}
     modules: list[nn.Module] = [parts.layers[index] for index in plan.trainable_layers]
     if plan.train_final_norm:

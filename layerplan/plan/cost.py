@@ -1,9 +1,10 @@
 """What a plan costs, in FLOPs and bytes, before anything is loaded.
 
 The direction of a plan matters. Backward stops at the lowest trainable parameter: a frozen *prefix* runs forward only.
-A frozen *suffix* still carries the gradient of its input down to what trains below, so it saves only its weight
+A frozen *suffix* still carries the gradient of its input down to what trains below it, so it saves only its weight
 gradients. A trained input embedding pulls the gradient through every layer. FLOPs count a multiply-add as two and
-attention causally, (T + 1) / 2 keys per query on average.
+attention causally, (T + 1) / 2 keys per query on average, unless told otherwise. A Mamba2 layer counts its projections,
+its convolution, and the dual form of its scan.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from layerplan.plan.model_shape import ModelShape
 BYTES_PER_TRAINED_PARAM = 14
 """bf16 weight and gradient, fp32 master and two moments, the gradient counted once."""
 BYTES_PER_FROZEN_PARAM = 2
+OPTIMIZER_FLOPS_PER_PARAM = 16
+"""AdamW: two moments, their corrections, the decay and the update, element by element."""
 GIB = 2**30
+ASSUMED_FLOPS_PER_S = {True: 790e12 * 0.5, False: 50e9}
+"""Per worker, with a GPU and without: half of an H200's bf16 matrix rate, or one CPU core."""
 
 
 class PlanCost(StrictModel):
-    """Predicted cost of one plan; FLOPs are per token."""
+    """Predicted cost of one plan; FLOPs are per token unless named otherwise."""
 
     trainable_params: int = Field(ge=0)
     """Parameters that train; a tied matrix counts once."""
@@ -35,6 +40,8 @@ class PlanCost(StrictModel):
     """Gradients of activations."""
     backward_weight_flops: float
     """Gradients of weights."""
+    optimizer_flops_per_step: float = 0.0
+    """Elementwise work of one AdamW update, whatever the batch."""
     first_gradient_layer: int
     """Lowest layer index that backward enters; num_layers when it stops above all of them."""
     weight_and_optimizer_bytes: int
@@ -48,24 +55,42 @@ class PlanCost(StrictModel):
         return self.forward_flops + self.backward_activation_flops + self.backward_weight_flops
 
 
-def predict_cost(plan: FreezePlan, shape: ModelShape, *, seq_len: int) -> PlanCost:
-    """Predicts the cost of a plan for rows of `seq_len` tokens."""
+def predict_cost(
+    plan: FreezePlan, shape: ModelShape, *, seq_len: int, causal: bool = True, input_requires_grad: bool = False
+) -> PlanCost:
+    """Predicts the cost of a plan for rows of `seq_len` tokens.
+
+    Args:
+        plan: What trains; of a plan with phases the FLOPs are means over its steps.
+        shape: Sizes of the model.
+        seq_len: Tokens per row.
+        causal: Count the keys a causal kernel reads; False counts the whole square, as eager attention computes it.
+        input_requires_grad: Whether something asks for the gradient of the embeddings' output, as the helper
+            `enable_input_require_grads` of transformers does; it cancels what a frozen prefix saves.
+    """
+    if plan.phases:
+        return _average_phases(plan, shape, seq_len=seq_len, causal=causal)
     trained = set(plan.trainable_layers)
-    projections = 2.0 * (shape.attention_params + shape.mlp_params)
-    attention = 4.0 * shape.num_attention_heads * shape.head_dim * (seq_len + 1) / 2
     head = 2.0 * shape.embedding_params
-    first = _first_gradient_layer(plan, shape)
-    carrying = range(first, shape.num_layers)
+    first = 0 if input_requires_grad else _first_gradient_layer(plan, shape)
+    forward = backward_activations = backward_weights = 0.0
+    for layer in range(shape.num_layers):
+        matrices = 2.0 * shape.matrix_params(layer)
+        mixing = _mixing_flops(layer, shape, seq_len, causal=causal)
+        forward += matrices + mixing
+        if layer >= first:
+            backward_activations += _input_gradient_flops(layer, first, plan, shape) + 2 * mixing
+        if layer in trained:
+            backward_weights += matrices
+    reaches_below_head = first < shape.num_layers or plan.train_final_norm or plan.train_embeddings
     trainable = count_trainable_params(plan, shape)
     return PlanCost(
         trainable_params=trainable,
         total_params=shape.total_params,
-        forward_flops=shape.num_layers * (projections + attention) + head,
-        backward_activation_flops=sum(
-            _input_gradient_flops(layer, first, plan, shape, projections) + 2 * attention for layer in carrying
-        )
-        + (head if _gradient_below_head(plan, first, shape) else 0.0),
-        backward_weight_flops=len(trained) * projections + (head if _trains_head(plan) else 0.0),
+        forward_flops=forward + head,
+        backward_activation_flops=backward_activations + (head if reaches_below_head else 0.0),
+        backward_weight_flops=backward_weights + (head if _trains_head(plan) else 0.0),
+        optimizer_flops_per_step=OPTIMIZER_FLOPS_PER_PARAM * trainable,
         first_gradient_layer=first,
         weight_and_optimizer_bytes=BYTES_PER_TRAINED_PARAM * trainable
         + BYTES_PER_FROZEN_PARAM * (shape.total_params - trainable),
@@ -75,12 +100,12 @@ def predict_cost(plan: FreezePlan, shape: ModelShape, *, seq_len: int) -> PlanCo
 
 def count_trainable_params(plan: FreezePlan, shape: ModelShape) -> int:
     """Parameters that train under the plan; a tied matrix counts once."""
-    if plan.plan_type == "full":
+    if plan.trains_everything:
         return shape.total_params
     embeddings = shape.embedding_params if plan.train_embeddings or plan.tied == "head_only" else 0
     head = shape.embedding_params if plan.train_lm_head and not shape.is_tied else 0
-    norm = shape.hidden_size if plan.train_final_norm else 0
-    return len(plan.trainable_layers) * shape.layer_params + embeddings + head + norm
+    norm = shape.final_norm_params if plan.train_final_norm else 0
+    return sum(shape.layer_params(layer) for layer in plan.trainable_layers) + embeddings + head + norm
 
 
 def explain_cost(plan: FreezePlan, shape: ModelShape, cost: PlanCost, full: PlanCost) -> str:
@@ -116,6 +141,22 @@ def render_cost_table(costs: Mapping[str, PlanCost]) -> str:
     return "\n".join(lines)
 
 
+def _average_phases(plan: FreezePlan, shape: ModelShape, *, seq_len: int, causal: bool) -> PlanCost:
+    """FLOPs as means over the steps of the run; bytes and parameters of the largest phase."""
+    starts = [phase.start_step for phase in plan.phases]
+    ends = [*starts[1:], plan.planned_steps or starts[-1] + 1]
+    steps = [max(0, end - start) for start, end in zip(starts, ends, strict=True)]
+    costs = [predict_cost(plan.at_step(start), shape, seq_len=seq_len, causal=causal) for start in starts]
+
+    def mean(name: str) -> float:
+        return sum(getattr(cost, name) * count for cost, count in zip(costs, steps, strict=True)) / max(1, sum(steps))
+
+    averaged = ("forward_flops", "backward_activation_flops", "backward_weight_flops", "optimizer_flops_per_step")
+    largest = max(costs, key=lambda cost: cost.trainable_params)
+    lowest = min(cost.first_gradient_layer for cost in costs)
+    return largest.model_copy(update={name: mean(name) for name in averaged} | {"first_gradient_layer": lowest})
+
+
 def _first_gradient_layer(plan: FreezePlan, shape: ModelShape) -> int:
     if plan.train_embeddings:
         return 0
@@ -126,13 +167,30 @@ def _trains_head(plan: FreezePlan) -> bool:
     return plan.train_lm_head or plan.tied in ("trained", "head_only")
 
 
-def _gradient_below_head(plan: FreezePlan, first: int, shape: ModelShape) -> bool:
-    return first < shape.num_layers or plan.train_final_norm or plan.train_embeddings
+def _mixing_flops(layer: int, shape: ModelShape, seq_len: int, *, causal: bool) -> float:
+    """What mixes positions: attention scores and values, or the scan of a Mamba2 layer in chunks."""
+    kind = shape.kind(layer)
+    if kind == "mlp":
+        return 0.0
+    if kind == "mamba2":
+        mamba = shape.mamba
+        assert mamba is not None, "checked when the shape was made"
+        chunk = min(mamba.chunk_size, seq_len)
+        keys = (chunk + 1) / 2 if causal else chunk
+        within = 2 * keys * (mamba.num_groups * mamba.state_size + mamba.inner_size)
+        return within + 4.0 * mamba.inner_size * mamba.state_size
+    keys = (seq_len + 1) / 2 if causal else seq_len
+    return 4.0 * shape.num_attention_heads * shape.head_dim * keys
 
 
-def _input_gradient_flops(layer: int, first: int, plan: FreezePlan, shape: ModelShape, projections: float) -> float:
-    """Activation gradients of one layer's matrices; the lowest one needs none below its first projections."""
-    if layer > first or plan.train_embeddings:
-        return projections
-    into_queries_keys_values = 2.0 * shape.hidden_size * shape.head_dim
-    return projections - into_queries_keys_values * (shape.num_attention_heads + 2 * shape.num_key_value_heads)
+def _input_gradient_flops(layer: int, first: int, plan: FreezePlan, shape: ModelShape) -> float:
+    """Activation gradients of one layer's matrices.
+
+    Below the lowest trained layer nothing needs a gradient, so its first matrices give none, unless a norm that trains
+    stands before them.
+    """
+    matrices = 2.0 * shape.matrix_params(layer)
+    is_lowest = layer == first and first in plan.trainable_layers and not plan.train_embeddings
+    if is_lowest and not shape.has_input_norm:
+        return matrices - 2.0 * shape.first_matrix_params(layer)
+    return matrices

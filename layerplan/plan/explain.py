@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from layerplan.plan.budget import render_pareto
 from layerplan.plan.cost import PlanCost
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
@@ -33,6 +36,8 @@ def explain_plan(plan: FreezePlan, profile: LayerProfile | None = None) -> str:
         "```",
         "",
         *_cost_lines(plan),
+        *_pareto_lines(plan),
+        *_phase_lines(plan),
         *(_profile_lines(profile) if profile is not None else []),
         "## Layer by layer",
         "",
@@ -65,6 +70,55 @@ def _cost_lines(plan: FreezePlan) -> list[str]:
         f"- backward enters layer {cost.first_gradient_layer} and above",
         "",
     ]
+
+
+def _pareto_lines(plan: FreezePlan) -> list[str]:
+    if "pareto" not in plan.evidence:
+        return []
+    title = "Plans that no other one beats in score without costing more FLOPs:"
+    return ["## What the limits allow", "", title, "", *render_pareto(plan.evidence["pareto"]), ""]
+
+
+def _phase_lines(plan: FreezePlan) -> list[str]:
+    if not plan.phases:
+        return []
+    lines = [
+        "## Phases",
+        "",
+        "| from step | policy | layers that train | embeddings | norm | head |",
+        "|---|---|---|---|---|---|",
+    ]
+    for phase in plan.phases:
+        ends = (phase.train_embeddings, phase.train_final_norm, phase.train_lm_head)
+        lines.append(
+            f"| {phase.start_step} | {phase.plan_type} | {name_ranges(phase.trainable_layers)} | "
+            + " | ".join(_state(end) for end in ends)
+            + " |"
+        )
+    what = {"drop": "loses its moments", "keep": "keeps its moments for when it thaws"}[plan.optimizer_state]
+    after = f"; the learning rate rises again over {plan.rewarm_steps} steps" if plan.rewarm_steps else ""
+    return [*lines, "", f"A parameter that freezes at a change {what}{after}.", ""]
+
+
+def explain_changes(plan: FreezePlan, limit: int = 8) -> list[str]:
+    """One short line per phase, the first few of many."""
+    lines = [
+        f"step {phase.start_step}: layers {name_ranges(phase.trainable_layers)} train"
+        + "".join(f", {name}" for name in ("embeddings", "final_norm", "lm_head") if getattr(phase, f"train_{name}"))
+        for phase in plan.phases
+    ]
+    return lines if len(lines) <= limit else [*lines[:limit], f"and {len(lines) - limit} more phases"]
+
+
+def name_ranges(layers: Sequence[int]) -> str:
+    """Layer indices as people write them: `0-3, 7`; `none` for none."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts) or "none"
 
 
 def _profile_lines(profile: LayerProfile) -> list[str]:

@@ -14,10 +14,34 @@ from layerplan.plan.hashing import compute_sha256
 from layerplan.plan.layer_profile import ModelIdentity, read_sealed, write_sealed
 
 SCHEMA_VERSION = 1
+Tied = Literal["untied", "frozen", "trained", "head_only"]
+
+
+class PlanPhase(StrictModel):
+    """What trains from one step to the next phase; fields as in `FreezePlan`."""
+
+    start_step: int = Field(ge=0)
+    """First step of the phase, 0-based."""
+    plan_type: str
+    """Policy that made it."""
+    trainable_layers: tuple[int, ...]
+    """Sorted indices of the decoder layers that train."""
+    train_embeddings: bool
+    """Whether the input embedding trains."""
+    train_final_norm: bool
+    """Whether the norm after the last layer trains."""
+    train_lm_head: bool
+    """Whether the output head trains."""
+    tied: Tied
+    """State of tied embeddings."""
 
 
 class FreezePlan(StrictModel):
-    """The decision, with its evidence and its hash."""
+    """The decision, with its evidence and its hash.
+
+    A plan with `phases` changes during training; its own fields then name everything that trains at some time, so that
+    what it calls frozen never moves.
+    """
 
     schema_version: int = SCHEMA_VERSION
     """Version of this layout."""
@@ -33,10 +57,18 @@ class FreezePlan(StrictModel):
     """Whether the norm after the last layer trains."""
     train_lm_head: bool
     """Whether the output head trains."""
-    tied: Literal["untied", "frozen", "trained", "head_only"]
+    tied: Tied
     """State of tied embeddings; `head_only` trains the shared matrix through the head, its input path detached."""
     reason: str
     """One sentence on why these layers."""
+    phases: tuple[PlanPhase, ...] = ()
+    """Plans one after the other; empty when the plan does not change."""
+    planned_steps: int | None = Field(default=None, ge=1)
+    """Steps of the run the phases were made for."""
+    optimizer_state: Literal["drop", "keep"] = "drop"
+    """What a parameter that freezes at a change leaves behind."""
+    rewarm_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises again after a change."""
     evidence: dict[str, Any] = Field(default_factory=dict)
     """Profile hash and the scores behind the choice."""
     predicted_cost: dict[str, Any] = Field(default_factory=dict)
@@ -53,7 +85,29 @@ class FreezePlan(StrictModel):
             raise ValueError(f"trainable_layers={self.trainable_layers} must lie in 0..{num_layers - 1}")
         if not (self.trainable_layers or self.train_embeddings or self.train_final_norm or self.train_lm_head):
             raise ValueError("the plan trains nothing")
+        starts = [phase.start_step for phase in self.phases]
+        if starts and (starts[0] != 0 or starts != sorted(set(starts))):
+            raise ValueError(f"phases start at {starts}; they must start at 0 and rise")
+        strangers = {layer for phase in self.phases for layer in phase.trainable_layers} - set(self.trainable_layers)
+        if strangers:
+            raise ValueError(f"phases train layers {sorted(strangers)}, which trainable_layers does not name")
         return self
+
+    def at_step(self, step: int) -> FreezePlan:
+        """The plan of the phase that a 0-based step belongs to; the plan itself when it does not change."""
+        if not self.phases:
+            return self
+        phase = [phase for phase in self.phases if phase.start_step <= step][-1]
+        return self.model_copy(update={**phase.model_dump(exclude={"start_step"}), "phases": ()})
+
+    def next_change(self, step: int) -> int | None:
+        """First step of the next phase after a 0-based step; None when no change follows."""
+        return next((phase.start_step for phase in self.phases if phase.start_step > step), None)
+
+    @property
+    def trains_everything(self) -> bool:
+        """Whether every parameter of the model trains, if only for a phase."""
+        return self.plan_type == "full" or any(phase.plan_type == "full" for phase in self.phases)
 
     @property
     def frozen_layers(self) -> tuple[int, ...]:

@@ -22,12 +22,11 @@ from layerplan.config.plan import (
 from layerplan.errors import PlanError
 from layerplan.plan.boundary import check_boundary, compute_boundary
 from layerplan.plan.cost import predict_cost
-from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.freeze_plan import FreezePlan, Tied
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.model_shape import ModelShape
-from layerplan.plan.selectors import select_layers
+from layerplan.plan.selectors import select
 
-Tied = Literal["untied", "frozen", "trained", "head_only"]
 COST_SEQ_LEN = 4096
 
 
@@ -53,7 +52,7 @@ def make_plan(
         raise PlanError(
             f"layer profile {profile.sha256[:12]}: has {profile.model.num_layers} layers, the model {model.num_layers}"
         )
-    layers, reason, evidence = _choose(config, model.num_layers, profile)
+    layers, reason, evidence = _choose(config, shape, profile)
     if profile is not None:
         evidence = {"profile_sha256": profile.sha256, **evidence}
     plan = FreezePlan(
@@ -62,12 +61,16 @@ def make_plan(
         trainable_layers=layers,
         reason=reason,
         evidence=evidence,
-        **_decide_ends(config, shape),
+        **decide_ends(_with_selected_ends(config, shape, profile), shape),
     )
-    full = make_full_plan(model, shape)
+    return seal_with_cost(plan, shape)
+
+
+def seal_with_cost(plan: FreezePlan, shape: ModelShape) -> FreezePlan:
+    """The plan with its predicted cost beside that of training everything, sealed."""
     costs = {
         "plan": predict_cost(plan, shape, seq_len=COST_SEQ_LEN),
-        "full": predict_cost(full, shape, seq_len=COST_SEQ_LEN),
+        "full": predict_cost(make_full_plan(plan.model, shape), shape, seq_len=COST_SEQ_LEN),
     }
     predicted = {"seq_len": COST_SEQ_LEN} | {name: cost.model_dump() for name, cost in costs.items()}
     return plan.model_copy(update={"predicted_cost": predicted}).sealed()
@@ -87,7 +90,7 @@ def make_full_plan(model: ModelIdentity, shape: ModelShape) -> FreezePlan:
     ).sealed()
 
 
-def _decide_ends(config: PlanConfig, shape: ModelShape) -> dict[str, Any]:
+def decide_ends(config: PlanConfig, shape: ModelShape) -> dict[str, Any]:
     """Embeddings, norm and head; a tied matrix needs one choice for both of its sides."""
     if isinstance(config, FullPlanConfig):
         tied: Tied = "trained" if shape.is_tied else "untied"
@@ -120,9 +123,18 @@ def _decide_ends(config: PlanConfig, shape: ModelShape) -> dict[str, Any]:
     }
 
 
+def _with_selected_ends(config: PlanConfig, shape: ModelShape, profile: LayerProfile | None) -> PlanConfig:
+    """An explicit plan's selectors may name embeddings, final norm and head; the options then say so too."""
+    if not isinstance(config, ExplicitPlanConfig):
+        return config
+    ends = select(config.trainable, shape, profile).ends
+    return config.model_copy(update={f"train_{end}": True for end in ends})
+
+
 def _choose(
-    config: PlanConfig, num_layers: int, profile: LayerProfile | None
+    config: PlanConfig, shape: ModelShape, profile: LayerProfile | None
 ) -> tuple[tuple[int, ...], str, dict[str, Any]]:
+    num_layers = shape.num_layers
     match config:
         case FullPlanConfig():
             return tuple(range(num_layers)), "Every parameter trains.", {}
@@ -136,17 +148,18 @@ def _choose(
                 {},
             )
         case ExplicitPlanConfig():
-            layers = select_layers(config.trainable, num_layers, profile)
+            layers = select(config.trainable, shape, profile).layers
             return layers, f"Layers named by {', '.join(map(str, config.trainable))}.", {}
         case RandomPlanConfig():
             layers = tuple(sorted(random.Random(config.seed).sample(range(num_layers), _check_k(config.k, num_layers))))
             return layers, f"{config.k} layers drawn with seed {config.seed}: a control of equal cost.", {}
-    return _choose_by_profile(config, num_layers, _require(profile, config.type))
+    return _choose_by_profile(config, shape, _require(profile, config.type))
 
 
 def _choose_by_profile(
-    config: PlanConfig, num_layers: int, profile: LayerProfile
+    config: PlanConfig, shape: ModelShape, profile: LayerProfile
 ) -> tuple[tuple[int, ...], str, dict[str, Any]]:
+    num_layers = shape.num_layers
     match config:
         case FromProfilePlanConfig():
             best = profile.best_boundary
@@ -159,7 +172,7 @@ def _choose_by_profile(
             reason = f"The {count} deepest layers: as many as from_profile trains, from the other end."
             return tuple(range(num_layers - count, num_layers)), reason, {"best_boundary": count}
         case TopKSensitivityPlanConfig():
-            layers = select_layers([f"top:{_check_k(config.k, num_layers - 1)}:sensitivity"], num_layers, profile)
+            layers = select([f"top:{_check_k(config.k, num_layers - 1)}:sensitivity"], shape, profile).layers
             return layers, f"The {config.k} most sensitive layers.", {"layer_sensitivity": profile.layer_sensitivity}
         case SemanticPlanConfig():
             measured = profile.semantic.get(config.deviation)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import ModelError, ProbeError
-from layerplan.models.causal_lm import identify_model
+from layerplan.models.files import identify_model
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.tracer.actor import TracerActor
 from layerplan.tracer.aggregate import build_profile

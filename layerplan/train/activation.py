@@ -1,9 +1,4 @@
-"""Activation checkpointing along the gradient path, only as much as memory asks for.
-
-A layer stores activations when gradients pass through it, trained or not; a frozen prefix stores none. Recomputing a
-layer costs one forward pass of it whatever the plan says, so the layers that store most are the cheapest to recompute
-per byte: trained layers, which also keep the inputs of their matrices, come before frozen ones on the path.
-"""
+"""Activation checkpointing of the decoder layers that `layerplan.plan.placement` chose."""
 
 from __future__ import annotations
 
@@ -12,42 +7,6 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from layerplan.plan.freeze_plan import FreezePlan
-
-
-def choose_layers(
-    plan: FreezePlan, mode: str, *, bytes_to_save: float, trained_layer_bytes: float, frozen_layer_bytes: float
-) -> tuple[int, ...]:
-    """Returns the layers to recompute.
-
-    Args:
-        plan: Its gradient path starts at the lowest trained layer, or at 0 when the input embedding trains.
-        mode: `none`, `full` (the whole path) or `auto`.
-        bytes_to_save: With `auto`, how many bytes the stored activations exceed the memory by.
-        trained_layer_bytes: What a trained layer stores.
-        frozen_layer_bytes: What a frozen layer on the path stores.
-    """
-    path = gradient_path(plan)
-    if mode == "none":
-        return ()
-    if mode == "full":
-        return path
-    trained = set(plan.trainable_layers)
-    by_saving = sorted(path, key=lambda layer: (layer not in trained, layer))
-    chosen, saved = [], 0.0
-    for layer in by_saving:
-        if saved >= bytes_to_save:
-            break
-        chosen.append(layer)
-        saved += trained_layer_bytes if layer in trained else frozen_layer_bytes
-    return tuple(sorted(chosen))
-
-
-def gradient_path(plan: FreezePlan) -> tuple[int, ...]:
-    """Decoder layers that backward passes through."""
-    first = 0 if plan.train_embeddings else min(plan.trainable_layers, default=plan.model.num_layers)
-    return tuple(range(first, plan.model.num_layers))
 
 
 def checkpoint_layers(layers: Sequence[nn.Module] | nn.ModuleList, indices: Iterable[int]) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerplan.plan.memory import chunk_logits
+
 IGNORED = -100
-_CHUNK_LOGITS = {"cpu": 32 * 2**20, "cuda": 640 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,6 @@ class LossOptions:
     """Weight of the squared log-sum-exp."""
     compiled: bool = False
     """Fuse everything after the projection with torch.compile."""
-
-
-def chunk_logits(device_type: str) -> int:
-    """Logits held at once; a chunk has about this many divided by V positions. GPUs need larger products."""
-    return _CHUNK_LOGITS.get(device_type, _CHUNK_LOGITS["cpu"])
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -16,23 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from layerplan.config.train import TrainConfig
 from layerplan.models.causal_lm import DecoderParts, find_decoder_parts
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.placement import Placement
 from layerplan.train.activation import checkpoint_layers
 from layerplan.train.replicate import GradientReducer
 from layerplan.train.step import LossModel
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How this run uses its workers; the outcome of every `auto`."""
-
-    parallelism: str
-    """`replicate` or `shard`."""
-    frozen_sharding: str
-    """`replicate` or `shard`; means something under `shard` only."""
-    attention: str = "sdpa"
-    """`sdpa`, `flex` or `eager`."""
-    checkpointed_layers: tuple[int, ...] = ()
-    """Decoder layers whose activations are recomputed."""
 
 
 @dataclass(frozen=True)

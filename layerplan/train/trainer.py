@@ -18,7 +18,7 @@ from layerplan.checkpoint.layout import CHECKPOINTS_NAME, name_step, read_train_
 from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.stream import make_schedule
 from layerplan.errors import LayerplanError, TrainingError
-from layerplan.models.causal_lm import identify_model, load_hf_config
+from layerplan.models.files import identify_model, load_hf_config
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.model_shape import ModelShape
 from layerplan.train.request import TrainRequest, TrainResult, load_result

@@ -21,18 +21,20 @@ from layerplan.corpus.rows import PackedRows
 from layerplan.corpus.store import load_validation_rows
 from layerplan.corpus.stream import iter_rank_steps
 from layerplan.errors import TrainingError
-from layerplan.models.causal_lm import load_causal_lm, load_hf_config
+from layerplan.models.causal_lm import load_causal_lm
+from layerplan.models.files import load_hf_config
 from layerplan.models.freezing import AppliedPlan, apply_plan
 from layerplan.plan.cost import predict_cost
+from layerplan.plan.memory import GIB, MemoryEstimate, choose_placement, explain_shortage
 from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.placement import Placement
 from layerplan.ray_session import quiet_engines
 from layerplan.train.attention import IMPLEMENTATIONS, choose_attention
 from layerplan.train.ledger import LEDGER_NAME, LedgerWriter
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
-from layerplan.train.memory import GIB, MemoryEstimate, choose_placement, explain_shortage
 from layerplan.train.optim import build_optimizer
 from layerplan.train.request import TrainRequest
-from layerplan.train.sharding import PlacedModel, Placement, place_model
+from layerplan.train.sharding import PlacedModel, place_model
 from layerplan.train.state import TrainState
 from layerplan.train.throughput import find_peak_flops
 

@@ -102,9 +102,10 @@ def train(plan_type: str, is_tied: bool, parallelism: str, frozen: str, rank: in
 
     from layerplan.config.train import OptimizerConfig, TrainConfig
     from layerplan.models.freezing import apply_plan, hf_name
+    from layerplan.plan.placement import Placement
     from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
     from layerplan.train.optim import build_optimizer
-    from layerplan.train.sharding import Placement, place_model
+    from layerplan.train.sharding import place_model
     from layerplan.train.state import TrainState
 
     model = make_model(is_tied)

@@ -144,7 +144,7 @@ def make_inputs(folder: Path) -> None:
 def make_request(folder: Path, run: str) -> Any:
     from layerplan.config.plan import FreezeShallowPlanConfig
     from layerplan.config.train import OptimizerConfig, TrainConfig
-    from layerplan.models.causal_lm import identify_model, load_hf_config
+    from layerplan.models.files import identify_model, load_hf_config
     from layerplan.plan.model_shape import ModelShape
     from layerplan.plan.policies import make_plan
     from layerplan.train.trainer import TrainRequest

@@ -11,6 +11,7 @@ import pytest
 
 from layerplan.config.load import load_config
 from layerplan.config.reference import render_reference
+from layerplan.plan.schema import render_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,6 +20,10 @@ CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
 
 def test_the_configuration_reference_is_current() -> None:
     assert (ROOT / "docs/configuration.md").read_text(encoding="utf-8") == render_reference() + "\n"
+
+
+def test_the_schema_of_the_freeze_plan_is_current() -> None:
+    assert (ROOT / "docs/freeze_plan.schema.json").read_text(encoding="utf-8") == render_schema() + "\n"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -33,6 +38,12 @@ def test_every_link_and_path_of_a_page_exists(page: Path) -> None:
 def test_importing_the_config_imports_no_engine() -> None:
     engines = ("torch", "ray", "transformers", "vllm", "mlflow", "datasets")
     code = f"import sys, layerplan.config.run; print([name for name in {engines!r} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
+
+
+def test_a_dry_run_imports_no_engine() -> None:
+    engines = ("torch", "ray", "transformers", "vllm", "mlflow", "datasets")
+    code = f"import sys, jobs.cpt; print([name for name in {engines!r} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
 
 

@@ -17,7 +17,8 @@ from layerplan.checkpoint.hf_export import check_export, export_hf
 from layerplan.config.plan import FreezeDeepPlanConfig
 from layerplan.config.train import OptimizerConfig
 from layerplan.errors import CheckpointError
-from layerplan.models.causal_lm import identify_model, load_causal_lm
+from layerplan.models.causal_lm import load_causal_lm
+from layerplan.models.files import identify_model
 from layerplan.models.freezing import apply_plan, compute_tensor_hashes
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape

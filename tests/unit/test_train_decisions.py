@@ -12,13 +12,12 @@ from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig
 from layerplan.config.train import ScheduleConfig, StabilityConfig, TrainConfig
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import ModelIdentity
+from layerplan.plan.memory import choose_placement, estimate_memory, explain_shortage
 from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.placement import Placement, choose_layers, gradient_path
 from layerplan.plan.policies import make_plan
-from layerplan.train.activation import choose_layers, gradient_path
 from layerplan.train.ledger import LedgerWriter, hash_row_ids
-from layerplan.train.memory import choose_placement, estimate_memory, explain_shortage
 from layerplan.train.schedule import compute_lr_scale
-from layerplan.train.sharding import Placement
 from layerplan.train.stability import StabilityMonitor
 from layerplan.train.throughput import compute_mfu, render_duration
 
@@ -32,7 +31,7 @@ QWEN = ModelShape(
     vocab_size=151936,
     max_position_embeddings=40960,
     is_tied=True,
-    has_qk_norm=True,
+    qk_norm_params=256,
 )
 IDENTITY = ModelIdentity(name="qwen", revision="main", model_type="qwen3", num_layers=28, weights_sha256=None)
 

@@ -13,13 +13,12 @@ from layerplan.config.train import TrainConfig
 from layerplan.plan.cost import count_trainable_params
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape
-from layerplan.train.activation import choose_layers, gradient_path
-from layerplan.train.loss import chunk_logits
-from layerplan.train.sharding import Placement
+from layerplan.plan.placement import Placement, choose_layers, gradient_path
 
 GIB = 2**30
 HEADROOM = 0.9
 """Share of the free memory a prediction may fill."""
+CHUNK_LOGITS = {"cpu": 32 * 2**20, "cuda": 640 * 2**20}
 BASELINE_BYTES = {"cuda": 1.5 * GIB, "cpu": 0.5 * GIB}
 """Libraries, contexts, workspaces."""
 
@@ -51,15 +50,22 @@ class MemoryEstimate:
         return self.parameters + self.activations + self.loss + self.baseline
 
 
-def layer_activation_bytes(shape: ModelShape, dtype: str, *, trained: bool) -> float:
-    """Bytes per token a layer on the gradient path stores."""
+def chunk_logits(device_type: str) -> int:
+    """Logits the loss holds at once; a chunk has about this many divided by V positions. GPUs need larger products."""
+    return CHUNK_LOGITS.get(device_type, CHUNK_LOGITS["cpu"])
+
+
+def layer_activation_bytes(shape: ModelShape, dtype: str, *, trained: bool, layer: int = 0) -> float:
+    """Bytes per token a layer on the gradient path stores. A Mamba2 layer is taken for a feed-forward one, unmeasured."""
     residual, queries, keys_values, feed_forward = _ACTIVATION[(dtype, trained)]
-    return (
-        residual * shape.hidden_size
-        + queries * shape.num_attention_heads * shape.head_dim
-        + keys_values * 2 * shape.num_key_value_heads * shape.head_dim
-        + feed_forward * shape.intermediate_size
-    )
+    kind = shape.kind(layer)
+    if kind == "mamba2" and shape.mamba is not None:
+        return residual / 2 * shape.hidden_size + feed_forward * (shape.mamba.inner_size + shape.mamba.conv_channels)
+    stored = (residual if kind == "decoder" else residual / 2) * shape.hidden_size
+    if kind in ("decoder", "attention"):
+        stored += queries * shape.num_attention_heads * shape.head_dim
+        stored += keys_values * 2 * shape.num_key_value_heads * shape.head_dim
+    return stored + (feed_forward * shape.intermediate_size if kind in ("decoder", "mlp") else 0.0)
 
 
 def estimate_memory(
@@ -77,12 +83,12 @@ def estimate_memory(
     trained = count_trainable_params(plan, shape)
     frozen = shape.total_params - trained
     tokens = config.micro_batch_size * seq_len
-    checkpointed = set(placement.checkpointed_layers)
+    checkpointed, trainable = set(placement.checkpointed_layers), set(plan.trainable_layers)
     stored = 0.0
     for layer in gradient_path(plan):
         kept = float(width * shape.hidden_size)
         if layer not in checkpointed:
-            kept = layer_activation_bytes(shape, config.compute_dtype, trained=layer in set(plan.trainable_layers))
+            kept = layer_activation_bytes(shape, config.compute_dtype, trained=layer in trainable, layer=layer)
         stored += tokens * kept
     if checkpointed:
         stored += tokens * layer_activation_bytes(shape, config.compute_dtype, trained=True)
@@ -184,5 +190,5 @@ def _parameter_bytes(
     shards = world_size // config.num_replicas
     frozen_shards = shards if placement.frozen_sharding == "shard" else 1
     # two layers and the root are gathered at a time
-    gathered = width * (2 * shape.layer_params + shape.embedding_params)
+    gathered = width * (2 * shape.largest_layer_params + shape.embedding_params)
     return trained * (4 + 4 + moments) / shards + frozen * width / frozen_shards + gathered

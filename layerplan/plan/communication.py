@@ -1,0 +1,65 @@
+"""Bytes one worker sends in a step under a placement: pure functions over plan, shape and config.
+
+Collectives are counted as rings: of N bytes over W workers, a gather or a scatter sends N (W - 1) / W, an all-reduce
+twice that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layerplan.config.train import TrainConfig
+from layerplan.plan.cost import count_trainable_params
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.placement import Placement, gradient_path
+
+SHARDED_GRADIENT_BYTES = 4
+"""FSDP2 sums gradients in float32."""
+
+
+@dataclass(frozen=True)
+class CommunicationCost:
+    """Predicted bytes one worker sends per optimizer step."""
+
+    gathered: float
+    """Parameters collected from their shards, for forward and again for backward."""
+    reduced: float
+    """Gradients of what trains; frozen parameters send none."""
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.gathered + self.reduced
+
+
+def predict_communication(
+    plan: FreezePlan, shape: ModelShape, config: TrainConfig, placement: Placement, *, world_size: int
+) -> CommunicationCost:
+    """Predicts what one worker sends in one optimizer step.
+
+    A trained layer's shards are gathered for forward and for backward of every micro-batch. A frozen layer's are too,
+    when they are sharded: once for forward and once more while gradients pass through it, unless it lies above a
+    trained one and stays gathered in between.
+    """
+    trained = count_trainable_params(plan, shape)
+    width = 2 if config.compute_dtype == "bfloat16" else 4
+    micro_steps = config.global_batch_size // (world_size * config.micro_batch_size)
+    if placement.parallelism == "replicate":
+        return CommunicationCost(0.0, 2 * _ring(world_size) * (width if micro_steps == 1 else 4) * trained)
+    shards = world_size // config.num_replicas
+    gathered = 2.0 * trained
+    if placement.frozen_sharding == "shard":
+        path, lowest = set(gradient_path(plan)), min(plan.trainable_layers, default=shape.num_layers)
+        for layer in plan.frozen_layers:
+            again = layer in path and layer < lowest
+            gathered += shape.layer_params(layer) * (2 if again else 1)
+        layers = sum(shape.layer_params(layer) for layer in range(shape.num_layers))
+        trained_ends = trained - sum(shape.layer_params(layer) for layer in plan.trainable_layers)
+        gathered += max(0, shape.total_params - layers - trained_ends)
+    reduced = _ring(shards) * trained + 2 * _ring(config.num_replicas) * trained / shards
+    return CommunicationCost(_ring(shards) * width * gathered * micro_steps, SHARDED_GRADIENT_BYTES * reduced)
+
+
+def _ring(world_size: int) -> float:
+    return (world_size - 1) / world_size

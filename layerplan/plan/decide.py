@@ -1,0 +1,169 @@
+"""From a plan config of any kind to the sealed plan: read from a file, made by a policy, searched, or put in phases."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerplan.config.plan import (
+    BudgetPlanConfig,
+    ExplicitPlanConfig,
+    FilePlanConfig,
+    FreezeShallowPlanConfig,
+    PlanConfig,
+    PlanOptions,
+    RotationPlanConfig,
+    SampleBudgetPlanConfig,
+    SchedulePlanConfig,
+)
+from layerplan.config.train import TrainConfig
+from layerplan.errors import PlanError
+from layerplan.plan.budget import search_budget
+from layerplan.plan.freeze_plan import FreezePlan, PlanPhase, Tied
+from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
+from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.policies import make_plan, needs_profile, seal_with_cost
+from layerplan.plan.sample_budget import allocate_start_layers
+
+
+@dataclass(frozen=True)
+class PlanContext:
+    """What a decision may depend on beside its config."""
+
+    model: ModelIdentity
+    shape: ModelShape
+    train: TrainConfig
+    seq_len: int
+    profile: LayerProfile | None = None
+
+
+def resolve_plan(config: PlanConfig, context: PlanContext) -> FreezePlan:
+    """Makes or reads the sealed plan.
+
+    Raises:
+        PlanError: When the config asks for what the model, the profile or the limits do not give; see `make_plan`.
+    """
+    match config:
+        case FilePlanConfig():
+            return FreezePlan.load(Path(config.path).expanduser())
+        case BudgetPlanConfig():
+            if context.profile is None:
+                raise PlanError("plan.type=budget: needs a layer profile; trace the model first")
+            return search_budget(
+                config, context.model, context.shape, context.profile, train=context.train, seq_len=context.seq_len
+            )
+        case SchedulePlanConfig():
+            return _put_in_order(config, context)
+        case RotationPlanConfig():
+            return _rotate(config, context)
+        case SampleBudgetPlanConfig():
+            return _follow_budget(config, context)
+    return make_plan(config, model=context.model, shape=context.shape, profile=context.profile)
+
+
+def wants_profile(config: PlanConfig) -> bool:
+    """Whether the decision reads a measurement."""
+    if isinstance(config, SchedulePlanConfig):
+        return any(needs_profile(phase.plan) for phase in config.phases)
+    return isinstance(config, BudgetPlanConfig) or needs_profile(config)
+
+
+def join_phases(
+    config: SchedulePlanConfig | RotationPlanConfig | SampleBudgetPlanConfig,
+    phases: Sequence[tuple[int, FreezePlan]],
+    context: PlanContext,
+    reason: str,
+) -> FreezePlan:
+    """One plan from (start step, plan) pairs; what trains in any phase counts as trained.
+
+    Raises:
+        PlanError: When phases treat tied embeddings in ways that cannot follow each other.
+    """
+    plans = [plan for _, plan in phases]
+    ties = {plan.tied for plan in plans}
+    if "head_only" in ties and "trained" in ties:
+        raise PlanError("plan.phases: tied=head_only and tied=trained cannot follow each other in one run")
+    strongest: tuple[Tied, ...] = ("trained", "head_only", "untied", "frozen")
+    tied = next(choice for choice in strongest if choice in ties)
+    joined = FreezePlan(
+        model=context.model,
+        plan_type=config.type,
+        trainable_layers=tuple(sorted({layer for plan in plans for layer in plan.trainable_layers})),
+        train_embeddings=any(plan.train_embeddings for plan in plans),
+        train_final_norm=any(plan.train_final_norm for plan in plans),
+        train_lm_head=any(plan.train_lm_head for plan in plans),
+        tied=tied,
+        reason=reason,
+        phases=tuple(
+            PlanPhase(start_step=start, **plan.model_dump(include=set(PlanPhase.model_fields) - {"start_step"}))
+            for start, plan in phases
+        ),
+        planned_steps=context.train.max_steps,
+        optimizer_state=config.optimizer_state,
+        rewarm_steps=config.rewarm_steps,
+        evidence={} if context.profile is None else {"profile_sha256": context.profile.sha256},
+    )
+    return seal_with_cost(joined, context.shape)
+
+
+def _put_in_order(config: SchedulePlanConfig, context: PlanContext) -> FreezePlan:
+    phases: list[tuple[int, FreezePlan]] = []
+    start = 0
+    for phase in config.phases:
+        if start >= context.train.max_steps:
+            raise PlanError(
+                f"plan.phases: phase {len(phases)} would start at step {start}, but train.max_steps={context.train.max_steps}"
+            )
+        plan = make_plan(phase.plan, model=context.model, shape=context.shape, profile=context.profile)
+        phases.append((start, plan))
+        start += phase.steps or context.train.max_steps
+    if start < context.train.max_steps:
+        raise PlanError(f"plan.phases: end at step {start}, before train.max_steps={context.train.max_steps}")
+    names = ", ".join(f"{plan.plan_type} from step {first}" for first, plan in phases)
+    return join_phases(config, phases, context, f"{len(phases)} plans in order: {names}.")
+
+
+def _rotate(config: RotationPlanConfig, context: PlanContext) -> FreezePlan:
+    num_layers = context.shape.num_layers
+    if config.k > num_layers:
+        raise PlanError(f"plan.k={config.k}: must lie in 1..{num_layers}")
+    rng = random.Random(config.seed)
+    phases = []
+    for start in range(0, context.train.max_steps, config.period_steps):
+        layers = sorted(rng.sample(range(num_layers), config.k))
+        phases.append((start, _plan_of(ExplicitPlanConfig(trainable=[*layers], **_options(config)), context)))
+    reason = f"{config.k} layers drawn every {config.period_steps} steps with seed {config.seed}."
+    return join_phases(config, phases, context, reason)
+
+
+def _follow_budget(config: SampleBudgetPlanConfig, context: PlanContext) -> FreezePlan:
+    """Rows become steps: the phase of start layer e begins with the step that reads its first row."""
+    train = context.train
+    rows = train.max_steps * train.global_batch_size
+    counts = allocate_start_layers(rows, context.shape.num_layers, config.budget, config.filling)
+    phases: list[tuple[int, FreezePlan]] = []
+    first_row = 0
+    for layer, count in enumerate(counts):
+        start = -(-first_row // train.global_batch_size)
+        first_row += count
+        if count == 0 or start >= -(-first_row // train.global_batch_size):
+            continue  # no step of its own: the layer's few rows go with their neighbours
+        options = _options(config)
+        if layer == 0:
+            config_of_layer: PlanConfig = ExplicitPlanConfig(trainable=["0:"], **options)
+        else:
+            config_of_layer = FreezeShallowPlanConfig(boundary=layer, **options)
+        phases.append((start, _plan_of(config_of_layer, context)))
+    reason = f"{config.budget} budget, {config.filling}: {len(phases)} start layers over {train.max_steps} steps."
+    return join_phases(config, phases, context, reason)
+
+
+def _plan_of(config: PlanConfig, context: PlanContext) -> FreezePlan:
+    return make_plan(config, model=context.model, shape=context.shape, profile=context.profile)
+
+
+def _options(config: PlanOptions) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in PlanOptions.model_fields}

@@ -1,0 +1,184 @@
+"""Plans under limits and plans that change: what the search finds, what a naive search finds, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from layerplan.config.plan import (
+    BudgetPlanConfig,
+    FilePlanConfig,
+    FreezeDeepPlanConfig,
+    FreezeShallowPlanConfig,
+    FullPlanConfig,
+    PhaseConfig,
+    RotationPlanConfig,
+    SampleBudgetPlanConfig,
+    SchedulePlanConfig,
+)
+from layerplan.config.train import TrainConfig
+from layerplan.errors import PlanError
+from layerplan.plan.cost import predict_cost
+from layerplan.plan.decide import PlanContext, resolve_plan
+from layerplan.plan.explain import explain_plan
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
+from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.policies import make_full_plan, make_plan
+from layerplan.plan.sample_budget import allocate_start_layers
+
+SHAPE = ModelShape.from_hf_config(
+    {
+        "model_type": "qwen3",
+        "num_hidden_layers": 28,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": True,
+    }
+)
+MODEL = ModelIdentity(name="Qwen3-0.6B", model_type="qwen3", num_layers=28)
+TRAIN = TrainConfig(max_steps=100, global_batch_size=8, micro_batch_size=1, num_workers=8, use_gpu=True)
+
+
+def make_profile() -> LayerProfile:
+    """Best boundary 20 for freezing deep, and clearly negative scores at the shallow boundaries."""
+    scores = [1.0 - abs(boundary - 20) / 10 for boundary in range(1, 28)]
+    zeros = [0.0] * 28
+    return LayerProfile(
+        model=MODEL,
+        options={},
+        probe_set_sha256="0",
+        groups=["g"],
+        num_probes=1,
+        answered_share={"g": 1.0},
+        task_particle=zeros,
+        task_particle_rows=[zeros],
+        task_particle_median=zeros,
+        task_particle_log=zeros,
+        task_particle_interval=(0, 0),
+        task_particle_argmax=0,
+        js=[0.0] * 29,
+        layer_sensitivity=zeros[1:],
+        layer_sensitivity_rows=[zeros[1:]],
+        absolute_sensitivity=zeros,
+        alignment_score=scores,
+        best_boundary=20,
+    ).sealed()
+
+
+def context(profile: LayerProfile | None = None, **train: Any) -> PlanContext:
+    return PlanContext(MODEL, SHAPE, TrainConfig(**{**TRAIN.model_dump(), **train}), 4096, profile)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.8, 0.7, 0.6, 0.5])
+def test_a_budgeted_plan_is_the_best_a_plain_search_finds(share: float) -> None:
+    profile = make_profile()
+    plan = resolve_plan(BudgetPlanConfig(max_flops_share=share), context(profile))
+    full = predict_cost(make_full_plan(MODEL, SHAPE), SHAPE, seq_len=4096).total_flops
+    best = -9.0
+    for boundary in range(1, 28):
+        for kind, sign in ((FreezeDeepPlanConfig, 1), (FreezeShallowPlanConfig, -1)):
+            candidate = make_plan(kind(boundary=boundary), model=MODEL, shape=SHAPE)
+            if predict_cost(candidate, SHAPE, seq_len=4096).total_flops <= share * full:
+                best = max(best, sign * profile.alignment_score[boundary - 1])
+    kept = predict_cost(plan, SHAPE, seq_len=4096).total_flops / full
+    assert kept <= share
+    is_deep = plan.trainable_layers[0] == 0
+    boundary = len(plan.trainable_layers) if is_deep else plan.trainable_layers[0]
+    assert (1 if is_deep else -1) * profile.alignment_score[boundary - 1] == best
+    front = plan.evidence["pareto"]
+    assert [row["score"] for row in front] == sorted(row["score"] for row in front)
+    assert [row["flops_share"] for row in front] == sorted(row["flops_share"] for row in front)
+    assert "| within limits |" in explain_plan(plan, profile)
+
+
+def test_every_limit_counts_and_what_nothing_keeps_names_the_cheapest() -> None:
+    profile = make_profile()
+    lean = resolve_plan(BudgetPlanConfig(max_flops_share=0.95, max_memory_gib=22), context(profile))
+    rich = resolve_plan(BudgetPlanConfig(max_flops_share=0.95, max_memory_gib=60), context(profile))
+    assert (
+        predict_cost(lean, SHAPE, seq_len=4096).trainable_params
+        <= predict_cost(rich, SHAPE, seq_len=4096).trainable_params
+    )
+    with pytest.raises(
+        PlanError, match=r"no plan keeps max_flops_share=0.3; the cheapest is freeze_shallow at boundary 27"
+    ):
+        resolve_plan(BudgetPlanConfig(max_flops_share=0.3), context(profile))
+    with pytest.raises(PlanError, match=r"no plan keeps max_worker_hours=1e-06 worker hours"):
+        resolve_plan(BudgetPlanConfig(max_worker_hours=1e-6), context(profile))
+    with pytest.raises(PlanError, match=r"plan.type=budget: needs a layer profile"):
+        resolve_plan(BudgetPlanConfig(max_flops_share=0.5), context())
+    with pytest.raises(ValidationError, match="give at least one of max_flops_share"):
+        BudgetPlanConfig()
+
+
+def test_phases_follow_each_other_and_the_plan_names_all_that_trains(tmp_path: Path) -> None:
+    config = SchedulePlanConfig(
+        phases=[
+            PhaseConfig(steps=30, plan=FreezeShallowPlanConfig(boundary=20)),
+            PhaseConfig(steps=10, plan=FreezeDeepPlanConfig(boundary=4, train_final_norm=True)),
+            PhaseConfig(plan=FreezeShallowPlanConfig(boundary=26)),
+        ]
+    )
+    plan = resolve_plan(config, context())
+    plan.save(tmp_path / "plan.json")
+    assert FreezePlan.load(tmp_path / "plan.json") == plan
+    assert resolve_plan(FilePlanConfig(path=str(tmp_path / "plan.json")), context()) == plan
+    assert plan.trainable_layers == (*range(4), *range(20, 28)) and plan.train_final_norm
+    assert [plan.at_step(step).trainable_layers[0] for step in (0, 29, 30, 39, 40, 99)] == [20, 20, 0, 0, 26, 26]
+    assert [plan.next_change(step) for step in (0, 29, 30, 40, 99)] == [30, 30, 40, None, None]
+    parts = [(30, FreezeShallowPlanConfig(boundary=20)), (10, FreezeDeepPlanConfig(boundary=4, train_final_norm=True))]
+    parts.append((60, FreezeShallowPlanConfig(boundary=26)))
+    flops = [
+        steps * predict_cost(make_plan(part, model=MODEL, shape=SHAPE), SHAPE, seq_len=4096).total_flops
+        for steps, part in parts
+    ]
+    assert predict_cost(plan, SHAPE, seq_len=4096).total_flops == pytest.approx(sum(flops) / 100)
+    assert "| 30 | freeze_deep | 0-3 | frozen | trains | frozen |" in explain_plan(plan)
+
+
+def test_a_rotation_draws_k_layers_a_period_from_its_seed() -> None:
+    plan = resolve_plan(RotationPlanConfig(k=3, period_steps=20, seed=5, tied="trained"), context())
+    assert [phase.start_step for phase in plan.phases] == [0, 20, 40, 60, 80]
+    assert all(len(phase.trainable_layers) == 3 and phase.train_embeddings for phase in plan.phases)
+    assert len({phase.trainable_layers for phase in plan.phases}) > 1
+    assert plan == resolve_plan(RotationPlanConfig(k=3, period_steps=20, seed=5, tied="trained"), context())
+
+
+@pytest.mark.parametrize("budget", ["half", "geometric", "arithmetic"])
+def test_a_sample_budget_gives_every_start_layer_its_rows(budget: Any) -> None:
+    steps = 1000
+    plan = resolve_plan(SampleBudgetPlanConfig(budget=budget), context(max_steps=steps))
+    counts = allocate_start_layers(steps * 8, 28, budget, "depth_first")
+    starts = [plan.at_step(step).trainable_layers[0] for step in range(steps)]
+    assert starts == sorted(starts) and plan.trainable_layers == tuple(range(28))
+    for layer, count in enumerate(counts):
+        assert abs(starts.count(layer) - count / 8) <= 1
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (SchedulePlanConfig(phases=[PhaseConfig(steps=40, plan=FullPlanConfig())]), "end at step 40, before"),
+        (
+            SchedulePlanConfig(
+                phases=[PhaseConfig(steps=100, plan=FullPlanConfig()), PhaseConfig(plan=FullPlanConfig())]
+            ),
+            "phase 1 would start at step 100, but train.max_steps=100",
+        ),
+        (RotationPlanConfig(k=29, period_steps=5), r"plan.k=29: must lie in 1..28"),
+    ],
+)
+def test_phases_that_do_not_fit_the_run_are_refused(config: Any, words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        resolve_plan(config, context())
+    with pytest.raises(ValidationError, match=r"phases.0.steps is missing"):
+        SchedulePlanConfig(phases=[PhaseConfig(plan=FullPlanConfig()), PhaseConfig(plan=FullPlanConfig())])
