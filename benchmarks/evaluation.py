@@ -22,6 +22,7 @@ import tempfile
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = {"ceval": "val", "cmmlu": "test"}
@@ -118,26 +119,53 @@ def run_measured(command: list[str], env: dict[str, str]) -> tuple[float, str]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines; questions may hold U+2028, at which `splitlines` would cut."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def compare(ours: Path, harness: Path) -> dict[str, float]:
-    """Counts of questions, of differing prompts and predictions, and the largest difference of a log-likelihood."""
-    mine, theirs = (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (ours, harness)
-    )
+    """Counts of questions, of differing prompts and predictions, and the largest difference of a letter's log-likelihood.
+
+    Each side's are taken relative to its letter A: where " A" is two tokens, ours leave out what all four share.
+    """
+    mine, theirs = (read_lines(path) for path in (ours, harness))
     assert len(mine) == len(theirs), (len(mine), len(theirs))
     pairs = list(zip(mine, theirs))
     return {
         "questions": len(pairs),
         "prompts_differ": sum(a["prompt"] != b["prompt"] for a, b in pairs),
         "predictions_differ": sum(a["predicted"] != b["predicted"] for a, b in pairs),
-        "largest_difference": max(abs(x - y) for a, b in pairs for x, y in zip(a["logprobs"], b["logprobs"])),
+        "largest_difference": max(
+            abs((x - a["logprobs"][0]) - (y - b["logprobs"][0]))
+            for a, b in pairs
+            for x, y in zip(a["logprobs"], b["logprobs"])
+        ),
     }
+
+
+def record(path: Path, harness: Path, ours: Path, model: Path, args: argparse.Namespace) -> None:
+    """The harness's answers by question, for a test that has no harness."""
+    from layerplan.models.files import hash_weight_files
+
+    theirs, mine = (read_lines(file) for file in (harness, ours))
+    answers = {
+        f"{a['benchmark']}/{b['id']}": {"predicted": a["predicted"], "logprobs": [round(x, 6) for x in a["logprobs"]]}
+        for a, b in zip(theirs, mine, strict=True)
+    }
+    values = {"lm_eval": harness_version(args), "max_questions": args.max_questions}
+    values |= {"weights_sha256": hash_weight_files(model), "answers": answers}
+    path.write_text(json.dumps(values, separators=(",", ":")).replace('},"', '},\n"') + "\n", encoding="utf-8")
+
+
+def harness_version(args: argparse.Namespace) -> str:
+    code = "import lm_eval; print(lm_eval.__version__)"
+    return subprocess.check_output([args.harness, "-c", code], text=True).strip()
 
 
 def describe(args: argparse.Namespace, found: dict[str, float], cpu_s: dict[str, list[float]], ours: str) -> str:
     commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
-    harness_version = subprocess.check_output(
-        [args.harness, "-c", "import lm_eval; print(lm_eval.__version__)"], text=True
-    ).strip()
+    peer = harness_version(args)
     stats = json.loads(ours.strip().splitlines()[-1])
     ratio = sum(cpu_s["ours"]) / len(cpu_s["ours"]) / cpu_s["harness"][0]
     command = f"python benchmarks/evaluation.py --harness PYTHON --vocab-size {args.vocab_size}"
@@ -146,9 +174,9 @@ def describe(args: argparse.Namespace, found: dict[str, float], cpu_s: dict[str,
         ("questions", f"{found['questions']:,}"),
         ("prompts that differ", found["prompts_differ"]),
         ("predictions that differ", found["predictions_differ"]),
-        ("largest difference of a log-likelihood", f"{found['largest_difference']:.2g}"),
+        ("largest difference of a log-likelihood, relative to A's", f"{found['largest_difference']:.2g}"),
         ("CPU s, ours", ", ".join(f"{value:.1f}" for value in cpu_s["ours"])),
-        (f"CPU s, lm-evaluation-harness {harness_version}, batch size 32", f"{cpu_s['harness'][0]:.1f}"),
+        (f"CPU s, lm-evaluation-harness {peer}, batch size 32", f"{cpu_s['harness'][0]:.1f}"),
         ("ratio", f"{ratio:.3f}"),
         ("prompt tokens", f"{stats['prompt_tokens']:,} in {stats['batches']:,} forward passes"),
         ("padding", f"{stats['padding_share']:.1%}"),
@@ -158,7 +186,7 @@ def describe(args: argparse.Namespace, found: dict[str, float], cpu_s: dict[str,
         f"# C-Eval and CMMLU by letters, {args.vocab_size:,} vocabulary entries, {args.few_shot}-shot\n\n"
         f"{date.today()}, commit {commit}; {platform.processor() or platform.machine()}, {os.cpu_count()} cores,"
         f" one thread each; Python {platform.python_version()}, torch {version('torch')},"
-        f" transformers {version('transformers')}, lm_eval {harness_version}.\n\n"
+        f" transformers {version('transformers')}, lm_eval {peer}.\n\n"
         f"Command: `{command}`\n\n| measured | |\n|---|---|\n{table}\n"
     )
 
@@ -170,6 +198,8 @@ def main() -> None:
     parser.add_argument("--few-shot", type=int, default=0)
     parser.add_argument("--max-questions", type=int, help="first so many of each subject")
     parser.add_argument("--out", type=Path, help="Markdown file for the result")
+    parser.add_argument("--model", type=Path, help="score this model instead of building one")
+    parser.add_argument("--record", type=Path, help="file for the harness's answers, which a test compares with")
     parser.add_argument("--keep", type=Path, help="folder for model, data and answers")
     parser.add_argument("--ours", nargs=2, metavar=("MODEL", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -179,7 +209,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         work = args.keep or Path(scratch)
-        model = work / "model"
+        model = args.model or work / "model"
         if not (model / "model.safetensors").exists():
             build_model(model, data, args.vocab_size)
         write_harness_data(data, work / "data", args.max_questions)
@@ -198,6 +228,8 @@ def main() -> None:
         found = compare(work / "ours.jsonl", work / "harness.jsonl")
         text = describe(args, found, cpu_s, output)
         print(text)
+        if args.record:
+            record(args.record, work / "harness.jsonl", work / "ours.jsonl", model, args)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(text, encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -31,14 +32,33 @@ def write_results(
     write_text(out_dir / f"{benchmark}.json", json.dumps(dumped, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_continuations(out_dir: Path, prompts: Sequence[str], answers: Sequence[EngineAnswer]) -> None:
-    """Writes one line per continued prompt; nothing when there is none."""
-    if prompts:
-        lines = [
-            json.dumps({"prompt": prompt, "text": answer.text}, ensure_ascii=False)
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-        write_text(out_dir / CONTINUATIONS_NAME, "\n".join(lines) + "\n")
+def write_continuations(out_dir: Path, asked: Sequence[tuple[str, int]], answers: Sequence[EngineAnswer]) -> None:
+    """Writes one line per continued prompt and its limit of new tokens; no file when there is none."""
+    path = out_dir / CONTINUATIONS_NAME
+    if not asked:
+        path.unlink(missing_ok=True)
+        return
+    lines = [
+        json.dumps({"prompt": prompt, "max_new_tokens": limit, "text": answer.text}, ensure_ascii=False)
+        for (prompt, limit), answer in zip(asked, answers, strict=True)
+    ]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def load_continued(out_dir: Path) -> list[tuple[str, int]]:
+    """The prompts that were continued, and how far; empty when there is none.
+
+    Raises:
+        EvaluationError: When the file is malformed.
+    """
+    path = out_dir / CONTINUATIONS_NAME
+    if not path.exists():
+        return []
+    try:
+        records = _read_lines(path)
+        return [(record["prompt"], record["max_new_tokens"]) for record in records]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
 
 
 def load_results(out_dir: Path) -> Results:
@@ -65,10 +85,15 @@ def load_answers(out_dir: Path, benchmark: str, protocol: str) -> list[Answer]:
     """
     path = out_dir / f"{benchmark}.jsonl"
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = _read_lines(path)
         return [Answer.model_validate(record["answer"]) for record in records if record["protocol"] == protocol]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines end at a line feed and nowhere else: a model may write U+2028, at which `splitlines` would cut."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -26,8 +26,8 @@ class TransformersEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         self._device = torch.device("cuda" if spec.num_gpus > 0 and torch.cuda.is_available() else "cpu")
-        dtype = ("float32" if self._device.type == "cpu" else "bfloat16") if spec.dtype == "auto" else spec.dtype
-        self._model = load_causal_lm(spec.model, revision=spec.revision, dtype=getattr(torch, dtype)).to(self._device)
+        dtype = choose_dtype(spec.dtype, self._device)
+        self._model = load_causal_lm(spec.model, revision=spec.revision, dtype=dtype).to(self._device)
         self._tokenizer = load_tokenizer(spec.model, revision=spec.revision)
         self._letter_ids = list(spec.letter_ids)
         keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
@@ -73,6 +73,12 @@ class TransformersEngine:
             if token in self._end_ids:
                 return ids[:position]
         return ids
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a config's `dtype`; `auto` is float32 on a CPU and bfloat16 on a GPU."""
+    chosen = ("float32" if device.type == "cpu" else "bfloat16") if name == "auto" else name
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[chosen]
 
 
 def iter_equal_lengths(

@@ -152,18 +152,14 @@ class Ledger:
 
     def _read(self) -> None:
         """Takes over what an earlier job answered; a line cut off by its death ends the reading."""
-        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        *lines, _ = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
         if not lines or json.loads(lines[0]).get("key") != self._key:
             return
-        kept = [lines[0]]
         for line in lines[1:]:
-            if not line.endswith("\n"):
-                break
             record = json.loads(line)
             logprobs, ids, text = record["answer"]
             self.answers[record["index"]] = EngineAnswer(tuple(logprobs), ids, text)
-            kept.append(line)
-        self._path.write_text("".join(kept), encoding="utf-8")
+        self._path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _order(asks: Sequence[Ask], backend: str) -> list[int]:

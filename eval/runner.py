@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any, cast
 
-from eval.artifacts import Results, load_results, write_continuations, write_results
+from eval.artifacts import Results, load_continued, load_results, write_continuations, write_results
 from eval.encoding import AnswerTokens, encode_prompts, find_answer_tokens
 from eval.engine import EngineAnswer, EngineSpec
 from eval.extraction import EXTRACTION_VERSION, extract_answer
+from eval.held_out import load_held_out, score_held_out
 from eval.items import Benchmark, Question, load_benchmark
 from eval.pool import Ask, ask_all, clear_ledger
 from eval.preflight import check_lengths, check_weight_files
@@ -18,7 +20,7 @@ from eval.scoring import Answer, EvaluationResult, Protocol, ScoreOrigin, pick_l
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError
 from layerplan.models.causal_lm import load_tokenizer
-from layerplan.models.files import identify_model
+from layerplan.models.files import identify_model, name_folder
 from layerplan.plan.hashing import compute_sha256
 
 
@@ -32,8 +34,9 @@ def evaluate_model(
 ) -> Results:
     """Scores a model on every benchmark under every protocol; benchmarks finished before are read back.
 
-    Writes `<benchmark>.json` with the results, `<benchmark>.jsonl` with one line per question and protocol, and
-    `continuations.jsonl`. Ray must be initialised. All prompts share one pool, so an engine starts once.
+    Writes `<benchmark>.json` with the results, `<benchmark>.jsonl` with one line per question and protocol,
+    `continuations.jsonl` and `held_out/<name>.json`. Ray must be initialised. All prompts share one pool, so an engine
+    starts once.
 
     Returns:
         `"<benchmark>/<protocol>"` to its result.
@@ -44,13 +47,13 @@ def evaluate_model(
     """
     check_weight_files(model)
     origin = _describe_origin(model, revision, config)
-    benchmarks = [load_benchmark(item, num_few_shot=config.num_few_shot) for item in config.benchmarks]
+    benchmarks = _load_benchmarks(config)
     finished = load_results(out_dir)
     done = {benchmark.name: _read_finished(finished, benchmark, config, origin) for benchmark in benchmarks}
     todo = [benchmark for benchmark in benchmarks if done[benchmark.name] is None]
-    if todo:
+    if todo or load_continued(out_dir) != _describe_continuations(config):
         report(f"asking {sum(len(benchmark.questions) for benchmark in todo):,} questions with {config.backend}")
-        outputs, continuations = _ask_benchmarks(model, revision, config, todo, out_dir)
+        outputs, continuations = _ask_benchmarks(model, revision, config, todo or benchmarks[:1], todo, out_dir)
         for benchmark in todo:
             answers = {
                 protocol: [_make_answers(benchmark, protocol, config, repeat) for repeat in outputs[benchmark.name]]
@@ -68,9 +71,36 @@ def evaluate_model(
                 cast(Results, done[benchmark.name]),
                 {protocol: repeats[0] for protocol, repeats in answers.items()},
             )
-        write_continuations(out_dir, config.continuation_prompts, continuations)
+        write_continuations(out_dir, _describe_continuations(config), continuations)
         clear_ledger(out_dir)
+    score_held_out(model, config, out_dir, revision=revision, report=report)
     return {key: result for results in done.values() if results is not None for key, result in results.items()}
+
+
+def load_finished(model: str, config: EvaluationConfig, out_dir: Path, *, revision: str = "main") -> Results | None:
+    """Everything asked for, when it was scored before; the model's folder need not exist any more, so its name counts.
+
+    Raises:
+        EvaluationError: When a benchmark or a stored result cannot be read.
+    """
+    stored = load_results(out_dir)
+    found: Results = {}
+    for benchmark in _load_benchmarks(config):
+        first = stored.get(f"{benchmark.name}/{config.protocols[0]}")
+        if first is None or first.origin is None:
+            return None
+        origin = _make_origin(name_folder(Path(model)), revision, first.origin.weights_sha256, config)
+        results = _read_finished(stored, benchmark, config, origin)
+        if results is None:
+            return None
+        found |= results
+    texts = load_held_out(out_dir)
+    is_whole = load_continued(out_dir) == _describe_continuations(config)
+    return found if is_whole and all(item.name in texts for item in config.held_out) else None
+
+
+def _load_benchmarks(config: EvaluationConfig) -> list[Benchmark]:
+    return [load_benchmark(item, num_few_shot=config.num_few_shot) for item in config.benchmarks]
 
 
 def make_protocol_id(benchmark: Benchmark, protocol: Protocol, config: EvaluationConfig) -> str:
@@ -95,10 +125,14 @@ def make_protocol_id(benchmark: Benchmark, protocol: Protocol, config: Evaluatio
 
 def _describe_origin(model: str, revision: str, config: EvaluationConfig) -> ScoreOrigin:
     identity = identify_model(model, revision=revision)
+    return _make_origin(identity.name, revision, identity.weights_sha256, config)
+
+
+def _make_origin(name: str, revision: str, weights_sha256: str | None, config: EvaluationConfig) -> ScoreOrigin:
     return ScoreOrigin(
-        model=identity.name,
+        model=name,
         revision=revision,
-        weights_sha256=identity.weights_sha256,
+        weights_sha256=weights_sha256,
         style=config.style,
         num_few_shot=config.num_few_shot,
         backend=config.backend,
@@ -106,24 +140,35 @@ def _describe_origin(model: str, revision: str, config: EvaluationConfig) -> Sco
     )
 
 
+def _describe_continuations(config: EvaluationConfig) -> list[tuple[str, int]]:
+    """Each prompt to continue and how far."""
+    return [(prompt, config.continuation_tokens) for prompt in config.continuation_prompts]
+
+
 def _ask_benchmarks(
-    model: str, revision: str, config: EvaluationConfig, benchmarks: Sequence[Benchmark], out_dir: Path
+    model: str,
+    revision: str,
+    config: EvaluationConfig,
+    worded: Sequence[Benchmark],
+    asked: Sequence[Benchmark],
+    out_dir: Path,
 ) -> tuple[dict[str, list[list[EngineAnswer]]], list[EngineAnswer]]:
-    """Answers per benchmark and repeat, and the continuations."""
+    """Answers per benchmark and repeat, and the continuations; `worded` benchmarks say which tokens the letters are."""
     tokenizer = load_tokenizer(model, revision=revision)
     limit = config.max_new_tokens if "generate" in config.protocols else 1
-    tokens = [_answer_tokens(tokenizer, model, benchmark, config) for benchmark in benchmarks]
-    if len({item.letters for item in tokens}) > 1:
+    tokens = {benchmark.name: _answer_tokens(tokenizer, model, benchmark, config) for benchmark in worded}
+    letters = {item.letters for item in tokens.values()}
+    if len(letters) > 1:
         raise EvaluationError(
             f"{model}: the letters have other tokens in one benchmark than in another; score them apart"
         )
     asks: list[Ask] = []
-    for benchmark, answer in zip(benchmarks, tokens):
+    for benchmark in asked:
         prompts = format_prompts(benchmark, style=config.style)
         encoded = encode_prompts(tokenizer, prompts, add_special_tokens=config.style == "official")
-        asks += [Ask([*ids, *answer.appended], limit) for ids in encoded]
+        asks += [Ask([*ids, *tokens[benchmark.name].appended], limit) for ids in encoded]
     continued = encode_prompts(tokenizer, config.continuation_prompts, add_special_tokens=True)
-    names = [question.id for benchmark in benchmarks for question in benchmark.questions]
+    names = [question.id for benchmark in asked for question in benchmark.questions]
     names += [f"continuation {index + 1}" for index in range(len(continued))]
     num_questions = len(asks)
     asks += [Ask(ids, config.continuation_tokens) for ids in continued]
@@ -135,16 +180,27 @@ def _ask_benchmarks(
         backend=config.backend,
         dtype=config.dtype,
         num_gpus=config.num_gpus_per_actor,
-        letter_ids=tokens[0].letters,
+        letter_ids=letters.pop(),
         max_length=max(lengths),
     )
-    repeated = asks[:num_questions] * config.repeats + asks[num_questions:]
-    answers = iter(ask_all(repeated, spec, config, out_dir))
-    outputs: dict[str, list[list[EngineAnswer]]] = {benchmark.name: [] for benchmark in benchmarks}
-    for _ in range(config.repeats):
-        for benchmark in benchmarks:
-            outputs[benchmark.name].append([next(answers) for _ in benchmark.questions])
-    return outputs, list(answers)
+    orders = [order_repeat(num_questions, repeat) for repeat in range(config.repeats)]
+    shuffled = [asks[index] for order in orders for index in order]
+    answers = ask_all([*shuffled, *asks[num_questions:]], spec, config, out_dir)
+    outputs: dict[str, list[list[EngineAnswer]]] = {benchmark.name: [] for benchmark in asked}
+    for repeat, order in enumerate(orders):
+        by_question = dict(zip(order, answers[repeat * num_questions :]))
+        found = iter([by_question[index] for index in range(num_questions)])
+        for benchmark in asked:
+            outputs[benchmark.name].append([next(found) for _ in benchmark.questions])
+    return outputs, answers[num_questions * config.repeats :]
+
+
+def order_repeat(num_questions: int, repeat: int) -> list[int]:
+    """Order in which a repeat asks: the first one as written, each other one in a permutation of its own."""
+    order = list(range(num_questions))
+    if repeat:
+        Random(repeat).shuffle(order)
+    return order
 
 
 def _answer_tokens(tokenizer: Any, model: str, benchmark: Benchmark, config: EvaluationConfig) -> AnswerTokens:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from layerplan.config.base import StrictModel
+from layerplan.config.corpus import SourceConfig
 
 
 class BenchmarkConfig(StrictModel):
@@ -23,6 +25,15 @@ class BenchmarkConfig(StrictModel):
     """Hash the questions must have: `official` is the authors' publication, `any` asks nothing."""
     max_questions: int | None = Field(default=None, ge=1)
     """Ask only the first so many of each subject; the score then carries another protocol id."""
+
+
+class HeldOutConfig(StrictModel):
+    """Text on which bits per byte are measured."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name in files and tables."""
+    source: SourceConfig
+    """Where the documents lie; give `max_documents` for a large source."""
 
 
 class EvaluationConfig(StrictModel):
@@ -54,10 +65,33 @@ class EvaluationConfig(StrictModel):
     """Ask everything so often, each time in another order; the standard deviation is reported."""
     evaluate_base: bool = True
     """Score the untouched base too: it is arm zero of every verdict."""
+    held_out: list[HeldOutConfig] = Field(default_factory=list)
+    """Texts on which bits per byte are measured, for base and trained model."""
+    score_every_steps: int | None = Field(default=None, ge=1)
+    """Score checkpoints at multiples of so many steps beside training; none when left out."""
+    guardrail_points: float | None = Field(default=None, gt=0)
+    """Stop training when such a score lies so many points below the base, and significantly below it."""
     continuation_prompts: list[str] = Field(default_factory=list)
     """Prompts that base and trained model continue, shown side by side in the report (the paper's Tables 11 and 12)."""
     continuation_tokens: int = Field(default=64, ge=1)
     """Longest continuation, in tokens."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> EvaluationConfig:
+        for field, items in (("benchmarks", self.benchmarks), ("held_out", self.held_out)):
+            counts = Counter(str(item.name) for item in items)
+            twice = [name for name, count in counts.items() if count > 1]
+            if twice:
+                raise ValueError(f"{field}: {twice[0]} is named twice; its scores would overwrite each other")
+        return self
+
+    @model_validator(mode="after")
+    def _guardrail_has_scores(self) -> EvaluationConfig:
+        if self.guardrail_points is not None and (self.score_every_steps is None or not self.evaluate_base):
+            raise ValueError(
+                f"guardrail_points={self.guardrail_points}: needs score_every_steps and evaluate_base=true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _style_fits_protocols(self) -> EvaluationConfig:

@@ -51,6 +51,8 @@ class CheckpointWriter:
     optimizer: torch.optim.Optimizer
     group: Any
     rank: int
+    validated_steps: range = range(0)
+    """Steps whose checkpoints Ray Train hands to the validation function."""
     newest: Path | None = None
     """Newest checkpoint this run has, restored or saved."""
     _pending: Any = None
@@ -84,6 +86,7 @@ class CheckpointWriter:
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=finish,
             delete_local_checkpoint_after_upload=False,
+            validation=state.step in self.validated_steps,
         )
 
     def restore(self, expected: TrainState) -> TrainState | None:
@@ -148,6 +151,8 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     fresh = TrainState(plan_sha256=request.plan.sha256, corpus_sha256=manifest.content_sha256)
     group = dist.new_group(backend="gloo")
     writer = CheckpointWriter(request.run_dir, built.placed.model, built.optimizer, group, rank)
+    if request.validation is not None:
+        writer.validated_steps = request.validation.steps
     restored = ray.train.get_checkpoint()
     if restored is not None:
         writer.newest = Path(restored.path)

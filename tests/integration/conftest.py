@@ -80,6 +80,29 @@ def corpus_source() -> dict[str, object]:
 
 
 @pytest.fixture(scope="session")
+def seed_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model built from a seed: two layers over a tokenizer of a few hundred entries."""
+    from layerplan.config.model import ScratchModelConfig
+    from layerplan.models.scratch import build_scratch_model, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("seed_model")
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "eval/data/builtin/val").glob("*.csv"))]
+    config = ScratchModelConfig(
+        vocab_size=600,
+        num_layers=2,
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=1024,
+        initializer_range=0.1,
+    )
+    build_scratch_model(config, train_tokenizer(texts, vocab_size=600, out_dir=folder, max_length=1024), folder, seed=1)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def start_job() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts a job in a process group of its own, with its own folder for Ray."""
     started: list[subprocess.Popen[str]] = []

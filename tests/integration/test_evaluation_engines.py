@@ -18,31 +18,14 @@ from eval.engine import EngineSpec
 from eval.pool import LEDGER_NAME, Ask, ask_all
 from eval.runner import evaluate_model
 from layerplan.config.evaluation import EvaluationConfig
-from layerplan.config.model import ScratchModelConfig
 from layerplan.errors import EvaluationError, ModelError
-from layerplan.models.scratch import build_scratch_model, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two layers over a tokenizer of a few hundred entries."""
-    folder = tmp_path_factory.mktemp("model")
-    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "eval/data/builtin/val").glob("*.csv"))]
-    config = ScratchModelConfig(
-        vocab_size=600,
-        num_layers=2,
-        hidden_size=64,
-        intermediate_size=128,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=1024,
-        initializer_range=0.1,
-    )
-    build_scratch_model(config, train_tokenizer(texts, vocab_size=600, out_dir=folder, max_length=1024), folder, seed=1)
-    return str(folder)
+def model(seed_model: str) -> str:
+    return seed_model
 
 
 def make_config(**values: object) -> EvaluationConfig:
