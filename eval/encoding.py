@@ -47,10 +47,12 @@ def find_answer_tokens(tokenizer: Any, model: str, *, cue: str, prefix: str) -> 
     wrong = [
         letter for letter, ids in zip(LETTERS, found) if not ids or tuple(ids[:-1]) != shared or (shared and not prefix)
     ]
-    if wrong or len({ids[-1] for ids in found}) < len(LETTERS):
-        letter = wrong[0] if wrong else LETTERS[0]
+    last = [ids[-1] for ids in found if ids]
+    wrong += [letter for letter, ids in zip(LETTERS, found) if ids and last.count(ids[-1]) > 1]
+    if wrong:
+        letter = wrong[0]
         raise EvaluationError(
-            f"{model}: its tokenizer has no single token for the answer {prefix + letter!r};"
+            f"{model}: its tokenizer has no single token of its own for the answer {prefix + letter!r};"
             " the letters' log-probabilities need single tokens"
         )
     a, b, c, d = (ids[-1] for ids in found)

@@ -53,6 +53,8 @@ TINY = {
         "benchmarks": [{"name": "ceval", "path": "builtin", "max_questions": 4}],
         "protocols": ["logit"],
         "backend": "transformers",
+        "continuation_prompts": ["计算机"],
+        "continuation_tokens": 4,
     },
     "cluster": {"num_cpus": 3},
 }
