@@ -22,6 +22,7 @@ from layerplan.checkpoint.layout import CHECKPOINTS_NAME, STATE_NAME, name_step,
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import CheckpointError, EvaluationError
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.ray_session import quiet_engines
 
 GUARDRAIL_NAME = "guardrail.json"
 BASE = "base"
@@ -58,6 +59,7 @@ class CheckpointScoring:
         """
         from ray.exceptions import TaskCancelledError
 
+        quiet_engines()
         path = Path(checkpoint.path)
         if self.stop_file.exists():
             raise TaskCancelledError(error_message=f"{path.name}: the run was asked to stop before it was scored")

@@ -15,6 +15,7 @@ from itertools import combinations
 from pathlib import Path
 
 from eval.artifacts import Results, load_answers, load_results, write_text
+from eval.held_out import judge_held_out, load_held_out
 from eval.significance import Arm, Comparison, Verdict, judge_comparisons
 from eval.tables import render_scores
 from jobs.entry import run_guarded
@@ -32,6 +33,8 @@ def compare(args: argparse.Namespace) -> None:
     runs = [Path(run) for run in args.runs]
     verdicts = judge_runs(runs, pool_seeds=args.pool_seeds)
     print_verdicts(verdicts)
+    for sentence in judge_texts(runs):
+        print(sentence)
     if args.out:
         write_json(Path(args.out), [verdict.model_dump(mode="json") for verdict in verdicts])
         print(f"\nverdicts  {Path(args.out).resolve()}")
@@ -63,6 +66,22 @@ def judge_runs(runs: Sequence[Path], *, pool_seeds: bool = False) -> list[Verdic
         comparisons += [(reference, arm) for arm in loaded]
         comparisons += [(earlier[0], later) for earlier, later in combinations(loaded, 2) if len(earlier) == 1]
     return judge_comparisons(comparisons)
+
+
+def judge_texts(runs: Sequence[Path]) -> list[str]:
+    """A sentence per run and held-out text that the run's own base was scored on too, corrected over all of them.
+
+    Raises:
+        EvaluationError: When a base and its run were scored on different documents.
+    """
+    names, pairs = [], []
+    for run in runs:
+        base = load_held_out(run / "evaluation" / BASE)
+        for name, trained in load_held_out(find_trained_scores(run)).items():
+            if name in base:
+                names.append(f"{run.name}, {name}")
+                pairs.append((base[name], trained))
+    return [f"{name}: {verdict.sentence}" for name, verdict in zip(names, judge_held_out(pairs))]
 
 
 def group_seeds(runs: Sequence[Path]) -> list[list[Path]]:

@@ -130,3 +130,21 @@ def test_the_report_shows_scores_by_step_and_case_studies_side_by_side(tmp_path:
     assert "<th>prompt</th><th>base</th><th>step_00000020</th>" in cases
     assert "<td>计算机的</td><td>a &lt; b</td><td>二\u2028</td>" in cases
     assert render_held_out(tmp_path) == "", "nothing was judged"
+
+
+def test_compared_runs_get_a_sentence_per_text(tmp_path: Path) -> None:
+    from jobs.compare import judge_texts
+
+    sizes = [100] * 20
+    for run, factor in (("worse", 1.5), ("same", 1.0)):
+        for label, share in (("base", 1.0), ("step_00000010", factor)):
+            folder = tmp_path / run / "evaluation" / label
+            (folder / "held_out").mkdir(parents=True)
+            (folder / "ceval.json").write_text("{}")
+            result = make_result([50 * share + index % 3 * (share - 1) for index in range(20)], sizes, name="notes")
+            (folder / "held_out" / "notes.json").write_text(result.model_dump_json())
+    first, second = judge_texts([tmp_path / "worse", tmp_path / "same"])
+    assert first.startswith("worse, notes: worse than the base: 1.")
+    assert second.startswith(
+        "same, notes: not distinguishable from the base: 0.7213 against 0.7213 bits per byte (+0.0000"
+    )
