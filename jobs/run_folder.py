@@ -14,6 +14,7 @@ from typing import Any
 from layerplan.config.load import dump_config
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError
+from layerplan.plan.freeze_plan import PLAN_NAME
 
 MAY_CHANGE = (
     "storage_path",
@@ -66,7 +67,7 @@ class RunFolder:
     @property
     def plan(self) -> Path:
         """The freeze plan."""
-        return self.root / "freeze_plan.json"
+        return self.root / PLAN_NAME
 
     @property
     def plan_text(self) -> Path:

@@ -285,7 +285,7 @@ def _check_store(manifest: Manifest, store: Path, seq_len: int, tokenizer_sha256
 
 
 def _log_result(tracker: Tracker, result: TrainResult, folder: RunFolder) -> None:
-    tracker.set_tags({f"proof.{name}": str(count) for name, count in result.gradient_coverage.items()})
+    tracker.set_tags({f"proof.{name}": str(value) for name, value in result.proof.items()})
     for path in (folder.training, folder.export):
         if path.exists():
             tracker.log_artifact(path)

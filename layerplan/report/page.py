@@ -12,13 +12,25 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from layerplan.plan.cost import PlanCost
-from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.report.figures import build_layer_figures, draw_loss
 from layerplan.report.scores import render_checkpoint_scores, render_continuations, render_held_out, render_table
 
 REPORT_NAME = "report.html"
 FIGURES_NAME = "figures"
+
+_PROOF_LABELS = {
+    "trainable_with_gradient": "tensors that train and have a gradient",
+    "frozen_without": "frozen tensors without a gradient",
+    "coverage_checks": "times gradients were compared with the plan",
+    "frozen_checksum": "checksum of the frozen tensors in training",
+    "frozen_checks": "times they were found unchanged",
+    "frozen_check_share_of_training": "share of training time that took",
+    "frozen_tensors_identical_to_base": "exported tensors identical to the base, byte for byte",
+    "trained_tensors": "exported tensors that trained",
+    "trained_tensors_changed": "of those, changed",
+}
 
 _STYLE = """
 :root{--ink:#111827;--soft:#4b5563;--line:#e5e7eb;--train:#b45309;--frozen:#dbeafe}
@@ -41,7 +53,7 @@ def write_report(run_dir: Path) -> Path:
     Returns:
         Path of the page.
     """
-    plan = FreezePlan.load(run_dir / "freeze_plan.json") if (run_dir / "freeze_plan.json").exists() else None
+    plan = FreezePlan.load(run_dir / PLAN_NAME) if (run_dir / PLAN_NAME).exists() else None
     profile = LayerProfile.load(run_dir / "layer_profile.json") if (run_dir / "layer_profile.json").exists() else None
     figures = build_layer_figures(profile, plan) if profile is not None else {}
     lines = [line for line in _read_lines(run_dir / "metrics.jsonl") if line.get("run") == "train"]
@@ -177,11 +189,19 @@ def _profile_section(profile: LayerProfile | None, figures: dict[str, Figure]) -
 
 
 def _proof_section(export: dict[str, Any] | None, training: dict[str, Any] | None) -> str:
-    proof = {**(training or {}).get("gradient_coverage", {}), **(export or {})}
+    proof = {**(training or {}).get("proof", {}), **(export or {})}
     if not proof:
         return ""
-    rows = [[name.replace("_", " "), str(value)] for name, value in proof.items()]
+    rows = [
+        [_PROOF_LABELS.get(name, name.replace("_", " ")), _proof_value(name, value)] for name, value in proof.items()
+    ]
     return "<h2>Proof that the plan was obeyed</h2>" + render_table(["checked", ""], rows)
+
+
+def _proof_value(name: str, value: Any) -> str:
+    if name.endswith("_share_of_training"):
+        return f"{value:.3%}"
+    return str(value) if name != "frozen_checksum" else f"{value[:28]}..."
 
 
 def _corpus_section(manifest: dict[str, Any] | None) -> str:

@@ -66,8 +66,8 @@ class TrainResult:
     """On the plan's own FLOPs, over all steps."""
     skipped_steps: int
     rollbacks: int
-    gradient_coverage: dict[str, int]
-    """What the first step proved."""
+    proof: dict[str, int | float | str]
+    """How often it was shown that the plan is obeyed, and on how many tensors."""
     stopped_early: bool
     hf_dir: Path | None
     """Exported folder; None when training stopped early."""

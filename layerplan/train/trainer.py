@@ -182,7 +182,7 @@ def _summarise(
         mfu=_overall_mfu(request, state),
         skipped_steps=state.skipped_steps,
         rollbacks=state.rollbacks,
-        gradient_coverage=state.gradient_coverage,
+        proof=state.summarise_proof(),
         stopped_early=state.step < request.config.max_steps,
         hf_dir=hf_dir,
     )

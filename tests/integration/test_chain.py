@@ -144,8 +144,8 @@ def test_the_report_needs_nothing_from_outside(finished_run: Path) -> None:
     page = (finished_run / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") >= 6
     assert not re.search(r"""(?:src|href)\s*=\s*["']https?:""", page)
-    assert "frozen tensors identical to base" in page
-    assert "trainable with gradient" in page
+    assert "exported tensors identical to the base, byte for byte" in page
+    assert "tensors that train and have a gradient" in page
     for label in ("base", "step_00000040"):
         lines = (finished_run / "evaluation" / label / "continuations.jsonl").read_text(encoding="utf-8").split("\n")
         assert html.escape(json.loads(lines[0])["text"]) in page

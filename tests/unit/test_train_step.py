@@ -62,7 +62,7 @@ def plain_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
 def test_chunked_loss_and_gradients_equal_the_plain_ones(
     options: LossOptions, core: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(loss_module._CHUNK_LOGITS, "cpu", 3 * VOCAB)
+    monkeypatch.setattr(loss_module, "chunk_logits", lambda device_type: 3 * VOCAB)
     monkeypatch.setattr(loss_module, "_chunk", getattr(loss_module, core))
     torch.manual_seed(1)
     hidden = torch.randn(10, 8, requires_grad=True)
@@ -80,7 +80,7 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(
 
 
 def test_bfloat16_loss_sums_in_float32_and_a_frozen_head_gets_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loss_module._CHUNK_LOGITS, "cpu", 16 * VOCAB)
+    monkeypatch.setattr(loss_module, "chunk_logits", lambda device_type: 16 * VOCAB)
     torch.manual_seed(1)
     hidden = torch.randn(4096, 8, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(VOCAB, 8, dtype=torch.bfloat16)
