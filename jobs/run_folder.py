@@ -14,6 +14,7 @@ from typing import Any
 from layerplan.config.load import dump_config
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError
+from layerplan.plan.freeze_plan import PLAN_NAME
 
 MAY_CHANGE = (
     "storage_path",
@@ -25,6 +26,7 @@ MAY_CHANGE = (
     "trace.num_gpus_per_actor",
     "corpus.num_workers",
     "corpus.num_cpus_per_worker",
+    "corpus.max_bad_fraction",
     "train.num_workers",
     "train.num_cpus_per_worker",
     "train.use_gpu",
@@ -66,7 +68,7 @@ class RunFolder:
     @property
     def plan(self) -> Path:
         """The freeze plan."""
-        return self.root / "freeze_plan.json"
+        return self.root / PLAN_NAME
 
     @property
     def plan_text(self) -> Path:

@@ -6,6 +6,7 @@ Frozen parameters are not saved: they are the base model's, byte for byte, and t
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,28 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from layerplan.errors import CheckpointError
 from layerplan.models.freezing import hf_name
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: Any) -> Any:
+@dataclass
+class Parked:
+    """Parameters that trained in an earlier phase of the plan, or will in a later one, and are frozen now.
+
+    Whole float32 tensors on the CPU, the same on every rank, so that they do not depend on how a phase places its model.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """By Hugging Face name."""
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Optimizer state kept for when the parameter thaws."""
+
+
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: Any, parked: Parked | None = None
+) -> Any:
     """Starts saving; returns a future when a process group can save in the background, else None after saving.
 
     Args:
@@ -26,29 +43,74 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         model: The training model, sharded or not.
         optimizer: Its optimizer.
         group: A gloo process group of the checkpoint's own, or None for a single process.
+        parked: What other phases of the plan train.
 
     Raises:
         CheckpointError: When the optimizer lacks state for a trained parameter.
     """
     state = _collect_state(model, optimizer)
+    if parked is not None:
+        state["model"].update(parked.weights)
+        state["optimizer"].update(parked.moments)
     if group is None:
         dcp.save(state, checkpoint_id=path, no_dist=not dist.is_initialized())
         return None
     return dcp.async_save(state, checkpoint_id=path, process_group=group)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, fresh_moments: bool = False
+) -> None:
     """Restores in place, onto any world size.
+
+    Args:
+        path: Folder of the checkpoint.
+        model: The training model.
+        optimizer: Its optimizer.
+        fresh_moments: Whether a parameter the checkpoint has no moments for starts with zeros, as after a change of
+            plan; otherwise its absence is an error.
 
     Raises:
         CheckpointError: When the checkpoint lacks what this plan trains.
     """
-    _load(_collect_state(model, optimizer), path)
+    state = _collect_state(model, optimizer)
+    if fresh_moments:
+        known = _list_moments(path)
+        for name in [name for name in state["optimizer"] if name not in known]:
+            for value in state["optimizer"].pop(name).values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+    _load(state, path)
     with torch.no_grad():
         for value in model.parameters():
             master = optimizer.state.get(value, {}).get("master")
             if master is not None:
                 value.copy_(master)
+
+
+def load_parked(path: Path, like: dict[str, Tensor], *, keep_moments: bool) -> Parked:
+    """Reads what this phase does not train from the checkpoint of the phase before.
+
+    Args:
+        path: Checkpoint folder.
+        like: Name to a tensor of the wanted shape.
+        keep_moments: Whether optimizer state found there is kept.
+
+    Raises:
+        CheckpointError: When the checkpoint lacks a weight.
+    """
+    parked = Parked(load_trained_tensors(path, like))
+    if keep_moments:
+        known = _list_moments(path)
+        moments = {
+            name: {key: torch.empty(size, dtype=torch.float32) for key, size in known[name].items()}
+            for name in like
+            if name in known
+        }
+        if moments:
+            _load({"optimizer": moments}, path)
+        parked.moments = moments
+    return parked
 
 
 def load_trained_tensors(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -64,6 +126,17 @@ def load_trained_tensors(path: Path, like: dict[str, Tensor]) -> dict[str, Tenso
     state = {"model": {name: torch.empty(tensor.shape, dtype=torch.float32) for name, tensor in like.items()}}
     _load(state, path)
     return state["model"]
+
+
+def _list_moments(path: Path) -> dict[str, dict[str, torch.Size]]:
+    """Parameters the checkpoint has optimizer state for, with the size of each part."""
+    found: dict[str, dict[str, torch.Size]] = {}
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    for flat, entry in metadata.state_dict_metadata.items():
+        if flat.startswith("optimizer.") and isinstance(entry, TensorStorageMetadata):
+            name, _, key = flat.removeprefix("optimizer.").rpartition(".")
+            found.setdefault(name, {})[key] = entry.size
+    return found
 
 
 def _load(state: dict[str, Any], path: Path) -> None:

@@ -6,16 +6,19 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from layerplan.checkpoint.dcp import load_trained_tensors
+from layerplan.checkpoint.layout import STATE_NAME, read_train_state
+from layerplan.checkpoint.model_card import render_model_card
 from layerplan.errors import CheckpointError
 from layerplan.models.causal_lm import load_causal_lm
 from layerplan.models.files import find_model_file, hash_weight_files
 from layerplan.models.freezing import apply_plan, compute_tensor_hashes
-from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -29,7 +32,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What the export proved."""
+    """What the export proved; that reloaded logits are the trained model's goes without a number."""
 
     folder: Path
     num_frozen: int
@@ -62,9 +65,11 @@ def export_hf(
 ) -> ExportReport:
     """Writes the trained model as safetensors and proves that the frozen tensors are the base's, byte for byte.
 
+    Beside the weights lie the tokenizer, the generation config, `freeze_plan.json` and a model card.
+
     Raises:
         CheckpointError: When the base is no longer the one the plan was made for, a frozen tensor differs from the base
-            after reloading, or a trained one did not arrive.
+            after reloading, a trained one did not arrive, or the reloaded model computes other logits.
     """
     _check_base(base, plan)
     model = load_causal_lm(base, revision=revision, trust_remote_code=trust_remote_code)
@@ -83,7 +88,20 @@ def export_hf(
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     _copy_tokenizer(base, revision, partial)
-    check_export(partial, frozen=frozen_before, trained=expected)
+    plan.save(partial / PLAN_NAME)
+    plan = plan.sealed()
+    reloaded = check_export(partial, frozen=frozen_before, trained=expected)
+    check_logits(partial, model, reloaded)
+    state = _read_state(checkpoint)
+    card = render_model_card(
+        plan,
+        step=state.get("step", 0),
+        state=state,
+        num_frozen=len(applied.frozen),
+        num_trained=len(applied.trainable),
+        num_changed=changed,
+    )
+    (partial / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(out_dir, ignore_errors=True)
     partial.replace(out_dir)
     return ExportReport(out_dir, len(applied.frozen), len(applied.trainable), changed)
@@ -104,6 +122,29 @@ def check_export(folder: Path, *, frozen: dict[str, str], trained: dict[str, str
                 f"{folder}: after export {len(wrong)} {side} tensors are not what was expected; the first is {wrong[0]}"
             )
     return reloaded
+
+
+@torch.no_grad()
+def check_logits(folder: Path, model: nn.Module, reloaded: nn.Module) -> None:
+    """Compares both models on one fixed row: equal weights under another config would compute something else.
+
+    Raises:
+        CheckpointError: With the largest difference.
+    """
+    positions = int(getattr(model.config, "max_position_embeddings", None) or 32)
+    size = min(32, positions)
+    ids = (torch.arange(size) * 7919 % int(model.config.vocab_size))[None]
+    wanted, found = (each.eval()(input_ids=ids).logits.float() for each in (model, reloaded))
+    difference = float((wanted - found).abs().max())
+    if not difference <= 1e-3 * max(1.0, float(wanted.abs().max())):
+        raise CheckpointError(
+            f"{folder}: after reloading, logits differ by up to {difference:.3g} from those of the trained model;"
+            " its config.json does not describe it"
+        )
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    return read_train_state(checkpoint) if (checkpoint / STATE_NAME).exists() else {}
 
 
 def _check_base(base: str, plan: FreezePlan) -> None:

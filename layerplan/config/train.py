@@ -112,6 +112,8 @@ class TrainConfig(StrictModel):
     """Rate one worker's device reaches at best, the denominator of MFU; known or measured when left out."""
     usd_per_worker_hour: float | None = Field(default=None, ge=0)
     """Price of one worker, for the cost shown while training."""
+    check_frozen: bool = True
+    """Prove before every checkpoint, by checksums, that frozen tensors still have their bytes."""
     write_ledger: bool = False
     """Write a hash of the row ids of every step (`ledger.jsonl`)."""
 

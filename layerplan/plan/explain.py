@@ -193,6 +193,8 @@ def describe_certainty(profile: LayerProfile) -> list[str]:
 def _extremes(shares: dict[str, float]) -> str:
     named = sorted(shares.items(), key=lambda item: item[1])
     (low, lowest), (high, highest) = named[0], named[-1]
+    if lowest == highest:
+        return f"{lowest:.0%} in every group"
     return f"from {lowest:.0%} in {low} to {highest:.0%} in {high}"
 
 

@@ -13,6 +13,7 @@ from layerplan.errors import PlanError
 from layerplan.plan.hashing import compute_sha256
 from layerplan.plan.layer_profile import ModelIdentity, read_sealed, write_sealed
 
+PLAN_NAME = "freeze_plan.json"
 SCHEMA_VERSION = 1
 Tied = Literal["untied", "frozen", "trained", "head_only"]
 

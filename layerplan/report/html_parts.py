@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 
-def make_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain text; every cell is escaped."""
+def render_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, style: str = "") -> str:
+    """An HTML table; every cell is escaped."""
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    opening = f'<table class="{style}">' if style else "<table>"
+    return f"{opening}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def embed_svg(figure: Figure) -> str:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from layerplan.plan.explain import describe_certainty, describe_measurement
 from layerplan.plan.layer_profile import PROBES_NAME, LayerProfile
 from layerplan.report.figures import Deviations
-from layerplan.report.html_parts import embed_svg, make_table
+from layerplan.report.html_parts import embed_svg, render_table
 
 SHOWN_DEVIATIONS = ("cosine", "ce")
 CAPTIONS = {
@@ -52,7 +52,7 @@ def render_measurement(profile: LayerProfile | None, figures: Mapping[str, Figur
         if name in figures:
             text += f'<figure>{embed_svg(figures[name])}<figcaption class="soft">{html.escape(caption)}</figcaption></figure>'
     rows = [[name.replace("_", " "), f"{share:.0%}"] for name, share in profile.answered_share.items()]
-    text += "<h2>Probes answered rightly</h2>" + make_table(["group", "share"], rows)
+    text += "<h2>Probes answered rightly</h2>" + render_table(["group", "share"], rows)
     return text + "<h2>How stable the measurement is</h2>" + _stability_table(profile)
 
 
@@ -73,4 +73,4 @@ def _stability_table(profile: LayerProfile) -> str:
             ]
         )
     headings = ["compared with", "rank correlation of LS", "of TP", "of S(k)", "boundary"]
-    return make_table(headings, rows)
+    return render_table(headings, rows)

@@ -11,14 +11,27 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from layerplan.plan.cost import PlanCost
-from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.report.figures import build_layer_figures, draw_loss
-from layerplan.report.html_parts import embed_svg, make_table
+from layerplan.report.html_parts import embed_svg, render_table
 from layerplan.report.measurement import read_deviations, render_measurement
+from layerplan.report.scores import render_checkpoint_scores, render_continuations, render_held_out
 
 REPORT_NAME = "report.html"
 FIGURES_NAME = "figures"
+
+_PROOF_LABELS = {
+    "trainable_with_gradient": "tensors that train and have a gradient",
+    "frozen_without": "frozen tensors without a gradient",
+    "coverage_checks": "times gradients were compared with the plan",
+    "frozen_checksum": "checksum of the frozen tensors in training",
+    "frozen_checks": "times they were found unchanged",
+    "frozen_check_share_of_training": "share of training time that took",
+    "frozen_tensors_identical_to_base": "exported tensors identical to the base, byte for byte",
+    "trained_tensors": "exported tensors that trained",
+    "trained_tensors_changed": "of those, changed",
+}
 
 _STYLE = """
 :root{--ink:#111827;--soft:#4b5563;--line:#e5e7eb;--train:#b45309;--frozen:#dbeafe}
@@ -31,6 +44,7 @@ th{color:var(--soft);font-weight:600}.map{display:flex;gap:3px;margin:1rem 0;fle
 flex:1;text-align:center;padding:.5rem .2rem;border-radius:4px;font-size:.8rem}.on{background:var(--train);color:#fff}
 .off{background:var(--frozen);color:#1e3a8a}svg{max-width:100%;height:auto}code{font-size:.88em}
 .verdict{border-left:3px solid var(--train);padding:.2rem 0 .2rem .8rem;margin:.6rem 0}
+.cases td{white-space:pre-wrap;vertical-align:top;width:33%}
 """
 
 
@@ -40,7 +54,7 @@ def write_report(run_dir: Path) -> Path:
     Returns:
         Path of the page.
     """
-    plan = FreezePlan.load(run_dir / "freeze_plan.json") if (run_dir / "freeze_plan.json").exists() else None
+    plan = FreezePlan.load(run_dir / PLAN_NAME) if (run_dir / PLAN_NAME).exists() else None
     profile = LayerProfile.load(run_dir / "layer_profile.json") if (run_dir / "layer_profile.json").exists() else None
     figures = build_layer_figures(profile, plan, read_deviations(run_dir)) if profile is not None else {}
     lines = [line for line in _read_lines(run_dir / "metrics.jsonl") if line.get("run") == "train"]
@@ -51,6 +65,9 @@ def write_report(run_dir: Path) -> Path:
         _head(run_dir, plan),
         _plan_section(plan),
         _verdict_section(_read(run_dir / "verdicts.json") or []),
+        render_held_out(run_dir / "evaluation"),
+        render_checkpoint_scores(run_dir / "evaluation"),
+        render_continuations(run_dir / "evaluation"),
         _training_section(_read(run_dir / "training.json"), figures),
         render_measurement(profile, figures),
         _proof_section(_read(run_dir / "export.json"), _read(run_dir / "training.json")),
@@ -90,10 +107,10 @@ def _plan_section(plan: FreezePlan | None) -> str:
     drawn = "".join(f'<div class="cell {"on" if trains else "off"}">{name}</div>' for name, trains in cells)
     text = f"<h2>The plan</h2><p>{html.escape(plan.reason)}</p><div class='map'>{drawn}</div>"
     text += '<p class="soft">Amber trains, blue is frozen; layer 0 is beside the embeddings.</p>'
-    return text + _costmake_table(plan)
+    return text + _cost_table(plan)
 
 
-def _costmake_table(plan: FreezePlan) -> str:
+def _cost_table(plan: FreezePlan) -> str:
     if not plan.predicted_cost:
         return ""
     rows = []
@@ -105,7 +122,7 @@ def _costmake_table(plan: FreezePlan) -> str:
             [name, f"{cost.trainable_params:,}", f"{cost.total_flops / 1e9:.4g}", share, str(cost.first_gradient_layer)]
         )
     headings = ["predicted", "trainable parameters", "GFLOP per token", "of full", "backward reaches layer"]
-    return make_table(headings, rows)
+    return render_table(headings, rows)
 
 
 def _verdict_section(verdicts: Sequence[dict[str, Any]]) -> str:
@@ -127,7 +144,7 @@ def _verdict_section(verdicts: Sequence[dict[str, Any]]) -> str:
         for item in verdicts
     )
     headings = ["benchmark", "questions", "base [95 %]", "trained [95 %]", "difference", "p (Holm)"]
-    return "<h2>The verdict</h2>" + make_table(headings, rows) + sentences
+    return "<h2>The verdict</h2>" + render_table(headings, rows) + sentences
 
 
 def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure]) -> str:
@@ -145,16 +162,24 @@ def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure])
             ["MFU on the plan's own FLOPs", f"{result['mfu']:.1%}"],
             ["steps left out as not finite", str(result["skipped_steps"])],
         ]
-        text += make_table(["measured", ""], rows)
+        text += render_table(["measured", ""], rows)
     return text
 
 
 def _proof_section(export: dict[str, Any] | None, training: dict[str, Any] | None) -> str:
-    proof = {**(training or {}).get("gradient_coverage", {}), **(export or {})}
+    proof = {**(training or {}).get("proof", {}), **(export or {})}
     if not proof:
         return ""
-    rows = [[name.replace("_", " "), str(value)] for name, value in proof.items()]
-    return "<h2>Proof that the plan was obeyed</h2>" + make_table(["checked", ""], rows)
+    rows = [
+        [_PROOF_LABELS.get(name, name.replace("_", " ")), _proof_value(name, value)] for name, value in proof.items()
+    ]
+    return "<h2>Proof that the plan was obeyed</h2>" + render_table(["checked", ""], rows)
+
+
+def _proof_value(name: str, value: Any) -> str:
+    if name.endswith("_share_of_training"):
+        return f"{value:.3%}"
+    return str(value) if name != "frozen_checksum" else f"{value[:28]}..."
 
 
 def _corpus_section(manifest: dict[str, Any] | None) -> str:
@@ -162,7 +187,7 @@ def _corpus_section(manifest: dict[str, Any] | None) -> str:
         return ""
     rows = [[name, f"{count:,}"] for name, count in manifest["counts"].items()]
     rows += [["rows", f"{manifest['num_rows']:,}"], ["tokens", f"{manifest['num_tokens']:,}"]]
-    return "<h2>Corpus</h2>" + make_table(["documents", "count"], rows)
+    return "<h2>Corpus</h2>" + render_table(["documents", "count"], rows)
 
 
 def _config_section(run_dir: Path) -> str:

@@ -20,9 +20,10 @@ from layerplan.corpus.rows import PackedRows
 from layerplan.errors import TrainingError
 from layerplan.models.freezing import AppliedPlan, check_gradient_coverage
 from layerplan.train import metrics
+from layerplan.train.frozen_check import FrozenTensors
 from layerplan.train.optim import compute_clip_scale, compute_grad_norm
 from layerplan.train.profiling import profiled
-from layerplan.train.schedule import compute_lr_scale
+from layerplan.train.schedule import compute_lr_scale, compute_rewarm_scale
 from layerplan.train.sharding import PlacedModel
 from layerplan.train.stability import StabilityMonitor, Verdict
 from layerplan.train.state import TrainState
@@ -74,6 +75,10 @@ class LoopSetup:
     """What to say when memory runs out."""
     profile_dir: Path | None = None
     """Where a trace goes."""
+    rewarm: tuple[int, int] = (0, 0)
+    """(first step, number of steps) over which the learning rate rises again after a change of plan."""
+    frozen: FrozenTensors | None = None
+    """Checked before every checkpoint; None leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ def run_loop(setup: LoopSetup, state: TrainState, hooks: LoopHooks, *, stop_step
         if state.step % config.validate_every_steps == 0 or is_last:
             state = _validate(setup, state, hooks)
         if state.step % config.checkpoint_every_steps == 0 or is_last:
-            _save(state, hooks)
+            state = _save(setup, state, hooks)
         if outcome.wants_stop:
             break
     return state
@@ -179,13 +184,14 @@ def _agree(setup: LoopSetup, batches: list[TensorBatch], rows: PackedRows, hooks
 def _check_coverage(setup: LoopSetup, state: TrainState) -> TrainState:
     check_gradient_coverage(setup.placed.model, setup.applied)
     coverage = {"trainable_with_gradient": len(setup.applied.trainable), "frozen_without": len(setup.applied.frozen)}
-    return state.model_copy(update={"gradient_coverage": coverage})
+    return state.model_copy(update={"gradient_coverage": coverage, "coverage_checks": state.coverage_checks + 1})
 
 
 def _update(setup: LoopSetup, step: int, outcome: StepOutcome, *, apply: bool) -> None:
     config = setup.config
     if apply:
         rate = config.optimizer.learning_rate * compute_lr_scale(step, config.max_steps, config.schedule)
+        rate *= compute_rewarm_scale(step, *setup.rewarm)
         for group in setup.optimizer.param_groups:
             group["lr"] = rate
         scale = compute_clip_scale(outcome.grad_norm, config.optimizer.max_grad_norm)
@@ -284,11 +290,20 @@ def _validate(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> TrainSta
     return state.model_copy(update={"validation_loss": loss})
 
 
-def _save(state: TrainState, hooks: LoopHooks) -> None:
+def _save(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> TrainState:
+    values = {}
+    if setup.frozen is not None:
+        started = time.perf_counter()
+        setup.frozen.check()
+        values[metrics.FROZEN_CHECK_S] = time.perf_counter() - started
+        state = state.count_frozen_check(values[metrics.FROZEN_CHECK_S])
+        values[metrics.FROZEN_CHECKS] = float(state.frozen_checks)
     started = time.perf_counter()
     hooks.save(state)
+    values[metrics.CHECKPOINT_STALL_S] = time.perf_counter() - started
     if hooks.sink is not None:
-        hooks.sink.log_metrics({metrics.CHECKPOINT_STALL_S: time.perf_counter() - started}, step=state.step)
+        hooks.sink.log_metrics(values, step=state.step)
+    return state
 
 
 def _reduce_sum(value: Tensor, setup: LoopSetup) -> Tensor:

@@ -18,6 +18,8 @@ MFU = "perf/mfu"
 DATA_WAIT_SHARE = "perf/data_wait_share"
 PHASE_SHARE = "perf/{phase}_share"
 CHECKPOINT_STALL_S = "perf/checkpoint_stall_s"
+FROZEN_CHECKS = "train/frozen_checks"
+FROZEN_CHECK_S = "perf/frozen_check_s"
 PEAK_MEMORY_GIB = "perf/peak_memory_gib"
 PREDICTED_MEMORY_GIB = "perf/predicted_memory_gib"
 

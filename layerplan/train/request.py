@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from layerplan.config.train import TrainConfig
 from layerplan.errors import CheckpointError
@@ -17,19 +18,32 @@ RESULT_NAME = "training.json"
 
 
 @dataclass(frozen=True)
+class CheckpointValidation:
+    """What Ray Train does with some checkpoints beside training; each is kept until that is done."""
+
+    fn: Callable[[Any], dict[str, Any]]
+    """From a committed `ray.train.Checkpoint` to metrics, called in a Ray task of its own, one at a time."""
+    steps: range
+    """Steps whose checkpoints are meant."""
+
+
+@dataclass(frozen=True)
 class TrainRequest:
     """Everything a training run needs; travels to the workers."""
 
     run_dir: Path
     model_path: str
     plan: FreezePlan
-    store: Path
+    store: Path | str
+    """Token store: a local folder, or an address such as `s3://bucket/store`."""
     config: TrainConfig
     seed: int
     sink_factory: Callable[[int], MetricSink] | None = None
     """(start step) to the sink of rank 0."""
     revision: str = "main"
     trust_remote_code: bool = False
+    validation: CheckpointValidation | None = None
+    """Called with checkpoints while training goes on; None calls nothing."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the workers."""
 
@@ -53,8 +67,8 @@ class TrainResult:
     """On the plan's own FLOPs, over all steps."""
     skipped_steps: int
     rollbacks: int
-    gradient_coverage: dict[str, int]
-    """What the first step proved."""
+    proof: dict[str, int | float | str]
+    """How often it was shown that the plan is obeyed, and on how many tensors."""
     stopped_early: bool
     hf_dir: Path | None
     """Exported folder; None when training stopped early."""

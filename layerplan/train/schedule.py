@@ -19,6 +19,11 @@ def compute_lr_scale(step: int, max_steps: int, config: ScheduleConfig) -> float
     return config.min_ratio + (1 - config.min_ratio) * _shape(min(progress, 1.0), config)
 
 
+def compute_rewarm_scale(step: int, start: int, num_steps: int) -> float:
+    """Share of the scheduled rate at `step` after a change of plan at `start`: rises linearly to 1 over `num_steps`."""
+    return min(1.0, (step - start + 1) / num_steps) if num_steps else 1.0
+
+
 def _shape(progress: float, config: ScheduleConfig) -> float:
     if config.type == "constant":
         return 1.0

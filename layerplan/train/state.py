@@ -22,12 +22,22 @@ class TrainState(StrictModel):
     """Returns to a checkpoint because of a bad step."""
     data_offset: int = 0
     """Steps of the data order that were passed over by rollbacks: step s reads the rows of s + data_offset."""
+    data_cursor: tuple[int, ...] = ()
+    """Next row of every lane when rows are made while training; a token store needs none."""
     recent_losses: tuple[float, ...] = ()
     """What the loss-spike detector remembers."""
     window_losses: tuple[float, ...] = ()
     """Losses of the steps since the last log line."""
     gradient_coverage: dict[str, int] = {}
     """Numbers of parameters the first step proved to have, and to lack, a gradient."""
+    coverage_checks: int = 0
+    """Times gradients were compared with the plan: at the first step, after every restart and change of plan."""
+    frozen_checksum: str = ""
+    """Checksum of all tensors the plan at hand freezes, after the dtype they are held in."""
+    frozen_checks: int = 0
+    """Times the frozen tensors were found unchanged."""
+    frozen_check_s: float = 0.0
+    """Seconds spent on it, over all attempts."""
     first_loss: float | None = None
     """First logged training loss, nats per token."""
     last_loss: float | None = None
@@ -47,6 +57,20 @@ class TrainState(StrictModel):
         """Mean loss since the last log line; steps that were left out as not finite do not count."""
         finite = [loss for loss in self.window_losses if math.isfinite(loss)]
         return sum(finite) / len(finite) if finite else math.nan
+
+    def count_frozen_check(self, seconds: float) -> TrainState:
+        """One more time the frozen tensors were found unchanged."""
+        update = {"frozen_checks": self.frozen_checks + 1, "frozen_check_s": self.frozen_check_s + seconds}
+        return self.model_copy(update=update)
+
+    def summarise_proof(self) -> dict[str, int | float | str]:
+        """What shows that the plan was obeyed, by name."""
+        proof: dict[str, int | float | str] = {**self.gradient_coverage, "coverage_checks": self.coverage_checks}
+        if self.frozen_checksum:
+            proof["frozen_checksum"] = self.frozen_checksum
+            proof["frozen_checks"] = self.frozen_checks
+            proof["frozen_check_share_of_training"] = round(self.frozen_check_s / max(self.train_s, 1e-9), 6)
+        return proof
 
     def check_same_run(self, other: dict[str, Any]) -> TrainState:
         """Returns the state a checkpoint carries; refuses one of another plan or corpus."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from tests.tiny_store import make_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_STEPS = 10
@@ -36,8 +36,12 @@ def test_a_stopped_killed_and_crashed_run_ends_bit_exact(tmp_path: Path) -> None
     assert finished.returncode == 0, finished.stdout[-5000:]
     assert (tmp_path / "interrupted" / "worker.done").exists(), "the worker was never killed"
     results = {name: json.loads((tmp_path / name / "training.json").read_text()) for name in ("interrupted", "quiet")}
-    for field in ("final_loss", "first_loss", "validation_loss", "tokens_seen", "final_step", "gradient_coverage"):
+    for field in ("final_loss", "first_loss", "validation_loss", "tokens_seen", "final_step"):
         assert results["interrupted"][field] == results["quiet"][field], field
+    proofs = {name: result["proof"] for name, result in results.items()}
+    for field in ("trainable_with_gradient", "frozen_without", "frozen_checksum"):
+        assert proofs["interrupted"][field] == proofs["quiet"][field], field
+    assert proofs["quiet"]["coverage_checks"] == 1 < proofs["interrupted"]["coverage_checks"]
     weights = [
         (tmp_path / name / results[name]["hf_dir"] / "model.safetensors").read_bytes()
         for name in ("interrupted", "quiet")
@@ -87,58 +91,6 @@ def start(folder: Path, *runs: str) -> subprocess.CompletedProcess[str]:
         timeout=280,
         check=False,
     )
-
-
-def make_inputs(folder: Path) -> None:
-    """A two-layer model and a token store of 64 rows, without Ray."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    from layerplan.corpus.manifest import MANIFEST_NAME, VALIDATION_NAME, Manifest
-    from layerplan.corpus.pack import RawRow
-    from layerplan.corpus.store import write_rows
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        tie_word_embeddings=True,
-        max_position_embeddings=64,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder / "base")
-    store = folder / "store"
-    store.mkdir()
-    rng = np.random.default_rng(0)
-
-    def draw(count: int) -> list[RawRow]:
-        return [
-            RawRow(rng.integers(0, 128, 32, dtype=np.int32), np.array([0, 11], dtype=np.int32), 32)
-            for _ in range(count)
-        ]
-
-    shard = write_rows(store / "shard_000000.parquet", draw(64), first_row_id=0, rows_per_group=8)
-    write_rows(store / VALIDATION_NAME, draw(3), first_row_id=-3, rows_per_group=8)
-    manifest = Manifest(
-        seq_len=32,
-        rows_per_group=8,
-        num_rows=64,
-        num_validation_rows=3,
-        num_tokens=2048,
-        num_padding_tokens=0,
-        vocab_size=128,
-        end_of_text_id=0,
-        tokenizer_sha256="0",
-        config_sha256="0",
-        counts={},
-        sources={},
-        shards=[shard],
-    )
-    (store / MANIFEST_NAME).write_text(manifest.model_dump_json())
 
 
 def make_request(folder: Path, run: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +116,37 @@ def test_a_model_that_writes_another_frozen_tensor_fails_the_export(
     with pytest.raises(CheckpointError, match="1 frozen tensors are not what was expected"):
         run.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_computes_something_else_fails_the_export(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All bytes of all tensors are right, and the model is still another one."""
+    save = type(run.model).save_pretrained
+
+    def faulty(self: nn.Module, folder: Path, **options: object) -> None:
+        save(self, folder, **options)
+        file = Path(folder) / "config.json"
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps(values | {"rms_norm_eps": 0.5}))
+
+    monkeypatch.setattr(type(run.model), "save_pretrained", faulty)
+    with pytest.raises(CheckpointError, match="logits differ by up to"):
+        run.export(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_export_carries_its_plan_and_a_card_the_hub_can_read(run: Run, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    run.export(tmp_path / "out")
+    assert FreezePlan.load(tmp_path / "out" / "freeze_plan.json").trainable_layers == (0,)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model is None and "Base: `base`" in card.text
+    assert card.data.library_name == "transformers"
+    assert "layer-freezing" in card.data.tags
+    assert "frozen tensors, identical to the base byte for byte | 24 |" in card.text
+    assert FreezePlan.load(tmp_path / "out" / "freeze_plan.json").sha256 in card.text
 
 
 def test_a_base_that_changed_since_the_plan_is_refused(run: Run, tmp_path: Path) -> None:

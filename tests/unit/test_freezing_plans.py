@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import random
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,18 +12,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerplan.config.plan import ExplicitPlanConfig, FreezeShallowPlanConfig
 from layerplan.config.train import TrainConfig
-from layerplan.corpus.rows import PackedRows
 from layerplan.errors import PlanError, TrainingError
 from layerplan.models.freezing import apply_plan, check_gradient_coverage, compute_tensor_hashes
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.plan.model_shape import ModelShape
-from layerplan.plan.placement import Placement
 from layerplan.plan.policies import make_plan
+from layerplan.train import frozen_check
+from layerplan.train.frozen_check import FrozenTensors
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
-from layerplan.train.optim import build_optimizer
-from layerplan.train.sharding import place_model
 from layerplan.train.state import TrainState
+from tests.tiny_loop import make_loop, make_rows
 
 VALUES = {
     "model_type": "qwen3",
@@ -78,6 +76,27 @@ def test_exactly_the_planned_tensors_change(seed: int):
     assert applied.trainable | applied.frozen == set(before) and not applied.trainable & applied.frozen
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_optimizer_state_exists_for_exactly_the_planned_tensors(seed: int):
+    """One step of the real loop under a random plan; frozen gradients are None after it as well."""
+    rng = random.Random(100 + seed)
+    tied = rng.random() < 0.5
+    options = {"tied": rng.choice(["frozen", "trained"])} if tied else {"train_embeddings": rng.random() < 0.5}
+    layers = rng.sample(range(4), rng.randint(1, 4))
+    model, plan = build(tied=tied), plan_for(ExplicitPlanConfig(trainable=layers, **options), tied=tied)
+    before = compute_tensor_hashes(dict(model.named_parameters()))
+    setup, hooks = two_steps(model, plan)
+    state = run_loop(setup, TrainState(), hooks)
+    named = dict(model.named_parameters())
+    with_state = {name for name, value in named.items() if setup.optimizer.state.get(value)}
+    assert with_state == setup.applied.trainable
+    assert sum(len(group["params"]) for group in setup.optimizer.param_groups) == len(setup.applied.trainable)
+    assert all(named[name].grad is None for name in setup.applied.frozen)
+    after = compute_tensor_hashes(named)
+    assert {name for name in before if before[name] != after[name]} == set(setup.applied.trainable)
+    assert state.frozen_checks == 1 and state.coverage_checks == 1
+
+
 def test_a_gradient_on_a_frozen_tensor_is_found():
     model = build(tied=True)
     applied = apply_plan(model, plan_for(FreezeShallowPlanConfig(boundary=2), tied=True))
@@ -104,23 +123,63 @@ def test_a_trained_tensor_without_a_gradient_is_found():
 def test_the_training_loop_stops_at_step_1_when_the_plan_is_not_obeyed(layer: int, trains: bool, words: str):
     """One parameter is set against the plan behind the loop's back; no update and no checkpoint is made."""
     model = build(tied=True)
-    applied = apply_plan(model, plan_for(FreezeShallowPlanConfig(boundary=2), tied=True))
+    saved: list[TrainState] = []
+    setup, hooks = two_steps(model, plan_for(FreezeShallowPlanConfig(boundary=2), tied=True), saved)
     dict(model.named_parameters())[f"model.layers.{layer}.mlp.up_proj.weight"].requires_grad_(trains)
     before = compute_tensor_hashes(dict(model.named_parameters()))
-    config = TrainConfig(max_steps=2, global_batch_size=2, micro_batch_size=2, compute_dtype="float32")
-    plan, device = plan_for(FreezeShallowPlanConfig(boundary=2), tied=True), torch.device("cpu")
-    placed = place_model(model, plan, config, Placement("replicate", "replicate"), world_size=1, device=device)
-    optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters)
-    ids = np.arange(24, dtype=np.int32).reshape(2, 12) % 40
-    positions = np.tile(np.arange(12, dtype=np.int32), (2, 1))
-    rows = PackedRows(np.arange(2), ids, np.zeros_like(ids), positions)
-    saved: list[TrainState] = []
-    hooks = LoopHooks(lambda start, stop: iter([rows] * (stop - start)), saved.append, lambda: False, None, None)
-    setup = LoopSetup(placed, optimizer, applied, config, device, rank=0, world_size=1)
     with pytest.raises(TrainingError, match=f"{words}.*layers.{layer}.mlp.up_proj"):
         run_loop(setup, TrainState(), hooks)
     assert compute_tensor_hashes(dict(model.named_parameters())) == before
     assert saved == []
+
+
+def two_steps(model: nn.Module, plan: FreezePlan, saved: list[TrainState] | None = None) -> tuple[LoopSetup, LoopHooks]:
+    """Two steps, a checkpoint at the last."""
+    config = TrainConfig(max_steps=2, global_batch_size=2, micro_batch_size=2, compute_dtype="float32")
+    save = (lambda state: None) if saved is None else saved.append
+    return make_loop(model, plan, config, rows_of_step=lambda step: make_rows(step, batch=2, vocab_size=40), save=save)
+
+
+def test_a_frozen_tensor_that_moves_stops_the_run_before_anything_is_saved():
+    """One bit of one frozen element is flipped between two checkpoints."""
+    model = build(tied=True)
+    saved: list[TrainState] = []
+    setup, hooks = two_steps(model, plan_for(FreezeShallowPlanConfig(boundary=2), tied=True), saved)
+    words = dict(model.named_parameters())["model.layers.1.mlp.up_proj.weight"].data.view(torch.int32)
+    words[3, 5] ^= 1
+    with pytest.raises(
+        TrainingError, match=r"1 of 24 changed .*layers.1.mlp.up_proj.weight.*no checkpoint was made of it"
+    ):
+        run_loop(setup, TrainState(), hooks)
+    assert saved == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_checksum_is_the_sum_of_odd_multiples_of_the_words(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(frozen_check, "_CHUNK", 100)
+    torch.manual_seed(3)
+    value = torch.randn(23, 17).to(dtype)
+    bits = value.reshape(-1).view({4: torch.int32, 2: torch.int16, 1: torch.uint8}[value.element_size()]).tolist()
+    expected = sum((2 * place + 1) * word for place, word in enumerate(bits)) % 2**64
+    found = frozen_check.compute_checksums({"w": value})["w"]
+    assert found % 2**64 == expected
+    swapped = value.clone()
+    swapped[0], swapped[1] = value[1], value[0]
+    assert frozen_check.compute_checksums({"w": swapped})["w"] != found
+
+
+def test_a_resumed_run_refuses_other_frozen_bytes_and_says_nothing_of_another_dtype():
+    model, other = build(tied=True), build(tied=True)
+    plan = plan_for(FreezeShallowPlanConfig(boundary=2), tied=True)
+    first = two_steps(model, plan)[0].frozen
+    second = two_steps(other, plan)[0].frozen
+    assert first is not None and second is not None
+    second.check_same_as(first.digest)
+    dict(other.named_parameters())["model.embed_tokens.weight"].data[0, 0] += 1
+    third = FrozenTensors(other, "float32")
+    with pytest.raises(TrainingError, match="the model's files changed between the attempts"):
+        third.check_same_as(first.digest)
+    FrozenTensors(other, "bfloat16").check_same_as(first.digest)
 
 
 def test_head_only_trains_the_shared_matrix_through_the_head_alone():

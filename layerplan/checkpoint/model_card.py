@@ -1,0 +1,69 @@
+"""`README.md` of an exported folder: what the model is, which layers trained, and how that was proved."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from layerplan import __version__
+from layerplan.plan.explain import render_layer_map
+from layerplan.plan.freeze_plan import FreezePlan
+
+
+def render_model_card(
+    plan: FreezePlan, *, step: int, state: dict[str, Any], num_frozen: int, num_trained: int, num_changed: int
+) -> str:
+    """Markdown with the front matter the Hugging Face hub reads.
+
+    Args:
+        plan: The plan that was trained.
+        step: Optimizer steps taken.
+        state: The checkpoint's train state; losses and tokens are taken from it where they are known.
+        num_frozen: Exported tensors that have the base's bytes.
+        num_trained: Exported tensors that trained.
+        num_changed: Of those, how many differ from the base.
+    """
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if "/" in plan.model.name:  # a hub id; the name of a folder would link to someone else's model
+        front["base_model"] = plan.model.name
+    short_name = plan.model.name.rstrip("/").rsplit("/", 1)[-1]
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        "tags: [continued-pretraining, layer-freezing, layerplan]",
+        "---",
+        "",
+        f"# {short_name}, continued for {step:,} steps under a `{plan.plan_type}` freeze plan",
+        "",
+        f"Base: `{plan.model.name}` at revision `{plan.model.revision}`. The base's licence and limits hold for this model too.",
+        "",
+        plan.reason,
+        "",
+        "```",
+        render_layer_map(plan),
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        *_numbers(state),
+        f"| frozen tensors, identical to the base byte for byte | {num_frozen} |",
+        f"| trained tensors | {num_trained}, of which {num_changed} changed |",
+        f"| freeze plan | `freeze_plan.json`, sha256 `{plan.sha256}` |",
+        "",
+        f"Made with layerplan {__version__}. What the model scores is in the run's report, beside its base.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(state: dict[str, Any]) -> list[str]:
+    labels = {
+        "tokens_seen": ("tokens trained on", "{:,}"),
+        "last_loss": ("training loss, nats per token", "{:.4f}"),
+        "validation_loss": ("validation loss, nats per token", "{:.4f}"),
+        "corpus_sha256": ("corpus, sha256 of its rows", "`{}`"),
+    }
+    return [
+        f"| {label} | {shape.format(state[name])} |"
+        for name, (label, shape) in labels.items()
+        if state.get(name) not in (None, "")
+    ]

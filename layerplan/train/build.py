@@ -1,0 +1,150 @@
+"""A worker's model, made ready: loaded, planned, placed, with its optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from layerplan.checkpoint.dcp import Parked, load_parked
+from layerplan.errors import TrainingError
+from layerplan.models.causal_lm import load_causal_lm
+from layerplan.models.freezing import AppliedPlan, apply_plan
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.memory import GIB, MemoryEstimate, choose_placement, explain_shortage
+from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.placement import Placement
+from layerplan.train.attention import IMPLEMENTATIONS, choose_attention
+from layerplan.train.optim import build_optimizer
+from layerplan.train.request import TrainRequest
+from layerplan.train.sharding import PlacedModel, place_model
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A placed model with its plan, its optimizer and what was predicted of it."""
+
+    placed: PlacedModel
+    applied: AppliedPlan
+    optimizer: torch.optim.Optimizer
+    placement: Placement
+    estimate: MemoryEstimate
+    available_bytes: float
+    parked: Parked
+    """What other phases of the plan train."""
+
+
+def build_model(
+    request: TrainRequest,
+    plan: FreezePlan,
+    shape: ModelShape,
+    device: torch.device,
+    *,
+    seq_len: int,
+    rank: int,
+    world_size: int,
+    local_world_size: int,
+    checkpoint: Path | None = None,
+) -> BuiltModel:
+    """Loads the base, applies the plan, settles the placement, and builds the optimizer, in this order.
+
+    Args:
+        request: The run.
+        plan: The plan of the phase at hand; the run's own when it does not change.
+        shape: Sizes of the model.
+        device: Where the worker computes.
+        seq_len: Tokens per row.
+        rank: Of this worker.
+        world_size: Workers.
+        local_world_size: Workers on this machine.
+        checkpoint: Of the phase before; gives what this phase does not train.
+
+    Raises:
+        TrainingError: When the device lacks the dtype, or the prediction does not fit into memory.
+    """
+    config = request.config
+    check_dtype(config.compute_dtype, device)
+    available = agree_on_memory(find_available_bytes(device, local_world_size), device)
+    placement, estimate = choose_placement(
+        plan,
+        shape,
+        config,
+        seq_len=seq_len,
+        world_size=world_size,
+        device_type=device.type,
+        available_bytes=available,
+    )
+    if estimate.total > available:
+        raise TrainingError(f"the run does not fit into memory. {explain_shortage(estimate, available, config)}")
+    placement = replace(placement, attention=choose_attention(config, shape, seq_len, device))
+    torch.manual_seed(request.seed)
+    causal_lm = load_causal_lm(
+        request.model_path, revision=request.revision, trust_remote_code=request.trust_remote_code
+    )
+    causal_lm.set_attn_implementation(IMPLEMENTATIONS[placement.attention])
+    parked = park_other_phases(causal_lm, request.plan, plan, checkpoint)
+    applied = apply_plan(causal_lm, plan)
+    causal_lm.train()
+    placed = place_model(causal_lm, plan, config, placement, world_size=world_size, device=device)
+    optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters, compiled=config.compile)
+    placed.masters.clear()
+    if rank == 0:
+        print(render_placement(placement, estimate, available, applied), flush=True)
+    return BuiltModel(placed, applied, optimizer, placement, estimate, available, parked)
+
+
+def park_other_phases(causal_lm: nn.Module, whole: FreezePlan, plan: FreezePlan, checkpoint: Path | None) -> Parked:
+    """Takes aside what the whole plan trains and this phase does not, at its newest values; the model gets them too."""
+    if not whole.phases:
+        return Parked()
+    names = apply_plan(causal_lm, whole).trainable - apply_plan(causal_lm, plan).trainable
+    frozen = {name: value for name, value in causal_lm.named_parameters() if name in names}
+    if checkpoint is None:
+        return Parked({name: value.detach().float().cpu().clone() for name, value in frozen.items()})
+    parked = load_parked(checkpoint, frozen, keep_moments=whole.optimizer_state == "keep")
+    with torch.no_grad():
+        for name, value in frozen.items():
+            value.copy_(parked.weights[name])
+    return parked
+
+
+def check_dtype(name: str, device: torch.device) -> None:
+    """Refuses a compute dtype the device lacks.
+
+    Raises:
+        TrainingError: Naming the device and what to use instead.
+    """
+    if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise TrainingError(
+            f"train.compute_dtype=bfloat16: {torch.cuda.get_device_name(device)} has no bfloat16; use float32"
+        )
+
+
+def find_available_bytes(device: torch.device, local_world_size: int) -> float:
+    """Free memory one worker may use: of its GPU, or its share of the machine's."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return float(psutil.virtual_memory().available) / max(1, local_world_size)
+
+
+def agree_on_memory(available: float, device: torch.device) -> float:
+    """The smallest over the workers, so that all choose the same placement."""
+    value = torch.tensor([available], dtype=torch.float64, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MIN)
+    return float(value[0])
+
+
+def render_placement(placement: Placement, estimate: MemoryEstimate, available: float, applied: AppliedPlan) -> str:
+    """What was decided at start, in one line."""
+    return (
+        f"[train] {len(applied.trainable)} parameters train, {len(applied.frozen)} are frozen;"
+        f" parallelism {placement.parallelism}"
+        + (f", frozen layers {placement.frozen_sharding}d" if placement.parallelism == "shard" else "")
+        + f", attention {placement.attention}, {len(placement.checkpointed_layers)} layers recomputed;"
+        f" memory predicted {estimate.total / GIB:.2f} GiB of {available / GIB:.2f} GiB per worker"
+    )
