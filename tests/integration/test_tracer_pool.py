@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -120,9 +121,10 @@ def make_dying_actor(folder: Path) -> type[TracerActor]:
             self.calls += 1
             with (folder / "batches").open("a") as lines:
                 lines.write(json.dumps(sorted(measured["id"])) + "\n")
-            if self.calls == 2 and not (folder / "died").exists():
-                (folder / "died").touch()
-                os.kill(os.getpid(), signal.SIGKILL)
+            if self.calls == 2:
+                with contextlib.suppress(FileExistsError):
+                    (folder / "died").touch(exist_ok=False)  # one of two actors dies, whoever is first
+                    os.kill(os.getpid(), signal.SIGKILL)
             return measured
 
     return DyingActor
@@ -139,7 +141,8 @@ def test_an_actor_killed_mid_way_loses_nothing_and_counts_nothing_twice(
     disturbed = trace_model(str(trained_model), config.model_copy(update={"num_actors": 2}), out_dir=tmp_path / "out")
     assert (tmp_path / "died").exists()
     batches = [tuple(json.loads(line)) for line in (tmp_path / "batches").read_text().splitlines()]
-    assert len(batches) == len(set(batches)) + 1, "one batch was measured again"
+    # the killed one, and what the actor had finished but Ray had not taken over yet
+    assert len(batches) > len(set(batches)) == 15, "a batch was measured again"
     profile, out_dir = quiet
     # other actors, another order, a death: the same bytes
     assert disturbed.sha256 == profile.sha256
