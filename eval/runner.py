@@ -1,51 +1,27 @@
-"""A model's scores: prompts through an actor pool of engines, answers to disk, results that say how they were made."""
+"""A model's scores: prompts through the pool of engines, answers to disk, results that say how they were made."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, cast
 
+from eval.artifacts import Results, load_continued, load_results, write_continuations, write_results
+from eval.encoding import AnswerTokens, encode_prompts, find_answer_tokens
+from eval.engine import EngineAnswer, EngineSpec
 from eval.extraction import EXTRACTION_VERSION, extract_answer
-from eval.items import LETTERS, Benchmark, load_benchmark
-from eval.prompts import describe_template, format_prompt
-from eval.scoring import Answer, EvaluationResult, Protocol, pick_letter, score_answers
+from eval.held_out import load_held_out, score_held_out
+from eval.items import Benchmark, Question, load_benchmark
+from eval.pool import Ask, ask_all, clear_ledger
+from eval.preflight import check_lengths, check_weight_files
+from eval.prompts import TEMPLATES, describe_template, format_prompts
+from eval.scoring import Answer, EvaluationResult, Protocol, ScoreOrigin, pick_letter, score_answers
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError
 from layerplan.models.causal_lm import load_tokenizer
-from layerplan.models.files import load_hf_config
+from layerplan.models.files import identify_model, name_folder
 from layerplan.plan.hashing import compute_sha256
-
-Results = dict[str, EvaluationResult]
-
-
-class EngineActor:
-    """One engine, started once per actor and asked in batches."""
-
-    def __init__(self, model: str, revision: str, config: EvaluationConfig, letter_ids: Sequence[int]) -> None:
-        engine: Any
-        if config.backend == "vllm":
-            from eval.generation import VllmEngine as engine
-        else:
-            from eval.logits import TransformersEngine as engine
-        self._engine = engine(
-            model,
-            dtype=config.dtype,
-            max_new_tokens=config.max_new_tokens if "generate" in config.protocols else 1,
-            num_gpus=config.num_gpus_per_actor,
-            letter_ids=letter_ids,
-            revision=revision,
-        )
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Answers a batch of rows `index, ids`."""
-        answers = self._engine.ask([[int(token) for token in ids] for ids in batch["ids"]])
-        return {
-            "index": batch["index"],
-            "logprobs": [list(logprobs) for logprobs, _ in answers],
-            "output": [output for _, output in answers],
-        }
 
 
 def evaluate_model(
@@ -56,66 +32,90 @@ def evaluate_model(
     revision: str = "main",
     report: Callable[[str], None] = print,
 ) -> Results:
-    """Scores a model on every benchmark under every protocol; finished benchmarks are read back.
+    """Scores a model on every benchmark under every protocol; benchmarks finished before are read back.
 
-    Writes `<benchmark>.json` with the results and `<benchmark>.jsonl` with one line per question and protocol. Ray
-    must be initialised. All benchmarks share one pool, so an engine starts once.
+    Writes `<benchmark>.json` with the results, `<benchmark>.jsonl` with one line per question and protocol,
+    `continuations.jsonl` and `held_out/<name>.json`. Ray must be initialised. All prompts share one pool, so an engine
+    starts once.
 
     Returns:
         `"<benchmark>/<protocol>"` to its result.
 
     Raises:
         EvaluationError: When a benchmark, prompt or engine cannot give a trustworthy score.
+        ModelError: When the model's files are not whole.
     """
-    benchmarks = [load_benchmark(benchmark) for benchmark in config.benchmarks]
-    done = {benchmark.name: _read_finished(out_dir, benchmark, config) for benchmark in benchmarks}
+    check_weight_files(model)
+    origin = _describe_origin(model, revision, config)
+    benchmarks = _load_benchmarks(config)
+    finished = load_results(out_dir)
+    done = {benchmark.name: _read_finished(finished, benchmark, config, origin) for benchmark in benchmarks}
     todo = [benchmark for benchmark in benchmarks if done[benchmark.name] is None]
-    if todo:
+    if todo or load_continued(out_dir) != _describe_continuations(config):
         report(f"asking {sum(len(benchmark.questions) for benchmark in todo):,} questions with {config.backend}")
-        outputs = _ask_all(model, revision, config, todo)
+        outputs, continuations = _ask_benchmarks(model, revision, config, todo or benchmarks[:1], todo, out_dir)
         for benchmark in todo:
-            done[benchmark.name] = _finish(out_dir, benchmark, config, outputs[benchmark.name])
+            answers = {
+                protocol: [_make_answers(benchmark, protocol, config, repeat) for repeat in outputs[benchmark.name]]
+                for protocol in config.protocols
+            }
+            done[benchmark.name] = {
+                f"{benchmark.name}/{protocol}": score_answers(
+                    benchmark, protocol, make_protocol_id(benchmark, protocol, config), answers[protocol], origin=origin
+                )
+                for protocol in config.protocols
+            }
+            write_results(
+                out_dir,
+                benchmark.name,
+                cast(Results, done[benchmark.name]),
+                {protocol: repeats[0] for protocol, repeats in answers.items()},
+            )
+        write_continuations(out_dir, _describe_continuations(config), continuations)
+        clear_ledger(out_dir)
+    score_held_out(model, config, out_dir, revision=revision, report=report)
     return {key: result for results in done.values() if results is not None for key, result in results.items()}
 
 
-def load_results(out_dir: Path) -> Results:
-    """Reads every result of a scored model; empty when there is none.
+def load_finished(model: str, config: EvaluationConfig, out_dir: Path, *, revision: str = "main") -> Results | None:
+    """Everything asked for, when it was scored before; the model's folder need not exist any more, so its name counts.
 
     Raises:
-        EvaluationError: When a file is malformed.
+        EvaluationError: When a benchmark or a stored result cannot be read.
     """
-    results: Results = {}
-    for path in sorted(out_dir.glob("*.json")):
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            results |= {key: EvaluationResult.model_validate(value) for key, value in stored.items()}
-        except (OSError, ValueError) as error:
-            raise EvaluationError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
-    return results
+    stored = load_results(out_dir)
+    found: Results = {}
+    for benchmark in _load_benchmarks(config):
+        first = stored.get(f"{benchmark.name}/{config.protocols[0]}")
+        if first is None or first.origin is None:
+            return None
+        origin = _make_origin(name_folder(Path(model)), revision, first.origin.weights_sha256, config)
+        results = _read_finished(stored, benchmark, config, origin)
+        if results is None:
+            return None
+        found |= results
+    texts = load_held_out(out_dir)
+    is_whole = load_continued(out_dir) == _describe_continuations(config)
+    return found if is_whole and all(item.name in texts for item in config.held_out) else None
 
 
-def load_answers(out_dir: Path, benchmark: str, protocol: str) -> list[Answer]:
-    """Reads the per-question file of one protocol, in the benchmark's order.
-
-    Raises:
-        EvaluationError: When the file is missing.
-    """
-    path = out_dir / f"{benchmark}.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise EvaluationError(f"{path}: cannot be read ({error})") from None
-    records = [json.loads(line) for line in lines]
-    return [Answer.model_validate(record["answer"]) for record in records if record["protocol"] == protocol]
+def _load_benchmarks(config: EvaluationConfig) -> list[Benchmark]:
+    return [load_benchmark(item, num_few_shot=config.num_few_shot) for item in config.benchmarks]
 
 
 def make_protocol_id(benchmark: Benchmark, protocol: Protocol, config: EvaluationConfig) -> str:
-    """Hash of everything that decides a score beside the model: questions, prompt, extraction, decoding."""
+    """Hash of everything that decides a score beside the model: questions, prompts, extraction, decoding."""
     parts: list[Any] = [
         benchmark.name,
         benchmark.split,
         benchmark.content_sha256,
-        describe_template(benchmark.name),
+        describe_template(benchmark.name, config.style),
+        config.num_few_shot,
+        [
+            [item.id, item.question, *item.choices, item.answer]
+            for group in benchmark.examples.values()
+            for item in group
+        ],
         protocol,
     ]
     if protocol == "generate":
@@ -123,114 +123,129 @@ def make_protocol_id(benchmark: Benchmark, protocol: Protocol, config: Evaluatio
     return compute_sha256(parts)
 
 
-def find_letter_ids(tokenizer: Any, model: str) -> list[int]:
-    """Token ids of the bare letters A to D.
-
-    Raises:
-        EvaluationError: When a letter is not a single token.
-    """
-    found = [tokenizer.encode(letter, add_special_tokens=False) for letter in LETTERS]
-    wrong = [letter for letter, ids in zip(LETTERS, found) if len(ids) != 1]
-    if wrong:
-        raise EvaluationError(
-            f"{model}: its tokenizer splits the letter {wrong[0]!r}; the logit protocol needs single tokens"
-        )
-    return [ids[0] for ids in found]
+def _describe_origin(model: str, revision: str, config: EvaluationConfig) -> ScoreOrigin:
+    identity = identify_model(model, revision=revision)
+    return _make_origin(identity.name, revision, identity.weights_sha256, config)
 
 
-def _ask_all(
-    model: str, revision: str, config: EvaluationConfig, benchmarks: Sequence[Benchmark]
-) -> dict[str, list[dict[str, Any]]]:
-    import ray
-
-    tokenizer = load_tokenizer(model, revision=revision)
-    letter_ids = find_letter_ids(tokenizer, model)
-    owners = [(benchmark, question) for benchmark in benchmarks for question in benchmark.questions]
-    rows = [
-        {"index": index, "ids": tokenizer.encode(format_prompt(benchmark.name, question), add_special_tokens=True)}
-        for index, (benchmark, question) in enumerate(owners)
-    ]
-    _check_lengths(model, revision, config, rows, [question.id for _, question in owners])
-    batches = -(-len(rows) // config.batch_size)
-    asked = ray.data.from_items(rows, override_num_blocks=batches).map_batches(
-        EngineActor,
-        fn_constructor_args=(model, revision, config, letter_ids),
-        batch_size=config.batch_size,
-        compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, batches)),
-        num_cpus=config.num_cpus_per_actor,
-        num_gpus=config.num_gpus_per_actor,
+def _make_origin(name: str, revision: str, weights_sha256: str | None, config: EvaluationConfig) -> ScoreOrigin:
+    return ScoreOrigin(
+        model=name,
+        revision=revision,
+        weights_sha256=weights_sha256,
+        style=config.style,
+        num_few_shot=config.num_few_shot,
+        backend=config.backend,
+        dtype=config.dtype,
     )
-    answers = {int(record["index"]): record for record in asked.take_all()}
-    if sorted(answers) != list(range(len(rows))):
-        raise EvaluationError(f"{model}: {len(answers)} answers for {len(rows)} questions")
-    grouped: dict[str, list[dict[str, Any]]] = {benchmark.name: [] for benchmark in benchmarks}
-    for index, (benchmark, _) in enumerate(owners):
-        grouped[benchmark.name].append(answers[index])
-    return grouped
 
 
-def _check_lengths(
-    model: str, revision: str, config: EvaluationConfig, rows: Sequence[dict[str, Any]], ids: Sequence[str]
-) -> None:
-    limit = load_hf_config(model, revision=revision).get("max_position_embeddings")
-    for row, identifier in zip(rows, ids):
-        needed = len(row["ids"]) + config.max_new_tokens
-        if limit is not None and needed > limit:
-            raise EvaluationError(
-                f"{model}: question {identifier} needs {needed} tokens with its answer, the model has {limit} positions"
-            )
+def _describe_continuations(config: EvaluationConfig) -> list[tuple[str, int]]:
+    """Each prompt to continue and how far."""
+    return [(prompt, config.continuation_tokens) for prompt in config.continuation_prompts]
 
 
-def _finish(
-    out_dir: Path, benchmark: Benchmark, config: EvaluationConfig, outputs: Sequence[dict[str, Any]]
-) -> Results:
-    results: Results = {}
-    lines: list[str] = []
-    for protocol in config.protocols:
-        answers = [
-            _make_answer(benchmark.name, question, protocol, output)
-            for question, output in zip(benchmark.questions, outputs, strict=True)
-        ]
-        lines += [
-            json.dumps({"protocol": protocol, "answer": item.model_dump()}, ensure_ascii=False) for item in answers
-        ]
-        protocol_id = make_protocol_id(benchmark, protocol, config)
-        results[f"{benchmark.name}/{protocol}"] = score_answers(benchmark, protocol, protocol_id, answers)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    _write(out_dir / f"{benchmark.name}.jsonl", "\n".join(lines) + "\n")
-    dumped = {key: result.model_dump(mode="json") for key, result in results.items()}
-    _write(out_dir / f"{benchmark.name}.json", json.dumps(dumped, indent=2, ensure_ascii=False) + "\n")
-    return results
+def _ask_benchmarks(
+    model: str,
+    revision: str,
+    config: EvaluationConfig,
+    worded: Sequence[Benchmark],
+    asked: Sequence[Benchmark],
+    out_dir: Path,
+) -> tuple[dict[str, list[list[EngineAnswer]]], list[EngineAnswer]]:
+    """Answers per benchmark and repeat, and the continuations; `worded` benchmarks say which tokens the letters are."""
+    tokenizer = load_tokenizer(model, revision=revision)
+    limit = config.max_new_tokens if "generate" in config.protocols else 1
+    tokens = {benchmark.name: _answer_tokens(tokenizer, model, benchmark, config) for benchmark in worded}
+    letters = {item.letters for item in tokens.values()}
+    if len(letters) > 1:
+        raise EvaluationError(
+            f"{model}: the letters have other tokens in one benchmark than in another; score them apart"
+        )
+    asks: list[Ask] = []
+    for benchmark in asked:
+        prompts = format_prompts(benchmark, style=config.style)
+        encoded = encode_prompts(tokenizer, prompts, add_special_tokens=config.style == "official")
+        asks += [Ask([*ids, *tokens[benchmark.name].appended], limit) for ids in encoded]
+    continued = encode_prompts(tokenizer, config.continuation_prompts, add_special_tokens=True)
+    names = [question.id for benchmark in asked for question in benchmark.questions]
+    names += [f"continuation {index + 1}" for index in range(len(continued))]
+    num_questions = len(asks)
+    asks += [Ask(ids, config.continuation_tokens) for ids in continued]
+    lengths = [len(ask.ids) + ask.max_new_tokens for ask in asks]
+    check_lengths(model, revision, lengths, names)
+    spec = EngineSpec(
+        model=model,
+        revision=revision,
+        backend=config.backend,
+        dtype=config.dtype,
+        num_gpus=config.num_gpus_per_actor,
+        letter_ids=letters.pop(),
+        max_length=max(lengths),
+    )
+    orders = [order_repeat(num_questions, repeat) for repeat in range(config.repeats)]
+    shuffled = [asks[index] for order in orders for index in order]
+    answers = ask_all([*shuffled, *asks[num_questions:]], spec, config, out_dir)
+    outputs: dict[str, list[list[EngineAnswer]]] = {benchmark.name: [] for benchmark in asked}
+    for repeat, order in enumerate(orders):
+        by_question = dict(zip(order, answers[repeat * num_questions :]))
+        found = iter([by_question[index] for index in range(num_questions)])
+        for benchmark in asked:
+            outputs[benchmark.name].append([next(found) for _ in benchmark.questions])
+    return outputs, answers[num_questions * config.repeats :]
 
 
-def _make_answer(benchmark: str, question: Any, protocol: Protocol, output: dict[str, Any]) -> Answer:
-    logprobs = tuple(float(value) for value in output["logprobs"])
-    text = str(output["output"])
-    predicted = pick_letter(logprobs) if protocol == "logit" else extract_answer(text, question.choices)
+def order_repeat(num_questions: int, repeat: int) -> list[int]:
+    """Order in which a repeat asks: the first one as written, each other one in a permutation of its own."""
+    order = list(range(num_questions))
+    if repeat:
+        Random(repeat).shuffle(order)
+    return order
+
+
+def _answer_tokens(tokenizer: Any, model: str, benchmark: Benchmark, config: EvaluationConfig) -> AnswerTokens:
+    template = TEMPLATES[config.style, benchmark.name]
+    return find_answer_tokens(tokenizer, model, cue="\n" + template.cue, prefix=template.answer_prefix)
+
+
+def _make_answers(
+    benchmark: Benchmark, protocol: Protocol, config: EvaluationConfig, outputs: Sequence[EngineAnswer]
+) -> list[Answer]:
+    prompts = format_prompts(benchmark, style=config.style)
+    return [
+        _make_answer(question, prompt, protocol, output)
+        for question, prompt, output in zip(benchmark.questions, prompts, outputs, strict=True)
+    ]
+
+
+def _make_answer(question: Question, prompt: str, protocol: Protocol, output: EngineAnswer) -> Answer:
+    predicted = (
+        pick_letter(output.letter_logprobs) if protocol == "logit" else extract_answer(output.text, question.choices)
+    )
     return Answer(
         id=question.id,
-        prompt=format_prompt(benchmark, question),
-        output="" if protocol == "logit" else text,
-        letter_logprobs=logprobs,  # type: ignore[arg-type]
+        prompt=prompt,
+        output="" if protocol == "logit" else output.text,
+        letter_logprobs=cast(tuple[float, float, float, float], output.letter_logprobs),
         predicted=predicted,
         answer=question.answer,
     )
 
 
-def _read_finished(out_dir: Path, benchmark: Benchmark, config: EvaluationConfig) -> Results | None:
-    path = out_dir / f"{benchmark.name}.json"
-    if not path.exists():
-        return None
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    results = {key: EvaluationResult.model_validate(value) for key, value in stored.items()}
-    wanted = {
-        f"{benchmark.name}/{protocol}": make_protocol_id(benchmark, protocol, config) for protocol in config.protocols
-    }
-    same = all(key in results and results[key].protocol_id == identifier for key, identifier in wanted.items())
-    return {key: results[key] for key in wanted} if same else None
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def _read_finished(
+    stored: Results, benchmark: Benchmark, config: EvaluationConfig, origin: ScoreOrigin
+) -> Results | None:
+    """What was scored before under the same protocol, with the same weights and at least as many repeats."""
+    found: dict[str, EvaluationResult] = {}
+    for protocol in config.protocols:
+        key = f"{benchmark.name}/{protocol}"
+        result = stored.get(key)
+        if (
+            result is None
+            or result.protocol_id != make_protocol_id(benchmark, protocol, config)
+            or result.origin != origin
+            or len(result.repeats) < config.repeats
+        ):
+            return None
+        found[key] = result
+    return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import stdev
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -34,6 +35,25 @@ class Answer(StrictModel):
     def is_correct(self) -> bool:
         """Whether the letter is the key."""
         return self.predicted == self.answer
+
+
+class ScoreOrigin(StrictModel):
+    """Which weights were scored, and by what."""
+
+    model: str
+    """Folder name or hub id."""
+    revision: str = "main"
+    """Revision on the hub."""
+    weights_sha256: str | None = None
+    """Hash of a folder's weight files."""
+    style: str = "official"
+    """Prompt style."""
+    num_few_shot: int = 0
+    """Solved examples before each question."""
+    backend: str
+    """Engine."""
+    dtype: str
+    """Precision asked for."""
 
 
 class EvaluationResult(StrictModel):
@@ -67,6 +87,19 @@ class EvaluationResult(StrictModel):
     """Mean over subjects (the official one), percent."""
     question_mean: float
     """Question-weighted (lm-eval's), percent."""
+    china_specific: float | None = None
+    """Mean of the China-specific subjects, percent; a tag that overlaps the categories."""
+    repeats: tuple[float, ...] = ()
+    """Category mean of every repeated evaluation, percent (Table 10)."""
+    num_unstable: int = 0
+    """Questions whose predicted letter differed between repeats."""
+    origin: ScoreOrigin | None = None
+    """What was scored."""
+
+    @property
+    def repeat_std(self) -> float | None:
+        """Standard deviation of the category mean over the repeats, points; None for fewer than two."""
+        return stdev(self.repeats) if len(self.repeats) > 1 else None
 
     @model_validator(mode="after")
     def _counts_add_up(self) -> EvaluationResult:
@@ -81,21 +114,28 @@ class EvaluationResult(StrictModel):
 
 
 def score_answers(
-    benchmark: Benchmark, protocol: Protocol, protocol_id: str, answers: Sequence[Answer]
+    benchmark: Benchmark,
+    protocol: Protocol,
+    protocol_id: str,
+    repeats: Sequence[Sequence[Answer]],
+    *,
+    origin: ScoreOrigin | None = None,
 ) -> EvaluationResult:
-    """Turns one answer per question, in the benchmark's order, into a result."""
-    right, asked, category_of = Counter[str](), Counter[str](), {}
-    for question, answer in zip(benchmark.questions, answers, strict=True):
-        assert question.id == answer.id, "answers come in the benchmark's order"
-        asked[question.subject] += 1
-        right[question.subject] += answer.is_correct
-        category_of[question.subject] = question.category
+    """Turns one answer per question, in the benchmark's order, into a result.
+
+    Args:
+        benchmark: The questions.
+        protocol: How the answers were read.
+        protocol_id: Hash of what decides a score.
+        repeats: The answers of each repeated evaluation; the first one is the score.
+        origin: What was scored.
+    """
+    answers = repeats[0]
+    right, asked = _count(benchmark, answers)
+    category_of = {question.subject: question.category for question in benchmark.questions}
+    china_specific = {question.subject for question in benchmark.questions if question.is_china_specific}
     accuracy = {subject: 100 * right[subject] / asked[subject] for subject in asked}
-    categories = {
-        category: _mean([accuracy[subject] for subject in asked if category_of[subject] == category])
-        for category in CATEGORIES
-        if category in category_of.values()
-    }
+    categories = _category_means(accuracy, category_of)
     unparsed = sum(answer.predicted is None for answer in answers)
     correct = sum(right.values())
     return EvaluationResult(
@@ -113,7 +153,38 @@ def score_answers(
         category_mean=_mean(list(categories.values())),
         subject_mean=_mean(list(accuracy.values())),
         question_mean=100 * correct / len(answers),
+        china_specific=_mean([accuracy[subject] for subject in asked if subject in china_specific])
+        if china_specific
+        else None,
+        repeats=tuple(_category_mean(benchmark, repeat) for repeat in repeats),
+        num_unstable=sum(len({item.predicted for item in items}) > 1 for items in zip(*repeats, strict=True)),
+        origin=origin,
     )
+
+
+def _count(benchmark: Benchmark, answers: Sequence[Answer]) -> tuple[Counter[str], Counter[str]]:
+    """Right answers and questions per subject."""
+    right, asked = Counter[str](), Counter[str]()
+    for question, answer in zip(benchmark.questions, answers, strict=True):
+        assert question.id == answer.id, "answers come in the benchmark's order"
+        asked[question.subject] += 1
+        right[question.subject] += answer.is_correct
+    return right, asked
+
+
+def _category_means(accuracy: Mapping[str, float], category_of: Mapping[str, str]) -> dict[str, float]:
+    return {
+        category: _mean([value for subject, value in accuracy.items() if category_of[subject] == category])
+        for category in CATEGORIES
+        if category in category_of.values()
+    }
+
+
+def _category_mean(benchmark: Benchmark, answers: Sequence[Answer]) -> float:
+    right, asked = _count(benchmark, answers)
+    category_of = {question.subject: question.category for question in benchmark.questions}
+    accuracy = {subject: 100 * right[subject] / asked[subject] for subject in asked}
+    return _mean(list(_category_means(accuracy, category_of).values()))
 
 
 def pick_letter(logprobs: Sequence[float]) -> str:

@@ -22,6 +22,9 @@ BOOTSTRAP_SAMPLES = 2000
 Arm = tuple[str, EvaluationResult, Sequence[Answer]]
 """A name, its scores, and its answers in the benchmark's order."""
 
+Comparison = tuple[Arm, Sequence[Arm]]
+"""What is compared with, and the runs compared with it: one, or several seeds of one condition."""
+
 
 class Verdict(StrictModel):
     """One run against the untouched base, on one benchmark under one protocol."""
@@ -36,12 +39,14 @@ class Verdict(StrictModel):
     """What it was compared with."""
     num_questions: int = Field(ge=1)
     """Questions both were asked."""
+    num_seeds: int = Field(default=1, ge=1)
+    """Runs of one condition pooled into this verdict."""
     num_unparsed: int = Field(ge=0)
-    """Outputs of the run that no answer could be read from; they count as wrong."""
+    """Outputs of the run, over all its seeds, that no answer could be read from; they count as wrong."""
     accuracy: float
     """Question-weighted accuracy of the run, percent."""
     accuracy_interval: tuple[float, float]
-    """95 % Wilson interval, percent."""
+    """95 % interval, percent: Wilson's for one run, the hierarchical bootstrap's for several seeds."""
     reference_accuracy: float
     """The reference's accuracy, percent."""
     reference_interval: tuple[float, float]
@@ -49,13 +54,15 @@ class Verdict(StrictModel):
     difference: float
     """Accuracy minus reference, points."""
     difference_interval: tuple[float, float]
-    """95 % paired bootstrap interval, stratified by subject, points."""
-    mcnemar_p: float
-    """Exact McNemar test."""
+    """95 % paired bootstrap interval, stratified by subject (and over seeds), points."""
+    test: str = "exact McNemar"
+    """Which test gave the p-value."""
+    p_value: float
+    """Two-sided p-value of no difference: exact McNemar for one run, hierarchical bootstrap for several seeds."""
     adjusted_p: float
     """The same after Holm's correction over all comparisons made together."""
     chance_p: float
-    """Exact binomial test that the run does better than 25 %."""
+    """That the run does no better than 25 %: exact binomial for one run, hierarchical bootstrap for several seeds."""
     constant_letter_p: float
     """The same against always answering the best single letter."""
     sentence: str
@@ -97,67 +104,129 @@ def compare_runs(reference: Arm, runs: Sequence[Arm], *, seed: int = 0) -> list[
     Raises:
         EvaluationError: When protocol ids differ.
     """
-    return judge_pairs([(reference, run) for run in runs], seed=seed)
+    return judge_comparisons([(reference, [run]) for run in runs], seed=seed)
 
 
-def judge_pairs(pairs: Sequence[tuple[Arm, Arm]], *, seed: int = 0) -> list[Verdict]:
-    """Judges (reference, run) pairs over several benchmarks and protocols, corrected over all of them together.
+def judge_comparisons(comparisons: Sequence[Comparison], *, seed: int = 0) -> list[Verdict]:
+    """Judges comparisons over several benchmarks and protocols, corrected over all of them together.
 
     Raises:
-        EvaluationError: When the protocol ids of a pair differ.
+        EvaluationError: When the protocol ids of a comparison differ.
     """
-    drafts = [_compare(reference, run, seed) for reference, run in pairs]
-    adjusted = correct_holm([float(str(draft["mcnemar_p"])) for draft in drafts])
+    drafts = [_compare(reference, runs, seed) for reference, runs in comparisons]
+    adjusted = correct_holm([float(str(draft["p_value"])) for draft in drafts])
     return [
         Verdict.model_validate({**draft, "adjusted_p": p, "sentence": _describe({**draft, "adjusted_p": p})})
         for draft, p in zip(drafts, adjusted)
     ]
 
 
-def _compare(reference: Arm, run: Arm, seed: int) -> dict[str, object]:
-    (reference_name, base, base_answers), (name, result, answers) = reference, run
+def _compare(reference: Arm, runs: Sequence[Arm], seed: int) -> dict[str, object]:
+    """Everything of a verdict but what needs the other comparisons."""
+    reference_name, base, base_answers = reference
+    for name, result, answers in runs:
+        _check_comparable(reference_name, base, base_answers, name, result, answers)
+    theirs = np.array([answer.is_correct for answer in base_answers], dtype=float)
+    mine_SN = np.array([[answer.is_correct for answer in answers] for _, _, answers in runs], dtype=float)
+    subjects = [answer.id.partition("/")[0] for answer in base_answers]
+    keys = Counter(answer.answer for answer in base_answers)
+    best_letter_share = max(keys.values()) / len(base_answers)
+    differences = bootstrap_means(mine_SN - theirs, subjects, seed=seed)
+    name, result, _ = runs[0]
+    draft: dict[str, object] = {
+        "benchmark": base.benchmark,
+        "protocol": base.protocol,
+        "run": name,
+        "reference": reference_name,
+        "num_questions": base.num_asked,
+        "num_seeds": len(runs),
+        "num_unparsed": sum(item.num_unparsed for _, item, _ in runs),
+        "accuracy": 100 * float(mine_SN.mean()),
+        "reference_accuracy": base.question_mean,
+        "reference_interval": compute_wilson(base.num_correct, base.num_asked),
+        "difference": 100 * float((mine_SN - theirs).mean()),
+        "difference_interval": _interval(differences),
+    }
+    if len(runs) == 1:
+        only_mine, only_theirs = int((mine_SN[0] > theirs).sum()), int((theirs > mine_SN[0]).sum())
+        return draft | {
+            "accuracy_interval": compute_wilson(result.num_correct, result.num_asked),
+            "test": "exact McNemar",
+            "p_value": compute_mcnemar(only_mine, only_theirs),
+            "chance_p": _test_better(result, CHANCE),
+            "constant_letter_p": _test_better(result, best_letter_share),
+        }
+    accuracies = bootstrap_means(mine_SN, subjects, seed=seed)
+    return draft | {
+        "accuracy_interval": _interval(accuracies),
+        "test": "hierarchical bootstrap over seeds and questions",
+        "p_value": min(1.0, 2 * min(_share_at_most(differences, 0.0), _share_at_most(-differences, 0.0))),
+        "chance_p": _share_at_most(accuracies, CHANCE),
+        "constant_letter_p": _share_at_most(accuracies, best_letter_share),
+    }
+
+
+def _check_comparable(
+    reference_name: str,
+    base: EvaluationResult,
+    base_answers: Sequence[Answer],
+    name: str,
+    result: EvaluationResult,
+    answers: Sequence[Answer],
+) -> None:
     if base.protocol_id != result.protocol_id:
         raise EvaluationError(
             f"{name} and {reference_name}: protocol ids {result.protocol_id[:12]} and {base.protocol_id[:12]} differ;"
             " scores of different questions or prompts cannot be compared"
         )
-    mine = np.array([answer.is_correct for answer in answers], dtype=float)
-    theirs = np.array([answer.is_correct for answer in base_answers], dtype=float)
-    only_mine, only_theirs = int((mine > theirs).sum()), int((theirs > mine).sum())
-    keys = Counter(answer.answer for answer in answers)
-    best_letter_share = max(keys.values()) / len(answers)
-    subjects = [answer.id.partition("/")[0] for answer in answers]
-    return {
-        "benchmark": result.benchmark,
-        "protocol": result.protocol,
-        "run": name,
-        "reference": reference_name,
-        "num_questions": result.num_asked,
-        "num_unparsed": result.num_unparsed,
-        "accuracy": result.question_mean,
-        "accuracy_interval": compute_wilson(result.num_correct, result.num_asked),
-        "reference_accuracy": base.question_mean,
-        "reference_interval": compute_wilson(base.num_correct, base.num_asked),
-        "difference": result.question_mean - base.question_mean,
-        "difference_interval": bootstrap_difference(mine - theirs, subjects, seed=seed),
-        "mcnemar_p": compute_mcnemar(only_mine, only_theirs),
-        "chance_p": _test_better(result, CHANCE),
-        "constant_letter_p": _test_better(result, best_letter_share),
-    }
+    if [answer.id for answer in base_answers] != [answer.id for answer in answers]:
+        raise EvaluationError(f"{name} and {reference_name}: their per-question files do not hold the same questions")
+
+
+def bootstrap_means(
+    values_SN: np.ndarray, subjects: Sequence[str], *, seed: int, samples: int = BOOTSTRAP_SAMPLES
+) -> np.ndarray:
+    """Bootstrap distribution of the mean: seeds drawn with replacement, then questions within each subject.
+
+    Seeds and questions are crossed, as every seed answers the same questions: one draw of questions serves all drawn
+    seeds. With one seed this is the paired bootstrap stratified by subject.
+
+    Args:
+        values_SN: Seeds by questions.
+        subjects: Subject of each question.
+        seed: Seed of the resampling.
+        samples: How often.
+
+    Returns:
+        One mean per sample.
+    """
+    rng = np.random.default_rng(seed)
+    num_seeds, num_questions = values_SN.shape
+    weights = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=samples) / num_seeds
+    groups = np.unique(np.asarray(subjects), return_inverse=True)[1]
+    totals = np.zeros(samples)
+    for group in range(groups.max() + 1):
+        pooled = weights @ values_SN[:, groups == group]
+        size = pooled.shape[1]
+        totals += np.take_along_axis(pooled, rng.integers(0, size, size=(samples, size)), axis=1).sum(1)
+    return totals / num_questions
 
 
 def bootstrap_difference(
     differences: np.ndarray, subjects: Sequence[str], *, seed: int, samples: int = BOOTSTRAP_SAMPLES
 ) -> tuple[float, float]:
     """95 % percentile interval of the mean paired difference, resampled within subjects, in points."""
-    rng = np.random.default_rng(seed)
-    groups = np.unique(np.asarray(subjects), return_inverse=True)[1]
-    totals = np.zeros(samples)
-    for group in range(groups.max() + 1):
-        values = differences[groups == group]
-        totals += values[rng.integers(0, len(values), size=(samples, len(values)))].sum(1)
-    low, high = np.quantile(100 * totals / len(differences), [0.025, 0.975])
+    return _interval(bootstrap_means(differences[None, :], subjects, seed=seed, samples=samples))
+
+
+def _interval(means: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(100 * means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def _share_at_most(means: np.ndarray, value: float) -> float:
+    """Share of bootstrap means at or below a value, never 0: the observed sample counts as one."""
+    return float((1 + (means <= value + 1e-12).sum()) / (1 + len(means)))
 
 
 def _test_better(result: EvaluationResult, share: float) -> float:
@@ -178,5 +247,7 @@ def _describe(values: Mapping[str, object]) -> str:
     elif float(str(values["constant_letter_p"])) >= ALPHA:
         text += "; not better than always answering one letter"
     if values["num_unparsed"]:
-        text += f"; {values['num_unparsed']} of {values['num_questions']} outputs hold no answer"
-    return f"{values['run']} is {text}."
+        outputs = int(str(values["num_questions"])) * int(str(values["num_seeds"]))
+        text += f"; {values['num_unparsed']} of {outputs} outputs hold no answer"
+    seeds = f" ({values['num_seeds']} seeds)" if values["num_seeds"] != 1 else ""
+    return f"{values['run']}{seeds} is {text}."

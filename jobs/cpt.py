@@ -27,7 +27,17 @@ def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
     from jobs.base_model import prepare_model
     from jobs.checks import check_benchmarks, check_corpus, check_model, check_probes
     from jobs.session import open_run
-    from jobs.stages import build_store, decide_plan, evaluate, judge, trace, train
+    from jobs.stages import (
+        build_store,
+        check_guardrail,
+        decide_plan,
+        describe_scoring,
+        evaluate,
+        judge,
+        score_checkpoints,
+        trace,
+        train,
+    )
     from jobs.summary import print_summary
     from layerplan.checkpoint.layout import name_step
     from layerplan.report.page import write_report
@@ -39,14 +49,20 @@ def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
         store = build_store(context, model)
         profile = trace(context, model)
         plan = decide_plan(context, model, profile)
+        check_guardrail(context)
+        scoring = describe_scoring(context, model, plan)
+        judges = config.evaluation.evaluate_base
+        base = evaluate(context, model, "base", revision=revision_of(config)) if judges and scoring.due_steps else None
         result = train(context, model, plan, store)
+        check_guardrail(context)
         if result.stopped_early:
             raise SystemExit(143)
+        score_checkpoints(context, scoring, scoring.due_steps)
         label = name_step(result.final_step)
         verdicts = []
         scores = evaluate(context, str(result.hf_dir), label)
-        if config.evaluation.evaluate_base:
-            base = evaluate(context, model, "base", revision=revision_of(config))
+        if judges:
+            base = base or evaluate(context, model, "base", revision=revision_of(config))
             verdicts = judge(context, base, scores, label)
         report = write_report(context.folder.root)
         for path in (report, context.folder.config):

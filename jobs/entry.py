@@ -16,7 +16,7 @@ from types import FrameType
 
 from layerplan.config.load import load_config
 from layerplan.config.run import RunConfig
-from layerplan.errors import ConfigError, LayerplanError
+from layerplan.errors import ConfigError, LayerplanError, find_layerplan_error
 from layerplan.telemetry import disable_bars_in_logs, disable_telemetry
 
 JobFunction = Callable[[RunConfig, argparse.Namespace], None]
@@ -66,22 +66,6 @@ def run_guarded(work: Callable[[], None]) -> int:
     return 0
 
 
-def find_user_fault(error: BaseException) -> LayerplanError | None:
-    """The `LayerplanError` inside an engine's exception: Ray wraps what a worker raises, several layers deep."""
-    pending: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while pending:
-        current = pending.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, LayerplanError):
-            return current
-        pending += [current.__cause__, current.__context__, getattr(current, "cause", None)]
-        pending += list(getattr(current, "worker_failures", {}).values())
-    return None
-
-
 def _stop_on_sigterm(signum: int, frame: FrameType | None) -> None:
     print("stopped by SIGTERM; submit the same run name again to continue", file=sys.stderr)
     raise SystemExit(143)
@@ -96,7 +80,7 @@ def _report_fault(error: LayerplanError) -> int:
 
 def _report_unexpected(error: Exception) -> int:
     """One line for the user, the traceback in a file for whoever mends it."""
-    fault = find_user_fault(error)
+    fault = find_layerplan_error(error)
     if fault is not None:
         return _report_fault(fault)
     with tempfile.NamedTemporaryFile("w", prefix="layerplan-", suffix=".log", delete=False) as log:

@@ -16,13 +16,21 @@ DATA_CPUS = 0.25
 
 
 @contextmanager
-def open_run(config: RunConfig, folder: RunFolder) -> Iterator[RunContext]:
-    """Connects to Ray, opens the parent run, and closes it as finished or failed."""
-    train = config.train
+def open_run(config: RunConfig, folder: RunFolder, *, trains: bool = True) -> Iterator[RunContext]:
+    """Connects to Ray, opens the parent run, and closes it as finished or failed.
+
+    Args:
+        config: The run's config.
+        folder: Its folder.
+        trains: Whether training workers must fit, and the engines that score beside them; else the engines alone.
+    """
+    train, evaluation = config.train, config.evaluation
+    workers = train.num_workers if trains else 0
+    engines = evaluation.num_actors if not trains or evaluation.score_every_steps is not None else 0
     connect(
         config.cluster,
-        min_cpus=train.num_workers * train.num_cpus_per_worker + DATA_CPUS,
-        min_gpus=train.num_workers if train.use_gpu else 0,
+        min_cpus=workers * train.num_cpus_per_worker + DATA_CPUS + engines * evaluation.num_cpus_per_actor,
+        min_gpus=(workers if train.use_gpu else 0) + engines * evaluation.num_gpus_per_actor,
     )
     tracker = open_tracker(config.tracking, folder.root, config.name)
     tracker.log_params({"seed": config.seed, "model": config.model.type, "plan": config.plan.type})

@@ -6,22 +6,27 @@ A stage never calls the next one: `jobs/cpt.py` and its siblings put them in ord
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from eval.artifacts import Results, write_text
+from eval.during_training import GUARDRAIL_NAME, CheckpointScoring, backfill, compare_with_base, read_breach
+from eval.held_out import judge_held_out, load_held_out
 from eval.items import load_benchmark
-from eval.runner import Results, evaluate_model, load_answers
-from eval.significance import Verdict, judge_pairs
+from eval.runner import evaluate_model
+from eval.significance import Verdict
+from eval.tables import render_scores
 from jobs.model_options import revision_of, trusts_remote_code
 from jobs.run_folder import RunFolder
+from layerplan.checkpoint.layout import name_step
 from layerplan.config.run import RunConfig
 from layerplan.corpus.build import build_token_store, hash_tokenizer
 from layerplan.corpus.decontamination import BenchmarkText
 from layerplan.corpus.manifest import Manifest, resolve_store
 from layerplan.corpus.on_the_fly import write_stream
-from layerplan.errors import CorpusError
+from layerplan.errors import CorpusError, EvaluationError
 from layerplan.models.files import find_tokenizer_file, identify_model, load_hf_config
 from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
 from layerplan.plan.explain import explain_plan, render_layer_map
@@ -31,7 +36,9 @@ from layerplan.plan.model_shape import ModelShape
 from layerplan.tracer.pool import trace_model
 from layerplan.tracking.callback import LineageCallback
 from layerplan.tracking.tracker import RunSinkFactory, Tracker
-from layerplan.train.trainer import TrainRequest, TrainResult, run_training
+from layerplan.train.request import CheckpointValidation, TrainRequest, TrainResult, load_result
+from layerplan.train.trainer import run_training
+from layerplan.train.worker import STOP_REQUEST
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,10 @@ def train(context: RunContext, model_name: str, plan: FreezePlan, store: Path | 
         tracker.log_params(config.train.model_dump(mode="json"))
         sinks = RunSinkFactory(context.folder.metrics, "train", tracker)
         result = run_training(
-            make_train_request(context, model_name, plan, store, sinks),
+            replace(
+                make_train_request(context, model_name, plan, store, sinks),
+                validation=_make_validation(describe_scoring(context, model_name, plan)),
+            ),
             callbacks=[LineageCallback(tracker)],
         )
         _log_result(tracker, result, context.folder)
@@ -162,6 +172,46 @@ def make_train_request(
     )
 
 
+def describe_scoring(context: RunContext, model_name: str, plan: FreezePlan) -> CheckpointScoring:
+    """What scoring a checkpoint of this run needs."""
+    config = context.config
+    return CheckpointScoring(
+        run_dir=context.folder.root,
+        base_model=model_name,
+        plan=plan,
+        config=config.evaluation,
+        final_step=config.train.max_steps,
+        stop_file=context.folder.root / STOP_REQUEST,
+        revision=revision_of(config),
+        trust_remote_code=trusts_remote_code(config),
+    )
+
+
+def score_checkpoints(context: RunContext, scoring: CheckpointScoring, steps: Iterable[int]) -> dict[int, Results]:
+    """Back-fill: scores the checkpoints of these steps that are still there, and puts all scores into the lineage."""
+    scored, gone = backfill(scoring, steps)
+    for step, results in scored.items():
+        label = name_step(step)
+        with tracked(context, f"evaluate_{label}") as tracker:
+            _log_scores(tracker, context.folder.evaluation / label, results, step)
+    if gone:
+        say("evaluate", f"not scored, their checkpoints are gone: step {', '.join(map(str, gone))}")
+    return scored
+
+
+def check_guardrail(context: RunContext) -> None:
+    """Raises `EvaluationError` with the verdict when a checkpoint's score stopped this run before its end."""
+    points = context.config.evaluation.guardrail_points
+    if points is None or load_result(context.folder.root) is not None:
+        return
+    breach = read_breach(context.folder.root, points)
+    if breach is not None:
+        raise EvaluationError(
+            f"evaluation.guardrail_points={points:g}: training was stopped by the score of {breach} Raise the value or"
+            f" remove {context.folder.root / GUARDRAIL_NAME} to go on"
+        )
+
+
 def evaluate(context: RunContext, model: str, label: str, *, revision: str = "main") -> Results:
     """Scores one model into `evaluation/<label>`."""
     folder = context.folder.evaluation / label
@@ -173,24 +223,26 @@ def evaluate(context: RunContext, model: str, label: str, *, revision: str = "ma
             revision=revision,
             report=lambda line: say("evaluate", f"{label}: {line}"),
         )
-        for key, result in results.items():
-            tracker.log_metrics({f"eval/{key}/accuracy": result.question_mean}, step=0)
-        for path in sorted(folder.glob("*.json")):
-            tracker.log_artifact(path)
+        _log_scores(tracker, folder, results, int(label.removeprefix("step_")) if label.startswith("step_") else 0)
     return results
 
 
 def judge(context: RunContext, base: Results, trained: Results, label: str) -> list[Verdict]:
     """Compares the trained model with the untouched base, corrected over every comparison of the run."""
-    folder = context.folder.evaluation
-    pairs = []
-    for key, result in trained.items():
-        answers = [load_answers(folder / name, result.benchmark, result.protocol) for name in ("base", label)]
-        pairs.append((("the base", base[key], answers[0]), (context.config.name, result, answers[1])))
-    verdicts = judge_pairs(pairs)
+    folder, name = context.folder.evaluation, context.config.name
+    verdicts = compare_with_base(folder, label, trained, name=name)
     write_json(context.folder.verdicts, [verdict.model_dump(mode="json") for verdict in verdicts])
+    for suffix, style in (("md", "markdown"), ("tex", "latex")):
+        write_text(folder / f"scores.{suffix}", render_scores({"base": base, name: trained}, style=style))
+    texts = [load_held_out(folder / scored) for scored in ("base", label)]
+    judged = judge_held_out([(texts[0][key], text) for key, text in texts[1].items() if key in texts[0]])
+    if judged:
+        write_json(folder / "held_out_verdicts.json", [verdict.model_dump(mode="json") for verdict in judged])
+    for verdict in judged:
+        say("verdict", f"{verdict.name}: {verdict.sentence}")
     with tracked(context, "verdict") as tracker:
-        tracker.log_artifact(context.folder.verdicts)
+        for path in (context.folder.verdicts, *sorted(folder.glob("*.*"))):
+            tracker.log_artifact(path)
     return verdicts
 
 
@@ -209,6 +261,22 @@ def write_json(path: Path, value: object) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def _make_validation(scoring: CheckpointScoring) -> CheckpointValidation | None:
+    """Scoring as Ray Train's validation, when any step is due."""
+    due = scoring.due_steps
+    return CheckpointValidation(scoring, due) if due else None
+
+
+def _log_scores(tracker: Tracker, folder: Path, results: Results, step: int) -> None:
+    """Puts accuracies, bits per byte and the files behind them into the lineage."""
+    for key, result in results.items():
+        tracker.log_metrics({f"eval/{key}/accuracy": result.question_mean}, step=step)
+    for text in load_held_out(folder).values():
+        tracker.log_metrics({f"eval/{text.name}/bits_per_byte": text.bits_per_byte}, step=step)
+    for path in sorted([*folder.glob("*.json"), *folder.glob("held_out/*.json")]):
+        tracker.log_artifact(path)
 
 
 def _check_store(manifest: Manifest, store: Path | str, seq_len: int, tokenizer_sha256: str) -> None:

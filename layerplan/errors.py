@@ -62,3 +62,19 @@ class ClusterError(LayerplanError):
 
 class TrackingError(LayerplanError):
     """The tracking store cannot be reached or refuses the run."""
+
+
+def find_layerplan_error(error: BaseException) -> LayerplanError | None:
+    """The `LayerplanError` inside an engine's exception: Ray wraps what a worker raises, several layers deep."""
+    pending: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, LayerplanError):
+            return current
+        pending += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        pending += list(getattr(current, "worker_failures", {}).values())
+    return None

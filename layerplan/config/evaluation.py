@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from layerplan.config.base import StrictModel
+from layerplan.config.corpus import SourceConfig
 
 
 class BenchmarkConfig(StrictModel):
@@ -15,11 +17,23 @@ class BenchmarkConfig(StrictModel):
     name: Literal["ceval", "cmmlu"]
     """Which prompt, categories and averages apply."""
     path: str = "builtin"
-    """`builtin` (the project's own small set in the C-Eval format) or a folder of CSV files."""
+    """`builtin` (the project's own small set in the C-Eval format), `hub` (fetched once, then cached) or a folder of CSV
+    files."""
     split: str | None = None
     """Folder of the labelled questions; the benchmark's own default is `val` (C-Eval) or `test` (CMMLU)."""
+    content_sha256: str = Field(default="official", pattern=r"^(official|any|[0-9a-f]{64})$")
+    """Hash the questions must have: `official` is the authors' publication, `any` asks nothing."""
     max_questions: int | None = Field(default=None, ge=1)
     """Ask only the first so many of each subject; the score then carries another protocol id."""
+
+
+class HeldOutConfig(StrictModel):
+    """Text on which bits per byte are measured."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name in files and tables."""
+    source: SourceConfig
+    """Where the documents lie; give `max_documents` for a large source."""
 
 
 class EvaluationConfig(StrictModel):
@@ -27,6 +41,10 @@ class EvaluationConfig(StrictModel):
 
     benchmarks: list[BenchmarkConfig] = Field(default_factory=lambda: [BenchmarkConfig(name="ceval")], min_length=1)
     """Benchmarks, each scored by every protocol."""
+    style: Literal["official", "lm_eval"] = "official"
+    """`official` prompts are the authors' own; `lm_eval` is lm-evaluation-harness's template, for comparable scores."""
+    num_few_shot: int = Field(default=0, ge=0, le=5)
+    """Solved examples from `dev` before each question."""
     protocols: list[Literal["logit", "generate"]] = Field(default=["logit", "generate"], min_length=1)
     """`logit` compares the four letters' log-probabilities; `generate` decodes greedily and extracts an answer."""
     backend: Literal["vllm", "transformers"] = "vllm"
@@ -43,5 +61,42 @@ class EvaluationConfig(StrictModel):
     """CPU share each engine reserves on Ray."""
     num_gpus_per_actor: float = Field(default=0.0, ge=0)
     """GPUs each engine uses; above 1 it splits the model over them (tensor parallel)."""
+    repeats: int = Field(default=1, ge=1, le=20)
+    """Ask everything so often, each time in another order; the standard deviation is reported."""
     evaluate_base: bool = True
     """Score the untouched base too: it is arm zero of every verdict."""
+    held_out: list[HeldOutConfig] = Field(default_factory=list)
+    """Texts on which bits per byte are measured, for base and trained model."""
+    score_every_steps: int | None = Field(default=None, ge=1)
+    """Score checkpoints at multiples of so many steps beside training; none when left out."""
+    guardrail_points: float | None = Field(default=None, gt=0)
+    """Stop training when such a score lies so many points below the base, and significantly below it."""
+    continuation_prompts: list[str] = Field(default_factory=list)
+    """Prompts that base and trained model continue, shown side by side in the report (the paper's Tables 11 and 12)."""
+    continuation_tokens: int = Field(default=64, ge=1)
+    """Longest continuation, in tokens."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> EvaluationConfig:
+        for field, items in (("benchmarks", self.benchmarks), ("held_out", self.held_out)):
+            counts = Counter(str(item.name) for item in items)
+            twice = [name for name, count in counts.items() if count > 1]
+            if twice:
+                raise ValueError(f"{field}: {twice[0]} is named twice; its scores would overwrite each other")
+        return self
+
+    @model_validator(mode="after")
+    def _guardrail_has_scores(self) -> EvaluationConfig:
+        if self.guardrail_points is not None and (self.score_every_steps is None or not self.evaluate_base):
+            raise ValueError(
+                f"guardrail_points={self.guardrail_points}: needs score_every_steps and evaluate_base=true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _style_fits_protocols(self) -> EvaluationConfig:
+        if self.style == "lm_eval" and self.protocols != ["logit"]:
+            raise ValueError(
+                f"protocols={self.protocols}: style 'lm_eval' is scored by ['logit'] only, as the harness does"
+            )
+        return self

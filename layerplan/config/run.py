@@ -52,3 +52,12 @@ class RunConfig(StrictModel):
                 f" model.max_position_embeddings={self.model.max_position_embeddings}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _scored_steps_have_checkpoints(self) -> RunConfig:
+        every, saved = self.evaluation.score_every_steps, self.train.checkpoint_every_steps
+        if every is not None and every % saved:
+            raise ValueError(
+                f"evaluation.score_every_steps={every} must be a multiple of train.checkpoint_every_steps={saved}"
+            )
+        return self

@@ -15,6 +15,7 @@ from layerplan.plan.cost import PlanCost
 from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.report.figures import build_layer_figures, draw_loss
+from layerplan.report.scores import render_checkpoint_scores, render_continuations, render_held_out, render_table
 
 REPORT_NAME = "report.html"
 FIGURES_NAME = "figures"
@@ -42,6 +43,7 @@ th{color:var(--soft);font-weight:600}.map{display:flex;gap:3px;margin:1rem 0;fle
 flex:1;text-align:center;padding:.5rem .2rem;border-radius:4px;font-size:.8rem}.on{background:var(--train);color:#fff}
 .off{background:var(--frozen);color:#1e3a8a}svg{max-width:100%;height:auto}code{font-size:.88em}
 .verdict{border-left:3px solid var(--train);padding:.2rem 0 .2rem .8rem;margin:.6rem 0}
+.cases td{white-space:pre-wrap;vertical-align:top;width:33%}
 """
 
 
@@ -62,6 +64,9 @@ def write_report(run_dir: Path) -> Path:
         _head(run_dir, plan),
         _plan_section(plan),
         _verdict_section(_read(run_dir / "verdicts.json") or []),
+        render_held_out(run_dir / "evaluation"),
+        render_checkpoint_scores(run_dir / "evaluation"),
+        render_continuations(run_dir / "evaluation"),
         _training_section(_read(run_dir / "training.json"), figures),
         _profile_section(profile, figures),
         _proof_section(_read(run_dir / "export.json"), _read(run_dir / "training.json")),
@@ -116,7 +121,7 @@ def _cost_table(plan: FreezePlan) -> str:
             [name, f"{cost.trainable_params:,}", f"{cost.total_flops / 1e9:.4g}", share, str(cost.first_gradient_layer)]
         )
     headings = ["predicted", "trainable parameters", "GFLOP per token", "of full", "backward reaches layer"]
-    return _table(headings, rows)
+    return render_table(headings, rows)
 
 
 def _verdict_section(verdicts: Sequence[dict[str, Any]]) -> str:
@@ -138,7 +143,7 @@ def _verdict_section(verdicts: Sequence[dict[str, Any]]) -> str:
         for item in verdicts
     )
     headings = ["benchmark", "questions", "base [95 %]", "trained [95 %]", "difference", "p (Holm)"]
-    return "<h2>The verdict</h2>" + _table(headings, rows) + sentences
+    return "<h2>The verdict</h2>" + render_table(headings, rows) + sentences
 
 
 def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure]) -> str:
@@ -156,7 +161,7 @@ def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure])
             ["MFU on the plan's own FLOPs", f"{result['mfu']:.1%}"],
             ["steps left out as not finite", str(result["skipped_steps"])],
         ]
-        text += _table(["measured", ""], rows)
+        text += render_table(["measured", ""], rows)
     return text
 
 
@@ -180,7 +185,7 @@ def _profile_section(profile: LayerProfile | None, figures: dict[str, Figure]) -
     ]
     width = max((len(row) for row in rows), default=1)
     padded = [row + [""] * (width - len(row)) for row in rows]
-    return text + "<h2>How stable the measurement is</h2>" + _table(["variant", *[""] * (width - 1)], padded)
+    return text + "<h2>How stable the measurement is</h2>" + render_table(["variant", *[""] * (width - 1)], padded)
 
 
 def _proof_section(export: dict[str, Any] | None, training: dict[str, Any] | None) -> str:
@@ -190,7 +195,7 @@ def _proof_section(export: dict[str, Any] | None, training: dict[str, Any] | Non
     rows = [
         [_PROOF_LABELS.get(name, name.replace("_", " ")), _proof_value(name, value)] for name, value in proof.items()
     ]
-    return "<h2>Proof that the plan was obeyed</h2>" + _table(["checked", ""], rows)
+    return "<h2>Proof that the plan was obeyed</h2>" + render_table(["checked", ""], rows)
 
 
 def _proof_value(name: str, value: Any) -> str:
@@ -204,7 +209,7 @@ def _corpus_section(manifest: dict[str, Any] | None) -> str:
         return ""
     rows = [[name, f"{count:,}"] for name, count in manifest["counts"].items()]
     rows += [["rows", f"{manifest['num_rows']:,}"], ["tokens", f"{manifest['num_tokens']:,}"]]
-    return "<h2>Corpus</h2>" + _table(["documents", "count"], rows)
+    return "<h2>Corpus</h2>" + render_table(["documents", "count"], rows)
 
 
 def _config_section(run_dir: Path) -> str:
@@ -213,12 +218,6 @@ def _config_section(run_dir: Path) -> str:
         return ""
     text = html.escape(path.read_text(encoding="utf-8"))
     return f"<h2>Configuration</h2><details><summary>resolved_config.json</summary><pre>{text}</pre></details>"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _interval(value: float, interval: Sequence[float]) -> str:

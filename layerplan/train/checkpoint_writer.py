@@ -26,6 +26,8 @@ class CheckpointWriter:
     optimizer: torch.optim.Optimizer
     group: Any
     rank: int
+    validated_steps: range = range(0)
+    """Steps whose checkpoints Ray Train hands to the validation function."""
     newest: Path | None = None
     """Newest checkpoint this run has, restored or saved."""
     parked: Parked = field(default_factory=Parked)
@@ -63,6 +65,7 @@ class CheckpointWriter:
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=finish,
             delete_local_checkpoint_after_upload=False,
+            validation=state.step in self.validated_steps,
         )
 
     def restore(self, expected: TrainState) -> TrainState | None:

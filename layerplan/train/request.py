@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from layerplan.config.train import TrainConfig
 from layerplan.errors import CheckpointError
@@ -14,6 +15,16 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.train.metrics import MetricSink
 
 RESULT_NAME = "training.json"
+
+
+@dataclass(frozen=True)
+class CheckpointValidation:
+    """What Ray Train does with some checkpoints beside training; each is kept until that is done."""
+
+    fn: Callable[[Any], dict[str, Any]]
+    """From a committed `ray.train.Checkpoint` to metrics, called in a Ray task of its own, one at a time."""
+    steps: range
+    """Steps whose checkpoints are meant."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,8 @@ class TrainRequest:
     """(start step) to the sink of rank 0."""
     revision: str = "main"
     trust_remote_code: bool = False
+    validation: CheckpointValidation | None = None
+    """Called with checkpoints while training goes on; None calls nothing."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the workers."""
 

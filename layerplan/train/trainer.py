@@ -114,6 +114,9 @@ def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Path:
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", **request.env}},
         ),
+        validation_config=None
+        if request.validation is None
+        else ray.train.ValidationConfig(fn=request.validation.fn, ray_remote_kwargs={"num_cpus": 0}),
     )
     try:
         result = trainer.fit()

@@ -83,6 +83,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
                 newest=newest,
                 parked=built.parked,
                 fresh_moments=bool(request.plan.phases),
+                validated_steps=range(0) if request.validation is None else request.validation.steps,
             )
             state = writer.restore(state) or state
             frozen, state = prove_frozen(request, built, state, world_size)

@@ -53,6 +53,8 @@ TINY = {
         "benchmarks": [{"name": "ceval", "path": "builtin", "max_questions": 4}],
         "protocols": ["logit"],
         "backend": "transformers",
+        "continuation_prompts": ["计算机"],
+        "continuation_tokens": 4,
     },
     "cluster": {"num_cpus": 3},
 }
@@ -77,6 +79,29 @@ def corpus_source() -> dict[str, object]:
     data = os.environ.get("LAYERPLAN_DATA")
     path = str(Path(data).resolve() / "zh") if data else "machine://docs/python"
     return {"path": path, "max_documents": 60}
+
+
+@pytest.fixture(scope="session")
+def seed_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model built from a seed: two layers over a tokenizer of a few hundred entries."""
+    from layerplan.config.model import ScratchModelConfig
+    from layerplan.models.scratch import build_scratch_model, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("seed_model")
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "eval/data/builtin/val").glob("*.csv"))]
+    config = ScratchModelConfig(
+        vocab_size=600,
+        num_layers=2,
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=1024,
+        initializer_range=0.1,
+    )
+    build_scratch_model(config, train_tokenizer(texts, vocab_size=600, out_dir=folder, max_length=1024), folder, seed=1)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Callable
@@ -35,6 +36,9 @@ def test_each_stage_leaves_its_artifact(finished_run: Path) -> None:
         "evaluation/base/ceval.json",
         "evaluation/step_00000040/ceval.json",
         "evaluation/step_00000040/ceval.jsonl",
+        "evaluation/step_00000040/continuations.jsonl",
+        "evaluation/scores.md",
+        "evaluation/scores.tex",
         "verdicts.json",
         "report.html",
         "figures/profiles.png",
@@ -142,6 +146,19 @@ def test_the_report_needs_nothing_from_outside(finished_run: Path) -> None:
     assert not re.search(r"""(?:src|href)\s*=\s*["']https?:""", page)
     assert "exported tensors identical to the base, byte for byte" in page
     assert "tensors that train and have a gradient" in page
+    for label in ("base", "step_00000040"):
+        lines = (finished_run / "evaluation" / label / "continuations.jsonl").read_text(encoding="utf-8").split("\n")
+        assert html.escape(json.loads(lines[0])["text"]) in page
+    assert "<th>prompt</th><th>base</th><th>step_00000040</th>" in page
+
+
+def test_the_scores_are_exported_in_the_papers_layout(finished_run: Path) -> None:
+    rows = (finished_run / "evaluation" / "scores.md").read_text(encoding="utf-8").splitlines()
+    assert rows[2].startswith("| Models | STEM | Social Science | Humanities | Other | Average |")
+    assert [row.split(" | ")[0] for row in rows[4:]] == ["| base", "| quiet"]
+    results = read(finished_run / "evaluation" / "base" / "ceval.json")
+    both = " / ".join(f"{results[f'ceval/{protocol}']['category_mean']:.2f}" for protocol in ("generate", "logit"))
+    assert both in rows[4]
 
 
 def test_a_finished_run_is_not_repeated(finished_run: Path, tiny_config: Path, run_job: Callable[..., Any]) -> None:

@@ -10,17 +10,20 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 NUM_STEPS = 50
 PLANS = ("full", "freeze_deep", "freeze_shallow", "explicit")
-PLACEMENTS = (("replicate", "replicate"), ("shard", "replicate"), ("shard", "shard"))
+PLACEMENTS = (("replicate", "replicate", 1), ("shard", "replicate", 1), ("shard", "shard", 1), ("shard", "shard", 2))
+"""Parallelism, frozen layers, and groups that each hold all shards (HSDP)."""
 
 
 def test_two_workers_equal_one_process_over_fifty_steps(tmp_path: Path) -> None:
-    """24 cases: four plans, tied and untied, three placements; parameters within 1e-5."""
+    """32 cases: four plans, tied and untied, four placements; parameters within 1e-5."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -97,7 +100,7 @@ def rows_of_step(step: int, rank: int, world_size: int):  # type: ignore[no-unty
     return PackedRows(rows.row_ids[pick], input_ids[pick], document_ids[pick], position_ids[pick])
 
 
-def train(plan_type: str, is_tied: bool, parallelism: str, frozen: str, rank: int, world_size: int):  # type: ignore[no-untyped-def]
+def train(plan_type, is_tied, placement, rank, world_size):  # type: ignore[no-untyped-def]
     import torch
 
     from layerplan.config.train import OptimizerConfig, TrainConfig
@@ -109,6 +112,7 @@ def train(plan_type: str, is_tied: bool, parallelism: str, frozen: str, rank: in
     from layerplan.train.sharding import place_model
     from layerplan.train.state import TrainState
 
+    parallelism, frozen, num_replicas = placement
     model = make_model(is_tied)
     plan = make_plan_for(model, plan_type)
     config = TrainConfig(
@@ -116,6 +120,7 @@ def train(plan_type: str, is_tied: bool, parallelism: str, frozen: str, rank: in
         global_batch_size=8,
         micro_batch_size=4,
         num_workers=world_size,
+        num_replicas=num_replicas,
         compute_dtype="float32",
         log_every_steps=1000,
         optimizer=OptimizerConfig(learning_rate=1e-3, eps=1e-5),
@@ -140,6 +145,40 @@ def train(plan_type: str, is_tied: bool, parallelism: str, frozen: str, rank: in
     return state, full, placed, plan, applied
 
 
+@dataclass
+class Sent:
+    """What FSDP asked of its collectives."""
+
+    gathered: set[str] = field(default_factory=set)
+    reduced_bytes: int = 0
+
+
+@contextmanager
+def count_collectives() -> Iterator[Sent]:
+    """Listens where FSDP2 starts its gathers and reductions."""
+    from unittest import mock
+
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
+
+    from layerplan.models.freezing import hf_name
+
+    sent, gather, reduce = Sent(), fsdp.foreach_all_gather, fsdp.foreach_reduce
+
+    def count_gather(params, *args, **kwargs):  # type: ignore[no-untyped-def]
+        sent.gathered |= {hf_name(param._param_fqn) for param in params}
+        return gather(params, *args, **kwargs)
+
+    def count_reduce(params, grads, *args, **kwargs):  # type: ignore[no-untyped-def]
+        sent.reduced_bytes += sum(grad.numel() * grad.element_size() for grad in grads)
+        return reduce(params, grads, *args, **kwargs)
+
+    with (
+        mock.patch.object(fsdp, "foreach_all_gather", count_gather),
+        mock.patch.object(fsdp, "foreach_reduce", count_reduce),
+    ):
+        yield sent
+
+
 def main() -> None:
     import torch
     import torch.distributed as dist
@@ -150,12 +189,13 @@ def main() -> None:
     for plan_type in PLANS:
         for is_tied in (False, True):
             base = {name: value.clone() for name, value in make_model(is_tied).named_parameters()}
-            alone, expected, _, _, applied = train(plan_type, is_tied, "replicate", "replicate", 0, 1)
-            for parallelism, frozen in PLACEMENTS:
-                state, found, placed, _, _ = train(plan_type, is_tied, parallelism, frozen, rank, 2)
+            alone, expected, _, _, applied = train(plan_type, is_tied, PLACEMENTS[0], 0, 1)
+            for placement in PLACEMENTS:
+                with count_collectives() as sent:
+                    state, found, placed, _, _ = train(plan_type, is_tied, placement, rank, 2)
                 assert found.keys() == expected.keys()
                 worst = max(float((found[name] - expected[name]).abs().max()) for name in expected)
-                case = f"{plan_type} tied={is_tied} {parallelism}/{frozen}"
+                case = f"{plan_type} tied={is_tied} {placement}"
                 assert worst < 1e-5, f"{case}: {worst}"
                 assert abs(state.last_loss - alone.last_loss) < 1e-5, case
                 assert state.tokens_seen == alone.tokens_seen, case
@@ -163,9 +203,15 @@ def main() -> None:
                 assert state.frozen_checksum == alone.frozen_checksum, f"{case}: depends on the placement"
                 for name in applied.frozen:
                     assert torch.equal(found[name], base[name]), f"{case}: frozen {name} moved"
+                trained = sum(found[name].numel() * 4 for name in applied.trainable)
                 if placed.reducer is not None:
-                    trained = sum(found[name].numel() * 4 for name in applied.trainable)
                     assert placed.reducer.bytes_sent == trained, case
+                    assert sent.gathered == set() and sent.reduced_bytes == 0, case
+                else:
+                    assert sent.reduced_bytes == NUM_STEPS * trained, case
+                    gathered = set(applied.trainable) if placement[1] == "replicate" else set(found)
+                    # a group of one worker has nothing to gather
+                    assert sent.gathered == (gathered if placement[2] == 1 else set()), case
                 print(f"case ok {case}: {worst:.1e}", flush=True)
     dist.destroy_process_group()
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from eval.items import Question, load_benchmark
+from eval.encoding import find_answer_tokens
+from eval.items import Benchmark, Question, load_benchmark
 from eval.prompts import format_prompt
 from layerplan.config.evaluation import BenchmarkConfig
 from layerplan.errors import EvaluationError
@@ -24,7 +29,7 @@ def write_benchmark(root: Path, rows: str, *, category: str = "Humanities", head
     return root
 
 
-def load(root: Path, **options: object) -> object:
+def load(root: Path, **options: object) -> Benchmark:
     return load_benchmark(BenchmarkConfig(name="ceval", path=str(root), **options))
 
 
@@ -90,5 +95,71 @@ def test_a_malformed_folder_is_one_clear_error(tmp_path: Path, rows: str, option
 
 
 def test_a_folder_without_subjects_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"subjects\.json does not exist; a folder of CSV files is expected"):
+    with pytest.raises(EvaluationError, match=r"nowhere does not exist; a folder of CSV files is expected"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(EvaluationError, match=r"val/accountant\.csv: does not exist; every subject must have its file"):
         load(tmp_path)
+
+
+def test_a_changed_question_is_refused_unless_it_is_allowed(data_dir: Path, tmp_path: Path) -> None:
+    """One digit of one choice: subjects, counts and categories are right, the content is not."""
+    shutil.copytree(data_dir / "ceval" / "val", tmp_path / "val")
+    shutil.copy(data_dir / "ceval" / "subjects.json", tmp_path)
+    path = tmp_path / "val" / "law.csv"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text[:-3].replace("。", "！", 1) + text[-3:], encoding="utf-8")
+    with pytest.raises(EvaluationError, match=r"the content hash is [0-9a-f]{64}, expected 6e3184a0") as caught:
+        load(tmp_path)
+    found = re.search("hash is ([0-9a-f]{64})", str(caught.value))
+    assert found is not None
+    for allowed in ("any", found.group(1)):
+        assert load(tmp_path, content_sha256=allowed).content_sha256 == found.group(1)
+
+
+def make_tokenizer(
+    model: tokenizers.models.Model, normalizer: tokenizers.normalizers.Normalizer | None = None
+) -> object:
+    tokenizer = tokenizers.Tokenizer(model)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
+
+
+def test_letters_that_are_not_single_tokens_of_their_own_are_refused() -> None:
+    known = make_tokenizer(tokenizers.models.WordLevel({"?": 0, "A": 1, "B": 2, "C": 3, "D": 4}, unk_token="?"))
+    assert find_answer_tokens(known, "m", cue="", prefix="").letters == (1, 2, 3, 4)
+    unknown = make_tokenizer(tokenizers.models.WordLevel({"?": 0, "A": 1, "B": 2}, unk_token="?"))
+    with pytest.raises(EvaluationError, match="m: its tokenizer has no single token of its own for the answer 'C'"):
+        find_answer_tokens(unknown, "m", cue="", prefix="")
+    vocab = {"?": 0, "_": 1, "A": 2, "B": 3, "C": 4, "D": 5}
+    split = make_tokenizer(tokenizers.models.BPE(vocab, [], unk_token="?"), tokenizers.normalizers.Prepend("_"))
+    with pytest.raises(EvaluationError, match="no single token of its own for the answer 'A'"):
+        find_answer_tokens(split, "m", cue="", prefix="")
+
+
+def test_a_benchmark_from_the_hub_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set folder in the hub's layout, with CMMLU's column names; the second call reads the cache alone."""
+    from eval import hub
+
+    source = tmp_path / "repository"
+    rows = "Question,A,B,C,D,Answer\n问,甲,乙,丙,丁,B\n"
+    names = ("agronomy", "anatomy")
+    for name in names:
+        (source / name).mkdir(parents=True)
+        (source / name / "test.csv").write_text(rows, encoding="utf-8")
+    configs = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: test\n    path: {name}/test.csv\n" for name in names
+    )
+    (source / "README.md").write_text(f"---\nconfigs:\n{configs}---\n", encoding="utf-8")
+    monkeypatch.setenv("LAYERPLAN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    official = hub.load_official_subjects("cmmlu")
+    monkeypatch.setattr(hub, "load_official_subjects", lambda name: {key: official[key] for key in names})
+    folder = hub.fetch_benchmark("cmmlu", splits=["test"], repository=str(source))
+    assert (folder / "test" / "anatomy.csv").read_text(encoding="utf-8") == (
+        "id,question,A,B,C,D,answer\n0,问,甲,乙,丙,丁,B\n"
+    )
+    shutil.rmtree(source)
+    assert hub.fetch_benchmark("cmmlu", splits=["test"], repository=str(source)) == folder
+    with pytest.raises(EvaluationError, match="subject agronomy, split dev cannot be fetched from the hub"):
+        hub.fetch_benchmark("cmmlu", splits=["dev"], repository=str(source))

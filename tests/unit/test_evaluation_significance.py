@@ -9,7 +9,15 @@ from scipy.stats import binomtest
 
 from eval.items import Benchmark, Question
 from eval.scoring import Answer, EvaluationResult, pick_letter, score_answers
-from eval.significance import bootstrap_difference, compare_runs, compute_mcnemar, compute_wilson, correct_holm
+from eval.significance import (
+    bootstrap_difference,
+    bootstrap_means,
+    compare_runs,
+    compute_mcnemar,
+    compute_wilson,
+    correct_holm,
+    judge_comparisons,
+)
 from layerplan.errors import EvaluationError
 
 
@@ -30,7 +38,7 @@ def make_run(
         wrong = "B" if question.answer == "A" else "A"
         predicted = question.answer if index in right else None if index in unparsed else wrong
         answers.append(Answer(id=question.id, prompt="", output="", predicted=predicted, answer=question.answer))
-    return score_answers(benchmark, "generate", protocol_id, answers), answers
+    return score_answers(benchmark, "generate", protocol_id, [answers]), answers
 
 
 def test_wilson_interval_of_one_in_four() -> None:
@@ -95,10 +103,10 @@ def test_verdicts_are_paired_corrected_and_put_into_words() -> None:
     same = ("same", *make_run(benchmark, set(range(1, 200, 4))))  # 50 right, all others
     first, second = compare_runs(base, [better, same])
     assert first.difference == pytest.approx(15)
-    assert first.mcnemar_p == pytest.approx(2 / 2**30)
+    assert first.p_value == pytest.approx(2 / 2**30)
     assert first.adjusted_p == pytest.approx(4 / 2**30)
     assert first.sentence.startswith("better is better than the base by 15.0 ± ")
-    assert second.mcnemar_p == 1.0
+    assert second.p_value == 1.0
     assert "not distinguishable from the base" in second.sentence
     assert second.sentence.endswith("no better than guessing.")
 
@@ -121,3 +129,41 @@ def test_unequal_protocols_cannot_be_compared() -> None:
     base, other = make_run(benchmark, {0}), make_run(benchmark, {1}, protocol_id="q")
     with pytest.raises(EvaluationError, match="protocol ids q and p differ"):
         compare_runs(("the base", *base), [("run", *other)])
+
+
+def test_the_hierarchical_bootstrap_is_the_naive_one() -> None:
+    """Against a loop that draws seeds, then questions inside each subject, one at a time."""
+    rng = np.random.default_rng(5)
+    values = (rng.random((3, 60)) < np.array([[0.2], [0.5], [0.8]])).astype(float)
+    subjects = ["law"] * 20 + ["art"] * 40
+    fast = bootstrap_means(values, subjects, seed=0, samples=4000)
+    slow = []
+    for _ in range(4000):
+        seeds = rng.integers(0, 3, 3)
+        drawn = np.concatenate([rng.integers(0, 20, 20), 20 + rng.integers(0, 40, 40)])
+        slow.append(values[np.ix_(seeds, drawn)].mean())
+    assert fast.mean() == pytest.approx(np.mean(slow), abs=0.01)
+    assert fast.std() == pytest.approx(np.std(slow), rel=0.06)
+    one_seed = bootstrap_means(values[:1], subjects, seed=0, samples=4000)
+    assert fast.std() > 1.5 * one_seed.std(), "the variation between seeds must widen the interval"
+
+
+def test_seeds_of_one_condition_are_pooled_into_one_verdict() -> None:
+    benchmark = make_benchmark({"law": ("Social Science", 100), "art": ("Humanities", 100)})
+    base = ("the base", *make_run(benchmark, set(range(0, 200, 4))))
+    seeds = [("deep", *make_run(benchmark, set(range(0, 200, 4)) | set(range(1, stop, 4)))) for stop in (100, 120, 140)]
+    (verdict,) = judge_comparisons([(base, seeds)])
+    assert (verdict.num_seeds, verdict.num_questions) == (3, 200)
+    assert verdict.difference == pytest.approx(15.0)  # 25, 30 and 35 more of 200
+    assert verdict.test.startswith("hierarchical bootstrap")
+    assert verdict.p_value < 0.01
+    assert verdict.difference_interval[0] < 15 < verdict.difference_interval[1]
+    assert verdict.sentence.startswith("deep (3 seeds) is better than the base by 15.0 ± ")
+
+
+def test_files_of_other_questions_cannot_be_paired() -> None:
+    benchmark = make_benchmark({"law": ("Social Science", 4)})
+    base = ("the base", *make_run(benchmark, {0}))
+    result, answers = make_run(benchmark, {1})
+    with pytest.raises(EvaluationError, match="do not hold the same questions"):
+        compare_runs(base, [("run", result, answers[:-1])])

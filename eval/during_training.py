@@ -1,0 +1,191 @@
+"""Scores of checkpoints: beside a training that goes on, and afterwards for any checkpoint that is still there.
+
+`CheckpointScoring` is Ray Train's validation function: the controller calls it with each due checkpoint in a task of its
+own, one at a time, keeps the checkpoint until the task is done, and calls it again after a crash. Training does not
+wait. When a score breaks the guardrail, the workers are asked to save and stop, through the same file as by SIGTERM.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.artifacts import Results, load_answers, load_results, write_text
+from eval.runner import evaluate_model, load_finished
+from eval.significance import ALPHA, Comparison, Verdict, judge_comparisons
+from layerplan.checkpoint.hf_export import export_hf
+from layerplan.checkpoint.layout import CHECKPOINTS_NAME, STATE_NAME, name_step, read_train_state
+from layerplan.config.evaluation import EvaluationConfig
+from layerplan.errors import CheckpointError, EvaluationError
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.ray_session import quiet_engines
+
+GUARDRAIL_NAME = "guardrail.json"
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class CheckpointScoring:
+    """What is needed to score a checkpoint of one run, and what Ray Train calls with one."""
+
+    run_dir: Path
+    base_model: str
+    plan: FreezePlan
+    config: EvaluationConfig
+    final_step: int
+    stop_file: Path
+    """Made when the guardrail breaks."""
+    revision: str = "main"
+    trust_remote_code: bool = False
+
+    @property
+    def due_steps(self) -> range:
+        """Steps scored beside training; the last one is scored by the chain itself."""
+        every = self.config.score_every_steps
+        return range(0) if every is None else range(every, self.final_step, every)
+
+    def __call__(self, checkpoint: Any) -> dict[str, float]:
+        """Scores a committed checkpoint and returns its accuracies.
+
+        A checkpoint that cannot be scored does not disturb training: the back-fill after it tries again and then fails.
+
+        Raises:
+            TaskCancelledError: When the run was asked to stop. Ray Train then keeps the checkpoint, ends without waiting
+                for its scores, and calls again when the run is continued.
+        """
+        from ray.exceptions import TaskCancelledError
+
+        quiet_engines()
+        path = Path(checkpoint.path)
+        if self.stop_file.exists():
+            raise TaskCancelledError(error_message=f"{path.name}: the run was asked to stop before it was scored")
+        try:
+            step = int(read_train_state(path)["step"])
+            results = score_checkpoint(self, step, path)
+            if self.config.guardrail_points is not None:
+                self._stop_on_breach(step, results)
+        except Exception as error:
+            print(f"[evaluate] {path.name}: not scored beside training: {error}", flush=True)
+            return {}
+        return {f"eval/{key}/accuracy": result.question_mean for key, result in results.items()}
+
+    def _stop_on_breach(self, step: int, results: Results) -> None:
+        assert self.config.guardrail_points is not None
+        verdicts = compare_with_base(self.run_dir / "evaluation", name_step(step), results)
+        breach = find_breach(verdicts, self.config.guardrail_points, num_looks=len(self.due_steps))
+        if breach is not None:
+            found = {"step": step, "verdict": breach.model_dump(mode="json")}
+            write_text(self.run_dir / GUARDRAIL_NAME, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+            print(f"[evaluate] guardrail: {breach.sentence} Training stops", flush=True)
+            self.stop_file.touch()
+
+
+def score_checkpoint(scoring: CheckpointScoring, step: int, checkpoint: Path) -> Results:
+    """Exports one checkpoint and scores it into `evaluation/<step>`; what was scored before is read back.
+
+    An export made here is removed again; one that was there stays.
+
+    Raises:
+        CheckpointError: When the checkpoint is incomplete.
+        EvaluationError: When it cannot be scored.
+    """
+    label = name_step(step)
+    finished = find_scores(scoring, step)
+    if finished is not None:
+        return finished
+    if not (checkpoint / STATE_NAME).exists():
+        raise CheckpointError(f"{checkpoint}: no {STATE_NAME}; the checkpoint is incomplete")
+    out_dir, exported = scoring.run_dir / "evaluation" / label, scoring.run_dir / "hf" / label
+    is_kept = exported.exists()
+    if not is_kept:
+        export_hf(
+            base=scoring.base_model,
+            checkpoint=checkpoint,
+            out_dir=exported,
+            plan=scoring.plan,
+            revision=scoring.revision,
+            trust_remote_code=scoring.trust_remote_code,
+        )
+    try:
+        return evaluate_model(
+            str(exported), scoring.config, out_dir, report=lambda line: print(f"[evaluate] {label}: {line}", flush=True)
+        )
+    finally:
+        if not is_kept:
+            shutil.rmtree(exported, ignore_errors=True)
+
+
+def find_scores(scoring: CheckpointScoring, step: int) -> Results | None:
+    """The scores of a step under this config, or None when they are not whole."""
+    label = name_step(step)
+    return load_finished(str(scoring.run_dir / "hf" / label), scoring.config, scoring.run_dir / "evaluation" / label)
+
+
+def find_checkpoints(run_dir: Path) -> dict[int, Path]:
+    """Complete checkpoints of a run by step."""
+    found = (run_dir / CHECKPOINTS_NAME).glob("step_*")
+    return {int(path.name.removeprefix("step_")): path for path in sorted(found) if (path / STATE_NAME).exists()}
+
+
+def backfill(scoring: CheckpointScoring, steps: Iterable[int]) -> tuple[dict[int, Results], list[int]]:
+    """Scores checkpoints that are still there and were not scored yet.
+
+    Returns:
+        The results by step, and the steps that have neither scores nor a complete checkpoint.
+    """
+    there = find_checkpoints(scoring.run_dir)
+    scored: dict[int, Results] = {}
+    gone: list[int] = []
+    for step in steps:
+        if step in there or find_scores(scoring, step) is not None:
+            scored[step] = score_checkpoint(scoring, step, there.get(step, Path()))
+        else:
+            gone.append(step)
+    return scored, gone
+
+
+def compare_with_base(evaluation: Path, label: str, results: Results, *, name: str | None = None) -> list[Verdict]:
+    """Verdicts of one scored checkpoint, by this name, against the untouched base, Holm-corrected over all of them.
+
+    Raises:
+        EvaluationError: When the base was not scored under the same protocols.
+    """
+    base = load_results(evaluation / BASE)
+    comparisons: list[Comparison] = []
+    for key, result in results.items():
+        if key not in base:
+            raise EvaluationError(f"{evaluation / BASE}: has no {key}; the base must be scored first")
+        mine, theirs = (load_answers(evaluation / name, result.benchmark, result.protocol) for name in (label, BASE))
+        comparisons.append((("the base", base[key], theirs), [(name or label, result, mine)]))
+    return judge_comparisons(comparisons)
+
+
+def find_breach(verdicts: Iterable[Verdict], points: float, *, num_looks: int) -> Verdict | None:
+    """The worst verdict that lies at least `points` below the base and is significantly below it, or None.
+
+    A run is looked at after every scored checkpoint, so each look gets an equal part of the error (Bonferroni).
+    """
+    level = ALPHA / max(1, num_looks)
+    broken = [item for item in verdicts if item.difference <= -points and item.adjusted_p < level]
+    return min(broken, key=lambda item: item.difference, default=None)
+
+
+def read_breach(run_dir: Path, points: float) -> str | None:
+    """The sentence of a breach that the given guardrail still calls one, or None.
+
+    Raises:
+        EvaluationError: When the file is not readable.
+    """
+    path = run_dir / GUARDRAIL_NAME
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        verdict, step = Verdict.model_validate(found["verdict"]), int(found["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+    return f"step {step}: {verdict.sentence}" if verdict.difference <= -points else None

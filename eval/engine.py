@@ -1,0 +1,61 @@
+"""What every engine takes and gives, whichever library runs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """Which model an engine loads, and how."""
+
+    model: str
+    """Folder or hub id."""
+    revision: str
+    backend: str
+    """`vllm` or `transformers`."""
+    dtype: str
+    """`float32`, `bfloat16` or `auto`."""
+    num_gpus: float
+    """GPUs of one engine."""
+    letter_ids: tuple[int, ...]
+    """Tokens whose log-probabilities are asked for."""
+    max_length: int
+    """Longest prompt with its answer, in tokens."""
+
+
+class EngineAnswer(NamedTuple):
+    """What came back for one prompt."""
+
+    letter_logprobs: tuple[float, ...]
+    """Float32 log-probabilities of the spec's letters right after the prompt."""
+    token_ids: list[int]
+    """Greedy continuation, without the end-of-text token."""
+    text: str
+    """The same as text."""
+
+
+class Engine(Protocol):
+    """A loaded model."""
+
+    def ask(self, prompt_ids: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> list[EngineAnswer]:
+        """Answers every prompt greedily, in order; one limit of new tokens per prompt."""
+        ...
+
+
+def open_engine(spec: EngineSpec) -> Engine:
+    """Loads the model with the spec's backend.
+
+    Raises:
+        EvaluationError: When vLLM cannot start.
+        ModelError: When transformers cannot load the model.
+    """
+    if spec.backend == "vllm":
+        from eval.generation import VllmEngine
+
+        return VllmEngine(spec)
+    from eval.logits import TransformersEngine
+
+    return TransformersEngine(spec)

@@ -1,0 +1,150 @@
+"""Bits per byte against a loop over single tokens, and the verdict between two models."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eval.held_out import HeldOutActor, HeldOutResult, iter_windows, judge_held_out
+from layerplan.errors import EvaluationError
+
+
+class TinyLm(torch.nn.Module):
+    """Logits that depend on the token and on all tokens before it."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.table = torch.randn(vocab_size, vocab_size, generator=generator)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> object:
+        logits = self.table[input_ids].cumsum(1) / torch.arange(1, input_ids.shape[1] + 1)[None, :, None]
+        return type("Output", (), {"logits": logits})()
+
+
+def make_actor(model: torch.nn.Module) -> HeldOutActor:
+    actor = object.__new__(HeldOutActor)
+    actor._model, actor._device = model, torch.device("cpu")
+    return actor
+
+
+def make_result(nats: list[float], sizes: list[int], *, name: str = "t", text: str = "h") -> HeldOutResult:
+    return HeldOutResult(
+        name=name,
+        text_sha256=text,
+        model="m",
+        weights_sha256=None,
+        dtype="float32",
+        window=8,
+        bits_per_byte=sum(nats) / math.log(2) / sum(sizes),
+        num_tokens=len(nats),
+        document_nats=nats,
+        document_bytes=sizes,
+    )
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 7, 8, 9])
+def test_windows_predict_every_token_once(num_tokens: int) -> None:
+    predicted = [token for start, stop in iter_windows(num_tokens, 4) for token in range(start, stop)]
+    assert predicted == list(range(num_tokens))
+
+
+def test_a_uniform_model_needs_the_logarithm_of_its_vocabulary() -> None:
+    model = TinyLm(16)
+    model.table.zero_()
+    assert make_actor(model).compute_nats([0, 3, 5, 9]) == pytest.approx(3 * math.log(16))
+
+
+def test_the_negative_log_likelihood_is_the_naive_one() -> None:
+    """One token at a time, each from a pass of its own over what stands before it."""
+    model, ids, window = TinyLm(11), [1, 4, 2, 2, 9, 0, 7, 3, 10], 4
+    fast = sum(
+        make_actor(model).compute_nats([0, *ids][start : stop + 1]) for start, stop in iter_windows(len(ids), window)
+    )
+    slow = 0.0
+    for position, token in enumerate(ids):
+        first = position // window * window
+        before = [0, *ids][first : position + 1]
+        row = model(torch.tensor([before])).logits[0, -1].double()
+        slow -= float(row[token] - torch.log(torch.exp(row).sum()))
+    assert fast == pytest.approx(slow, rel=1e-6)
+
+
+def test_models_are_compared_document_by_document() -> None:
+    rng = np.random.default_rng(1)
+    sizes = [int(size) for size in rng.integers(50, 500, 40)]
+    base = [0.9 * size + noise for size, noise in zip(sizes, rng.normal(0, 30, 40))]
+    better = [value - 0.05 * size for value, size in zip(base, sizes)]
+    same = [value + noise for value, noise in zip(base, rng.normal(0, 1, 40))]
+    first, second = judge_held_out(
+        [
+            (make_result(base, sizes, name="a"), make_result(better, sizes, name="a")),
+            (make_result(base, sizes, name="b"), make_result(same, sizes, name="b")),
+        ]
+    )
+    # the documents differ much, their differences hardly: only a paired comparison sees 0.05 nats per byte
+    assert first.sentence.startswith("better than the base: ")
+    assert first.trained - first.base == pytest.approx(-0.05 / math.log(2))
+    assert first.difference_interval[0] == pytest.approx(first.difference_interval[1])
+    assert first.adjusted_p == pytest.approx(2 * 2 / 2001)  # the least a bootstrap of 2,000 says, times two texts
+    assert second.sentence.startswith("not distinguishable from the base")
+    assert second.difference_interval[0] < 0 < second.difference_interval[1]
+
+
+def test_a_single_document_gives_no_verdict() -> None:
+    (verdict,) = judge_held_out([(make_result([10.0], [10]), make_result([5.0], [10]))])
+    assert verdict.sentence.startswith("not judged, as 1 documents are too few")
+
+
+def test_other_documents_are_not_compared() -> None:
+    with pytest.raises(EvaluationError, match="held-out text t: base and trained model were scored on different"):
+        judge_held_out([(make_result([1.0], [1]), make_result([1.0], [1], text="other"))])
+
+
+def test_the_report_shows_scores_by_step_and_case_studies_side_by_side(tmp_path: Path) -> None:
+    import json
+
+    from layerplan.report.scores import render_checkpoint_scores, render_continuations, render_held_out
+
+    for label, share, text in (
+        ("base", 25.0, "a < b"),
+        ("step_00000010", 30.0, "x"),
+        ("step_00000020", 35.0, "二\u2028"),
+    ):
+        folder = tmp_path / label
+        (folder / "held_out").mkdir(parents=True)
+        result = {"question_mean": share, "num_correct": int(share * 4), "num_asked": 400}
+        (folder / "ceval.json").write_text(json.dumps({"ceval/logit": result}))
+        (folder / "held_out" / "notes.json").write_text(json.dumps({"bits_per_byte": share / 10}))
+        line = json.dumps({"prompt": "计算机的", "max_new_tokens": 4, "text": text}, ensure_ascii=False)
+        (folder / "continuations.jsonl").write_text(line + "\n", encoding="utf-8")
+    page = render_checkpoint_scores(tmp_path)
+    assert "<th>ceval/logit</th><th>notes, bits per byte</th>" in page
+    assert "<td>base</td><td>25.0 (100 of 400)</td><td>2.5000</td>" in page
+    assert page.index("step_00000010") < page.index("step_00000020")
+    cases = render_continuations(tmp_path)
+    assert "<th>prompt</th><th>base</th><th>step_00000020</th>" in cases
+    assert "<td>计算机的</td><td>a &lt; b</td><td>二\u2028</td>" in cases
+    assert render_held_out(tmp_path) == "", "nothing was judged"
+
+
+def test_compared_runs_get_a_sentence_per_text(tmp_path: Path) -> None:
+    from jobs.compare import judge_texts
+
+    sizes = [100] * 20
+    for run, factor in (("worse", 1.5), ("same", 1.0)):
+        for label, share in (("base", 1.0), ("step_00000010", factor)):
+            folder = tmp_path / run / "evaluation" / label
+            (folder / "held_out").mkdir(parents=True)
+            (folder / "ceval.json").write_text("{}")
+            result = make_result([50 * share + index % 3 * (share - 1) for index in range(20)], sizes, name="notes")
+            (folder / "held_out" / "notes.json").write_text(result.model_dump_json())
+    first, second = judge_texts([tmp_path / "worse", tmp_path / "same"])
+    assert first.startswith("worse, notes: worse than the base: 1.")
+    assert second.startswith(
+        "same, notes: not distinguishable from the base: 0.7213 against 0.7213 bits per byte (+0.0000"
+    )
