@@ -354,6 +354,7 @@ def render_report(machine: dict[str, Any], results: dict[str, Any]) -> str:
         ("its manifest and schedule loaded", f"{resume['load_s']:.2f} s, {resume['memory_mib']:.0f} MiB"),
         ("rows of a step there, the slowest of eight random positions", f"{resume['worst_first_step_s']:.2f} s"),
     ]
+    machine = machine | {"load_average_at_the_end": os.getloadavg()}
     lines = ["# Corpus: build, reader, resume", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows]
     for title, value in (("Machine", machine), ("Everything measured", results)):
