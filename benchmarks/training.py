@@ -122,6 +122,7 @@ class Case:
     batch: int
     steps: int
     device: torch.device
+    dtype: str
 
     @property
     def seq_len(self) -> int:
@@ -141,7 +142,7 @@ def run_ours(case: Case, turn: Turn) -> None:
         max_steps=case.steps,
         global_batch_size=case.batch,
         micro_batch_size=case.batch,
-        compute_dtype="bfloat16",
+        compute_dtype=case.dtype,
         compile=True,
         log_every_steps=10**6,
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, betas=BETAS, weight_decay=0.0),
@@ -178,7 +179,7 @@ def run_ours(case: Case, turn: Turn) -> None:
 
 
 def run_trainer(case: Case, turn: Turn) -> None:
-    """transformers.Trainer as people call it: bf16=True, everything else as it comes."""
+    """transformers.Trainer as people call it: bf16=True (or not), everything else as it comes."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Steps(TrainerCallback):
@@ -200,7 +201,7 @@ def run_trainer(case: Case, turn: Turn) -> None:
         learning_rate=LEARNING_RATE,
         adam_beta2=BETAS[1],
         lr_scheduler_type="constant",
-        bf16=True,
+        bf16=case.dtype == "bfloat16",
         use_cpu=case.device.type == "cpu",
         logging_steps=1,
         report_to="none",
@@ -218,10 +219,11 @@ def run_trainer(case: Case, turn: Turn) -> None:
 
 
 def run_accelerate(case: Case, turn: Turn) -> None:
-    """A plain Accelerate loop with bf16 autocast and fused AdamW."""
+    """A plain Accelerate loop with autocast and fused AdamW."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(mixed_precision="bf16", cpu=case.device.type == "cpu")
+    precision = "bf16" if case.dtype == "bfloat16" else "no"
+    accelerator = Accelerator(mixed_precision=precision, cpu=case.device.type == "cpu")
     model = case.fresh_model()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0, fused=True)
@@ -263,7 +265,7 @@ def compare(case: Case, peers: list[str], warmup: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     flops = predict_cost(case.plan, case.shape, seq_len=case.seq_len).total_flops
     tokens = case.batch * case.seq_len
-    peak = find_peak(case.device)
+    peak = find_peak(case.device, case.dtype)
     for name, turn in turns.items():
         kept = turn.seconds[warmup:]
         median = statistics.median(kept)
@@ -307,14 +309,14 @@ def build_case(args: argparse.Namespace, plan_type: str, split_ratio: Fraction) 
     weights = 1 / np.arange(1, config.vocab_size + 1)
     size = (args.steps, args.batch, args.seq_len)
     rows = rng.choice(config.vocab_size, size=size, p=weights / weights.sum())
-    return Case(base, plan, shape, rows, args.batch, args.steps, torch.device(args.device))
+    return Case(base, plan, shape, rows, args.batch, args.steps, torch.device(args.device), args.dtype)
 
 
-def find_peak(device: torch.device) -> float:
+def find_peak(device: torch.device, dtype: str) -> float:
     """Peak FLOP/s: of the data sheet on a known GPU, else measured by the same clock as the steps."""
     if device.type == "cuda":
         return find_peak_flops(TrainConfig(), device)
-    return measure_matmul_flops(device, torch.bfloat16, clock=time.process_time)
+    return measure_matmul_flops(device, getattr(torch, dtype), clock=time.process_time)
 
 
 def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
@@ -330,7 +332,8 @@ def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "bf16_matmul_tflops": find_peak(torch.device(args.device)) / 1e12,
+        "dtype": args.dtype,
+        "matmul_tflops": find_peak(torch.device(args.device), args.dtype) / 1e12,
     }
 
 
@@ -341,6 +344,7 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", default=["full", "freeze_deep", "freeze_shallow"])
     parser.add_argument("--split-ratios", nargs="+", type=Fraction, default=[Fraction(1, 2)])
     parser.add_argument("--peers", nargs="+", choices=sorted(PEERS), default=["ours", "trainer", "accelerate"])
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--vocab-size", type=int, default=32000)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2)

@@ -13,6 +13,7 @@ from jobs.entry import build_parser, run_job
 from jobs.run_folder import open_run_folder
 from layerplan.config.run import RunConfig
 from layerplan.corpus.manifest import Manifest
+from layerplan.errors import ConfigError
 
 
 def build_corpus(config: RunConfig, args: argparse.Namespace) -> None:
@@ -20,6 +21,8 @@ def build_corpus(config: RunConfig, args: argparse.Namespace) -> None:
     if args.dry_run:
         print_dry_run(config)
         return
+    if config.corpus.mode == "on_the_fly":
+        raise ConfigError("corpus.mode=on_the_fly: builds no store; start jobs/cpt.py, or set corpus.mode=store")
     from jobs.base_model import prepare_model
     from jobs.checks import check_benchmarks, check_corpus, check_model
     from jobs.session import open_run
@@ -30,14 +33,39 @@ def build_corpus(config: RunConfig, args: argparse.Namespace) -> None:
     with open_run(config, open_run_folder(config)) as context:
         store = build_store(context, prepare_model(context))
     manifest = Manifest.load(store)
-    table = Table(title=f"{store}")
+    Console(width=140).print(render_manifest(manifest, str(store)))
+
+
+def render_manifest(manifest: Manifest, title: str) -> Table:
+    """What became of every document, per source; a column adds up to its `in`."""
+    table = Table(title=title)
     table.add_column("documents")
-    table.add_column("count", justify="right")
-    for name, count in manifest.counts.items():
-        table.add_row(name, f"{count:,}")
-    table.add_row("rows", f"{manifest.num_rows:,}")
-    table.add_row("tokens", f"{manifest.num_tokens:,}")
-    Console(width=120).print(table)
+    for source in manifest.sources:
+        table.add_column(
+            source.path if source.weight is None else f"{source.path} x {source.weight:g}", justify="right"
+        )
+    if len(manifest.sources) > 1:
+        table.add_column("all", justify="right")
+    columns = [
+        *(source.counts for source in manifest.sources),
+        *([manifest.counts] if len(manifest.sources) > 1 else []),
+    ]
+    for name in ["in", *(name for name in manifest.counts if name != "in")]:
+        table.add_row(name, *(f"{counts.get(name, 0):,}" for counts in columns), end_section=name == "in")
+    table.add_section()
+    for name, field in (
+        ("rows", "num_rows"),
+        ("tokens", "num_tokens"),
+        ("padding", "num_padding_tokens"),
+        ("validation rows", "num_validation_rows"),
+    ):
+        values = [*(getattr(source, field) for source in manifest.sources), getattr(manifest, field)]
+        table.add_row(name, *(f"{value:,}" for value in values[: len(columns)]))
+    table.caption = (
+        f"{len(manifest.shards):,} shards of rows of {manifest.seq_len:,} tokens;"
+        f" {manifest.num_questions:,} benchmark questions looked for, {manifest.num_questions_too_short:,} too short for it"
+    )
+    return table
 
 
 if __name__ == "__main__":

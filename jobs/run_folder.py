@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "trace.num_gpus_per_actor",
     "corpus.num_workers",
     "corpus.num_cpus_per_worker",
+    "corpus.max_bad_fraction",
     "train.num_workers",
     "train.num_cpus_per_worker",
     "train.use_gpu",

@@ -24,7 +24,8 @@ from layerplan.checkpoint.layout import name_step
 from layerplan.config.run import RunConfig
 from layerplan.corpus.build import build_token_store, hash_tokenizer
 from layerplan.corpus.decontamination import BenchmarkText
-from layerplan.corpus.manifest import Manifest
+from layerplan.corpus.manifest import Manifest, resolve_store
+from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
 from layerplan.models.files import find_tokenizer_file, identify_model, load_hf_config
 from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
@@ -66,17 +67,18 @@ def tracked(context: RunContext, stage: str) -> Iterator[Tracker]:
     tracker.close(status="FINISHED")
 
 
-def build_store(context: RunContext, model_name: str) -> Path:
+def build_store(context: RunContext, model_name: str) -> Path | str:
     """Builds the token store, or checks the given one against the config and the model's tokenizer."""
     corpus = context.config.corpus
     tokenizer = find_tokenizer_file(model_name, revision=revision_of(context.config))
     if corpus.store is not None:
-        store = Path(corpus.store).expanduser().resolve()
+        store = resolve_store(corpus.store)
         _check_store(Manifest.load(store), store, corpus.seq_len, hash_tokenizer(tokenizer))
         say("corpus", f"using {store}")
         return store
     with tracked(context, "corpus") as tracker:
-        manifest = build_token_store(
+        build = write_stream if corpus.mode == "on_the_fly" else build_token_store
+        manifest = build(
             corpus,
             tokenizer,
             context.folder.token_store,
@@ -134,7 +136,7 @@ def decide_plan(context: RunContext, model_name: str, profile: LayerProfile | No
     return plan
 
 
-def train(context: RunContext, model_name: str, plan: FreezePlan, store: Path) -> TrainResult:
+def train(context: RunContext, model_name: str, plan: FreezePlan, store: Path | str) -> TrainResult:
     """Trains exactly the plan; a finished training is read back, an interrupted one continues."""
     config = context.config
     with tracked(context, "train") as tracker:
@@ -153,7 +155,7 @@ def train(context: RunContext, model_name: str, plan: FreezePlan, store: Path) -
 
 
 def make_train_request(
-    context: RunContext, model_name: str, plan: FreezePlan, store: Path, sink_factory: RunSinkFactory | None
+    context: RunContext, model_name: str, plan: FreezePlan, store: Path | str, sink_factory: RunSinkFactory | None
 ) -> TrainRequest:
     """The request of the run itself; sweeps vary it."""
     config = context.config
@@ -277,7 +279,7 @@ def _log_scores(tracker: Tracker, folder: Path, results: Results, step: int) -> 
         tracker.log_artifact(path)
 
 
-def _check_store(manifest: Manifest, store: Path, seq_len: int, tokenizer_sha256: str) -> None:
+def _check_store(manifest: Manifest, store: Path | str, seq_len: int, tokenizer_sha256: str) -> None:
     if manifest.seq_len != seq_len:
         raise CorpusError(f"corpus.store={store}: has rows of {manifest.seq_len} tokens, corpus.seq_len={seq_len}")
     if manifest.tokenizer_sha256 != tokenizer_sha256:

@@ -12,7 +12,7 @@ def make_inputs(folder: Path, *, num_layers: int = 2) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from layerplan.corpus.manifest import MANIFEST_NAME, VALIDATION_NAME, Manifest
+    from layerplan.corpus.manifest import MANIFEST_NAME, VALIDATION_NAME, Manifest, SourceRows
     from layerplan.corpus.pack import RawRow
     from layerplan.corpus.store import write_rows
 
@@ -41,19 +41,17 @@ def make_inputs(folder: Path, *, num_layers: int = 2) -> None:
 
     shard = write_rows(store / "shard_000000.parquet", draw(64), first_row_id=0, rows_per_group=8)
     write_rows(store / VALIDATION_NAME, draw(3), first_row_id=-3, rows_per_group=8)
+    sizes = {"num_rows": 64, "num_validation_rows": 3, "num_tokens": 2048, "num_padding_tokens": 0}
     manifest = Manifest(
+        **sizes,
         seq_len=32,
         rows_per_group=8,
-        num_rows=64,
-        num_validation_rows=3,
-        num_tokens=2048,
-        num_padding_tokens=0,
         vocab_size=128,
         end_of_text_id=0,
         tokenizer_sha256="0",
         config_sha256="0",
         counts={},
-        sources={},
+        sources=[SourceRows(path="drawn", weight=None, num_validation_tokens=96, counts={}, **sizes)],
         shards=[shard],
     )
     (store / MANIFEST_NAME).write_text(manifest.model_dump_json())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from layerplan.config.base import StrictModel
 
@@ -13,9 +13,10 @@ class SourceConfig(StrictModel):
     """One source of raw documents."""
 
     path: str = Field(min_length=1)
-    """A folder or file (JSONL plain/gz/zst, Parquet, Arrow, .txt/.md/.rst), local or at an `s3://` or `gs://` address, or
-    `machine://docs`: the documentation already on this machine (`machine://docs/python` and `machine://docs/packages`
-    are its two halves)."""
+    """A folder or file (JSONL plain/gz/zst, Parquet, Arrow, .txt/.md/.rst), local or at an `s3://`, `gs://` or other
+    fsspec address; `hub://owner/dataset`: a Hugging Face data set, streamed, with the token of `HF_TOKEN` or
+    `hf auth login`; or `machine://docs`: the documentation already on this machine (`machine://docs/python` and
+    `machine://docs/packages` are its two halves)."""
     format: Literal["auto", "jsonl", "parquet", "arrow", "text"] = "auto"
     """`auto` goes by the file name's ending."""
     id_column: str = "id"
@@ -24,10 +25,17 @@ class SourceConfig(StrictModel):
     """Column with the text."""
     score_column: str | None = None
     """Column with a quality score, if there is one."""
-    weight: float = Field(default=1.0, gt=0)
-    """Share of this source in the mixture, relative to the others' weights."""
+    split: str = "train"
+    """Split of a `hub://` data set."""
+    subset: str | None = None
+    """Subset (configuration) of a `hub://` data set; its default one when left out."""
+    revision: str | None = None
+    """Branch, tag or commit of a `hub://` data set; the build notes the commit it read in its unit names."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of this source in every stretch of training, relative to the others' weights; small sources repeat then.
+    Without weights every row of every source is read once per epoch."""
     max_documents: int | None = Field(default=None, ge=1)
-    """Read at most so many documents, in file order."""
+    """Use at most so many documents, in file order; nothing is read beyond them."""
 
 
 class FilterConfig(StrictModel):
@@ -64,7 +72,10 @@ class CorpusConfig(StrictModel):
     sources: list[SourceConfig] = Field(default_factory=lambda: [SourceConfig(path="machine://docs")], min_length=1)
     """Sources, each with its weight."""
     store: str | None = None
-    """An existing token store to train on; nothing is built then."""
+    """An existing token store to train on, local or at an address as in `sources`; nothing is built then."""
+    mode: Literal["store", "on_the_fly"] = "store"
+    """`store` builds a token store first and fixes the order of training; `on_the_fly` tokenizes while training, needs no
+    disk, reads every document exactly once per epoch over any crash, and fixes no order."""
     seq_len: int = Field(default=4096, ge=16)
     """Tokens per row."""
     filters: FilterConfig = FilterConfig()
@@ -81,7 +92,30 @@ class CorpusConfig(StrictModel):
     """Rows held out for the validation loss, taken before the lanes are formed."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Stop the build when a larger share of the input is malformed."""
-    num_workers: int = Field(default=1, ge=1)
-    """Tokenizer actors."""
+    num_workers: int | None = Field(default=None, ge=1)
+    """Tokenizer actors; one per CPU of the cluster when left out, fewer when there is little to read. The store's bytes
+    do not depend on it."""
     num_cpus_per_worker: float = Field(default=0.5, ge=0)
     """CPU share each actor reserves on Ray."""
+
+    @model_validator(mode="after")
+    def _weights_and_mode_fit(self) -> CorpusConfig:
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError(
+                f"sources.{weighted.index(False)}.weight is missing: give every source a weight, or none of them"
+            )
+        if self.mode == "on_the_fly":
+            faults = {
+                "deduplicate=true: needs a pass over the whole corpus; set it to false": self.deduplicate,
+                "store: an existing store has a fixed order; leave it out": self.store is not None,
+                "validation_rows: no rows are held out; set it to 0": self.validation_rows > 0,
+                "sources.max_documents: documents are not counted across workers; leave it out": any(
+                    source.max_documents is not None for source in self.sources
+                ),
+                "sources.weight: sources are read in their natural shares; leave it out": any(weighted),
+            }
+            for fault, is_there in faults.items():
+                if is_there:
+                    raise ValueError(f"mode=on_the_fly does not go with {fault}")
+        return self

@@ -2,36 +2,50 @@
 
 Reading, cleaning and tokenizing run in a Ray Data actor pool over the units; what must see every document in order
 (de-duplication across the corpus, packing, writing) runs here, on the ordered stream the pool returns. The same
-input, config and tokenizer give the same bytes, whatever the number of actors.
+input, config and tokenizer give the same bytes, whatever the number of actors and however often the build was killed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-import time
-from collections import Counter
+import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from layerplan.config.corpus import CorpusConfig
+from layerplan.corpus.codepoints import encode_codes, fold_words
 from layerplan.corpus.decontamination import BenchmarkText
-from layerplan.corpus.manifest import MANIFEST_NAME, VALIDATION_NAME, Manifest, Shard
-from layerplan.corpus.pack import Packer, RawRow
-from layerplan.corpus.sources import list_units
-from layerplan.corpus.store import write_rows
-from layerplan.corpus.tokenize import FILTERED, KEPT, QUARANTINED, UnitTokenizer
+from layerplan.corpus.journal import BuildJournal, remove_journal
+from layerplan.corpus.manifest import MANIFEST_NAME, Manifest
+from layerplan.corpus.progress import BuildProgress
+from layerplan.corpus.sources import UNIT_BYTES, Unit, list_units
+from layerplan.corpus.tokenize import KEPT, QUARANTINED, Record, UnitTokenizer
+from layerplan.corpus.writer import StoreWriter, explain_disk_faults
 from layerplan.errors import CorpusError
 from layerplan.plan.hashing import compute_sha256
 
-DUPLICATE = "duplicate"
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
-MAX_QUARANTINE_LISTED = 1000
-REPORT_EVERY_S = 5.0
+WORKERS_PER_INPUT_BYTES = 32 * 2**20
+"""One actor per so much input at most; more would wait longer for their start than they work."""
+ITEMS_PER_PIPELINE = 1024
+"""Items of up to `UNIT_BYTES` each that one Ray Data pipeline takes; a build is a row of pipelines."""
+NOT_CONTENT = {"store", "num_workers", "num_cpus_per_worker", "max_bad_fraction"}
+"""Fields that do not change the rows."""
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer file and what a build needs of it."""
+
+    json_text: str
+    sha256: str
+    vocab_size: int
+    end_of_text_id: int
 
 
 def build_token_store(
@@ -43,7 +57,9 @@ def build_token_store(
     seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> Manifest:
-    """Builds the store, or returns its manifest when it is already complete for this config and tokenizer.
+    """Builds the store, goes on with an unfinished one, or returns the manifest of a complete one.
+
+    Uses Ray Data when Ray is initialised in this process, else reads in this process; both give the same bytes.
 
     Args:
         config: Sources, filters and row layout.
@@ -56,24 +72,43 @@ def build_token_store(
     Raises:
         CorpusError: When a source is missing, nothing is kept, too much is malformed, or the store cannot be written.
     """
-    tokenizer_file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
-    tokenizer_json = tokenizer_file.read_text(encoding="utf-8")
-    tokenizer_sha256 = hash_tokenizer(tokenizer_file)
-    config_sha256 = compute_sha256([_content_fields(config), [question.id for question in questions], seed])
+    loaded = load_tokenizer(tokenizer)
+    config_sha256 = hash_config(config, questions, seed)
     if (store / MANIFEST_NAME).exists():
-        manifest = Manifest.load(store)
-        if (manifest.tokenizer_sha256, manifest.config_sha256) == (tokenizer_sha256, config_sha256):
-            report(f"found {store}: {manifest.num_rows:,} rows of {manifest.seq_len:,} tokens")
-            return manifest
-        raise CorpusError(
-            f"{store}: was built from another corpus config or tokenizer; remove it or choose another name"
-        )
-    loaded = Tokenizer.from_str(tokenizer_json)
-    writer = _StoreWriter(config, store, _find_end_of_text(loaded, tokenizer_file), seed)
-    _consume(_iter_records(config, tokenizer_json, list(questions)), config, writer, report)
-    return writer.finish(
-        vocab_size=loaded.get_vocab_size(), tokenizer_sha256=tokenizer_sha256, config_sha256=config_sha256
-    )
+        return find_complete(store, loaded.sha256, config_sha256, report)
+    units = list_units(config)
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CorpusError(f"{store}: cannot be written ({error})") from None
+    journal = BuildJournal(store, f"{loaded.sha256} {config_sha256} {hash_units(units)}")
+    try:
+        writer = StoreWriter(config, store, journal, end_of_text_id=loaded.end_of_text_id, seed=seed)
+        if writer.resumed:
+            report(f"goes on after {len(writer.state.shards)} shards and {writer.counts['in']:,} documents")
+        _consume(config, units, writer, lambda rest: iter_records(config, rest, loaded.json_text, questions), report)
+        manifest = _finish(config, store, writer, loaded, config_sha256, questions)
+        writer.close()
+        journal.remove()
+    finally:
+        journal.close()
+    return manifest
+
+
+def load_tokenizer(path: Path) -> LoadedTokenizer:
+    """Reads `tokenizer.json`, or that of a folder.
+
+    Raises:
+        CorpusError: When it has no end-of-text token.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    text = file.read_text(encoding="utf-8")
+    tokenizer = Tokenizer.from_str(text)
+    for name in END_OF_TEXT_NAMES:
+        token = tokenizer.token_to_id(name)
+        if token is not None:
+            return LoadedTokenizer(text, hash_tokenizer(file), tokenizer.get_vocab_size(), token)
+    raise CorpusError(f"{file}: has no end-of-text token; one of {', '.join(END_OF_TEXT_NAMES)} is expected")
 
 
 def hash_tokenizer(path: Path) -> str:
@@ -81,172 +116,188 @@ def hash_tokenizer(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _content_fields(config: CorpusConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude={"store", "num_workers", "num_cpus_per_worker"})
+def hash_config(config: CorpusConfig, questions: Sequence[BenchmarkText], seed: int) -> str:
+    """Hash of all that decides the rows beside the input and the tokenizer."""
+    asked = [[question.id, question.text] for question in questions]
+    return compute_sha256([config.model_dump(mode="json", exclude=NOT_CONTENT), asked, seed])
 
 
-def _find_end_of_text(tokenizer: Tokenizer, path: Path) -> int:
-    for name in END_OF_TEXT_NAMES:
-        token = tokenizer.token_to_id(name)
-        if token is not None:
-            return token
-    raise CorpusError(f"{path}: has no end-of-text token; one of {', '.join(END_OF_TEXT_NAMES)} is expected")
+def hash_units(units: Sequence[Unit]) -> str:
+    """Hash of the input's files and sizes: a build may only go on where it stopped while they are the same."""
+    return compute_sha256([list(asdict(unit).values()) for unit in units])
 
 
-def _iter_records(
-    config: CorpusConfig, tokenizer_json: str, questions: list[BenchmarkText]
-) -> Iterator[dict[str, Any]]:
-    """Records of all units in order, from a Ray Data actor pool."""
-    import ray
-
-    units = list_units(config)
-    context = ray.data.DataContext.get_current()
-    context.target_max_block_size = 4 * 2**20
-    context.execution_options.preserve_order = True
-    rows = [{"source": unit.source, "path": unit.path, "format": unit.format} for unit in units]
-    records = ray.data.from_items(rows, override_num_blocks=min(len(rows), 200)).map_batches(
-        UnitTokenizer,
-        fn_constructor_args=(config, tokenizer_json, questions),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=config.num_workers),
-        num_cpus=config.num_cpus_per_worker,
-    )
-    for batch in records.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-        yield from batch.to_pylist()
+def find_complete(store: Path, tokenizer_sha256: str, config_sha256: str, report: Callable[[str], None]) -> Manifest:
+    """The manifest of a complete store; refuses one of another config or tokenizer."""
+    manifest = Manifest.load(store)
+    if (manifest.tokenizer_sha256, manifest.config_sha256) != (tokenizer_sha256, config_sha256):
+        raise CorpusError(
+            f"{store}: was built from another corpus config or tokenizer; remove it or choose another name"
+        )
+    remove_journal(store)
+    report(f"found {store}: {manifest.num_rows:,} rows of {manifest.seq_len:,} tokens")
+    return manifest
 
 
 def _consume(
-    records: Iterator[dict[str, Any]], config: CorpusConfig, writer: _StoreWriter, report: Callable[[str], None]
+    config: CorpusConfig,
+    units: list[Unit],
+    writer: StoreWriter,
+    iter_rest: Callable[[list[tuple[int, Unit]]], Iterator[Record]],
+    report: Callable[[str], None],
 ) -> None:
-    seen: set[bytes] = set()
-    taken = Counter[int]()
-    started = reported = time.monotonic()
-    for record in records:
-        source = record["source"]
-        limit = config.sources[source].max_documents
-        if limit is not None and taken[source] >= limit:
+    """Feeds the writer source by source, each up to its limit, from where the writer stopped."""
+    progress = BuildProgress(units, writer, report)
+    numbered = list(enumerate(units))
+    for source, members in groupby(numbered, key=lambda pair: pair[1].source):
+        mine = list(members)
+        last = mine[-1][0]
+        if writer.state.unit > last:
             continue
-        if record["status"] != QUARANTINED:
-            taken[source] += 1
-        if record["status"] == KEPT and config.deduplicate:
-            if record["key"] in seen:
-                record["status"] = DUPLICATE
-            seen.add(record["key"])
-        writer.add(record)
-        if time.monotonic() - reported > REPORT_EVERY_S:
-            reported = time.monotonic()
-            report(writer.describe(reported - started))
-    report(writer.describe(time.monotonic() - started))
+        rest = [(number, unit) for number, unit in mine if number >= writer.state.unit]
+        rest[0] = (rest[0][0], replace(rest[0][1], skip=writer.state.skip))
+        limit = config.sources[source].max_documents
+        taken = writer.state.sources[source]
+        if limit is None or taken.num_documents < limit:
+            for record in iter_rest(rest):
+                writer.add(record)
+                _check_lost_bytes(config, writer, progress.total_bytes)
+                progress.update()
+                if limit is not None and taken.num_documents >= limit:
+                    break
+        writer.finish_source(source, next_unit=last + 1)
+    progress.finish()
 
 
-class _StoreWriter:
-    """Counts every record, packs the kept ones, and writes full shards as they come."""
+def iter_records(
+    config: CorpusConfig, units: list[tuple[int, Unit]], tokenizer_json: str, questions: Sequence[BenchmarkText]
+) -> Iterator[Record]:
+    """Records of numbered units, in order."""
+    import ray
 
-    def __init__(self, config: CorpusConfig, store: Path, end_of_text_id: int, seed: int) -> None:
-        self._config = config
-        self._store = store
-        self._end_of_text_id = end_of_text_id
-        self._packer = Packer(config.seq_len, end_of_text_id)
-        self._held_out = np.random.default_rng([seed, 1])
-        self._counts = Counter[str]()
-        self._sources = Counter[str]()
-        self._quarantine: list[dict[str, Any]] = []
-        self._rows: list[RawRow] = []
-        self._validation: list[RawRow] = []
-        self._shards: list[Shard] = []
-        self._num_rows = self._num_tokens = 0
-        shutil.rmtree(store, ignore_errors=True)
-        try:
-            store.mkdir(parents=True)
-        except OSError as error:
-            raise CorpusError(f"{store}: cannot be written ({error})") from None
+    arguments = (config, tokenizer_json, list(questions))
+    if not ray.is_initialized():
+        tokenizer = UnitTokenizer(*arguments)
+        for number, unit in units:
+            for records in tokenizer.read(number, unit):
+                yield from records
+        return
+    num_workers = config.num_workers or choose_num_workers(units, ray.cluster_resources().get("CPU", 1))
+    items = list(_group(units, num_workers))
+    context = ray.data.DataContext.get_current().copy()
+    context.target_max_block_size = 4 * 2**20
+    context.execution_options.preserve_order = True
+    for start in range(0, len(items), ITEMS_PER_PIPELINE):
+        part = items[start : start + ITEMS_PER_PIPELINE]
+        with ray.data.DataContext.current(context):
+            batches = _start_pipeline(part, arguments, min(num_workers, len(part)), config.num_cpus_per_worker)
+        for table in batches:
+            for fields in table.to_pylist():
+                yield Record(**fields)
 
-    def add(self, record: dict[str, Any]) -> None:
-        """Counts a record and packs it when it is kept."""
-        status = record["status"]
-        self._counts["in"] += 1
-        self._counts[f"{status}/{record['reason']}" if status == FILTERED else status] += 1
-        if status == QUARANTINED and len(self._quarantine) < MAX_QUARANTINE_LISTED:
-            self._quarantine.append({"where": record["id"], "reason": record["reason"]})
-        if status == KEPT:
-            self._sources[self._config.sources[record["source"]].path] += 1
-            for row in self._packer.add(np.frombuffer(record["ids"], dtype=np.int32)):
-                self._add_row(row)
 
-    def describe(self, elapsed_s: float) -> str:
-        """One progress line."""
-        tokens_per_s = self._num_tokens / max(elapsed_s, 1e-9)
-        return (
-            f"{self._counts['in']:,} documents in, {self._counts[KEPT]:,} kept,"
-            f" {self._num_tokens:,} tokens, {tokens_per_s:,.0f} tokens/s"
+def _start_pipeline(items: list[str], arguments: tuple[Any, ...], num_workers: int, num_cpus: float) -> Iterator[Any]:
+    import ray
+
+    records = ray.data.from_items([{"units": item} for item in items], override_num_blocks=len(items)).map_batches(
+        UnitTokenizer,
+        fn_constructor_args=arguments,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=num_workers),
+        num_cpus=num_cpus,
+    )
+    batches: Iterator[Any] = iter(records.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+    return batches
+
+
+def choose_num_workers(units: Sequence[tuple[int, Unit]], num_cpus: float) -> int:
+    """One actor per CPU, but at most one per 32 MiB of input."""
+    total = sum(unit.num_bytes for _, unit in units)
+    return max(1, min(int(num_cpus), -(-total // WORKERS_PER_INPUT_BYTES)))
+
+
+def _group(units: list[tuple[int, Unit]], num_workers: int) -> Iterator[str]:
+    """Joins consecutive small units into items, so that each is worth a task; few enough for all actors to have some."""
+    total = sum(unit.num_bytes for _, unit in units)
+    target = min(UNIT_BYTES, total // (4 * num_workers))
+    pending: list[Any] = []
+    size = 0
+    for number, unit in units:
+        if pending and size + unit.num_bytes > target:
+            yield json.dumps(pending)
+            pending, size = [], 0
+        pending.append((number, asdict(unit)))
+        size += unit.num_bytes
+    yield json.dumps(pending)
+
+
+def _check_lost_bytes(config: CorpusConfig, writer: StoreWriter, total_bytes: int) -> None:
+    """Stops as soon as the files that cannot be read are known to be too large a share, and not hours later."""
+    if writer.state.lost_bytes > config.max_bad_fraction * max(total_bytes, 1):
+        raise CorpusError(
+            f"corpus.max_bad_fraction={config.max_bad_fraction}: files of {writer.state.lost_bytes:,} of"
+            f" {total_bytes:,} bytes cannot be read; the first is {writer.state.first_fault}"
         )
 
-    def finish(self, *, vocab_size: int, tokenizer_sha256: str, config_sha256: str) -> Manifest:
-        """Writes what is left and the manifest, last."""
-        self._check_counts()
-        last = self._packer.finish()
-        padding = 0
-        if last is not None and len(self._rows) + len(self._shards) > 0:
-            padding = self._config.seq_len - last.used
-            self._rows.append(last)
-            self._num_rows += 1
-            self._num_tokens += last.used
-        if self._num_rows == 0:
-            raise CorpusError(
-                f"corpus.sources: {self._counts['in']} documents in, none fills a row of seq_len={self._config.seq_len};"
-                " at least one full row of text is needed"
-            )
-        self._flush(everything=True)
-        if self._validation:
-            write_rows(
-                self._store / VALIDATION_NAME,
-                self._validation,
-                first_row_id=-len(self._validation),
-                rows_per_group=self._config.rows_per_group,
-            )
-        manifest = Manifest(
-            seq_len=self._config.seq_len,
-            rows_per_group=self._config.rows_per_group,
-            num_rows=self._num_rows,
-            num_validation_rows=len(self._validation),
-            num_tokens=self._num_tokens,
-            num_padding_tokens=padding,
-            vocab_size=vocab_size,
-            end_of_text_id=self._end_of_text_id,
-            tokenizer_sha256=tokenizer_sha256,
-            config_sha256=config_sha256,
-            counts=dict(sorted(self._counts.items())),
-            sources=dict(self._sources),
-            quarantine=self._quarantine,
-            shards=self._shards,
+
+def _check_counts(config: CorpusConfig, store: Path, writer: StoreWriter) -> None:
+    counts = writer.counts
+    assert counts["in"] == sum(count for name, count in counts.items() if name != "in")
+    bad = counts[QUARANTINED] / max(counts["in"], 1)
+    if bad > config.max_bad_fraction:
+        raise CorpusError(
+            f"corpus.max_bad_fraction={config.max_bad_fraction}: {counts[QUARANTINED]} of {counts['in']} inputs are"
+            f" malformed ({bad:.1%}); the first is {writer.state.first_fault}; all are in {store / 'quarantine.jsonl'}"
         )
-        partial = self._store / (MANIFEST_NAME + ".partial")
-        partial.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        partial.replace(self._store / MANIFEST_NAME)
-        return manifest
+    if not any(progress.num_full_rows for progress in writer.state.sources):
+        raise CorpusError(
+            f"corpus.sources: {counts['in']} documents in, {counts[KEPT]} kept, none fills a row of"
+            f" seq_len={config.seq_len}; at least one full row of text is needed"
+        )
 
-    def _add_row(self, row: RawRow) -> None:
-        if len(self._validation) < self._config.validation_rows and self._held_out.random() < 0.05:
-            self._validation.append(row)
-            return
-        self._rows.append(row)
-        self._num_rows += 1
-        self._num_tokens += row.used
-        self._flush(everything=False)
 
-    def _flush(self, *, everything: bool) -> None:
-        size = self._config.rows_per_group * self._config.groups_per_shard
-        while len(self._rows) >= size or (everything and self._rows):
-            rows, self._rows = self._rows[:size], self._rows[size:]
-            path = self._store / f"shard_{len(self._shards):06d}.parquet"
-            first = sum(shard.num_rows for shard in self._shards)
-            self._shards.append(write_rows(path, rows, first_row_id=first, rows_per_group=self._config.rows_per_group))
+def _finish(
+    config: CorpusConfig,
+    store: Path,
+    writer: StoreWriter,
+    loaded: LoadedTokenizer,
+    config_sha256: str,
+    questions: Sequence[BenchmarkText],
+) -> Manifest:
+    _check_counts(config, store, writer)
+    writer.write_validation()
+    sources = writer.list_sources()
+    asked = list(questions) if config.decontamination.enabled else []
+    manifest = Manifest(
+        seq_len=config.seq_len,
+        rows_per_group=config.rows_per_group,
+        num_rows=sum(source.num_rows for source in sources),
+        num_validation_rows=len(writer.validation),
+        num_tokens=sum(source.num_tokens for source in sources),
+        num_padding_tokens=sum(source.num_padding_tokens for source in sources),
+        vocab_size=loaded.vocab_size,
+        end_of_text_id=loaded.end_of_text_id,
+        tokenizer_sha256=loaded.sha256,
+        config_sha256=config_sha256,
+        counts=dict(sorted(writer.counts.items())),
+        num_questions=len(asked),
+        num_questions_too_short=sum(
+            len(fold_words(encode_codes(question.text))) < config.decontamination.ngram for question in asked
+        ),
+        sources=sources,
+        shards=writer.shards,
+    )
+    write_manifest(store, manifest)
+    return manifest
 
-    def _check_counts(self) -> None:
-        bad = self._counts[QUARANTINED] / max(self._counts["in"], 1)
-        if bad > self._config.max_bad_fraction:
-            first = self._quarantine[0]
-            raise CorpusError(
-                f"corpus.max_bad_fraction={self._config.max_bad_fraction}: {self._counts[QUARANTINED]} of"
-                f" {self._counts['in']} inputs are malformed ({bad:.1%}); the first is {first['where']}: {first['reason']}"
-            )
+
+def write_manifest(store: Path, manifest: Manifest) -> None:
+    """Writes the manifest aside and moves it into place: from then on the store is complete.
+
+    Raises:
+        CorpusError: When the disk refuses.
+    """
+    with explain_disk_faults(store):
+        partial = store / (MANIFEST_NAME + ".partial")
+        partial.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        partial.replace(store / MANIFEST_NAME)

@@ -7,44 +7,49 @@ import re
 import unicodedata
 from collections import Counter
 
-from layerplan.config.corpus import FilterConfig
+import numpy as np
 
-_SPACES = re.compile(r"\s+")
+from layerplan.config.corpus import FilterConfig
+from layerplan.corpus.codepoints import CJK_FIRST, CJK_LAST, encode_codes, fold_codes, hash_ngrams, load_tables
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]")
 NGRAM = 10
+SAMPLE_CHARS = 20_000
+"""Characters that language and repetition are judged by."""
 
 
 def normalize_text(text: str) -> str:
     """NFC, Unix line ends, no control characters, no spaces around the whole."""
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return _CONTROL.sub("", text).strip()
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _CONTROL.sub("", unicodedata.normalize("NFC", text)).strip()
 
 
 def compute_duplicate_key(text: str) -> bytes:
-    """16 bytes that are equal for texts equal up to case and white space."""
-    canonical = _SPACES.sub(" ", unicodedata.normalize("NFKC", text)).strip().lower()
-    return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    """16 bytes that are equal for texts equal up to case, width of characters and white space."""
+    return hashlib.blake2b(fold_codes(encode_codes(text)).tobytes(), digest_size=16).digest()
 
 
 def compute_line_repetition(text: str) -> float:
     """Share of the characters that stand in repeated lines, 0..1."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    total = sum(map(len, lines))
-    repeated = sum(len(line) * (count - 1) for line, count in Counter(lines).items() if count > 1)
-    return repeated / total if total else 0.0
+    lines = [line for line in map(str.strip, text.splitlines()) if line]
+    if len(set(lines)) == len(lines):
+        return 0.0
+    repeated = sum(len(line) * (count - 1) for line, count in Counter(lines).items())
+    return repeated / sum(map(len, lines))
 
 
 def compute_ngram_repetition(text: str) -> float:
     """Share of character 10-grams that occur before in the first 20,000 characters, 0..1."""
-    head = text[:20_000]
-    total = len(head) - NGRAM + 1
-    return 1 - len({head[i : i + NGRAM] for i in range(total)}) / total if total > 0 else 0.0
+    hashes = np.sort(hash_ngrams(encode_codes(text[:SAMPLE_CHARS]), NGRAM))
+    return float(np.mean(hashes[1:] == hashes[:-1])) * (len(hashes) - 1) / len(hashes) if len(hashes) > 1 else 0.0
 
 
 def compute_cjk_ratio(text: str) -> float:
     """Share of Chinese characters among the letters of the first 20,000 characters, 0..1."""
-    letters = [character for character in text[:20_000] if character.isalpha()]
-    return sum("\u4e00" <= character <= "\u9fff" for character in letters) / len(letters) if letters else 0.0
+    codes = encode_codes(text[:SAMPLE_CHARS])
+    letters = codes[load_tables().letter[codes]]
+    return float(np.mean((letters >= CJK_FIRST) & (letters <= CJK_LAST))) if len(letters) else 0.0
 
 
 def find_filter_reason(text: str, score: float | None, filters: FilterConfig) -> str | None:
@@ -57,8 +62,8 @@ def find_filter_reason(text: str, score: float | None, filters: FilterConfig) ->
         return "too_long"
     if filters.min_cjk_ratio > 0 and compute_cjk_ratio(text) < filters.min_cjk_ratio:
         return "language"
-    if compute_line_repetition(text) > filters.max_line_repetition:
+    if filters.max_line_repetition < 1 and compute_line_repetition(text) > filters.max_line_repetition:
         return "line_repetition"
-    if compute_ngram_repetition(text) > filters.max_ngram_repetition:
+    if filters.max_ngram_repetition < 1 and compute_ngram_repetition(text) > filters.max_ngram_repetition:
         return "ngram_repetition"
     return None

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pyarrow as pa
 from pydantic import Field, ValidationError
 
 from layerplan.config.base import StrictModel
+from layerplan.corpus.location import is_address, open_file
 from layerplan.errors import CorpusError
 
 MANIFEST_NAME = "manifest.json"
 VALIDATION_NAME = "validation.parquet"
+QUARANTINE_NAME = "quarantine.jsonl"
+CONTAMINATED_NAME = "contaminated.jsonl"
 
 
 class Shard(StrictModel):
@@ -21,27 +25,52 @@ class Shard(StrictModel):
     """File name below the store."""
     num_rows: int = Field(ge=1)
     """Rows in it."""
+    num_tokens: int = Field(ge=0)
+    """Tokens in it, padding left out."""
     sha256: str
     """Hash of the file."""
+
+
+class SourceRows(StrictModel):
+    """The rows of one source: a run of row ids, in shards of their own."""
+
+    path: str
+    """As in the config."""
+    weight: float | None
+    """Share in the mixture, relative to the others'; None reads every row once per epoch."""
+    num_rows: int
+    """Training rows."""
+    num_tokens: int
+    """Tokens in them, padding left out."""
+    num_padding_tokens: int
+    """Padding of the source's last row."""
+    num_validation_rows: int
+    """Rows held out."""
+    num_validation_tokens: int
+    """Tokens in those, padding left out."""
+    counts: dict[str, int]
+    """Documents: `in`, `kept`, `duplicate`, `contaminated`, `quarantined`, `filtered/<reason>`."""
 
 
 class Manifest(StrictModel):
     """Everything a reader of the store must know; written last, so a store without it is incomplete."""
 
-    schema_version: int = 1
+    schema_version: Literal[2] = 2
     """Version of this layout."""
+    mode: Literal["store", "on_the_fly"] = "store"
+    """`on_the_fly`: no rows are stored, `stream.json` says how to make them."""
     seq_len: int
     """Tokens per row."""
     rows_per_group: int
-    """Rows in every row group but the last."""
+    """Rows in every row group but a source's last."""
     num_rows: int
-    """Training rows."""
+    """Training rows; ids 0..num_rows-1, source after source."""
     num_validation_rows: int
     """Held-out rows."""
     num_tokens: int
     """Tokens in training rows, padding left out."""
     num_padding_tokens: int
-    """Padding of the last row."""
+    """Padding of the sources' last rows."""
     vocab_size: int
     """Entries of the tokenizer; ids lie below it."""
     end_of_text_id: int
@@ -49,36 +78,49 @@ class Manifest(StrictModel):
     tokenizer_sha256: str
     """Hash of `tokenizer.json`."""
     config_sha256: str
-    """Hash of the corpus config."""
+    """Hash of the corpus config and of the benchmark questions."""
     counts: dict[str, int]
-    """Documents: `in`, `kept`, `duplicate`, `contaminated`, `quarantined`, `filtered/<reason>`."""
-    sources: dict[str, int]
-    """Documents kept per source."""
-    quarantine: list[dict[str, Any]] = Field(default_factory=list)
-    """Malformed input: where and why."""
+    """Documents of all sources; `in` is the sum of the rest."""
+    num_questions: int = 0
+    """Benchmark questions that were looked for."""
+    num_questions_too_short: int = 0
+    """Of these, shorter than one n-gram: they cannot be looked for."""
+    sources: list[SourceRows]
+    """Sources in row order."""
     shards: list[Shard]
     """Shards in row order."""
 
     @property
     def content_sha256(self) -> str:
-        """One hash for the whole store: over the shards' hashes and the shape."""
+        """One hash for all that decides the order of tokens: the shards' hashes, the sources' rows and weights."""
         from layerplan.plan.hashing import compute_sha256
 
-        return compute_sha256(self.model_dump(mode="json", include={"seq_len", "rows_per_group", "num_rows", "shards"}))
+        fields: dict[str, Any] = self.model_dump(
+            mode="json", include={"mode", "seq_len", "rows_per_group", "num_rows", "shards", "config_sha256"}
+        )
+        if self.mode == "store":
+            fields.pop("config_sha256")
+        return compute_sha256(fields | {"sources": [[source.num_rows, source.weight] for source in self.sources]})
 
     @classmethod
-    def load(cls, store: Path) -> Manifest:
+    def load(cls, store: Path | str) -> Manifest:
         """Reads the manifest of a store.
 
         Raises:
             CorpusError: When the store is missing, incomplete or malformed.
         """
-        path = store / MANIFEST_NAME
+        path = f"{store}/{MANIFEST_NAME}"
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            with open_file(path) as handle:
+                return cls.model_validate_json(bytes(handle.read()))
         except FileNotFoundError:
             raise CorpusError(
                 f"corpus.store={store}: no {MANIFEST_NAME}; not a token store, or its build did not finish"
             ) from None
-        except (OSError, ValidationError, UnicodeDecodeError) as error:
+        except (OSError, ImportError, pa.ArrowException, ValidationError, ValueError) as error:
             raise CorpusError(f"{path}: not a readable manifest ({' '.join(str(error).split())[:200]})") from None
+
+
+def resolve_store(path: str) -> Path | str:
+    """A store's place: an absolute local path, or the address as it is."""
+    return path.rstrip("/") if is_address(path) else Path(path).expanduser().resolve()

@@ -46,6 +46,17 @@ class Packer:
                 rows.append(self._emit())
         return rows
 
+    @property
+    def open_row(self) -> RawRow | None:
+        """The row being filled, if any: what a build must keep to go on."""
+        if not self._used:
+            return None
+        return RawRow(self._row.copy(), np.asarray(self._starts, dtype=np.int32), self._used)
+
+    def reopen(self, row: RawRow) -> None:
+        """Goes on filling a row that `open_row` returned."""
+        self._row, self._starts, self._used = row.input_ids.copy(), row.starts.tolist(), row.used
+
     def finish(self) -> RawRow | None:
         """Returns the last, padded row, if one is open."""
         return self._emit() if self._used else None

@@ -1,29 +1,26 @@
-"""Raw documents: which files a source names, and how each is read without ever holding the whole of it.
+"""Which pieces of raw text the sources name, in a fixed order.
 
-A *unit* is one piece of input that is read from its beginning to its end: a file, or one module of the documentation
-on this machine. Units are listed in sorted order, so a corpus is the same on every run.
+A *unit* is one piece of input that is read from its beginning to its end: a stretch of a file, or one module of the
+documentation on this machine. Plain JSONL and Parquet files are cut into stretches of `UNIT_BYTES`; a line or row group
+belongs to the stretch its first byte lies in. Other files are units as a whole.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-
-import pyarrow as pa
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from layerplan.config.corpus import CorpusConfig, SourceConfig
-from layerplan.corpus.machine_docs import ALL_MACHINE_DOCS, iter_machine_units, read_machine_unit
+from layerplan.corpus.hub import HUB, list_hub_files
+from layerplan.corpus.location import FileEntry, list_files
+from layerplan.corpus.machine_docs import ALL_MACHINE_DOCS, iter_machine_units
+from layerplan.corpus.readers import Document, read_unit
 from layerplan.errors import CorpusError
 
 FORMATS = {
     ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
     ".json": "jsonl",
     ".parquet": "parquet",
     ".arrow": "arrow",
@@ -32,44 +29,50 @@ FORMATS = {
     ".rst": "text",
 }
 COMPRESSIONS = (".gz", ".zst")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One raw document."""
-
-    id: str
-    text: str
-    score: float | None
-    source: str
-
-
-@dataclass(frozen=True)
-class Malformed:
-    """A piece of input that could not be read, and why; it costs itself and nothing else."""
-
-    where: str
-    reason: str
+MACHINE = "machine"
+UNIT_BYTES = 8 * 2**20
+MACHINE_UNIT_BYTES = 16 * 2**10
+"""Assumed size of a module's documentation, for progress and for grouping."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One file or module to read."""
+    """One stretch of one file, or one module, to read.
+
+    Attributes:
+        source: Index of the source in the config.
+        path: File or module.
+        format: Name of the reader.
+        start: First byte of the stretch.
+        stop: One past its last byte.
+        skip: Documents (malformed ones too) at its beginning that were read before.
+    """
 
     source: int
     path: str
     format: str
+    start: int
+    stop: int
+    skip: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the stretch."""
+        return self.stop - self.start
 
 
-def list_units(config: CorpusConfig) -> list[Unit]:
-    """Lists what the sources name, in a fixed order.
+def list_units(config: CorpusConfig, *, unit_bytes: int | None = None) -> list[Unit]:
+    """Lists what the sources name, in a fixed order, cut into stretches of `unit_bytes` or `UNIT_BYTES`.
 
     Raises:
-        CorpusError: When a source does not exist or holds no readable file.
+        CorpusError: When a source does not exist, cannot be reached or holds no readable file.
     """
     units: list[Unit] = []
     for index, source in enumerate(config.sources):
-        found = list(_list_source(index, source))
+        try:
+            found = list(_iter_units(index, source, unit_bytes or UNIT_BYTES))
+        except CorpusError as error:
+            raise CorpusError(f"corpus.sources.{index}.path={error}") from None
         if not found:
             raise CorpusError(
                 f"corpus.sources.{index}.path={source.path}: no readable file;"
@@ -79,47 +82,38 @@ def list_units(config: CorpusConfig) -> list[Unit]:
     return units
 
 
-def read_unit(unit: Unit, source: SourceConfig) -> Iterator[Document | Malformed]:
-    """Reads one unit; malformed lines and files come out as `Malformed`, never as an exception."""
-    if unit.format == "machine":
-        yield from (Document(name, text, None, source.path) for name, text in read_machine_unit(unit.path))
-        return
-    try:
-        yield from _READERS[unit.format](unit, source)
-    except (OSError, EOFError, UnicodeDecodeError, pa.ArrowException, ValueError) as error:
-        yield Malformed(unit.path, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-
-
 def iter_documents(config: CorpusConfig) -> Iterator[Document]:
     """Yields every readable document in order, in plain Python and bounded memory."""
     taken = [0] * len(config.sources)
     for unit in list_units(config):
         source = config.sources[unit.source]
+        if source.max_documents is not None and taken[unit.source] >= source.max_documents:
+            continue
         for item in read_unit(unit, source):
-            if source.max_documents is not None and taken[unit.source] >= source.max_documents:
-                break
             if isinstance(item, Document):
                 taken[unit.source] += 1
                 yield item
+            if source.max_documents is not None and taken[unit.source] >= source.max_documents:
+                break
 
 
-def _list_source(index: int, source: SourceConfig) -> Iterator[Unit]:
+def _iter_units(index: int, source: SourceConfig, unit_bytes: int) -> Iterator[Unit]:
     if source.path in ALL_MACHINE_DOCS:
-        yield from (Unit(index, name, "machine") for name in iter_machine_units(source.path))
+        yield from (Unit(index, name, MACHINE, 0, MACHINE_UNIT_BYTES) for name in iter_machine_units(source.path))
         return
-    filesystem, root = _open_filesystem(index, source.path)
-    info = filesystem.get_file_info(root)
-    if info.type == pafs.FileType.NotFound:
-        raise CorpusError(f"corpus.sources.{index}.path={source.path}: no such file or folder")
-    if info.type == pafs.FileType.File:
-        infos = [info]
-    else:
-        infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
-    prefix = source.path.partition("://")[0] + "://" if "://" in source.path else ""
-    for item in sorted(infos, key=lambda item: item.path):
-        format_name = source.format if source.format != "auto" else _guess_format(item.path)
-        if item.type == pafs.FileType.File and format_name is not None:
-            yield Unit(index, prefix + item.path, format_name)
+    files = list_hub_files(source) if source.path.startswith(HUB) else list_files(source.path)
+    for file in files:
+        format_name = source.format if source.format != "auto" else _guess_format(file.path)
+        if format_name is not None:
+            yield from _cut(index, file, format_name, unit_bytes)
+
+
+def _cut(index: int, file: FileEntry, format_name: str, unit_bytes: int) -> Iterator[Unit]:
+    if format_name not in ("jsonl", "parquet") or file.path.endswith(COMPRESSIONS):
+        yield Unit(index, file.path, format_name, 0, file.size)
+        return
+    for start in range(0, max(file.size, 1), unit_bytes):
+        yield Unit(index, file.path, format_name, start, min(start + unit_bytes, file.size))
 
 
 def _guess_format(path: str) -> str | None:
@@ -127,84 +121,3 @@ def _guess_format(path: str) -> str | None:
     for ending in COMPRESSIONS:
         name = name.removesuffix(ending)
     return FORMATS.get(Path(name).suffix.lower())
-
-
-def _open_filesystem(index: int, path: str) -> tuple[Any, str]:
-    try:
-        if "://" in path:
-            return pafs.FileSystem.from_uri(path)
-        return pafs.LocalFileSystem(), str(Path(path).expanduser().resolve())
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise CorpusError(f"corpus.sources.{index}.path={path}: cannot be opened ({error})") from None
-
-
-def _open_stream(path: str) -> IO[bytes]:
-    filesystem, inner = _open_filesystem(0, path)
-    raw: IO[bytes] = filesystem.open_input_stream(inner, compression=None)
-    if path.endswith(".gz"):
-        return gzip.open(raw)  # type: ignore[return-value]
-    if path.endswith(".zst"):
-        import zstandard
-
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))
-    return io.BufferedReader(raw)  # type: ignore[type-var]
-
-
-def _read_jsonl(unit: Unit, source: SourceConfig) -> Iterator[Document | Malformed]:
-    with _open_stream(unit.path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield _parse_line(line, f"{unit.path}:{number}", source)
-
-
-def _parse_line(line: bytes, where: str, source: SourceConfig) -> Document | Malformed:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except ValueError as error:
-        return Malformed(where, f"{type(error).__name__}: {str(error)[:200]}")
-    if not isinstance(record, dict):
-        return Malformed(where, f"a JSON object is expected, got {type(record).__name__}")
-    return _make_document(record, where, source)
-
-
-def _make_document(record: dict[str, Any], where: str, source: SourceConfig) -> Document | Malformed:
-    text = record.get(source.text_column)
-    if not isinstance(text, str):
-        return Malformed(where, f"column {source.text_column!r} is {'missing' if text is None else 'not a string'}")
-    score = record.get(source.score_column) if source.score_column else None
-    if score is not None and not isinstance(score, int | float):
-        return Malformed(where, f"column {source.score_column!r} is {score!r}, a number is expected")
-    identifier = record.get(source.id_column)
-    return Document(where if identifier is None else str(identifier), text, score, source.path)
-
-
-def _read_parquet(unit: Unit, source: SourceConfig) -> Iterator[Document | Malformed]:
-    filesystem, inner = _open_filesystem(0, unit.path)
-    with pq.ParquetFile(inner, filesystem=filesystem) as table:
-        names = set(table.schema_arrow.names)
-        if source.text_column not in names:
-            yield Malformed(unit.path, f"column {source.text_column!r} is missing; it has {', '.join(sorted(names))}")
-            return
-        wanted = [name for name in (source.id_column, source.text_column, source.score_column) if name in names]
-        yield from _from_batches(table.iter_batches(batch_size=256, columns=wanted), unit, source)
-
-
-def _read_arrow(unit: Unit, source: SourceConfig) -> Iterator[Document | Malformed]:
-    with _open_stream(unit.path) as stream:
-        yield from _from_batches(pa.ipc.open_stream(stream), unit, source)
-
-
-def _from_batches(batches: Any, unit: Unit, source: SourceConfig) -> Iterator[Document | Malformed]:
-    number = 0
-    for batch in batches:
-        for record in batch.to_pylist():
-            yield _make_document(record, f"{unit.path}:{number}", source)
-            number += 1
-
-
-def _read_text(unit: Unit, source: SourceConfig) -> Iterator[Document | Malformed]:
-    with _open_stream(unit.path) as stream:
-        yield Document(unit.path, stream.read().decode("utf-8"), None, source.path)
-
-
-_READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "arrow": _read_arrow, "text": _read_text}

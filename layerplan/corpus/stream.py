@@ -16,7 +16,7 @@ import numpy as np
 
 from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.rows import PackedRows
-from layerplan.corpus.schedule import LaneSchedule
+from layerplan.corpus.schedule import LaneSchedule, RowRange
 from layerplan.corpus.store import StoreReader
 
 STEPS_PER_TASK = 16
@@ -27,14 +27,18 @@ BYTES_PER_TOKEN = 12
 """Token, document and position, each int32."""
 
 
-def make_schedule(store: Path, *, num_lanes: int, seed: int) -> LaneSchedule:
+def make_schedule(store: Path | str, *, num_lanes: int, seed: int) -> LaneSchedule:
     """The schedule of a run over a store."""
-    manifest = Manifest.load(store)
-    return LaneSchedule(manifest.num_rows, manifest.rows_per_group, num_lanes, seed)
+    return _schedule_of(Manifest.load(store), num_lanes, seed)
+
+
+def _schedule_of(manifest: Manifest, num_lanes: int, seed: int) -> LaneSchedule:
+    sources = tuple(RowRange(source.num_rows, source.weight) for source in manifest.sources)
+    return LaneSchedule(sources, manifest.rows_per_group, num_lanes, seed)
 
 
 def iter_rank_steps(
-    store: Path, *, num_lanes: int, seed: int, rank: int, world_size: int, start_step: int, stop_step: int
+    store: Path | str, *, num_lanes: int, seed: int, rank: int, world_size: int, start_step: int, stop_step: int
 ) -> Iterator[PackedRows]:
     """Yields, for each step in [start_step, stop_step), the num_lanes / world_size rows this rank trains on.
 
@@ -43,27 +47,27 @@ def iter_rank_steps(
     Raises:
         CorpusError: When the store is incomplete, or world_size does not divide num_lanes.
     """
-    schedule = make_schedule(store, num_lanes=num_lanes, seed=seed)
+    reader = StoreReader(store)
+    schedule = _schedule_of(reader.manifest, num_lanes, seed)
     schedule.rank_rows_at(start_step, rank, world_size)
     import ray
 
+    windows = _plan_windows(start_step, stop_step, reader.manifest, num_lanes // world_size)
     if not ray.is_initialized():
-        reader = StoreReader(store)
-        for step in range(start_step, stop_step):
-            yield reader.read_rows(schedule.rank_rows_at(step, rank, world_size))
+        for window in windows:
+            yield from _read_rank_steps(reader, schedule, rank, world_size, window)
         return
-    yield from _iter_with_ray(store, schedule, rank, world_size, start_step, stop_step)
+    yield from _iter_with_ray(store, schedule, rank, world_size, windows)
 
 
 def _iter_with_ray(
-    store: Path, schedule: LaneSchedule, rank: int, world_size: int, start_step: int, stop_step: int
+    store: Path | str, schedule: LaneSchedule, rank: int, world_size: int, windows: list[range]
 ) -> Iterator[PackedRows]:
     """Reads one window ahead in a thread; each window is a Ray Data pipeline that runs to its end.
 
     One pipeline over all steps would read ahead too, but while it waits for its consumer its scheduler keeps looping
     in this process, and a CPU worker then trains at half its speed (`docs/log.md`).
     """
-    windows = _plan_windows(start_step, stop_step, Manifest.load(store), schedule.num_lanes // world_size)
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
     try:
         futures = (pool.submit(_read_window, store, schedule, rank, world_size, window) for window in windows)
@@ -87,7 +91,7 @@ def _plan_windows(start_step: int, stop_step: int, manifest: Manifest, rows_per_
 
 
 def _read_window(
-    store: Path, schedule: LaneSchedule, rank: int, world_size: int, window: range
+    store: Path | str, schedule: LaneSchedule, rank: int, world_size: int, window: range
 ) -> list[dict[str, Any]]:
     import ray
 
@@ -115,8 +119,7 @@ def _read_steps(
 ) -> Iterator[dict[str, Any]]:
     reader = _open_reader(store)
     for start, stop in zip(batch["start"], batch["stop"]):
-        for step in range(int(start), int(stop)):
-            rows = reader.read_rows(schedule.rank_rows_at(step, rank, world_size))
+        for rows in _read_rank_steps(reader, schedule, rank, world_size, range(int(start), int(stop))):
             yield {
                 "row_ids": [rows.row_ids],
                 "input_ids": [rows.input_ids.reshape(-1)],
@@ -125,9 +128,17 @@ def _read_steps(
             }
 
 
+def _read_rank_steps(
+    reader: StoreReader, schedule: LaneSchedule, rank: int, world_size: int, steps: range
+) -> Iterator[PackedRows]:
+    """Reads the rows of several steps at once: lanes stay in a row group for many steps, and it is read once."""
+    ids = np.concatenate([schedule.rank_rows_at(step, rank, world_size) for step in steps])
+    yield from reader.read_rows(ids).split(schedule.num_lanes // world_size)
+
+
 @lru_cache(maxsize=4)
 def _open_reader(store: str) -> StoreReader:
-    return StoreReader(Path(store))
+    return StoreReader(store)
 
 
 def _unpack(row: dict[str, Any]) -> PackedRows:

@@ -1,4 +1,4 @@
-"""The parallel part of a build: read, clean and tokenize one unit, as a class mapped over units by Ray Data.
+"""The parallel part of a build: read, clean and tokenize units, as a class mapped over units by Ray Data.
 
 The class is stateful because the tokenizer and the question index are loaded once per actor. It emits one record per
 document, dropped ones included, so that the counts of a build add up.
@@ -6,65 +6,144 @@ document, dropped ones included, so that the counts of a build add up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from tokenizers import Tokenizer
 
 from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.cleaning import compute_duplicate_key, find_filter_reason, normalize_text
-from layerplan.corpus.decontamination import QuestionIndex
-from layerplan.corpus.sources import Document, Malformed, Unit, read_unit
+from layerplan.corpus.decontamination import BenchmarkText, QuestionIndex
+from layerplan.corpus.readers import Document, Malformed, read_unit
+from layerplan.corpus.sources import Unit
 
 KEPT, FILTERED, CONTAMINATED, QUARANTINED = "kept", "filtered", "contaminated", "quarantined"
-BATCH_DOCUMENTS = 64
-BATCH_CHARS = 2_000_000
+BATCH_DOCUMENTS = 256
+BATCH_CHARS = 1_000_000
+PIECE_CHARS = 500_000
+"""A longer document is encoded in pieces cut after a line end, because an encoder needs some 100 bytes per token."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one document.
+
+    Attributes:
+        unit: Number of its unit in the list handed in.
+        ordinal: Its place among the unit's documents, malformed ones included.
+        source: Index of its source.
+        id: Document id, or where a malformed one stands.
+        status: `kept`, `filtered`, `contaminated` or `quarantined`.
+        reason: Filter, benchmark question, or what was malformed.
+        share: Share of the question's n-grams in a contaminated document.
+        num_documents: Documents it stands for; a lost row group is many.
+        lost_bytes: Bytes of the input nobody could look at.
+        key: De-duplication key of a kept document.
+        ids: Token ids of a kept document, int32.
+    """
+
+    unit: int
+    ordinal: int
+    source: int
+    id: str
+    status: str = KEPT
+    reason: str = ""
+    share: float = 0.0
+    num_documents: int = 1
+    lost_bytes: int = 0
+    key: bytes = b""
+    ids: bytes = b""
+
+
+_SCHEMA = pa.schema(
+    [
+        ("unit", pa.int64()),
+        ("ordinal", pa.int64()),
+        ("source", pa.int32()),
+        ("id", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("share", pa.float64()),
+        ("num_documents", pa.int64()),
+        ("lost_bytes", pa.int64()),
+        ("key", pa.binary()),
+        ("ids", pa.large_binary()),
+    ]
+)
 
 
 class UnitTokenizer:
-    """Maps a unit to records `source, id, status, reason, key, ids`."""
+    """Maps numbered units to `Record`s, in order."""
 
-    def __init__(self, config: CorpusConfig, tokenizer_json: str, questions: list[Any]) -> None:
+    def __init__(self, config: CorpusConfig, tokenizer_json: str, questions: Sequence[BenchmarkText]) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per actor; the pool is the parallelism
         self._config = config
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
         self._index = QuestionIndex(questions, config.decontamination)
 
-    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
-        """Yields record batches of bounded size for every unit in the batch."""
-        for source, path, format_name in zip(batch["source"], batch["path"], batch["format"]):
-            unit = Unit(int(source), str(path), str(format_name))
-            yield from self._read(unit)
+    def __call__(self, batch: dict[str, Any]) -> Iterator[pa.Table]:
+        """Yields record tables of bounded size for the units of each item."""
+        for item in batch["units"]:
+            for number, fields in json.loads(str(item)):
+                for records in self.read(number, Unit(**fields)):
+                    yield pa.Table.from_pylist([vars(record) for record in records], schema=_SCHEMA)
 
-    def _read(self, unit: Unit) -> Iterator[dict[str, list[Any]]]:
-        pending: list[tuple[dict[str, Any], str]] = []
-        num_chars = 0
-        for item in read_unit(unit, self._config.sources[unit.source]):
-            record, text = self._judge(item, unit)
-            pending.append((record, text))
-            num_chars += len(text)
+    def read(self, number: int, unit: Unit) -> Iterator[list[Record]]:
+        """Yields the records of one unit in batches."""
+        pending: list[tuple[Record, str]] = []
+        num_chars = num_documents = 0
+        limit = self._config.sources[unit.source].max_documents
+        for ordinal, item in enumerate(read_unit(unit, self._config.sources[unit.source])):
+            if ordinal >= unit.skip:
+                record, text = self._judge(item, Record(number, ordinal, unit.source, ""))
+                pending.append((record, text))
+                num_chars += len(text)
+            num_documents += isinstance(item, Document)
             if len(pending) >= BATCH_DOCUMENTS or num_chars >= BATCH_CHARS:
                 yield self._encode(pending)
                 pending, num_chars = [], 0
+            if limit is not None and num_documents >= limit:
+                break
         if pending:
             yield self._encode(pending)
 
-    def _judge(self, item: Document | Malformed, unit: Unit) -> tuple[dict[str, Any], str]:
-        record = {"source": unit.source, "id": "", "status": KEPT, "reason": "", "key": b""}
+    def _judge(self, item: Document | Malformed, place: Record) -> tuple[Record, str]:
+        fields = asdict(place)
         if isinstance(item, Malformed):
-            return record | {"id": item.where, "status": QUARANTINED, "reason": item.reason}, ""
+            lost = {"num_documents": item.num_documents, "lost_bytes": item.lost_bytes}
+            return Record(**fields | lost | {"id": item.where, "status": QUARANTINED, "reason": item.reason}), ""
+        fields["id"] = item.id
         text = normalize_text(item.text)
-        record |= {"id": item.id, "key": compute_duplicate_key(text)}
         reason = find_filter_reason(text, item.score, self._config.filters)
         if reason is not None:
-            return record | {"status": FILTERED, "reason": reason}, ""
-        question = self._index.find(text)
-        if question is not None:
-            return record | {"status": CONTAMINATED, "reason": question}, ""
-        return record, text
+            return Record(**fields | {"status": FILTERED, "reason": reason}), ""
+        hit = self._index.find(text)
+        if hit is not None:
+            found = {"status": CONTAMINATED, "reason": hit.question, "share": hit.share}
+            return Record(**fields | found), ""
+        return Record(**fields | {"key": compute_duplicate_key(text)}), text
 
-    def _encode(self, pending: list[tuple[dict[str, Any], str]]) -> dict[str, list[Any]]:
-        encodings = self._tokenizer.encode_batch_fast([text for _, text in pending], add_special_tokens=False)
-        columns: dict[str, list[Any]] = {name: [record[name] for record, _ in pending] for name in pending[0][0]}
-        columns["ids"] = [np.asarray(encoding.ids, dtype=np.int32).tobytes() for encoding in encodings]
-        return columns
+    def _encode(self, pending: list[tuple[Record, str]]) -> list[Record]:
+        pieces = [split_text(text) for _, text in pending]
+        flat = [piece for parts in pieces for piece in parts]
+        encoded = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+        records = []
+        for (record, _), parts in zip(pending, pieces, strict=True):
+            ids = b"".join(np.array(next(encoded).ids, dtype=np.int32).tobytes() for _ in parts)
+            records.append(Record(**vars(record) | {"ids": ids}))
+        return records
+
+
+def split_text(text: str) -> list[str]:
+    """Cuts a text of more than `PIECE_CHARS` after line ends, else after the limit; the pieces join to the text."""
+    pieces = []
+    while len(text) > PIECE_CHARS:
+        cut = text.rfind("\n", PIECE_CHARS // 2, PIECE_CHARS) + 1 or PIECE_CHARS
+        pieces.append(text[:cut])
+        text = text[cut:]
+    return [*pieces, text] if text else pieces

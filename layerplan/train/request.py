@@ -34,7 +34,8 @@ class TrainRequest:
     run_dir: Path
     model_path: str
     plan: FreezePlan
-    store: Path
+    store: Path | str
+    """Token store: a local folder, or an address such as `s3://bucket/store`."""
     config: TrainConfig
     seed: int
     sink_factory: Callable[[int], MetricSink] | None = None

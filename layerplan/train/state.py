@@ -22,6 +22,8 @@ class TrainState(StrictModel):
     """Returns to a checkpoint because of a bad step."""
     data_offset: int = 0
     """Steps of the data order that were passed over by rollbacks: step s reads the rows of s + data_offset."""
+    data_cursor: tuple[int, ...] = ()
+    """Next row of every lane when rows are made while training; a token store needs none."""
     recent_losses: tuple[float, ...] = ()
     """What the loss-spike detector remembers."""
     window_losses: tuple[float, ...] = ()

@@ -16,11 +16,11 @@ from typing import Any
 
 from layerplan.checkpoint.layout import CHECKPOINTS_NAME, name_step, read_train_state
 from layerplan.corpus.manifest import Manifest
-from layerplan.corpus.stream import make_schedule
 from layerplan.errors import LayerplanError, TrainingError
 from layerplan.models.files import identify_model, load_hf_config
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.model_shape import ModelShape
+from layerplan.train.feed import check_feed
 from layerplan.train.request import TrainRequest, TrainResult, load_result
 from layerplan.train.state import TrainState
 
@@ -49,7 +49,7 @@ def run_training(request: TrainRequest, *, callbacks: Sequence[Any] = ()) -> Tra
     finished = load_result(request.run_dir)
     if finished is not None and finished.final_step >= request.config.max_steps:
         return finished
-    make_schedule(request.store, num_lanes=request.config.global_batch_size, seed=request.seed)
+    check_feed(request.store, num_lanes=request.config.global_batch_size, seed=request.seed)
     check_training_fits(request)
     request.run_dir.mkdir(parents=True, exist_ok=True)
     with _stop_on_sigterm(request.run_dir):

@@ -17,9 +17,7 @@ import torch.distributed as dist
 
 from layerplan.checkpoint.layout import read_train_state
 from layerplan.corpus.manifest import Manifest
-from layerplan.corpus.rows import PackedRows
 from layerplan.corpus.store import load_validation_rows
-from layerplan.corpus.stream import iter_rank_steps
 from layerplan.models.files import load_hf_config
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.explain import explain_changes
@@ -29,6 +27,7 @@ from layerplan.plan.model_shape import ModelShape
 from layerplan.ray_session import quiet_engines
 from layerplan.train.build import BuiltModel, build_model
 from layerplan.train.checkpoint_writer import CheckpointWriter
+from layerplan.train.feed import open_feed
 from layerplan.train.frozen_check import FrozenTensors
 from layerplan.train.ledger import LEDGER_NAME, LedgerWriter
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
@@ -194,20 +193,10 @@ def make_hooks(
             ledger.drop_after(restored.step)
         return restored
 
-    def iter_steps(start: int, stop: int) -> Iterator[PackedRows]:
-        return iter_rank_steps(
-            request.store,
-            num_lanes=request.config.global_batch_size,
-            seed=request.seed,
-            rank=setup.rank,
-            world_size=setup.world_size,
-            start_step=start,
-            stop_step=stop,
-        )
-
+    feed = open_feed(request, state, rank=setup.rank, world_size=setup.world_size)
     return LoopHooks(
-        iter_steps=iter_steps,
-        save=writer.save,
+        iter_steps=feed.iter_steps,
+        save=lambda reached: writer.save(feed.stamp(reached)),
         should_stop=(request.run_dir / STOP_REQUEST).exists,
         sink=recorders.sink,
         validation=load_validation_rows(request.store),

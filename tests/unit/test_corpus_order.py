@@ -7,7 +7,7 @@ import pytest
 
 from layerplan.corpus.pack import Packer
 from layerplan.corpus.rows import make_rows
-from layerplan.corpus.schedule import LaneSchedule
+from layerplan.corpus.schedule import LaneSchedule, RowRange
 from layerplan.errors import CorpusError
 
 END = 99
@@ -42,44 +42,73 @@ def test_positions_restart_at_each_document_and_padding_is_marked():
     assert rows.position_ids.tolist() == [[0, 1, 0, 1, 2, 0]]
 
 
-@pytest.mark.parametrize(("num_rows", "rows_per_group", "num_lanes"), [(64, 4, 8), (61, 4, 6), (10, 16, 3), (7, 1, 7)])
-def test_each_row_is_read_at_most_once_per_epoch_and_only_the_remainder_is_left(
-    num_rows: int, rows_per_group: int, num_lanes: int
+def make(*num_rows: int, rows_per_group: int, num_lanes: int, seed: int = 0) -> LaneSchedule:
+    return LaneSchedule(tuple(map(RowRange, num_rows)), rows_per_group, num_lanes, seed)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "rows_per_group", "num_lanes"),
+    [((64,), 4, 8), ((61,), 4, 6), ((10,), 16, 3), ((7,), 1, 7), ((33, 50, 3), 8, 12)],
+)
+def test_each_row_is_read_exactly_once_per_epoch_with_no_gap(
+    num_rows: tuple[int, ...], rows_per_group: int, num_lanes: int
 ):
-    schedule = LaneSchedule(num_rows, rows_per_group, num_lanes, seed=3)
+    schedule = make(*num_rows, rows_per_group=rows_per_group, num_lanes=num_lanes, seed=3)
+    total = sum(num_rows)
+    read = np.concatenate([schedule.rows_at(step) for step in range(-(-3 * total // num_lanes))])
     for epoch in range(3):
-        steps = range(epoch * schedule.steps_per_epoch, (epoch + 1) * schedule.steps_per_epoch)
-        seen = np.concatenate([schedule.rows_at(step) for step in steps])
-        assert len(set(seen.tolist())) == len(seen) == num_rows - schedule.rows_left_out_per_epoch
-        assert seen.min() >= 0 and seen.max() < num_rows
+        assert sorted(read[epoch * total : (epoch + 1) * total].tolist()) == list(range(total))
+
+
+def test_a_lane_reads_its_row_group_to_the_end_before_it_opens_another():
+    schedule = make(4 * 8 * 5, rows_per_group=4, num_lanes=8)
+    groups = np.stack([schedule.rows_at(step) for step in range(20)]) // 4
+    assert all(len(set(groups[start : start + 4, lane])) == 1 for start in range(0, 20, 4) for lane in range(8))
+
+
+def test_a_mixture_keeps_its_weights_and_repeats_small_sources_evenly():
+    schedule = LaneSchedule((RowRange(500, 3.0), RowRange(41, 1.0), RowRange(90, 0.01)), 8, num_lanes=16, seed=1)
+    batches = np.stack([schedule.rows_at(step) for step in range(1024)])
+    source = np.digitize(batches, [500, 541])
+    assert [float(np.mean(source == index)) for index in range(3)] == pytest.approx(
+        [3 / 4.01, 1 / 4.01, 0.01 / 4.01], abs=1 / 4096
+    )
+    assert {int(count) for count in np.sum(source == 1, axis=1)} <= {3, 4, 5}, "every batch holds its share"
+    for index, (first, size) in enumerate([(0, 500), (500, 41)]):
+        read = batches.reshape(-1)[source.reshape(-1) == index]
+        for epoch in range(len(read) // size):
+            assert sorted(read[epoch * size : (epoch + 1) * size].tolist()) == list(range(first, first + size))
+    assert schedule.rows_at(700).tolist() == batches[700].tolist()
+
+
+def test_a_weighted_source_of_which_nothing_was_kept_is_refused():
+    with pytest.raises(CorpusError, match=r"corpus\.sources\.1: has a weight but no rows"):
+        LaneSchedule((RowRange(50, 1.0), RowRange(0, 1.0)), 8, num_lanes=4, seed=0)
 
 
 def test_the_global_batch_does_not_depend_on_the_world_size():
-    schedule = LaneSchedule(640, 8, 16, seed=0)
-    for step in (0, 13, 57):
-        whole = schedule.rows_at(step)
-        for world_size in (1, 2, 4, 16):
-            parts = np.stack([schedule.rank_rows_at(step, rank, world_size) for rank in range(world_size)], axis=1)
-            assert parts.reshape(-1).tolist() == whole.tolist()
+    for schedule in (
+        make(640, rows_per_group=8, num_lanes=16),
+        LaneSchedule((RowRange(500, 2.0), RowRange(140, 1.0)), 8, 16, seed=0),
+    ):
+        for step in (0, 13, 57):
+            whole = schedule.rows_at(step)
+            for world_size in (1, 2, 4, 16):
+                parts = np.stack([schedule.rank_rows_at(step, rank, world_size) for rank in range(world_size)], axis=1)
+                assert parts.reshape(-1).tolist() == whole.tolist()
 
 
 def test_a_world_size_that_does_not_divide_the_lanes_is_refused():
     with pytest.raises(CorpusError, match=r"world size 3 must divide train\.global_batch_size=8"):
-        LaneSchedule(64, 4, 8, seed=0).rank_rows_at(0, 0, 3)
+        make(64, rows_per_group=4, num_lanes=8).rank_rows_at(0, 0, 3)
 
 
 def test_epochs_and_seeds_have_their_own_permutations():
-    first = LaneSchedule(64, 4, 8, seed=0)
-    assert first.rows_at(0).tolist() != first.rows_at(first.steps_per_epoch).tolist()
-    assert first.rows_at(0).tolist() != LaneSchedule(64, 4, 8, seed=1).rows_at(0).tolist()
+    first = make(64, rows_per_group=4, num_lanes=8)
+    assert first.rows_at(0).tolist() != first.rows_at(8).tolist()
+    assert first.rows_at(0).tolist() != make(64, rows_per_group=4, num_lanes=8, seed=1).rows_at(0).tolist()
 
 
 def test_a_store_too_small_for_one_batch_is_refused():
     with pytest.raises(CorpusError, match=r"3 rows cannot fill train\.global_batch_size=8 lanes"):
-        LaneSchedule(3, 4, 8, seed=0)
-
-
-def test_the_schedule_of_a_quarter_trillion_tokens_starts_at_once():
-    schedule = LaneSchedule(64_000_000, 64, 512, seed=0)
-    rows = schedule.rows_at(10**6)
-    assert len(set(rows.tolist())) == 512 and rows.max() < 64_000_000
+        make(3, rows_per_group=4, num_lanes=8)

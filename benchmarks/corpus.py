@@ -1,0 +1,364 @@
+"""The corpus against its bounds: a build beside the bare tokenizer, its memory, the reader, and a resume at any position.
+
+    python benchmarks/corpus.py --data $LAYERPLAN_DATA/zh --mib 192 --memory-mib 2048 --out benchmarks/results/corpus.md
+
+Text is the documents of `--data` again and again, each copy with a line of its own so that none is a duplicate. The peer is
+`encode_batch_fast` alone. Three comparisons with the whole build (reading, cleaning, de-duplication, decontamination,
+tokenizing, packing, writing):
+
+- *interleaved*: in one process, the bare tokenizer and the build take turns on the same stretches of text; medians of
+  the turns' ratios in CPU time, which a busy machine distorts least;
+- *on Ray, wall*: the peer in two processes, text in memory, half of a sample each, before and after a build on Ray;
+- *on Ray, CPU*: the same in CPU seconds, ours being those of every process of the Ray cluster, its start included.
+
+Memory is the sum of proportional set sizes over the cluster's processes while a larger corpus is built, with a tokenizer
+of words: it is faster, so that more data is under way at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+from process_tree import TreeMeter
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from layerplan.config.corpus import CorpusConfig, SourceConfig
+from layerplan.corpus.build import build_token_store
+from layerplan.corpus.decontamination import BenchmarkText
+from layerplan.corpus.journal import BuildJournal
+from layerplan.corpus.manifest import MANIFEST_NAME, Manifest
+from layerplan.corpus.readers import Document, read_unit
+from layerplan.corpus.schedule import LaneSchedule, RowRange
+from layerplan.corpus.schedule import _permute as permutations
+from layerplan.corpus.sources import list_units
+from layerplan.corpus.store import StoreReader
+from layerplan.corpus.stream import iter_rank_steps
+from layerplan.corpus.tokenize import UnitTokenizer
+from layerplan.corpus.writer import StoreWriter
+from layerplan.models.scratch import train_tokenizer
+
+MIB = 2**20
+BATCH = 256
+SIMULATED_ROWS = 64_000_000
+INTERLEAVED_UNITS = 10
+
+
+def load_texts(folder: Path) -> list[str]:
+    """Every document of the data folder."""
+    return [text for path in sorted(folder.glob("*.parquet")) for text in pq.read_table(path)["text"].to_pylist()]
+
+
+def write_corpus(texts: list[str], folder: Path, num_bytes: int) -> int:
+    """Writes about `num_bytes` of JSONL in files of 256 MiB; returns the characters of text."""
+    folder.mkdir(parents=True)
+    written = num_chars = copy = 0
+    handle = None
+    while written < num_bytes:
+        for number, text in enumerate(texts):
+            if handle is None or handle.tell() > 256 * MIB:
+                handle = (folder / f"{written:014d}.jsonl").open("wb")
+            marked = f"{text}\n{copy} {number}"
+            written += handle.write(
+                json.dumps({"id": f"{copy}-{number}", "text": marked}, ensure_ascii=False).encode() + b"\n"
+            )
+            num_chars += len(marked)
+            if written >= num_bytes:
+                break
+        copy += 1
+    return num_chars
+
+
+def encode_half(tokenizer_json: str, texts: list[str], barrier: Any, results: Any) -> None:
+    """The peer's process: encodes its texts and reports (tokens, wall seconds, CPU seconds)."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.encode_batch_fast(texts[:8])
+    barrier.wait()
+    wall, cpu, tokens = time.perf_counter(), time.process_time(), 0
+    for start in range(0, len(texts), BATCH):
+        tokens += sum(map(len, tokenizer.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)))
+    results.put((tokens, time.perf_counter() - wall, time.process_time() - cpu))
+
+
+def measure_bare(tokenizer_json: str, texts: list[str]) -> dict[str, float]:
+    """Tokens per second of the bare tokenizer in two processes."""
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(2), context.Queue()
+    processes = [
+        context.Process(target=encode_half, args=(tokenizer_json, texts[half::2], barrier, results))
+        for half in range(2)
+    ]
+    for process in processes:
+        process.start()
+    parts = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    tokens = sum(part[0] for part in parts)
+    return {
+        "tokens": tokens,
+        "tokens_per_s": tokens / max(part[1] for part in parts),
+        "tokens_per_cpu_s": tokens / sum(part[2] for part in parts),
+    }
+
+
+def measure_interleaved(
+    config: CorpusConfig, tokenizer_json: str, questions: list[BenchmarkText], folder: Path
+) -> dict[str, float]:
+    """CPU time of the bare tokenizer over that of the build, stretch by stretch in turns; 1 means no overhead."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    bare = Tokenizer.from_str(tokenizer_json)
+    units = list(enumerate(list_units(config)))[:INTERLEAVED_UNITS]
+    mapper = UnitTokenizer(config, tokenizer_json, questions)
+    folder.mkdir()
+    journal = BuildJournal(folder, "interleaved")
+    writer = StoreWriter(config, folder, journal, end_of_text_id=0, seed=0)
+    source = config.sources[0]
+    ratios = []
+    for number, unit in units:
+        texts = [item.text for item in read_unit(unit, source) if isinstance(item, Document)]
+        seconds = {}
+        for turn in ("bare", "ours") if number % 2 else ("ours", "bare"):
+            started = time.process_time()
+            if turn == "bare":
+                for start in range(0, len(texts), BATCH):
+                    sum(map(len, bare.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)))
+            else:
+                for record in (record for batch in mapper.read(number, unit) for record in batch):
+                    writer.add(record)
+            seconds[turn] = time.process_time() - started
+        ratios.append(seconds["bare"] / seconds["ours"])
+    writer.close()
+    journal.close()
+    low, middle, high = statistics.quantiles(ratios[1:], n=4)
+    return {"ratio": middle, "lower_quartile": low, "upper_quartile": high, "turns": len(ratios) - 1}
+
+
+def train_word_tokenizer(texts: list[str], path: Path) -> None:
+    """A tokenizer of whole words, several times as fast as byte pairs."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(vocab_size=50_000, special_tokens=["<unk>", "<|endoftext|>"])
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(path))
+
+
+def measure_build(config: CorpusConfig, tokenizer: Path, store: Path, questions: list[BenchmarkText]) -> dict[str, Any]:
+    """The whole build on Ray, and what it took."""
+    with TreeMeter() as meter:
+        started = time.perf_counter()
+        manifest = build_token_store(config, tokenizer, store, questions=questions, report=say)
+        wall_s = time.perf_counter() - started
+    tokens = manifest.num_tokens + sum(source.num_validation_tokens for source in manifest.sources)
+    return {
+        "tokens": tokens,
+        "wall_s": wall_s,
+        "tokens_per_s": tokens / wall_s,
+        "tokens_per_cpu_s": tokens / meter.cpu_s,
+        "cpu_s": meter.describe(),
+        "peak_pss_gib": meter.peak_pss / 2**30,
+        "counts": manifest.counts,
+    }
+
+
+def measure_reader(store: Path, num_steps: int) -> dict[str, float]:
+    """Tokens per second of one rank's reader on Ray, 16 rows a step."""
+    lanes = 16
+    with TreeMeter() as meter:
+        started = time.perf_counter()
+        first_s = tokens = 0.0
+        for rows in iter_rank_steps(
+            store, num_lanes=lanes, seed=0, rank=0, world_size=1, start_step=7, stop_step=7 + num_steps
+        ):
+            first_s = first_s or time.perf_counter() - started
+            tokens += rows.input_ids.size
+        wall_s = time.perf_counter() - started
+    return {"first_step_s": first_s, "tokens_per_s": tokens / wall_s, "tokens_per_cpu_s": tokens / meter.cpu_s}
+
+
+def measure_resume(store: Path, folder: Path) -> dict[str, float]:
+    """A manifest of 64 million rows of 4,096 tokens whose shards all are links to one; resumes at random positions."""
+    small = Manifest.load(store)
+    shard = max(small.shards, key=lambda item: item.num_rows)
+    count = -(-SIMULATED_ROWS // shard.num_rows)
+    shards = [shard.model_copy(update={"name": f"{number:06d}/{shard.name}"}) for number in range(count)]
+    rows = count * shard.num_rows
+    source = small.sources[0].model_copy(update={"num_rows": rows, "num_tokens": rows * small.seq_len})
+    big = small.model_copy(
+        update={"num_rows": rows, "num_tokens": rows * small.seq_len, "sources": [source], "shards": shards}
+    )
+    folder.mkdir()
+    (folder / MANIFEST_NAME).write_text(big.model_dump_json())
+    before = psutil.Process().memory_info().rss
+    started = time.perf_counter()
+    reader = StoreReader(folder)
+    schedule = LaneSchedule((RowRange(rows),), big.rows_per_group, 512, seed=0)
+    schedule.rows_at(0)
+    load_s = time.perf_counter() - started
+    memory = psutil.Process().memory_info().rss - before
+    seconds = []
+    first_rows = np.arange(count) * shard.num_rows
+    for step in np.random.default_rng(0).integers(0, 3 * rows // 512, 8).tolist():
+        wanted = np.unique(np.searchsorted(first_rows, schedule.rank_rows_at(step, 3, 64), side="right") - 1)
+        permutations.cache_clear()
+        for number in wanted.tolist():
+            (folder / shards[number].name).parent.mkdir(exist_ok=True)
+            (folder / shards[number].name).unlink(missing_ok=True)
+            (folder / shards[number].name).symlink_to(store / shard.name)
+        started = time.perf_counter()
+        for _ in reader.read_rows(schedule.rank_rows_at(step, 3, 64)).split(8):
+            pass
+        seconds.append(time.perf_counter() - started)
+    return {"rows": rows, "load_s": load_s, "memory_mib": memory / MIB, "worst_first_step_s": max(seconds)}
+
+
+def say(line: str) -> None:
+    """Prints at once."""
+    print(line, flush=True)
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a result must say about where it comes from."""
+    import pyarrow
+    import ray
+    import tokenizers
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "",
+    )
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "commit": commit,
+        "command": " ".join(
+            [
+                "python",
+                *(value.replace(os.environ.get("LAYERPLAN_DATA", "\0"), "$LAYERPLAN_DATA") for value in sys.argv),
+            ]
+        ),
+        "cpu": f"{cpu or platform.processor()}, {os.cpu_count()} cores",
+        "load_average": os.getloadavg(),
+        "versions": {module.__name__: module.__version__ for module in (ray, tokenizers, pyarrow, np)},
+    }
+
+
+def sample_of(texts: list[str], num_chars: int) -> list[str]:
+    """Whole documents of about so many characters, from the beginning."""
+    taken: list[str] = []
+    for text in texts:
+        taken.append(text)
+        num_chars -= len(text)
+        if num_chars < 0:
+            break
+    return taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of Parquet files with a `text` column")
+    parser.add_argument("--mib", type=int, default=64, help="size of the corpus whose build is timed")
+    parser.add_argument("--memory-mib", type=int, default=0, help="size of the corpus whose build's memory is measured")
+    parser.add_argument("--sample-chars", type=int, default=12_000_000, help="text the bare tokenizer is timed on")
+    parser.add_argument("--vocab-size", type=int, default=32_000)
+    parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--reader-steps", type=int, default=256)
+    parser.add_argument(
+        "--consumption", type=float, default=2059, help="tokens/s a training consumes; the quick start's"
+    )
+    parser.add_argument("--out", type=Path, help="write the results to this Markdown file")
+    args = parser.parse_args()
+    machine = describe_machine()
+    say(json.dumps(machine, indent=2))
+    with tempfile.TemporaryDirectory(prefix="lpc") as name:
+        results = measure_all(args, Path(name))
+    report = render_report(machine, results)
+    say(report)
+    if args.out is not None:
+        args.out.parent.mkdir(exist_ok=True)
+        args.out.write_text(report)
+
+
+def measure_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Every measurement, in the order the report gives them."""
+    import ray
+
+    texts = load_texts(args.data)
+    train_tokenizer(
+        sample_of(texts, 4_000_000), vocab_size=args.vocab_size, out_dir=folder / "tokenizer", max_length=4096
+    )
+    tokenizer = folder / "tokenizer" / "tokenizer.json"
+    write_corpus(texts, folder / "raw", args.mib * MIB)
+    sample = sample_of(texts * 20, args.sample_chars)
+    questions = [BenchmarkText(str(number), text[5000:5060]) for number, text in enumerate(texts) if len(text) > 1e5]
+    config = CorpusConfig(
+        sources=[SourceConfig(path=str(folder / "raw"))], seq_len=args.seq_len, num_workers=2, num_cpus_per_worker=0.5
+    )
+    results: dict[str, Any] = {}
+
+    def note(name: str, value: dict[str, Any]) -> None:
+        results[name] = value
+        say(f"{name}: {value}")
+
+    note("interleaved", measure_interleaved(config, tokenizer.read_text(), questions, folder / "interleaved"))
+    note("bare before", measure_bare(tokenizer.read_text(), sample))
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", _temp_dir=tempfile.mkdtemp(prefix="lpr"))
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    note("build", measure_build(config, tokenizer, folder / "store", questions))
+    note("bare after", measure_bare(tokenizer.read_text(), sample))
+    note("reader", measure_reader(folder / "store", args.reader_steps))
+    if args.memory_mib:
+        shutil.rmtree(folder / "raw")
+        write_corpus(texts, folder / "raw", args.memory_mib * MIB)
+        train_word_tokenizer(texts, folder / "words.json")
+        note("large build", measure_build(config, folder / "words.json", folder / "large", questions))
+    ray.shutdown()
+    note("resume", measure_resume(folder / "store", folder / "simulated"))
+    for key in ("tokens_per_s", "tokens_per_cpu_s"):
+        results[f"build over bare, {key}"] = (
+            2 * results["build"][key] / (results["bare before"][key] + results["bare after"][key])
+        )
+    results["reader over consumption"] = results["reader"]["tokens_per_s"] / args.consumption
+    return results
+
+
+def render_report(machine: dict[str, Any], results: dict[str, Any]) -> str:
+    """The result file: a table of the claims, then everything measured."""
+    interleaved, resume = results["interleaved"], results["resume"]
+    peak = max(results.get(name, {}).get("peak_pss_gib", 0.0) for name in ("build", "large build"))
+    rows = [
+        (
+            "build over bare tokenizer, interleaved, CPU time",
+            f"{interleaved['ratio']:.3f} ({interleaved['lower_quartile']:.3f} .. {interleaved['upper_quartile']:.3f})",
+        ),
+        ("build over bare tokenizer in two processes, wall", f"{results['build over bare, tokens_per_s']:.3f}"),
+        ("the same, CPU time of the whole Ray cluster", f"{results['build over bare, tokens_per_cpu_s']:.3f}"),
+        ("peak memory of all processes of a build", f"{peak:.2f} GiB"),
+        ("reader over the quick start's consumption", f"{results['reader over consumption']:.0f} x"),
+        ("rows of the simulated store", f"{resume['rows']:,}"),
+        ("its manifest and schedule loaded", f"{resume['load_s']:.2f} s, {resume['memory_mib']:.0f} MiB"),
+        ("rows of a step there, the slowest of eight random positions", f"{resume['worst_first_step_s']:.2f} s"),
+    ]
+    lines = ["# Corpus: build, reader, resume", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows]
+    for title, value in (("Machine", machine), ("Everything measured", results)):
+        lines += ["", f"## {title}", "", "```json", json.dumps(value, indent=1), "```"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""`hub://owner/dataset`: a Hugging Face data set by id, streamed.
+
+The `datasets` library resolves the id, subset and split to files at one commit, by the data set's own card and layout;
+our readers then stream those files with byte ranges, so that a bad line costs one line there too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from layerplan.config.corpus import SourceConfig
+from layerplan.corpus.location import FileEntry, list_files, open_filesystem
+from layerplan.errors import CorpusError
+
+HUB = "hub://"
+
+
+def list_hub_files(source: SourceConfig) -> list[FileEntry]:
+    """Files of the data set's split, in the data set's order.
+
+    `hub://` with an absolute path reads a folder in the hub's layout, such as a snapshot on disk.
+
+    Raises:
+        CorpusError: When the hub cannot be reached, access is not granted, or there is no such split.
+    """
+    name = source.path.removeprefix(HUB)
+    try:
+        from datasets import load_dataset_builder
+
+        builder = load_dataset_builder(name, source.subset, revision=None if _is_local(name) else source.revision)
+    except Exception as error:
+        raise CorpusError(
+            f"{source.path}: cannot be read from the hub ({type(error).__name__}: {_shorten(error)});"
+            " check the id, subset and revision, the network (HF_HUB_OFFLINE must not be 1), and for a gated data set"
+            " accept its terms and set HF_TOKEN"
+        ) from None
+    splits = builder.config.data_files or {}
+    if source.split not in splits:
+        have = ", ".join(map(str, splits)) or "none that is made of files"
+        raise CorpusError(f"{source.path}: has no split {source.split!r}; it has {have}")
+    return [file for path in splits[source.split] for file in _find_size(str(path))]
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).is_dir()
+
+
+def _find_size(path: str) -> list[FileEntry]:
+    if not path.startswith("hf://"):
+        return list_files(path)
+    filesystem, inner = open_filesystem(path)
+    return [FileEntry(path, filesystem.get_file_info(inner).size or 0)]
+
+
+def _shorten(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,62 @@
+"""How far a build is: documents and tokens per second, and when it will be done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from itertools import accumulate
+
+from layerplan.corpus.sources import Unit
+from layerplan.corpus.tokenize import KEPT
+from layerplan.corpus.writer import StoreWriter
+
+REPORT_EVERY_S = 5.0
+
+
+class BuildProgress:
+    """Reports at most every five seconds; the share done is by bytes of input."""
+
+    def __init__(self, units: Sequence[Unit], writer: StoreWriter, report: Callable[[str], None]) -> None:
+        self._writer = writer
+        self._report = report
+        self._bytes_before = [0, *accumulate(unit.num_bytes for unit in units)]
+        self._started = self._reported = time.monotonic()
+        self._first = self._now()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole input."""
+        return self._bytes_before[-1]
+
+    def update(self) -> None:
+        """Reports when it is time."""
+        if time.monotonic() - self._reported > REPORT_EVERY_S:
+            self._reported = time.monotonic()
+            self._report(self._describe())
+
+    def finish(self) -> None:
+        """Reports the end."""
+        self._report(self._describe())
+
+    def _now(self) -> tuple[int, int, int]:
+        """Bytes, documents, tokens."""
+        state = self._writer.state
+        documents = sum(progress.counts["in"] for progress in state.sources)
+        tokens = sum(progress.num_tokens + progress.num_validation_tokens for progress in state.sources)
+        return self._bytes_before[state.unit], documents, tokens
+
+    def _describe(self) -> str:
+        elapsed_s = max(time.monotonic() - self._started, 1e-9)
+        now = self._now()
+        done, documents, tokens = (int(after - before) for after, before in zip(now, self._first, strict=True))
+        share = now[0] / max(self.total_bytes, 1)
+        kept = sum(progress.counts[KEPT] for progress in self._writer.state.sources)
+        line = (
+            f"{share:6.1%}  {now[1]:,} documents in ({documents / elapsed_s:,.0f}/s), {kept:,} kept,"
+            f" {now[2]:,} tokens ({tokens / elapsed_s:,.0f}/s)"
+        )
+        if done and share < 1:
+            left_s = (self.total_bytes - now[0]) / done * elapsed_s
+            line += f", {timedelta(seconds=round(left_s))} left"
+        return line

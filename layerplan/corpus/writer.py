@@ -1,0 +1,257 @@
+"""The ordered end of a build: count every record, drop duplicates, pack what is kept, write full shards as they come."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+
+from layerplan.config.corpus import CorpusConfig
+from layerplan.corpus.journal import BuildJournal
+from layerplan.corpus.manifest import CONTAMINATED_NAME, QUARANTINE_NAME, VALIDATION_NAME, Shard, SourceRows
+from layerplan.corpus.pack import Packer, RawRow
+from layerplan.corpus.store import write_rows
+from layerplan.corpus.tokenize import CONTAMINATED, FILTERED, KEPT, QUARANTINED, Record
+from layerplan.errors import CorpusError
+
+DUPLICATE = "duplicate"
+VALIDATION_SHARE = 0.05
+"""Rows are held out at this rate, from the beginning of each source, until it has given its part."""
+COMMIT_EVERY_S = 30.0
+
+
+@dataclass
+class SourceProgress:
+    """What one source gave so far."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    num_documents: int = 0
+    num_full_rows: int = 0
+    num_rows: int = 0
+    num_tokens: int = 0
+    num_padding_tokens: int = 0
+    num_validation_rows: int = 0
+    num_validation_tokens: int = 0
+
+
+@dataclass
+class BuildState:
+    """All of a build that resumes beside rows: where reading goes on, and every number."""
+
+    unit: int = 0
+    """Unit to read next."""
+    skip: int = 0
+    """Its documents that are done."""
+    sources: list[SourceProgress] = field(default_factory=list)
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    lost_bytes: int = 0
+    first_fault: str = ""
+    list_bytes: dict[str, int] = field(default_factory=lambda: {QUARANTINE_NAME: 0, CONTAMINATED_NAME: 0})
+    """Committed length of each list."""
+
+
+class StoreWriter:
+    """Takes records in order; continues where the journal says an earlier build stopped."""
+
+    def __init__(
+        self, config: CorpusConfig, store: Path, journal: BuildJournal, *, end_of_text_id: int, seed: int
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._journal = journal
+        self._seed = seed
+        self._packer = Packer(config.seq_len, end_of_text_id)
+        self._rows: list[RawRow] = []
+        self.validation: list[RawRow] = []
+        self.state = BuildState()
+        self.resumed = False
+        with explain_disk_faults(store):
+            self._restore()
+            self._lists: dict[str, IO[bytes]] = {
+                name: _open_list(store / name, length) for name, length in self.state.list_bytes.items()
+            }
+        self._committed = time.monotonic()
+        self._num_committed_shards = len(self.state.shards)
+
+    def add(self, record: Record) -> None:
+        """Counts a record and packs it when it is kept.
+
+        Raises:
+            CorpusError: When the disk is full or refuses; what was committed stays and a later build goes on.
+        """
+        with explain_disk_faults(self._store):
+            self._add(record)
+            self.state.unit, self.state.skip = record.unit, record.ordinal + 1
+            wrote = len(self.state.shards) > self._num_committed_shards
+            if wrote or time.monotonic() - self._committed > COMMIT_EVERY_S:
+                self._commit()
+
+    def finish_source(self, source: int, *, next_unit: int) -> None:
+        """Pads and writes what is left of a source; the next one starts with a shard of its own."""
+        with explain_disk_faults(self._store):
+            last = self._packer.finish()
+            if last is not None:
+                progress = self._progress(source)
+                progress.num_padding_tokens = self._config.seq_len - last.used
+                self._add_row(last, source)
+            self._flush(everything=True)
+            self.state.unit, self.state.skip = next_unit, 0
+            self._commit()
+
+    def write_validation(self) -> None:
+        """Writes the held-out rows."""
+        if self.validation:
+            with explain_disk_faults(self._store):
+                write_rows(
+                    self._store / VALIDATION_NAME,
+                    self.validation,
+                    first_row_id=-len(self.validation),
+                    rows_per_group=self._config.rows_per_group,
+                )
+
+    def close(self) -> None:
+        """Closes the lists."""
+        for handle in self._lists.values():
+            handle.close()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Documents of all sources."""
+        return sum((progress.counts for progress in self.state.sources), Counter[str]())
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Shards written."""
+        return [Shard(**fields) for fields in self.state.shards]
+
+    def list_sources(self) -> list[SourceRows]:
+        """The manifest's entry of every source."""
+        entries = []
+        for source, progress in zip(self._config.sources, self.state.sources, strict=True):
+            fields = {key: value for key, value in vars(progress).items() if key in SourceRows.model_fields}
+            fields["counts"] = dict(sorted(progress.counts.items()))
+            entries.append(SourceRows(path=source.path, weight=source.weight, **fields))
+        return entries
+
+    def _restore(self) -> None:
+        loaded = self._journal.load()
+        if loaded is not None:
+            fields, rows = loaded
+            sources = [
+                SourceProgress(**source | {"counts": Counter(source["counts"])}) for source in fields.pop("sources")
+            ]
+            self.state = BuildState(**fields, sources=sources)
+            self._rows, self.validation = rows.get("pending", []), rows.get("validation", [])
+            if "open" in rows:
+                self._packer.reopen(rows["open"][0])
+            self.resumed = True
+        self.state.sources += [SourceProgress() for _ in self._config.sources[len(self.state.sources) :]]
+        kept = {shard["name"] for shard in self.state.shards}
+        for name in sorted(kept):
+            if not (self._store / name).exists():
+                raise CorpusError(f"{self._store / name}: is missing; remove {self._store} to build it again")
+        for path in [*self._store.glob("shard_*.parquet"), *self._store.glob("*.partial")]:
+            if path.name not in kept:
+                path.unlink()
+
+    def _progress(self, source: int) -> SourceProgress:
+        return self.state.sources[source]
+
+    def _add(self, record: Record) -> None:
+        progress = self._progress(record.source)
+        status = record.status
+        if status == KEPT and self._config.deduplicate and not self._journal.add_key(record.key):
+            status = DUPLICATE
+        progress.counts["in"] += record.num_documents
+        progress.counts[f"{status}/{record.reason}" if status == FILTERED else status] += record.num_documents
+        if status == QUARANTINED:
+            self.state.lost_bytes += record.lost_bytes
+            self.state.first_fault = self.state.first_fault or f"{record.id}: {record.reason}"
+            entry = {"where": record.id, "reason": record.reason, "num_documents": record.num_documents}
+            self._note(QUARANTINE_NAME, entry)
+        else:
+            progress.num_documents += 1
+        if status == CONTAMINATED:
+            path = self._config.sources[record.source].path
+            entry = {"question": record.reason, "document": record.id, "source": path, "share": round(record.share, 4)}
+            self._note(CONTAMINATED_NAME, entry)
+        if status == KEPT:
+            for row in self._packer.add(np.frombuffer(record.ids, dtype=np.int32)):
+                progress.num_full_rows += 1
+                self._add_row(row, record.source)
+
+    def _note(self, name: str, entry: dict[str, Any]) -> None:
+        self._lists[name].write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+
+    def _add_row(self, row: RawRow, source: int) -> None:
+        progress = self._progress(source)
+        if row.used == self._config.seq_len and self._is_held_out(progress, source):
+            progress.num_validation_rows += 1
+            progress.num_validation_tokens += row.used
+            self.validation.append(row)
+            return
+        self._rows.append(row)
+        progress.num_rows += 1
+        progress.num_tokens += row.used
+        self._flush(everything=False)
+
+    def _is_held_out(self, progress: SourceProgress, source: int) -> bool:
+        count = len(self._config.sources)
+        quota = self._config.validation_rows * (source + 1) // count - self._config.validation_rows * source // count
+        if progress.num_validation_rows >= quota:
+            return False
+        place = progress.num_rows + progress.num_validation_rows
+        draw = hashlib.blake2b(f"{self._seed} {source} {place}".encode(), digest_size=4).digest()
+        return int.from_bytes(draw, "little") < VALIDATION_SHARE * 2**32
+
+    def _flush(self, *, everything: bool) -> None:
+        size = self._config.rows_per_group * self._config.groups_per_shard
+        while len(self._rows) >= size or (everything and self._rows):
+            rows, self._rows = self._rows[:size], self._rows[size:]
+            path = self._store / f"shard_{len(self.state.shards):06d}.parquet"
+            first = sum(shard["num_rows"] for shard in self.state.shards)
+            shard = write_rows(path, rows, first_row_id=first, rows_per_group=self._config.rows_per_group)
+            self.state.shards.append(shard.model_dump())
+
+    def _commit(self) -> None:
+        for name, handle in self._lists.items():
+            handle.flush()
+            self.state.list_bytes[name] = handle.tell()
+        open_row = self._packer.open_row
+        rows = {"pending": self._rows, "validation": self.validation, "open": [open_row] if open_row else []}
+        state = vars(self.state) | {"sources": [vars(progress) for progress in self.state.sources]}
+        self._journal.commit(state, rows)
+        self._committed = time.monotonic()
+        self._num_committed_shards = len(self.state.shards)
+
+
+@contextmanager
+def explain_disk_faults(store: Path) -> Iterator[None]:
+    """Turns a full or refusing disk into one clear error."""
+    try:
+        yield
+    except (OSError, pa.ArrowException, sqlite3.Error) as error:
+        text = " ".join(str(error).split())[:200]
+        raise CorpusError(
+            f"{store}: cannot be written ({text}); every finished shard is kept: make room and start the same build"
+            " again to go on"
+        ) from None
+
+
+def _open_list(path: Path, length: int) -> IO[bytes]:
+    """Opens a list for appending after its committed part."""
+    path.touch()
+    handle = path.open("rb+")
+    handle.truncate(length)
+    handle.seek(length)
+    return handle

@@ -1,0 +1,100 @@
+"""Where a worker's rows come from: a token store, or text tokenized while training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch.distributed as dist
+
+from layerplan.corpus.manifest import Manifest
+from layerplan.corpus.on_the_fly import LaneStream, check_lanes, open_chunks
+from layerplan.corpus.rows import PackedRows
+from layerplan.corpus.stream import iter_rank_steps, make_schedule
+from layerplan.train.request import TrainRequest
+from layerplan.train.state import TrainState
+
+
+class Feed(Protocol):
+    """The rows of one worker, and what a checkpoint must keep of them."""
+
+    def iter_steps(self, start: int, stop: int) -> Iterator[PackedRows]:
+        """This rank's rows of steps [start, stop) of the data order."""
+        ...
+
+    def stamp(self, state: TrainState) -> TrainState:
+        """The state with the data's own state in it; called on every rank."""
+        ...
+
+
+class StoreFeed:
+    """Rows of a token store: the step is all there is to know."""
+
+    def __init__(self, request: TrainRequest, *, rank: int, world_size: int) -> None:
+        self._request = request
+        self._rank = rank
+        self._world_size = world_size
+
+    def iter_steps(self, start: int, stop: int) -> Iterator[PackedRows]:
+        """Reads from the step on, in O(1)."""
+        return iter_rank_steps(
+            self._request.store,
+            num_lanes=self._request.config.global_batch_size,
+            seed=self._request.seed,
+            rank=self._rank,
+            world_size=self._world_size,
+            start_step=start,
+            stop_step=stop,
+        )
+
+    def stamp(self, state: TrainState) -> TrainState:
+        """Adds nothing."""
+        return state
+
+
+class StreamFeed:
+    """Rows made while training; goes on where it is, whatever the step: rows are never given out twice."""
+
+    def __init__(self, request: TrainRequest, state: TrainState, *, rank: int, world_size: int) -> None:
+        self._world_size = world_size
+        self._stream = LaneStream(
+            request.store,
+            num_lanes=request.config.global_batch_size,
+            rank=rank,
+            world_size=world_size,
+            cursor=state.data_cursor,
+        )
+
+    def iter_steps(self, start: int, stop: int) -> Iterator[PackedRows]:
+        """The next `stop - start` steps."""
+        for _ in range(start, stop):
+            yield self._stream.take()
+
+    def stamp(self, state: TrainState) -> TrainState:
+        """Adds every lane's next row."""
+        cursors: list[dict[int, int]] = [self._stream.cursor]
+        if self._world_size > 1:
+            cursors = [{} for _ in range(self._world_size)]
+            dist.all_gather_object(cursors, self._stream.cursor)
+        lanes = {lane: row for cursor in cursors for lane, row in cursor.items()}
+        return state.model_copy(update={"data_cursor": tuple(lanes[lane] for lane in sorted(lanes))})
+
+
+def open_feed(request: TrainRequest, state: TrainState, *, rank: int, world_size: int) -> Feed:
+    """The feed of one worker.
+
+    Raises:
+        CorpusError: When the store is incomplete or cannot feed the batch.
+    """
+    if Manifest.load(request.store).mode == "on_the_fly":
+        return StreamFeed(request, state, rank=rank, world_size=world_size)
+    return StoreFeed(request, rank=rank, world_size=world_size)
+
+
+def check_feed(store: Path | str, *, num_lanes: int, seed: int) -> None:
+    """Raises `CorpusError` when a store cannot feed the batch."""
+    if Manifest.load(store).mode == "on_the_fly":
+        check_lanes(open_chunks(str(store)), num_lanes)
+    else:
+        make_schedule(store, num_lanes=num_lanes, seed=seed)

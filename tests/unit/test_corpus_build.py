@@ -1,0 +1,274 @@
+"""Whole builds in one process: counts add up on damaged input, and an interrupted build ends with the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from layerplan.config.corpus import CorpusConfig, SourceConfig
+from layerplan.corpus import build, readers, sources
+from layerplan.corpus.build import build_token_store
+from layerplan.corpus.decontamination import BenchmarkText
+from layerplan.corpus.journal import JOURNAL_NAME, BuildJournal
+from layerplan.corpus.manifest import Manifest
+from layerplan.corpus.store import StoreReader, load_validation_rows
+from layerplan.errors import CorpusError
+
+QUESTION = "下列关于法律推理的表述，能够成立的是哪一项呢？请从四个选项中选择。"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One token per byte, so that tokens can be counted by hand."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: number for number, letter in enumerate(letters)} | {"<|endoftext|>": len(letters)}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    made.save(str(path))
+    return path
+
+
+def make_text(number: int, size: int = 300) -> str:
+    """Text without repetitions, its own for every number."""
+    rng = np.random.default_rng(number)
+    return "".join(map(chr, rng.integers(0x4E00, 0x9FA0, size // 3).tolist()))
+
+
+def write_jsonl(path: Path, *records: Any) -> None:
+    content = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def make_config(*paths: Path, **fields: Any) -> CorpusConfig:
+    values = {"seq_len": 64, "rows_per_group": 4, "groups_per_shard": 4, "validation_rows": 3} | fields
+    return CorpusConfig(sources=[SourceConfig(path=str(path)) for path in paths], **values)
+
+
+def read_store(store: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(store.iterdir())}
+
+
+def check_sums(manifest: Manifest, store: Path) -> None:
+    for counts in (manifest.counts, *(source.counts for source in manifest.sources)):
+        assert counts["in"] == sum(count for name, count in counts.items() if name != "in")
+    assert manifest.num_tokens + manifest.num_padding_tokens == manifest.num_rows * manifest.seq_len
+    assert manifest.num_rows == sum(shard.num_rows for shard in manifest.shards)
+    assert manifest.num_tokens == sum(shard.num_tokens for shard in manifest.shards)
+    rows = StoreReader(store).read_rows(np.arange(manifest.num_rows))
+    assert int(np.sum(rows.document_ids >= 0)) == manifest.num_tokens
+
+
+def test_counts_add_up_on_damaged_input(tokenizer: Path, tmp_path: Path):
+    """Every kind of damage at once; each costs itself, and every document is counted under one name."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    good = [{"id": f"a{number}", "text": make_text(number)} for number in range(40)]
+    write_jsonl(raw / "a.jsonl", *good, {"id": "a-copy", "text": good[3]["text"] + " \n"}, {"id": "no text"})
+    with (raw / "a.jsonl").open("ab") as handle:
+        handle.write(b'{"id": "broken", "te\n' + b'{"id": "utf8", "text": "\xff\xfe"}\n')
+    page = f"{make_text(100)}\n练习：{QUESTION}\n{make_text(101)}"
+    write_jsonl(raw / "b.jsonl", {"id": "exam", "text": page}, {"id": "short", "text": "短"})
+    write_jsonl(raw / "b2.jsonl.gz", *({"id": f"g{number}", "text": make_text(number)} for number in range(200, 400)))
+    whole = (raw / "b2.jsonl.gz").read_bytes()
+    (raw / "b2.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    table = pa.table({"id": ["p1", "p2"], "text": [make_text(500), make_text(501)]})
+    pq.write_table(table, raw / "c.parquet")
+    (raw / "d.parquet").write_bytes((raw / "c.parquet").read_bytes()[:-30])
+    pq.write_table(table.rename_columns(["id", "body"]), raw / "e.parquet")
+    (raw / "f.jsonl").write_bytes(b"")
+    (raw / "g.txt").write_bytes(b"")
+    write_jsonl(
+        raw / "h.jsonl", {"id": "huge", "text": make_text(7, 50_000_000)}, {"id": "after", "text": make_text(8888)}
+    )
+    questions = [BenchmarkText("ceval/law/1", QUESTION), BenchmarkText("ceval/law/2", "短")]
+    config = make_config(raw, max_bad_fraction=0.5)
+    manifest = build_token_store(config, tokenizer, tmp_path / "store", questions=questions, report=lambda line: None)
+    check_sums(manifest, tmp_path / "store")
+    gzipped = manifest.counts["kept"] - 40 - 2 - 1
+    assert 50 < gzipped < 200, "what came before the cut is kept"
+    assert {name: count for name, count in manifest.counts.items() if name not in ("in", "kept")} == {
+        "duplicate": 1,
+        "contaminated": 1,
+        "filtered/too_short": 1,
+        "filtered/too_long": 1,
+        "quarantined": 3 + 1 + 1 + 2,
+    }
+    assert (manifest.num_questions, manifest.num_questions_too_short) == (2, 1)
+    lists = {
+        name: [json.loads(line) for line in (tmp_path / "store" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("contaminated", "quarantine")
+    }
+    assert [(hit["question"], hit["document"]) for hit in lists["contaminated"]] == [("ceval/law/1", "exam")]
+    assert lists["contaminated"][0]["share"] == 1.0
+    places = [entry["where"].rpartition("/")[2].partition("@")[0] for entry in lists["quarantine"]]
+    assert places == ["a.jsonl:42", "a.jsonl:43", "a.jsonl:44", "b2.jsonl.gz", "d.parquet", "e.parquet"]
+    assert "has body, id" in lists["quarantine"][-1]["reason"]
+    kept = sum(len((make_text(n)).encode()) + 1 for n in (*range(40), *range(200, 200 + gzipped), 500, 501, 8888))
+    assert manifest.num_tokens + manifest.sources[0].num_validation_tokens == kept, "no token is lost or made"
+
+
+def test_too_much_damage_stops_the_build_and_a_higher_limit_goes_on(tokenizer: Path, tmp_path: Path):
+    raw, store = tmp_path / "raw", tmp_path / "store"
+    raw.mkdir()
+    write_jsonl(raw / "a.jsonl", *({"text": make_text(number)} for number in range(30)), 1, 2, 3)
+    with pytest.raises(CorpusError, match=r"max_bad_fraction=0.05: 3 of 33 inputs are malformed \(9.1%\).*a.jsonl:31"):
+        build_token_store(make_config(raw, max_bad_fraction=0.05), tokenizer, store)
+    assert not (store / "manifest.json").exists()
+    said: list[str] = []
+    manifest = build_token_store(make_config(raw, max_bad_fraction=0.1), tokenizer, store, report=said.append)
+    assert manifest.counts["kept"] == 30 and "goes on after" in said[0]
+
+
+def test_a_file_nobody_can_read_stops_the_build_at_once_by_its_bytes(tokenizer: Path, tmp_path: Path):
+    table = pa.table({"text": [make_text(number) for number in range(50)]})
+    for name in "abc":
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-30])
+    with pytest.raises(CorpusError, match=r"max_bad_fraction=0.1: files of .* bytes cannot be read; .*a.parquet"):
+        build_token_store(make_config(tmp_path, max_bad_fraction=0.1), tokenizer, tmp_path / "store")
+
+
+def test_a_limit_of_documents_is_exact_and_nothing_is_read_beyond_it(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for folder, first in (("one", 0), ("two", 1000)):
+        (tmp_path / folder).mkdir()
+        for part in range(10):
+            records = [{"text": make_text(first + part * 10 + number)} for number in range(10)]
+            write_jsonl(tmp_path / folder / f"{part}.jsonl", *records)
+    opened: list[str] = []
+    real = readers.open_file
+    monkeypatch.setattr(readers, "open_file", lambda path: opened.append(Path(path).name) or real(path))
+    limited = [SourceConfig(path=str(tmp_path / name), max_documents=25) for name in ("one", "two")]
+    config = make_config(tmp_path).model_copy(update={"sources": limited})
+    manifest = build_token_store(config, tokenizer, tmp_path / "store", report=lambda line: None)
+    assert [source.counts["in"] for source in manifest.sources] == [25, 25]
+    assert opened == ["0.jsonl", "1.jsonl", "2.jsonl"] * 2
+    assert [document.text for document in sources.iter_documents(config)] == [
+        make_text(first + number) for first in (0, 1000) for number in range(25)
+    ]
+
+
+@pytest.fixture
+def two_sources(tmp_path: Path) -> list[Path]:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder, first in zip(folders, (0, 60), strict=True):
+        folder.mkdir()
+        texts = [make_text(first + number % 35, 100 + number * 7) for number in range(40)]
+        write_jsonl(folder / "a.jsonl", *({"id": f"{first + n}", "text": text} for n, text in enumerate(texts)), 13)
+    return folders
+
+
+def test_sources_have_shards_of_their_own_and_padding_at_their_end(
+    tokenizer: Path, two_sources: list[Path], tmp_path: Path
+):
+    manifest = build_token_store(make_config(*two_sources, max_bad_fraction=0.5), tokenizer, tmp_path / "store")
+    check_sums(manifest, tmp_path / "store")
+    first, second = manifest.sources
+    assert first.num_rows + second.num_rows == manifest.num_rows
+    reader = StoreReader(tmp_path / "store")
+    last = reader.read_rows(np.array([first.num_rows - 1, manifest.num_rows - 1]))
+    assert np.sum(last.document_ids == -1, axis=1).tolist() == [first.num_padding_tokens, second.num_padding_tokens]
+    held = load_validation_rows(tmp_path / "store")
+    assert held is not None and len(held) == 3 and held.row_ids.tolist() == [-3, -2, -1]
+    mixed = reader.read_rows(np.array([manifest.num_rows - 1, 0, first.num_rows, 0]))
+    assert mixed.input_ids[1].tolist() == mixed.input_ids[3].tolist()
+    assert mixed.row_ids.tolist() == [manifest.num_rows - 1, 0, first.num_rows, 0]
+
+
+class Killed(BaseException):
+    """Ends a build between two records as a kill would: nothing is caught, nothing is committed."""
+
+
+def test_a_build_killed_after_any_record_ends_with_the_same_bytes(
+    tokenizer: Path, two_sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = make_config(*two_sources, max_bad_fraction=0.5)
+    build_token_store(config, tokenizer, tmp_path / "whole", report=lambda line: None)
+    whole = read_store(tmp_path / "whole")
+    assert JOURNAL_NAME not in whole and len([name for name in whole if name.startswith("shard")]) > 5
+    real = build.iter_records
+
+    def killing_iter(*arguments: Any) -> Iterator[Any]:
+        for number, record in enumerate(real(*arguments)):
+            if number == patience:
+                raise Killed
+            yield record
+
+    for patience in (1, 7, 19, 33):
+        store = tmp_path / f"killed{patience}"
+        monkeypatch.setattr(build, "iter_records", killing_iter)
+        for attempt in range(4):
+            with pytest.raises(Killed) if attempt < 2 else contextlib.suppress(Killed):
+                build_token_store(config, tokenizer, store, report=lambda line: None)
+            if attempt < 2:
+                (store / "shard_009999.parquet.partial").write_bytes(b"half a shard")
+        monkeypatch.setattr(build, "iter_records", real)
+        build_token_store(config, tokenizer, store, report=lambda line: None)
+        assert read_store(store) == whole, patience
+
+
+def test_a_finished_store_is_found_and_another_config_is_refused(
+    tokenizer: Path, two_sources: list[Path], tmp_path: Path
+):
+    config = make_config(*two_sources, max_bad_fraction=0.5)
+    first = build_token_store(config, tokenizer, tmp_path / "store")
+    said: list[str] = []
+    assert build_token_store(config, tokenizer, tmp_path / "store", report=said.append) == first
+    assert said[0].startswith("found")
+    with pytest.raises(CorpusError, match="built from another corpus config or tokenizer"):
+        build_token_store(config, tokenizer, tmp_path / "store", seed=1)
+
+
+def test_a_store_has_one_builder_and_belongs_to_one_config(tokenizer: Path, two_sources: list[Path], tmp_path: Path):
+    (tmp_path / "store").mkdir()
+    config = make_config(*two_sources)
+    journal = BuildJournal(tmp_path / "store", "other")
+    with pytest.raises(CorpusError, match="another build is writing to it"):
+        build_token_store(config, tokenizer, tmp_path / "store")
+    journal.commit({}, {})
+    journal.close()
+    with pytest.raises(CorpusError, match="an unfinished build with another corpus config"):
+        build_token_store(config, tokenizer, tmp_path / "store")
+
+
+def test_an_unfinished_build_does_not_go_on_with_other_input(tokenizer: Path, two_sources: list[Path], tmp_path: Path):
+    """It would skip as many documents as it had read, of files that now hold others."""
+    config = make_config(*two_sources, max_bad_fraction=0.0)
+    with pytest.raises(CorpusError, match=r"max_bad_fraction=0.0: 2 of 82"):
+        build_token_store(config, tokenizer, tmp_path / "store")
+    with (two_sources[0] / "a.jsonl").open("a") as handle:
+        handle.write(json.dumps({"text": make_text(999)}) + "\n")
+    with pytest.raises(CorpusError, match="an unfinished build with another corpus config, tokenizer or input files"):
+        build_token_store(config, tokenizer, tmp_path / "store")
+
+
+def test_questions_and_seed_belong_to_the_config(tokenizer: Path, two_sources: list[Path]):
+    config = make_config(*two_sources)
+    hashes = {
+        build.hash_config(config, asked, seed) for asked in ([], [BenchmarkText("a", QUESTION)]) for seed in (0, 1)
+    }
+    assert len(hashes) == 4
+    more_workers = config.model_copy(update={"num_workers": 7, "max_bad_fraction": 0.9})
+    assert build.hash_config(more_workers, [], 0) == build.hash_config(config, [], 0)
+
+
+def test_long_texts_are_cut_after_line_ends_and_join_to_themselves(monkeypatch: pytest.MonkeyPatch):
+    from layerplan.corpus import tokenize
+
+    monkeypatch.setattr(tokenize, "PIECE_CHARS", 10)
+    for text in ("", "short", "line one\nline two\nx", "x" * 35, "ab\n" * 11):
+        pieces = tokenize.split_text(text)
+        assert "".join(pieces) == text and all(0 < len(piece) <= 10 for piece in pieces)
+    assert tokenize.split_text("line one\nline two\nx")[0] == "line one\n"
