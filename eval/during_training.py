@@ -141,10 +141,13 @@ def backfill(scoring: CheckpointScoring, steps: Iterable[int]) -> tuple[dict[int
     scored: dict[int, Results] = {}
     gone: list[int] = []
     for step in steps:
-        if step in there or find_scores(scoring, step) is not None:
-            scored[step] = score_checkpoint(scoring, step, there.get(step, Path()))
-        else:
+        found = find_scores(scoring, step)
+        if found is None and step in there:
+            found = score_checkpoint(scoring, step, there[step])
+        if found is None:
             gone.append(step)
+        else:
+            scored[step] = found
     return scored, gone
 
 

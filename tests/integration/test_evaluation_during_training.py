@@ -89,10 +89,7 @@ def test_a_guardrail_stops_training_and_old_checkpoints_are_back_filled(config: 
     run = Path(yaml.safe_load(config.read_text())["storage_path"]) / "guarded"
     job = run_job("jobs/cpt.py", "--config", config)
     assert job.returncode == 1, job.output[-6000:]
-    assert (
-        "error: evaluation.guardrail_points=10: training was stopped by the score of step 50: step_00000200 is worse"
-        in (job.output)
-    )
+    assert "error: evaluation.guardrail_points=10: training was stopped by the score of step 200: " in job.output
     assert not (run / "training.json").exists()
     assert load_results(run / "evaluation" / "base")["ceval/logit"].question_mean == 100.0
     fallen = load_results(run / "evaluation" / "step_00000200")["ceval/logit"]
