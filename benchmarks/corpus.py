@@ -55,7 +55,8 @@ from layerplan.models.scratch import train_tokenizer
 MIB = 2**20
 BATCH = 256
 SIMULATED_ROWS = 64_000_000
-INTERLEAVED_UNITS = 10
+INTERLEAVED_UNITS = 13
+INTERLEAVED_BYTES = 2 * MIB
 
 
 def load_texts(folder: Path) -> list[str]:
@@ -122,7 +123,7 @@ def measure_interleaved(
     """CPU time of the bare tokenizer over that of the build, stretch by stretch in turns; 1 means no overhead."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     bare = Tokenizer.from_str(tokenizer_json)
-    units = list(enumerate(list_units(config)))[:INTERLEAVED_UNITS]
+    units = list(enumerate(list_units(config, unit_bytes=INTERLEAVED_BYTES)))[:INTERLEAVED_UNITS]
     mapper = UnitTokenizer(config, tokenizer_json, questions)
     folder.mkdir()
     journal = BuildJournal(folder, "interleaved")
@@ -353,6 +354,7 @@ def render_report(machine: dict[str, Any], results: dict[str, Any]) -> str:
         ("its manifest and schedule loaded", f"{resume['load_s']:.2f} s, {resume['memory_mib']:.0f} MiB"),
         ("rows of a step there, the slowest of eight random positions", f"{resume['worst_first_step_s']:.2f} s"),
     ]
+    machine = machine | {"load_average_at_the_end": os.getloadavg()}
     lines = ["# Corpus: build, reader, resume", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows]
     for title, value in (("Machine", machine), ("Everything measured", results)):

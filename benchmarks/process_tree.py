@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 
@@ -57,8 +58,13 @@ class TreeMeter:
             try:
                 times = process.cpu_times()
                 self._cpu_s[process.pid] = times.user + times.system
-                self.names[process.pid] = " ".join(process.cmdline())[:40]
+                self.names[process.pid] = describe_command(process.cmdline())
                 total += process.memory_full_info().pss
             except psutil.Error:
                 continue
         self.peak_pss = max(self.peak_pss, total)
+
+
+def describe_command(words: list[str]) -> str:
+    """What a process runs, without the folders of this machine."""
+    return " ".join(Path(word).name for word in words[:2])[:40].strip()

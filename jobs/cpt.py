@@ -34,13 +34,13 @@ def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
         describe_scoring,
         evaluate,
         judge,
+        publish_report,
         score_checkpoints,
         trace,
         train,
     )
     from jobs.summary import print_summary
     from layerplan.checkpoint.layout import name_step
-    from layerplan.report.page import write_report
 
     for check in (check_model, check_corpus, check_probes, check_benchmarks):
         check(config)
@@ -64,11 +64,7 @@ def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
         if judges:
             base = base or evaluate(context, model, "base", revision=revision_of(config))
             verdicts = judge(context, base, scores, label)
-        report = write_report(context.folder.root)
-        for path in (report, context.folder.config):
-            context.tracker.log_artifact(path)
-        for path in sorted(context.folder.figures.glob("*.png")):
-            context.tracker.log_artifact(path, "figures")
+        report = publish_report(context)
         print_summary(plan, result, verdicts, report)
 
 

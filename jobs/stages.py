@@ -29,10 +29,11 @@ from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
 from layerplan.models.files import find_tokenizer_file, identify_model, load_hf_config
 from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
-from layerplan.plan.explain import explain_plan, render_layer_map
+from layerplan.plan.explain import describe_certainty, describe_measurement, explain_plan, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.model_shape import ModelShape
+from layerplan.report.page import write_report
 from layerplan.tracer.pool import trace_model
 from layerplan.tracking.callback import LineageCallback
 from layerplan.tracking.tracker import RunSinkFactory, Tracker
@@ -110,7 +111,8 @@ def trace(context: RunContext, model_name: str) -> LayerProfile | None:
             out_dir=context.folder.root,
         )
         _log_profile(tracker, profile, context.folder)
-    say("trace", f"{profile.num_probes} probes; best boundary {profile.best_boundary}")
+    for line in (*describe_measurement(profile), *describe_certainty(profile)):
+        say("trace", line)
     return profile
 
 
@@ -244,6 +246,16 @@ def judge(context: RunContext, base: Results, trained: Results, label: str) -> l
         for path in (context.folder.verdicts, *sorted(folder.glob("*.*"))):
             tracker.log_artifact(path)
     return verdicts
+
+
+def publish_report(context: RunContext) -> Path:
+    """Writes the page and its figures from what the run has made so far, and puts them into the lineage."""
+    report = write_report(context.folder.root)
+    for path in (report, context.folder.config):
+        context.tracker.log_artifact(path)
+    for path in sorted(context.folder.figures.glob("*.png")):
+        context.tracker.log_artifact(path, "figures")
+    return report
 
 
 def list_benchmark_texts(config: RunConfig) -> list[BenchmarkText]:

@@ -43,7 +43,7 @@ def ray_local() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _shut_ray_down() -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="lp", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="lp", dir="/tmp", ignore_cleanup_errors=True) as folder:
         os.environ.setdefault("RAY_TMPDIR", folder)
         yield
         import sys

@@ -28,12 +28,16 @@ class TraceConfig(StrictModel):
     """Second support, used for the stability evidence."""
     ratio_denominator: Literal["current", "previous"] = "current"
     """Denominator of the task-particle ratio (Eq. 1)."""
+    task_particle_eps: float = Field(default=1e-8, gt=0)
+    """Added to that denominator."""
+    sensitivity_eps: float = Field(default=1e-4, gt=0)
+    """Added to the denominator of the layer sensitivity (Eq. 6); 1e-8 turns the rounding of deep layers into peaks."""
     task_particle_threshold: float = Field(default=0.5, gt=0)
     """Theta: a layer whose ratio exceeds it is a task particle."""
     deviation_norm: Literal["hf", "all", "none"] = "hf"
     """Which residual states pass the final norm before SALF deviations: only the last (`hf`), all, or none."""
     batch_size: int = Field(default=16, ge=1)
-    """Probes per forward pass."""
+    """Most probes per forward pass; a pass holds probes of one length, and fewer of them when they are long."""
     num_actors: int = Field(default=1, ge=1)
     """Tracer replicas in the Ray Data actor pool."""
     num_cpus_per_actor: float = Field(default=0.5, ge=0)

@@ -32,7 +32,8 @@ def find_decoder_parts(model: nn.Module) -> DecoderParts:
     """Finds the decoder layers, the norm after them, the input embedding and the output head.
 
     The layers are the `ModuleList` directly below the model's trunk whose length is `num_hidden_layers`; the final
-    norm is the last parametrised direct child of that trunk which is neither the list nor an embedding.
+    norm is the last parametrised direct child of that trunk which is neither the list nor an embedding, or else a norm
+    without parameters.
 
     Raises:
         ModelError: Naming the class when one of the parts cannot be found.
@@ -121,4 +122,5 @@ def _find_final_norm(trunk: nn.Module, layers: nn.ModuleList, embeddings: nn.Mod
     ]
     parametrised = [child for child in candidates if any(True for _ in child.parameters(recurse=False))]
     named = [child for child in parametrised if "norm" in type(child).__name__.lower()]
-    return (named or parametrised or [None])[-1]
+    without_weights = [child for child in candidates if "norm" in type(child).__name__.lower()]  # OLMo's first norm
+    return (named or parametrised or without_weights or [None])[-1]

@@ -10,6 +10,10 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 
 TRAINS, FROZEN = "■", "□"
+RIGHT_ENOUGH = 0.5
+"""Share of right answers below which a profile is called noise."""
+SURE_ENOUGH = 0.5
+"""Share of bootstrap resamples a boundary has to win to be called settled."""
 
 
 def render_layer_map(plan: FreezePlan) -> str:
@@ -121,19 +125,95 @@ def name_ranges(layers: Sequence[int]) -> str:
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts) or "none"
 
 
-def _profile_lines(profile: LayerProfile) -> list[str]:
+def describe_measurement(profile: LayerProfile) -> list[str]:
+    """Sentences on what was measured: probes, answers, where the task happens, where the context stops to matter."""
     answered = sum(profile.answered_share.values()) / max(len(profile.answered_share), 1)
-    warning = " A profile of wrong answers is noise; read it as such." if answered < 0.5 else ""
     lines = [
-        "## What was measured",
-        "",
-        f"- {profile.num_probes} probes in {len(profile.groups)} groups;"
-        f" the model answers {answered:.0%} of them rightly.{warning}",
+        f"{profile.num_probes} probes in {len(profile.groups)} groups; the model answers {answered:.0%} of them rightly"
+        f" ({_extremes(profile.answered_share)})."
+    ]
+    if answered < RIGHT_ENOUGH:
+        lines.append("A profile of wrong answers is noise; read the boundary as a guess.")
+    start, end = profile.task_particle_interval
+    theta = profile.options.get("task_particle_threshold", 0.5)
+    where = f"layers {start} to {end - 1}" if end > start else "no layer"
+    strongest = profile.task_particle_argmax
+    lines.append(
+        f"Task evidence moves by more than {theta:g} of itself in {where} (task particle), most in layer {strongest}"
+        f" ({profile.task_particle[strongest]:.2f}{_interval(profile, 'task_particle', strongest)})."
+    )
+    sensitive = max(range(len(profile.layer_sensitivity)), key=lambda layer: profile.layer_sensitivity[layer])
+    lines.append(
+        f"Masking the context before layer 0 moves the answer by {profile.js[0]:.3f} nats of Jensen-Shannon divergence;"
+        f" the effect changes most at layer {sensitive}, by {profile.layer_sensitivity[sensitive]:.2f} of itself"
+        f"{_interval(profile, 'layer_sensitivity', sensitive)}."
+    )
+    for kind, values in profile.semantic.items():
+        if kind == "cosine":
+            lines.append(
+                f"The state gets nearest to the right answer's meaning in layer {values.eof_layer} (SALF, cosine)."
+            )
+    return lines
+
+
+def describe_certainty(profile: LayerProfile) -> list[str]:
+    """Sentences on how sure the chosen boundary is."""
+    best = profile.best_boundary
+    lines = [
+        f"The alignment score is highest at boundary {best}:"
+        f" {profile.alignment_score[best - 1]:+.2f}{_interval(profile, 'alignment_score', best - 1)}."
     ]
     if profile.boundary_win_share:
-        share = profile.boundary_win_share[profile.best_boundary - 1]
-        lines.append(f"- boundary {profile.best_boundary} wins in {share:.0%} of bootstrap resamples of the probes")
-    return [*lines, ""]
+        share = profile.boundary_win_share[best - 1]
+        rivals = sorted(range(1, len(profile.boundary_win_share) + 1), key=lambda k: -profile.boundary_win_share[k - 1])
+        rival = next((k for k in rivals if k != best and profile.boundary_win_share[k - 1] > 0), None)
+        beside = f"; next is {rival} with {profile.boundary_win_share[rival - 1]:.0%}" if rival is not None else ""
+        lines.append(f"It wins in {share:.0%} of bootstrap resamples of the probes{beside}.")
+        if share < SURE_ENOUGH:
+            lines.append(
+                "The probes do not settle the boundary: treat it as one of several, and sweep it when you can."
+            )
+    for name, said in (("top_k", "another top-k support"), ("mask", "another mask")):
+        values = profile.stability.get(name, {})
+        if "boundary" in values:
+            chosen = int(values["boundary"])
+            same = "the same boundary" if chosen == best else f"boundary {chosen}"
+            lines.append(
+                f"With {said}, sensitivity ranks layers alike with {values['sensitivity_correlation']:.2f}, and S chooses {same}."
+            )
+    halves = profile.stability.get("halves", {})
+    if "same_boundary_share" in halves:
+        lines.append(
+            f"Two random halves of the probes choose the same boundary in {halves['same_boundary_share']:.0%} of halvings"
+            f" and differ by {halves['boundary_change']:.1f} layers on average."
+        )
+    return lines
+
+
+def _extremes(shares: dict[str, float]) -> str:
+    named = sorted(shares.items(), key=lambda item: item[1])
+    (low, lowest), (high, highest) = named[0], named[-1]
+    if lowest == highest:
+        return f"{lowest:.0%} in every group"
+    return f"from {lowest:.0%} in {low} to {highest:.0%} in {high}"
+
+
+def _interval(profile: LayerProfile, name: str, index: int) -> str:
+    intervals = profile.uncertainty.get(name, [])
+    return f", 95 % interval {intervals[index].low:.2f} to {intervals[index].high:.2f}" if intervals else ""
+
+
+def _profile_lines(profile: LayerProfile) -> list[str]:
+    return [
+        "## What was measured",
+        "",
+        *(f"- {line}" for line in describe_measurement(profile)),
+        "",
+        "## How sure it is",
+        "",
+        *(f"- {line}" for line in describe_certainty(profile)),
+        "",
+    ]
 
 
 def _layer_lines(plan: FreezePlan, profile: LayerProfile | None) -> list[str]:

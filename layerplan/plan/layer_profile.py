@@ -16,6 +16,8 @@ from layerplan.errors import PlanError
 from layerplan.plan.hashing import compute_sha256
 
 SCHEMA_VERSION = 1
+PROBES_NAME = "layer_probes.parquet"
+"""Per-probe values, in the folder of the profile."""
 SealedT = TypeVar("SealedT", bound=StrictModel)
 
 
@@ -62,7 +64,7 @@ class LayerProfile(StrictModel):
     model: ModelIdentity
     """The measured model."""
     options: dict[str, Any]
-    """The resolved trace options."""
+    """The resolved trace options, but for those that only say where the measurement ran."""
     probe_set_sha256: str
     """Hash of the probes' prompts and spans."""
     groups: list[str]
@@ -102,7 +104,9 @@ class LayerProfile(StrictModel):
     boundary_win_share: list[float] = Field(default_factory=list)
     """Share of bootstrap resamples in which boundary i + 1 has the best S; L - 1 values that add up to 1."""
     stability: dict[str, dict[str, float]] = Field(default_factory=dict)
-    """Per check (`top_k`, `mask`, `halves`): rank correlations and the boundary each variant chooses."""
+    """Per check (`top_k`, `mask`, `halves`): rank correlations and what becomes of the boundary (`tracer/stability.py`)."""
+    measured_by: dict[str, dict[str, int]] = Field(default_factory=dict)
+    """Per mask: probes by the way their perturbed copies were computed (`tracer/masking.py`); all ways are exact."""
     sha256: str = ""
     """Hash over every other field."""
 

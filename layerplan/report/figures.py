@@ -1,48 +1,88 @@
-"""Figures of a run as matplotlib figures: heat maps, normalised profiles, scores per boundary, the loss curve."""
+"""Figures of a run: heat maps, normalised profiles, scores per boundary, deviation violins, layer map, loss curve."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from layerplan.plan.boundary import normalize_min_max
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 
-PARTICLE, SENSITIVE, SCORE, MUTED = "#b45309", "#1d4ed8", "#15803d", "#6b7280"
+Deviations = NDArray[np.float64]
+PARTICLE, SENSITIVE, SCORE, MUTED, FROZEN = "#b45309", "#1d4ed8", "#15803d", "#6b7280", "#dbeafe"
 matplotlib.rcParams.update(
     {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
 )
 
 
-def build_layer_figures(profile: LayerProfile, plan: FreezePlan | None = None) -> dict[str, Figure]:
-    """Returns the figures of a measurement by name."""
-    return {
+def build_layer_figures(
+    profile: LayerProfile, plan: FreezePlan | None = None, deviations: Mapping[str, Deviations] | None = None
+) -> dict[str, Figure]:
+    """Returns the figures of a measurement by name.
+
+    Args:
+        profile: The measurement.
+        plan: Adds the layer map and shades the frozen layers.
+        deviations: SALF deviations per probe by kind, (N, L + 1); adds the violins.
+    """
+    figures = {
         "profiles": draw_profiles(profile, plan),
         "alignment_score": draw_alignment(profile),
-        "task_particle": draw_heat_map(profile.task_particle_rows, profile.groups, "Task particle, Ratio(l)"),
-        "layer_sensitivity": draw_heat_map(profile.layer_sensitivity_rows, profile.groups, "Layer sensitivity, LS(l)"),
+        "task_particle": draw_heat_map(
+            profile.task_particle_rows, profile.groups, "Task particle, Ratio(l)", colours="Greens"
+        ),
+        "layer_sensitivity": draw_heat_map(
+            profile.layer_sensitivity_rows, profile.groups, "Layer sensitivity, LS(l)", colours="Reds"
+        ),
         "semantic": draw_semantic(profile),
     }
+    if deviations:
+        figures["deviations"] = draw_deviations(deviations, profile)
+    if plan is not None:
+        figures["layer_map"] = draw_layer_map(plan)
+    return figures
 
 
 def draw_profiles(profile: LayerProfile, plan: FreezePlan | None) -> Figure:
-    """Normalised task particle and sensitivity per layer, the frozen layers shaded."""
+    """Normalised task particle and sensitivity per layer with their intervals, the frozen layers shaded."""
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     axes = figure.subplots()
     num_layers = profile.model.num_layers
-    axes.plot(range(num_layers), normalize_min_max(profile.task_particle), "o-", color=PARTICLE, label="task particle")
-    axes.plot(
-        range(num_layers - 1), normalize_min_max(profile.layer_sensitivity), "s-", color=SENSITIVE, label="sensitivity"
-    )
+    for values, name, colour, style in (
+        (profile.task_particle, "task_particle", PARTICLE, "o-"),
+        (profile.layer_sensitivity, "layer_sensitivity", SENSITIVE, "s-"),
+    ):
+        axes.plot(range(len(values)), normalize_min_max(values), style, color=colour, label=name.replace("_", " "))
+        intervals = profile.uncertainty.get(name, [])
+        low, high = min(values), max(values)
+        if intervals and high > low:
+            lower = [(item.low - low) / (high - low) for item in intervals]
+            upper = [(item.high - low) / (high - low) for item in intervals]
+            axes.fill_between(range(len(values)), lower, upper, color=colour, alpha=0.15, linewidth=0)
     for layer in plan.frozen_layers if plan is not None else ():
         axes.axvspan(layer - 0.5, layer + 0.5, color="#e5e7eb", zorder=0, linewidth=0)
     axes.axvline(profile.best_boundary - 0.5, color=MUTED, linestyle="--", linewidth=1)
+    axes.annotate(
+        f"argmax S: {profile.best_boundary}",
+        (profile.best_boundary - 0.5, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, -9),
+        textcoords="offset points",
+        fontsize=7,
+        color=MUTED,
+    )
     axes.set(xlabel="decoder layer (shaded: frozen)", ylabel="min-max normalised", xlim=(-0.5, num_layers - 0.5))
-    axes.legend(frameon=False)
+    # an interval can be far wider than the profile itself; the profile must stay readable
+    axes.set_ylim(-0.25, 1.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -64,7 +104,9 @@ def draw_alignment(profile: LayerProfile) -> Figure:
     return figure
 
 
-def draw_heat_map(rows: Sequence[Sequence[float]], groups: Sequence[str], title: str) -> Figure:
+def draw_heat_map(
+    rows: Sequence[Sequence[float]], groups: Sequence[str], title: str, colours: str = "viridis"
+) -> Figure:
     """Groups by layers; the colour scale is logarithmic, as ratios span orders of magnitude."""
     figure = Figure(figsize=(7, 0.9 + 0.22 * len(groups)), layout="constrained")
     axes = figure.subplots()
@@ -72,7 +114,7 @@ def draw_heat_map(rows: Sequence[Sequence[float]], groups: Sequence[str], title:
     values = [[max(value, floor) for value in row] for row in rows]
     largest = max(max(row) for row in values)
     image = axes.imshow(
-        values, aspect="auto", cmap="viridis", norm=matplotlib.colors.LogNorm(floor, max(largest, 10 * floor))
+        values, aspect="auto", cmap=colours, norm=matplotlib.colors.LogNorm(floor, max(largest, 10 * floor))
     )
     axes.set_yticks(range(len(groups)), [name.replace("_", " ") for name in groups], fontsize=7)
     axes.set(xlabel="decoder layer", title=title)
@@ -87,6 +129,46 @@ def draw_semantic(profile: LayerProfile) -> Figure:
         axes.plot(range(len(values.deviation)), values.deviation, "o-", color=SENSITIVE, markersize=3)
         axes.axvline(values.eof_layer, color=MUTED, linestyle="--", linewidth=1)
         axes.set(title=f"{kind}, eof layer {values.eof_layer}", xlabel="layers passed")
+    return figure
+
+
+def draw_deviations(deviations: Mapping[str, Deviations], profile: LayerProfile) -> Figure:
+    """Violins of the probes' deviations after each number of layers, a bar at the mean (SALF, Figure 5).
+
+    Layers up to the end-of-freezing layer are blue, those SALF would train amber.
+    """
+    figure = Figure(figsize=(7, 1.9 * len(deviations)), layout="constrained")
+    for axes, (kind, values) in zip(figure.subplots(len(deviations), 1, squeeze=False)[:, 0], deviations.items()):
+        positions = range(values.shape[1])
+        # a violin needs a spread; a layer on which all probes agree is a bar
+        spread = [index for index in positions if np.ptp(values[:, index]) > 0]
+        if spread:
+            drawn = axes.violinplot(values[:, spread], positions=spread, widths=0.85, showextrema=False)
+            for index, body in zip(spread, drawn["bodies"]):
+                is_frozen = kind in profile.semantic and index <= profile.semantic[kind].eof_layer
+                body.set(facecolor=SENSITIVE if is_frozen else PARTICLE, alpha=0.35, linewidth=0)
+        axes.hlines(values.mean(0), [p - 0.3 for p in positions], [p + 0.3 for p in positions], color="#111827")
+        axes.set(ylabel=kind, xlim=(-0.7, values.shape[1] - 0.3))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layers passed (blue: up to SALF's end of freezing)")
+    return figure
+
+
+def draw_layer_map(plan: FreezePlan) -> Figure:
+    """One cell per trainable unit, from the embeddings to the head; amber trains, blue is frozen."""
+    cells = [("embed", plan.train_embeddings)]
+    cells += [(str(layer), layer in plan.trainable_layers) for layer in range(plan.model.num_layers)]
+    cells += [("norm", plan.train_final_norm), ("head", plan.train_lm_head)]
+    figure = Figure(figsize=(max(5.0, 0.28 * len(cells)), 0.9), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, trains) in enumerate(cells):
+        axes.bar(index, 1, width=0.92, color=PARTICLE if trains else FROZEN)
+        turned = 0 if name.isdigit() else 90
+        colour = "white" if trains else "#1e3a8a"
+        axes.text(index, 0.5, name, ha="center", va="center", fontsize=6.5, rotation=turned, color=colour)
+    axes.set(xlim=(-0.6, len(cells) - 0.4), ylim=(0, 1))
+    axes.set_title(f"{plan.plan_type}: amber trains, blue is frozen", fontsize=8, loc="left")
+    axes.set_axis_off()
     return figure
 
 

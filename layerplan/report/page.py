@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,9 @@ from layerplan.plan.cost import PlanCost
 from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.report.figures import build_layer_figures, draw_loss
-from layerplan.report.scores import render_checkpoint_scores, render_continuations, render_held_out, render_table
+from layerplan.report.html_parts import embed_svg, render_table
+from layerplan.report.measurement import read_deviations, render_measurement
+from layerplan.report.scores import render_checkpoint_scores, render_continuations, render_held_out
 
 REPORT_NAME = "report.html"
 FIGURES_NAME = "figures"
@@ -55,7 +56,7 @@ def write_report(run_dir: Path) -> Path:
     """
     plan = FreezePlan.load(run_dir / PLAN_NAME) if (run_dir / PLAN_NAME).exists() else None
     profile = LayerProfile.load(run_dir / "layer_profile.json") if (run_dir / "layer_profile.json").exists() else None
-    figures = build_layer_figures(profile, plan) if profile is not None else {}
+    figures = build_layer_figures(profile, plan, read_deviations(run_dir)) if profile is not None else {}
     lines = [line for line in _read_lines(run_dir / "metrics.jsonl") if line.get("run") == "train"]
     if lines:
         figures["loss"] = draw_loss(lines)
@@ -68,7 +69,7 @@ def write_report(run_dir: Path) -> Path:
         render_checkpoint_scores(run_dir / "evaluation"),
         render_continuations(run_dir / "evaluation"),
         _training_section(_read(run_dir / "training.json"), figures),
-        _profile_section(profile, figures),
+        render_measurement(profile, figures),
         _proof_section(_read(run_dir / "export.json"), _read(run_dir / "training.json")),
         _corpus_section(_read(run_dir / "token_store" / "manifest.json")),
         _config_section(run_dir),
@@ -151,7 +152,7 @@ def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure])
         return ""
     text = "<h2>Training</h2>"
     if "loss" in figures:
-        text += _svg(figures["loss"])
+        text += embed_svg(figures["loss"])
     if result is not None:
         rows = [
             ["steps", f"{result['final_step']:,}"],
@@ -163,29 +164,6 @@ def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure])
         ]
         text += render_table(["measured", ""], rows)
     return text
-
-
-def _profile_section(profile: LayerProfile | None, figures: dict[str, Figure]) -> str:
-    if profile is None:
-        return ""
-    answered = sum(profile.answered_share.values()) / len(profile.answered_share)
-    text = (
-        f"<h2>What was measured</h2><p>{profile.num_probes} probes; the model answers {answered:.0%} of them rightly."
-    )
-    if answered < 0.5:
-        text += " <b>A profile of wrong answers is noise: read the boundary as a guess.</b>"
-    text += "</p>"
-    text += "".join(
-        _svg(figures[name])
-        for name in ("profiles", "alignment_score", "task_particle", "layer_sensitivity", "semantic")
-    )
-    rows = [
-        [name, *(f"{key} {value:.3g}" for key, value in sorted(values.items()))]
-        for name, values in profile.stability.items()
-    ]
-    width = max((len(row) for row in rows), default=1)
-    padded = [row + [""] * (width - len(row)) for row in rows]
-    return text + "<h2>How stable the measurement is</h2>" + render_table(["variant", *[""] * (width - 1)], padded)
 
 
 def _proof_section(export: dict[str, Any] | None, training: dict[str, Any] | None) -> str:
@@ -222,13 +200,6 @@ def _config_section(run_dir: Path) -> str:
 
 def _interval(value: float, interval: Sequence[float]) -> str:
     return f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
 
 
 def _read(path: Path) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from layerplan.report.html_parts import render_table
 
 BASE = "base"
 
@@ -49,14 +50,6 @@ def list_scored(evaluation: Path) -> list[str]:
     """Names of the scored models: the base, then checkpoints by step."""
     base = [BASE] if (evaluation / BASE).is_dir() else []
     return base + sorted(path.name for path in evaluation.glob("step_*") if any(path.glob("*.json")))
-
-
-def render_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, style: str = "") -> str:
-    """An HTML table; every cell is escaped."""
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    opening = f'<table class="{style}">' if style else "<table>"
-    return f"{opening}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _read_accuracies(folder: Path) -> dict[str, str]:

@@ -1,19 +1,28 @@
-"""Per-probe measurements to a layer profile: group rows, their mean, intervals, and how stable the choice is."""
+"""Per-probe measurements to a layer profile: group rows, their mean, intervals, and how stable the choice is.
+
+Everything here is a function of the records that lie beside the profile (`layer_probes.parquet`), so any aggregate can
+be made again, with another threshold, denominator or epsilon, without the model.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 from layerplan.config.trace import TraceConfig
 from layerplan.plan.boundary import compute_alignment_scores, find_best_boundary
 from layerplan.plan.layer_profile import Interval, LayerProfile, ModelIdentity, SemanticProfile
-from layerplan.tracer.measures import SENSITIVITY_EPS, find_longest_run
+from layerplan.tracer import measures
+from layerplan.tracer.stability import check_stability
 
 Array = NDArray[np.float64]
+PLACEMENT = ("num_actors", "num_cpus_per_actor", "num_gpus_per_actor")
+"""Options that say where a measurement runs and nothing about it; they are left out of the profile and its hash."""
 
 
 def build_profile(
@@ -22,24 +31,28 @@ def build_profile(
     """Aggregates as the paper does: per probe, then the mean in each group, then the mean of the group rows.
 
     Args:
-        records: One per probe, as the tracer actors return them, in any order.
+        records: One per probe, as `ProbeMeter` makes them or `read_records` reads them, in any order.
         model: The measured model.
-        config: Trace options, recorded as they are.
+        config: Trace options, recorded as they are but for where the measurement ran.
         probe_set_sha256: Hash of the probes.
     """
     records = sorted(records, key=lambda record: record["id"])
     groups = list(dict.fromkeys(record["group"] for record in records))
     group_of = np.array([groups.index(record["group"]) for record in records])
-    ratio = _stack(records, "task_particle")
-    sensitivity = compute_sensitivity(_stack(records, "js"))
-    ratio_rows, sensitivity_rows = _group_means(ratio, group_of), _group_means(sensitivity, group_of)
+    log_prob, js = _stack(records, "log_prob"), _stack(records, "js")
+    ratio = compute_ratio(log_prob, config)
+    sensitivity = compute_sensitivity(js, config.sensitivity_eps)
+    ratio_rows, sensitivity_rows = compute_group_means(ratio, group_of), compute_group_means(sensitivity, group_of)
     particle, layer_sensitivity = ratio_rows.mean(0), sensitivity_rows.mean(0)
     scores = compute_alignment_scores(particle.tolist(), layer_sensitivity.tolist())
-    js = _stack(records, "js")
     uncertainty, wins = _bootstrap(ratio, sensitivity, group_of, config)
+    variants = {
+        name: compute_sensitivity(_stack(records, column), config.sensitivity_eps)
+        for name, column in (("top_k", "js_top_k_check"), ("mask", "js_mask_check"))
+    }
     return LayerProfile(
         model=model,
-        options=config.model_dump(mode="json"),
+        options=config.model_dump(mode="json", exclude=set(PLACEMENT)),
         probe_set_sha256=probe_set_sha256,
         groups=groups,
         num_probes=len(records),
@@ -50,25 +63,49 @@ def build_profile(
         task_particle=particle.tolist(),
         task_particle_rows=ratio_rows.tolist(),
         task_particle_median=np.median(ratio, axis=0).tolist(),
-        task_particle_log=_group_means(_stack(records, "log_change"), group_of).mean(0).tolist(),
-        task_particle_interval=find_longest_run(particle.tolist(), config.task_particle_threshold),
+        task_particle_log=compute_group_means(np.abs(np.diff(log_prob, axis=1)), group_of).mean(0).tolist(),
+        task_particle_interval=measures.find_longest_run(particle.tolist(), config.task_particle_threshold),
         task_particle_argmax=int(particle.argmax()),
-        js=_group_means(js, group_of).mean(0).tolist(),
+        js=compute_group_means(js, group_of).mean(0).tolist(),
         layer_sensitivity=layer_sensitivity.tolist(),
         layer_sensitivity_rows=sensitivity_rows.tolist(),
-        absolute_sensitivity=_group_means(np.abs(np.diff(js, axis=1)), group_of).mean(0).tolist(),
+        absolute_sensitivity=compute_group_means(np.abs(np.diff(js, axis=1)), group_of).mean(0).tolist(),
         alignment_score=scores,
         best_boundary=find_best_boundary(scores),
-        semantic={kind: _semantic(_stack(records, f"deviation_{kind}")) for kind in ("cosine", "ce", "rank")},
+        semantic={kind: _semantic(_stack(records, f"deviation_{kind}")) for kind in measures.DEVIATIONS},
         uncertainty=uncertainty,
         boundary_win_share=wins,
-        stability=_check_stability(records, particle, layer_sensitivity, group_of),
+        stability=check_stability(ratio, sensitivity, variants, group_of, seed=config.seed),
+        measured_by={
+            mask: dict(sorted(Counter(record[f"way_{mask}"] for record in records).items()))
+            for mask in ("mean", "zero")
+        },
     ).sealed()
 
 
-def compute_sensitivity(js: Array) -> Array:
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Reads the per-probe values a measurement left."""
+    import pyarrow.parquet as pq
+
+    records: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return records
+
+
+def compute_ratio(log_prob: Array, config: TraceConfig) -> Array:
+    """Ratio(l), l = 1..L, per probe (Eq. 1), with the config's denominator: (N, L + 1) to (N, L)."""
+    prob = torch.from_numpy(np.exp(log_prob).T.copy())
+    ratio = measures.compute_task_particle(prob, config.ratio_denominator, config.task_particle_eps)
+    return np.asarray(ratio.T.numpy())
+
+
+def compute_sensitivity(js: Array, eps: float = measures.SENSITIVITY_EPS) -> Array:
     """LS(l), l = 1..L-1, per probe (Eq. 6): (N, L + 1) to (N, L - 1); LS(L) is 1 by construction and dropped."""
-    return (np.abs(np.diff(js, axis=1)) / (js[:, :-1] + SENSITIVITY_EPS))[:, :-1]
+    return np.asarray(measures.compute_layer_sensitivity(torch.from_numpy(js.T.copy()), eps).T.numpy())[:, :-1]
+
+
+def compute_group_means(values: Array, group_of: NDArray[Any]) -> Array:
+    """Mean of the probes of each group: (N, ...) to (groups, ...)."""
+    return np.stack([values[group_of == group].mean(0) for group in range(group_of.max() + 1)])
 
 
 def _semantic(deviation: Array) -> SemanticProfile:
@@ -102,40 +139,5 @@ def _intervals(values: Array) -> list[Interval]:
     return [Interval(low=float(a), high=float(b)) for a, b in zip(low, high)]
 
 
-def _check_stability(
-    records: list[dict[str, Any]], particle: Array, sensitivity: Array, group_of: NDArray[Any]
-) -> dict[str, dict[str, float]]:
-    """Rank correlation of the sensitivity profile with its variants, and the boundary each variant chooses."""
-    checks = {}
-    for name, column in (("top_k", "js_top_k_check"), ("mask", "js_mask_check")):
-        variant = _group_means(compute_sensitivity(_stack(records, column)), group_of).mean(0)
-        checks[name] = _compare(sensitivity, variant) | {"boundary": _boundary(particle, variant)}
-    ratio, own = _stack(records, "task_particle"), compute_sensitivity(_stack(records, "js"))
-    halves = [np.arange(len(records)) % 2 == side for side in (0, 1)]
-    if all(half.any() for half in halves):
-        first, second = (own[half].mean(0) for half in halves)
-        ratios = [ratio[half].mean(0) for half in halves]
-        checks["halves"] = _compare(first, second) | {
-            "task_particle_correlation": _compare(*ratios)["correlation"],
-            "boundary": _boundary(ratios[0], first),
-            "other_boundary": _boundary(ratios[1], second),
-        }
-    return checks
-
-
-def _compare(first: Array, second: Array) -> dict[str, float]:
-    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return {"correlation": 1.0 if np.allclose(first, second) else 0.0}
-    return {"correlation": float(spearmanr(first, second).statistic)}
-
-
-def _boundary(particle: Array, sensitivity: Array) -> float:
-    return float(find_best_boundary(compute_alignment_scores(particle.tolist(), sensitivity.tolist())))
-
-
 def _stack(records: list[dict[str, Any]], column: str) -> Array:
     return np.stack([np.asarray(record[column], dtype=np.float64) for record in records])
-
-
-def _group_means(values: Array, group_of: NDArray[Any]) -> Array:
-    return np.stack([values[group_of == group].mean(0) for group in range(group_of.max() + 1)])

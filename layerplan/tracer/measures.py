@@ -1,50 +1,60 @@
-"""The papers' formulas on plain tensors, in float64. Shapes: B probes, L layers, V vocabulary, D hidden."""
+"""The papers' formulas on plain tensors, their sums in float64. Shapes: B probes, L layers, V vocabulary, D hidden."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 TASK_PARTICLE_EPS = 1e-8
 SENSITIVITY_EPS = 1e-4
+Deviation = Literal["cosine", "ce", "rank"]
+DEVIATIONS: tuple[Deviation, ...] = ("cosine", "ce", "rank")
 
 
-def compute_task_particle(prob_LB: Tensor, denominator: str = "current") -> Tensor:
+def compute_task_particle(prob_LB: Tensor, denominator: str = "current", eps: float = TASK_PARTICLE_EPS) -> Tensor:
     """Ratio(l) = |P(l) - P(l-1)| / (P(l) + eps) for l = 1..L (Eq. 1): (L + 1, B) to (L, B).
 
     `previous` divides by P(l-1) instead.
     """
     prob = prob_LB.double()
     base = prob[1:] if denominator == "current" else prob[:-1]
-    return (prob[1:] - prob[:-1]).abs() / (base + TASK_PARTICLE_EPS)
+    return (prob[1:] - prob[:-1]).abs() / (base + eps)
 
 
-def compute_log_change(log_prob_LB: Tensor) -> Tensor:
-    """|log P(l) - log P(l-1)|: bounded where Ratio explodes under suppression; (L + 1, B) to (L, B)."""
-    return log_prob_LB.double().diff(dim=0).abs()
+def compute_log_prob(logits_BV: Tensor, target_B: Tensor) -> Tensor:
+    """Log-probability of one label per row, summed in float64 without a float64 copy of the logits: (B,)."""
+    highest_B1 = logits_BV.max(-1, keepdim=True).values
+    total_B = (logits_BV - highest_B1).exp_().sum(-1, dtype=torch.float64)
+    return (logits_BV.gather(-1, target_B[:, None]) - highest_B1)[:, 0].double() - total_B.log()
 
 
 def compute_js(logits_BV: Tensor, perturbed_BV: Tensor, top_k: int) -> Tensor:
     """Jensen-Shannon divergence with natural logarithm on the union of both top-k sets, renormalised (Eq. 3-5): (B,).
 
-    `top_k` 0 takes the whole vocabulary. Computed in float64; equal inputs give exactly 0.
+    `top_k` 0 takes the whole vocabulary. Computed in float64; equal inputs give exactly 0. Renormalising cancels the
+    softmax denominator, so a support of 2 k logits is all that is read of a vocabulary.
     """
+    if 0 < top_k < logits_BV.shape[-1]:
+        first, second = logits_BV.topk(top_k).indices, perturbed_BV.topk(top_k).indices
+        is_repeated = (second[:, :, None] == first[:, None, :]).any(-1)
+        is_left_out = torch.cat([torch.zeros_like(is_repeated), is_repeated], -1)
+        support = torch.cat([first, second], -1)
+        logits_BV, perturbed_BV = (
+            values.gather(-1, support).double().masked_fill(is_left_out, float("-inf"))
+            for values in (logits_BV, perturbed_BV)
+        )
     p = torch.softmax(logits_BV.double(), -1)
     q = torch.softmax(perturbed_BV.double(), -1)
-    if 0 < top_k < p.shape[-1]:
-        support = torch.zeros_like(p, dtype=torch.bool)
-        support.scatter_(-1, p.topk(top_k).indices, True)
-        support.scatter_(-1, q.topk(top_k).indices, True)
-        p, q = p * support, q * support
-        p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
     middle = (p + q) / 2
     return (_kl(p, middle) + _kl(q, middle)) / 2
 
 
-def compute_layer_sensitivity(js_LB: Tensor) -> Tensor:
+def compute_layer_sensitivity(js_LB: Tensor, eps: float = SENSITIVITY_EPS) -> Tensor:
     """LS(l) = |JS(l) - JS(l-1)| / (JS(l-1) + eps) for l = 1..L (Eq. 6): (L + 1, B) to (L, B)."""
     js = js_LB.double()
-    return js.diff(dim=0).abs() / (js[:-1] + SENSITIVITY_EPS)
+    return js.diff(dim=0).abs() / (js[:-1] + eps)
 
 
 def find_longest_run(values: list[float], threshold: float) -> tuple[int, int]:
@@ -61,32 +71,42 @@ def find_longest_run(values: list[float], threshold: float) -> tuple[int, int]:
     return best
 
 
-def compute_output_basis(weight_VD: Tensor, labels_B: Tensor) -> Tensor:
-    """Output semantic basis of labels: row i of pinv(W), that is (W^T W)^-1 w_i, by a float64 Cholesky: (B, D)."""
-    weight = weight_VD.double()
-    gram = weight.T @ weight
-    gram += torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device) * gram.diagonal().mean() * 1e-12
-    return torch.cholesky_solve(weight[labels_B].T, torch.linalg.cholesky(gram)).T
+class SemanticSpace:
+    """SALF's vocabulary space of a head: where labels lie, and how far a state is from one.
 
-
-def compute_semantic_deviations(
-    state_BD: Tensor, basis_BD: Tensor, weight_VD: Tensor, labels_B: Tensor
-) -> dict[str, Tensor]:
-    """SALF deviations of a state from its gold label: `cosine`, `ce`, `rank`, each (B,).
-
-    `cosine` is 1 - cos(f, v); `ce` the cross-entropy of the cosine similarities to every label's head row; `rank` the
-    number of labels whose row is nearer than the gold one.
+    Args:
+        weight_VD: The head's weight; rows are labels.
     """
-    state = torch.nn.functional.normalize(state_BD.double(), dim=-1)
-    basis = torch.nn.functional.normalize(basis_BD.double(), dim=-1)
-    rows = torch.nn.functional.normalize(weight_VD.double(), dim=-1)
-    similarity_BV = state @ rows.T
-    gold_B = similarity_BV.gather(1, labels_B[:, None])
-    return {
-        "cosine": 1 - (state * basis).sum(-1),
-        "ce": torch.logsumexp(similarity_BV, -1) - gold_B[:, 0],
-        "rank": (similarity_BV > gold_B).sum(-1).double(),
-    }
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        self._weight = weight_VD.detach()
+        self._norm_V = self._weight.norm(dim=-1).clamp_min(torch.finfo(weight_VD.dtype).tiny)
+        self._factor_DD: Tensor | None = None
+
+    def compute_output_basis(self, labels_B: Tensor) -> Tensor:
+        """Output semantic basis: row i of pinv(W), that is (W^T W)^-1 w_i, by a float64 Cholesky: (B, D)."""
+        if self._factor_DD is None:
+            # a few thousand rows at a time: all of W in float64 would be twice the model's largest matrix
+            gram = sum(rows.double().T @ rows.double() for rows in self._weight.split(4096))
+            gram += torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * gram.diagonal().mean() * 1e-12
+            self._factor_DD = torch.linalg.cholesky(gram)
+        return torch.cholesky_solve(self._weight[labels_B].double().T, self._factor_DD).T
+
+    def compute_deviations(self, state_BD: Tensor, basis_BD: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
+        """Deviations of a state from its gold label by kind, each (B,) in float64.
+
+        `cosine` is 1 - cos(f, v) with the label's output basis v; `ce` the cross-entropy of the cosine similarities to
+        every label's row; `rank` the number of labels whose row is nearer than the gold one.
+        """
+        state = torch.nn.functional.normalize(state_BD.double(), dim=-1)
+        basis = torch.nn.functional.normalize(basis_BD, dim=-1)
+        similarity_BV = (state.to(self._weight.dtype) @ self._weight.T) / self._norm_V
+        gold_B = similarity_BV.gather(1, labels_B[:, None])
+        return {
+            "cosine": 1 - (state * basis).sum(-1),
+            "ce": (torch.logsumexp(similarity_BV, -1) - gold_B[:, 0]).double(),
+            "rank": (similarity_BV > gold_B).sum(-1).double(),
+        }
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

@@ -1,12 +1,16 @@
 """One model, prepared for tracing: hooks on its layers, and the lens that reads a residual stream as a prediction.
 
-Shapes: B probes, T tokens, D hidden, V vocabulary, L layers. Padding is on the left, so `last` is position T-1.
+Nothing here knows a family by name: the layers are found by structure (`find_decoder_parts`), and the head is read
+through the model's own forward pass, so that every logit soft-cap, scale or bias it has is applied by its own code.
+Batches hold probes of one length, so there is no padding and `last` is position T-1.
+
+Shapes: B probes, T tokens, D hidden, V vocabulary, L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,137 +23,160 @@ LENS_TOLERANCE = 1e-4
 
 
 class LayerRunner:
-    """Runs a decoder and exposes the residual stream after each block."""
+    """Runs a decoder and exposes the residual stream around each block."""
 
     def __init__(self, model: nn.Module) -> None:
+        """Finds the parts and checks the weights.
+
+        Raises:
+            ModelError: When the structure is unknown, there is one layer only, or a parameter is not finite.
+        """
         self.model = model.eval()
+        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+            # transformers' default attention drops this soft-cap without a word
+            model.set_attn_implementation("eager")
+        self.name = type(model).__name__
         self.parts = find_decoder_parts(model)
+        self.trunk = model.get_submodule(self.parts.layers_path.rpartition(".")[0])
         self.num_layers = len(self.parts.layers)
-        config: Any = model.config
-        self._softcap = getattr(config, "final_logit_softcapping", None)
-        self._scale = getattr(config, "logits_scaling", None)
         if self.num_layers < 2:
-            raise ModelError(f"{type(model).__name__}: has {self.num_layers} layer; tracing needs at least 2")
+            raise ModelError(f"{self.name}: has {self.num_layers} layer; tracing needs at least 2")
+        for path, parameter in model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise ModelError(f"{self.name}: parameter {path} holds NaN or infinite values")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.parts.lm_head.weight.device
 
     def lens(self, hidden: Tensor) -> Tensor:
-        """Logits of a residual stream: final norm, head, and the family's soft-cap or scale; (..., D) to (..., V)."""
+        """Logits of a residual stream: final norm, head, and whatever the family does to logits; (..., D) to (..., V)."""
         return self.read_logits(self.parts.final_norm(hidden))
 
     def read_logits(self, normed: Tensor) -> Tensor:
-        """Logits of an already normed state."""
-        logits = self.parts.lm_head(normed).float()
-        if self._scale is not None:
-            logits = logits / self._scale
-        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+        """Logits of already normed states, in float32, by the model's own code after its trunk."""
+        flat = normed.reshape(1, -1, normed.shape[-1])
+        ids = torch.zeros(flat.shape[:2], dtype=torch.long, device=flat.device)
+        with self._trunk_returning(flat):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits.reshape(*normed.shape[:-1], -1).float()
 
-    def run(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-        """Residual stream at `last` after every block, l = 0..L: (L + 1, B, D)."""
+    def run(self, input_ids_BT: Tensor) -> Tensor:
+        """Residual stream of every position around every block, l = 0..L: (L + 1, B, T, D)."""
         states: list[Tensor] = []
 
-        def record(hidden: Tensor) -> None:
-            states.append(hidden[:, -1].detach())
+        def enter(layer_idx: int, hidden: Tensor) -> Tensor:
+            states.append(hidden)
+            return hidden
 
-        with self._recording(record):
-            self._forward(input_ids_BT, attention_mask_BT)
+        def leave(hidden: Tensor) -> Tensor:
+            states.append(hidden)
+            return hidden
+
+        with self.intercepting(len(input_ids_BT), enter, leave):
+            self.forward(input_ids_BT)
         return torch.stack(states)
 
-    def run_masked(
-        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, context_BT: Tensor, after_block: int, mask: str
-    ) -> Tensor:
-        """Residual stream at `last` after the last block when the context is masked after a block: (B, D).
+    def forward(self, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None) -> None:
+        """Runs the trunk for its hooks; without positions the model counts from 0."""
+        extra = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
+        self.trunk(input_ids=input_ids_BT, use_cache=False, **extra)
 
-        Args:
-            input_ids_BT: Left-padded ids.
-            attention_mask_BT: 1 for real tokens.
-            context_BT: True for context tokens.
-            after_block: l; 0 masks the input of block 1.
-            mask: `zero` or `mean` (per channel over the context).
+    @contextmanager
+    def intercepting(
+        self, num_rows: int, enter: Callable[[int, Tensor], Tensor], leave: Callable[[Tensor], Tensor]
+    ) -> Iterator[None]:
+        """Lets `enter(layer_idx, hidden)` replace the input of every layer, and `leave` the last one's output.
 
-        Masking after block L changes nothing at `last`, which belongs to the query.
+        A layer whose input got a multiple of the trunk's `num_rows` rows gets its other per-row arguments (masks,
+        rotary angles, position ids) repeated to match.
         """
-        final: list[Tensor] = []
+        with ExitStack() as stack:
+            for layer_idx, layer in enumerate(self.parts.layers):
+                handle = layer.register_forward_pre_hook(_entering(layer_idx, num_rows, enter), with_kwargs=True)
+                stack.callback(handle.remove)
+            handle = self.parts.layers[-1].register_forward_hook(
+                lambda module, args, output: _with_hidden(output, leave(_hidden_of(output)))
+            )
+            stack.callback(handle.remove)
+            yield
 
-        def change(hidden: Tensor) -> Tensor:
-            return mask_context(hidden, context_BT, mask)
-
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            final.append(_hidden_of(output)[:, -1].detach())
-
-        with self._changing(after_block, change):
-            handle = self.parts.layers[-1].register_forward_hook(keep)
-            try:
-                self._forward(input_ids_BT, attention_mask_BT)
-            finally:
-                handle.remove()
-        return final[-1]
-
-    def check_lens(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> None:
+    def check_lens(self, input_ids_BT: Tensor) -> None:
         """Self-test: the lens on h_L gives the model's own logits.
 
         Raises:
             ModelError: Naming the class when it does not, or when its outputs are not finite.
         """
-        with torch.no_grad():
-            states = self.run(input_ids_BT, attention_mask_BT)
-            own = self.model(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False).logits[:, -1]
-            lens = self.lens(states[-1])
+        states = self.run(input_ids_BT)
+        own = self.model(input_ids=input_ids_BT, use_cache=False).logits[:, -1].float()
         if not bool(torch.isfinite(own).all()):
-            raise ModelError(f"{type(self.model).__name__}: its logits are not finite; the weights may hold NaN")
-        error = float((lens - own.float()).abs().max())
+            raise ModelError(f"{self.name}: its logits are not finite; the weights may hold NaN or overflow")
+        error = float((self.lens(states[-1][:, -1]) - own).abs().max())
         if error > LENS_TOLERANCE * max(1.0, float(own.abs().max())):
             raise ModelError(
-                f"{type(self.model).__name__}: final norm and head do not reproduce its logits (largest error {error:.2g});"
-                " this architecture is not supported"
+                f"{self.name}: {self.parts.final_norm_path} and {self.parts.lm_head_path} do not reproduce its logits"
+                f" from {self.parts.layers_path} (largest error {error:.2g}); this architecture is not supported"
             )
 
-    def _forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> None:
-        positions_BT = (attention_mask_BT.cumsum(-1) - 1).clamp_min(0)
-        self.model.base_model(
-            input_ids=input_ids_BT, attention_mask=attention_mask_BT, position_ids=positions_BT, use_cache=False
-        )
-
     @contextmanager
-    def _recording(self, record: Callable[[Tensor], None]) -> Iterator[None]:
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            record(args[0] if args else kwargs["hidden_states"])
-
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            record(_hidden_of(output))
-
-        handles = [self.parts.layers[0].register_forward_pre_hook(before, with_kwargs=True)]
-        handles += [layer.register_forward_hook(after) for layer in self.parts.layers]
+    def _trunk_returning(self, hidden: Tensor) -> Iterator[None]:
+        """Makes the trunk's forward return these states, so that a call of the model costs the head alone."""
+        instance = self.trunk.__dict__
+        kept = {"forward": instance["forward"]} if "forward" in instance else {}
+        instance["forward"] = lambda *args, **kwargs: _TrunkOutput(hidden)
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def _changing(self, after_block: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if args:
-                return (change(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-        if after_block >= self.num_layers:
-            yield
-            return
-        handle = self.parts.layers[after_block].register_forward_pre_hook(before, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+            del instance["forward"]
+            instance.update(kept)
 
 
-def mask_context(hidden_BTD: Tensor, context_BT: Tensor, mask: str) -> Tensor:
-    """Replaces the context's rows by zeros or by their mean per channel."""
-    weights = context_BT[:, :, None].to(hidden_BTD.dtype)
-    if mask == "zero":
-        return hidden_BTD * (1 - weights)
-    mean_B1D = (hidden_BTD * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp_min(1)
-    return hidden_BTD * (1 - weights) + mean_B1D * weights
+class _TrunkOutput:
+    """Stands for any trunk output: the hidden states, and nothing under every other name."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, key: Any) -> Any:
+        return () if isinstance(key, slice) else self.last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _entering(layer_idx: int, num_rows: int, enter: Callable[[int, Tensor], Tensor]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        replaced = enter(layer_idx, hidden)
+        times = replaced.shape[0] // num_rows
+        rest = _repeat_rows(args[1:], num_rows, times)
+        named = {
+            name: _repeat_rows(value, num_rows, times) for name, value in kwargs.items() if name != "hidden_states"
+        }
+        return ((replaced, *rest), named) if args else (args, {**named, "hidden_states": replaced})
+
+    return hook
+
+
+def _repeat_rows(value: Any, num_rows: int, times: int) -> Any:
+    """Repeats every tensor that has one entry per row of the batch, inside tuples and mappings too."""
+    if times == 1:
+        return value
+    if isinstance(value, Tensor):
+        has_rows = value.ndim >= 2 and value.shape[0] == num_rows
+        return value.repeat(times, *[1] * (value.ndim - 1)) if has_rows else value
+    if isinstance(value, tuple):
+        return tuple(_repeat_rows(item, num_rows, times) for item in value)
+    if isinstance(value, dict):
+        return {name: _repeat_rows(item, num_rows, times) for name, item in value.items()}
+    return value
 
 
 def _hidden_of(output: Any) -> Tensor:
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,17 @@ import pyarrow.parquet as pq
 
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import ModelError, ProbeError
-from layerplan.models.files import identify_model
-from layerplan.plan.layer_profile import LayerProfile
-from layerplan.tracer.actor import TracerActor
+from layerplan.models.causal_lm import load_tokenizer
+from layerplan.models.files import identify_model, load_hf_config
+from layerplan.plan.layer_profile import PROBES_NAME, LayerProfile
+from layerplan.tracer.actor import FAULT, TracerActor, encode_batch
 from layerplan.tracer.aggregate import build_profile
+from layerplan.tracer.encode import EncodedProbe, encode_probes, make_batches
 from layerplan.tracer.lexicon import load_antsynnet, load_builtin_lexicon
 from layerplan.tracer.probes import Probe, hash_probes, load_probes, make_probes
 
 PROFILE_NAME = "layer_profile.json"
-PROBES_NAME = "layer_probes.parquet"
+POSITION_FIELDS = ("max_position_embeddings", "n_positions")
 
 
 def trace_model(
@@ -31,7 +35,9 @@ def trace_model(
 ) -> LayerProfile:
     """Measures the layers of a model; writes `layer_profile.json` and the per-probe values beside it.
 
-    Ray must be initialised. Per-probe values are kept, so any aggregate can be recomputed without the model.
+    Ray must be initialised. Per-probe values are kept, so any aggregate can be recomputed without the model. The result
+    is a function of the model and the config: an actor that dies has its batch measured again by another, and which
+    actor measured what, and in which order, leaves no trace.
 
     Raises:
         ProbeError: When a probe is malformed or does not fit the model.
@@ -41,10 +47,10 @@ def trace_model(
     model = identify_model(model_name, revision=revision)
     if model.num_layers < 2:
         raise ModelError(f"model.name={model_name}: has {model.num_layers} layer; tracing needs at least 2")
-    records = _measure(probes, model_name, revision, trust_remote_code, config)
-    missing = {probe.id for probe in probes} - {record["id"] for record in records}
-    if missing or len(records) != len(probes):
-        raise ProbeError(f"tracing: {len(records)} results for {len(probes)} probes; missing {sorted(missing)[:3]}")
+    tokenizer = load_tokenizer(model_name, revision=revision, trust_remote_code=trust_remote_code)
+    encoded = encode_probes(probes, tokenizer, _find_max_tokens(load_hf_config(model_name, revision=revision)))
+    records = _measure(encoded, model_name, revision, trust_remote_code, config)
+    check_complete([probe.id for probe in probes], [record["id"] for record in records])
     profile = build_profile(records, model=model, config=config, probe_set_sha256=hash_probes(probes))
     out_dir.mkdir(parents=True, exist_ok=True)
     _write_records(out_dir / PROBES_NAME, records)
@@ -70,23 +76,46 @@ def collect_probes(config: TraceConfig) -> list[Probe]:
     return make_probes(lexicon, per_group=config.probes_per_group, style=config.probe_style, seed=config.seed)
 
 
+def check_complete(expected: list[str], measured: list[str]) -> None:
+    """Raises `ProbeError` unless every probe was measured exactly once."""
+    missing = sorted(set(expected) - set(measured))
+    surplus = sorted(name for name, count in Counter(measured).items() if count > 1 or name not in set(expected))
+    if missing or surplus:
+        raise ProbeError(
+            f"tracing: {len(measured)} results for {len(expected)} probes;"
+            f" missing {missing[:3] or 'none'}, measured twice or unknown {surplus[:3] or 'none'}"
+        )
+
+
 def _measure(
-    probes: list[Probe], model_name: str, revision: str, trust_remote_code: bool, config: TraceConfig
+    encoded: list[EncodedProbe], model_name: str, revision: str, trust_remote_code: bool, config: TraceConfig
 ) -> list[dict[str, Any]]:
     import ray
 
-    rows = [vars(probe) for probe in sorted(probes, key=lambda probe: (len(probe.prompt), probe.id))]
-    batches = -(-len(rows) // config.batch_size)
-    measured = ray.data.from_items(rows, override_num_blocks=batches).map_batches(
+    rows = [{"probes": encode_batch(batch)} for batch in make_batches(encoded, config.batch_size)]
+    # one block per batch: a block is what an actor takes, and what is measured again when the actor dies
+    measured = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         TracerActor,
         fn_constructor_args=(model_name, revision, trust_remote_code, config),
-        batch_size=config.batch_size,
-        compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, batches)),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, len(rows))),
         num_cpus=config.num_cpus_per_actor,
         num_gpus=config.num_gpus_per_actor,
     )
-    records: list[dict[str, Any]] = measured.take_all()
+    records: list[dict[str, Any]] = []
+    for record in measured.iter_rows():
+        if FAULT in record:
+            raise pickle.loads(record[FAULT])
+        records.append(record)
     return sorted(records, key=lambda record: record["id"])
+
+
+def _find_max_tokens(hf_config: dict[str, Any]) -> int | None:
+    for values in (hf_config, hf_config.get("text_config") or {}):
+        for name in POSITION_FIELDS:
+            if isinstance(values.get(name), int):
+                return int(values[name])
+    return None
 
 
 def _write_records(path: Path, records: list[dict[str, Any]]) -> None:

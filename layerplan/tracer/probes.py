@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,32 +60,32 @@ def _translated(source: str) -> Callable[[Lexicon, random.Random], list[Pair]]:
 
 
 def _choose_antonym(lexicon: Lexicon, rng: random.Random) -> list[Pair]:
-    """Three words of which one is the first one's antonym."""
+    """A word, then its antonym and an unrelated word in either order."""
     pairs = lexicon.adjective_antonyms
+    related: dict[str, set[str]] = {}
+    for first, second in (*pairs, *lexicon.adjective_synonyms):
+        related.setdefault(first, set()).add(second)
+        related.setdefault(second, set()).add(first)
+    words = sorted(related)
     made = []
     for word, antonym in pairs:
-        other = rng.choice([first for first, second in pairs if word not in (first, second)])
+        near = {word, antonym} | related[word] | related[antonym]
+        other = next(drawn for drawn in iter(lambda: rng.choice(words), None) if drawn not in near)
         options = [antonym, other]
         rng.shuffle(options)
         made.append((f"{word} {' '.join(options)}", antonym))
     return made
 
 
-def _choose_last(transform: Callable[[str, Lexicon], str | None]) -> Callable[[Lexicon, random.Random], list[Pair]]:
+def _choose_last(answer: Callable[[str, dict[str, str]], str]) -> Callable[[Lexicon, random.Random], list[Pair]]:
+    """Two words and a last one, about which the question is."""
+
     def make(lexicon: Lexicon, rng: random.Random) -> list[Pair]:
-        words = [word for word, _ in lexicon.adjective_antonyms]
-        made = []
-        for word in words:
-            answer = transform(word, lexicon)
-            if answer is not None:
-                made.append((f"{rng.choice(words)} {rng.choice(words)} {word}", answer))
-        return made
+        antonyms = dict(lexicon.adjective_antonyms)
+        words = list(antonyms)
+        return [(f"{rng.choice(words)} {rng.choice(words)} {word}", answer(word, antonyms)) for word in words]
 
     return make
-
-
-def _antonym_of(word: str, lexicon: Lexicon) -> str | None:
-    return dict(lexicon.adjective_antonyms).get(word)
 
 
 GROUPS: tuple[ProbeGroup, ...] = (
@@ -93,7 +94,7 @@ GROUPS: tuple[ProbeGroup, ...] = (
     ProbeGroup("verb_antonym_capitalise", _capitalised("verb_antonyms")),
     ProbeGroup("adjective_synonym_capitalise", _capitalised("adjective_synonyms")),
     ProbeGroup("choose_adjective_antonym", _choose_antonym),
-    ProbeGroup("choose_last_antonym", _choose_last(_antonym_of)),
+    ProbeGroup("choose_last_antonym", _choose_last(lambda word, antonyms: antonyms[word])),
     ProbeGroup("choose_last_capitalise", _choose_last(lambda word, _: word.capitalize())),
     ProbeGroup("choose_last_first_letter", _choose_last(lambda word, _: word[0])),
     ProbeGroup("antonym_french", _translated("antonyms_french")),
@@ -113,12 +114,18 @@ def make_probes(lexicon: Lexicon, *, per_group: int, style: Style, seed: int) ->
         pairs = list(dict.fromkeys(group.make_pairs(lexicon, rng)))
         if len(pairs) < 3:
             raise ProbeError(f"trace.probes: group {group.name} has {len(pairs)} usable pairs, at least 3 are needed")
-        probes += [_make_probe(group.name, index, pairs, style, rng) for index in range(per_group)]
+        # more probes than pairs ask for a pair again, behind other examples
+        order = rng.sample(pairs, len(pairs))
+        probes += [
+            _make_probe(group.name, index, order[index % len(order)], pairs, style, rng) for index in range(per_group)
+        ]
     return probes
 
 
 def load_probes(path: Path) -> list[Probe]:
-    """Reads custom probes: JSONL with `id`, `group`, `prompt`, `answer`; the prompt contains `Query:` once.
+    """Reads custom probes: JSONL with the strings `id`, `group`, `prompt` and `answer`.
+
+    The context is what stands before `Query:`, or the first `context_end` characters where a line gives that number.
 
     Raises:
         ProbeError: Naming the line or the probe's id.
@@ -130,6 +137,9 @@ def load_probes(path: Path) -> list[Probe]:
     probes = [_parse_probe(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not probes:
         raise ProbeError(f"trace.probes={path}: holds no probe")
+    for name, count in Counter(probe.id for probe in probes).items():
+        if count > 1:
+            raise ProbeError(f"probe {name}: {path} holds {count} probes of this id")
     return probes
 
 
@@ -138,8 +148,8 @@ def hash_probes(probes: Sequence[Probe]) -> str:
     return compute_sha256([[probe.id, probe.group, probe.prompt, probe.answer, probe.context_end] for probe in probes])
 
 
-def _make_probe(group: str, index: int, pairs: list[Pair], style: Style, rng: random.Random) -> Probe:
-    query, answer = pairs[index % len(pairs)] if index >= len(pairs) else pairs[index]
+def _make_probe(group: str, index: int, target: Pair, pairs: list[Pair], style: Style, rng: random.Random) -> Probe:
+    query, answer = target
     examples = rng.sample([pair for pair in pairs if pair[0] != query], 2)
     second = "->" if style == "uniform" else "-"
     context = f"Example:{examples[0][0]}->{examples[0][1]}, {examples[1][0]}{second}{examples[1][1]}; "
@@ -154,9 +164,22 @@ def _parse_probe(line: str, where: str) -> Probe:
         raise ProbeError(f"trace.probes: {where}: id, group, prompt and answer are expected ({error})") from None
     if not all(isinstance(value, str) for value in probe.values()):
         raise ProbeError(f"trace.probes: {where}: id, group, prompt and answer must be strings")
-    position = probe["prompt"].find(QUERY)
-    if position < 0 or not probe["prompt"][position + len(QUERY) :].strip():
-        raise ProbeError(f"probe {probe['id']}: its query is empty; the prompt needs {QUERY!r} and text after it")
-    if not probe["prompt"][:position].strip():
-        raise ProbeError(f"probe {probe['id']}: has no context before {QUERY!r}")
-    return Probe(**probe, context_end=position)
+    return Probe(**probe, context_end=_find_context_end(probe, record.get("context_end")))
+
+
+def _find_context_end(probe: dict[str, str], given: Any) -> int:
+    prompt, name = probe["prompt"], probe["id"]
+    if given is None:
+        end = prompt.find(QUERY)
+        if end < 0:
+            raise ProbeError(f"probe {name}: its prompt has no {QUERY!r} and the line no context_end")
+        query = prompt[end + len(QUERY) :]
+    elif isinstance(given, int) and not isinstance(given, bool) and 0 <= given <= len(prompt):
+        end, query = given, prompt[given:]
+    else:
+        raise ProbeError(f"probe {name}: context_end={given!r} must be a number from 0 to {len(prompt)}")
+    if not query.strip():
+        raise ProbeError(f"probe {name}: its query is empty")
+    if not prompt[:end].strip():
+        raise ProbeError(f"probe {name}: has no context before its query")
+    return end

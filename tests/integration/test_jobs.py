@@ -130,6 +130,13 @@ def test_tracing_alone_leaves_profile_and_plan(
     profile, plan = (read(tmp_path / "traced" / f"{name}.json") for name in ("layer_profile", "freeze_plan"))
     assert plan["evidence"]["profile_sha256"] == profile["sha256"]
     assert not (tmp_path / "traced" / "token_store").exists()
+    page = (tmp_path / "traced" / "report.html").read_text(encoding="utf-8")
+    words = (tmp_path / "traced" / "freeze_plan.md").read_text(encoding="utf-8")
+    for said in ("of bootstrap resamples", "Two random halves of the probes", "95 % interval"):
+        assert said in page and said in words and said in job.output, said
+    drawn = {path.stem for path in (tmp_path / "traced" / "figures").glob("*.png")}
+    assert {"task_particle", "layer_sensitivity", "profiles", "deviations", "layer_map"} <= drawn
+    assert page.count("<svg") >= len(drawn) - 1, "the page draws the plan's map in HTML and holds the rest as SVG"
     before = read(finished_run / "layer_profile.json")
     assert profile["task_particle"] == pytest.approx(before["task_particle"], rel=1e-5)
     assert profile["layer_sensitivity"] == pytest.approx(before["layer_sensitivity"], rel=1e-4)

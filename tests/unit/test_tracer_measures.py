@@ -10,14 +10,13 @@ import torch
 
 from layerplan.config.trace import TraceConfig
 from layerplan.plan.layer_profile import ModelIdentity
-from layerplan.tracer.actor import is_in_context
 from layerplan.tracer.aggregate import build_profile, compute_sensitivity
+from layerplan.tracer.encode import is_in_context
 from layerplan.tracer.lexicon import load_builtin_lexicon
 from layerplan.tracer.measures import (
+    SemanticSpace,
     compute_js,
     compute_layer_sensitivity,
-    compute_output_basis,
-    compute_semantic_deviations,
     compute_task_particle,
     find_longest_run,
 )
@@ -73,17 +72,18 @@ def test_the_output_basis_is_a_row_of_the_pseudo_inverse() -> None:
     weight = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 7, 39])
     expected = np.linalg.pinv(weight.double().numpy()).T[labels.numpy()]
-    assert np.abs(compute_output_basis(weight, labels).numpy() - expected).max() < 1e-9
+    assert np.abs(SemanticSpace(weight).compute_output_basis(labels).numpy() - expected).max() < 1e-9
 
 
 def test_deviations_of_a_state_that_points_at_its_label() -> None:
     weight = torch.eye(4)
-    basis = compute_output_basis(weight, torch.tensor([2]))
-    aligned = compute_semantic_deviations(torch.tensor([[0.0, 0, 5, 0]]), basis, weight, torch.tensor([2]))
+    space, label = SemanticSpace(weight), torch.tensor([2])
+    basis = space.compute_output_basis(label)
+    aligned = space.compute_deviations(torch.tensor([[0.0, 0, 5, 0]]), basis, label)
     assert float(aligned["cosine"]) == pytest.approx(0.0, abs=1e-12)
     assert float(aligned["rank"]) == 0
     assert float(aligned["ce"]) == pytest.approx(math.log(math.e + 3) - 1)
-    away = compute_semantic_deviations(torch.tensor([[3.0, 4, 0, 0]]), basis, weight, torch.tensor([2]))
+    away = space.compute_deviations(torch.tensor([[3.0, 4, 0, 0]]), basis, label)
     assert float(away["cosine"]) == pytest.approx(1.0)
     assert float(away["rank"]) == 2
 
@@ -138,24 +138,29 @@ def test_a_bad_probe_is_named(tmp_path, line: str, words: str) -> None:
 def test_a_profile_is_the_mean_of_group_means_in_any_order() -> None:
     def record(name: str, group: str, ratio: list[float], js: list[float]) -> dict:
         deviation = {f"deviation_{kind}": [3.0, 1.0, 0.5, 0.0] for kind in ("cosine", "ce", "rank")}
-        checks = {"js_top_k_check": js, "js_mask_check": js, "log_change": ratio}
-        return {"id": name, "group": group, "is_right": True, "task_particle": ratio, "js": js, **deviation, **checks}
+        checks = {"js_top_k_check": js, "js_mask_check": js, "way_zero": "sweep", "way_mean": "sweep"}
+        # the P(l) whose Ratio is asked for, from the last layer back: P(l-1) = P(l) (1 - Ratio(l))
+        prob = [0.9]
+        for value in reversed(ratio):
+            prob.insert(0, prob[0] * (1 - value))
+        log_prob = [math.log(value) for value in prob]
+        return {"id": name, "group": group, "is_right": True, "log_prob": log_prob, "js": js, **deviation, **checks}
 
     records = [
-        record("a/0", "a", [0.0, 0.0, 1.0], [0.4, 0.2, 0.1, 0.0]),
-        record("a/1", "a", [0.0, 0.2, 1.0], [0.4, 0.2, 0.1, 0.0]),
+        record("a/0", "a", [0.0, 0.0, 0.5], [0.4, 0.2, 0.1, 0.0]),
+        record("a/1", "a", [0.0, 0.2, 0.5], [0.4, 0.2, 0.1, 0.0]),
         record("b/0", "b", [0.0, 0.3, 0.4], [0.4, 0.4, 0.1, 0.0]),
     ]
     identity = ModelIdentity(name="m", model_type="qwen3", num_layers=3)
-    config = TraceConfig(bootstrap_samples=10)
+    config = TraceConfig(bootstrap_samples=10, task_particle_threshold=0.4)
     profile = build_profile(records, model=identity, config=config, probe_set_sha256="0")
-    assert profile.task_particle == pytest.approx([0.0, 0.2, 0.7])  # ((0 + 0.2)/2 + 0.3)/2, (1 + 0.4)/2
+    assert profile.task_particle == pytest.approx([0.0, 0.2, 0.45])  # ((0 + 0.2)/2 + 0.3)/2, (0.5 + 0.4)/2
     assert profile.layer_sensitivity == pytest.approx([(0.2 / 0.4001) / 2, (0.1 / 0.2001 + 0.3 / 0.4001) / 2])
     assert profile.task_particle_argmax == 2
     assert profile.task_particle_interval == (2, 3)
     assert profile.semantic["cosine"].eof_layer == 0
-    # S(1) = [0 - 1] + [mean(2/7, 1) - 0]; S(2) = [1/2 - 0] + [1 - (0 + 2/7)/2]
-    assert profile.alignment_score == pytest.approx([-1 + (2 / 7 + 1) / 2, 0.5 + 1 - 1 / 7])
+    # S(1) = [0 - 1] + [mean(4/9, 1) - 0]; S(2) = [1/2 - 0] + [1 - (0 + 4/9)/2]
+    assert profile.alignment_score == pytest.approx([-1 + (4 / 9 + 1) / 2, 0.5 + 1 - 2 / 9])
     assert profile.best_boundary == 2
     shuffled = build_profile(records[::-1], model=identity, config=config, probe_set_sha256="0")
     assert shuffled.sha256 == profile.sha256

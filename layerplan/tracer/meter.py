@@ -1,0 +1,158 @@
+"""Every diagnostic of a batch of probes from one intact pass and one perturbed pass per mask.
+
+Shapes: B probes, T tokens, D hidden, V vocabulary, L layers. Only `last` goes through the head, a few rows at a time,
+since a row of float32 logits over 150,000 words is as large as the rest of the measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerplan.config.trace import TraceConfig
+from layerplan.tracer import measures
+from layerplan.tracer.encode import EncodedProbe
+from layerplan.tracer.masking import Mask, Way, choose_way, is_masked_up_to_query, trace_masked
+from layerplan.tracer.model_runner import LayerRunner
+
+MAX_COPIED_TOKENS = 16_384
+"""Tokens of all perturbed copies together, which bound the memory of a pass."""
+HEAD_ROWS = 128
+"""Rows that go through the head at once."""
+
+Record = dict[str, Any]
+
+
+class ProbeMeter:
+    """Measures encoded probes of one length with one model."""
+
+    def __init__(self, runner: LayerRunner, config: TraceConfig) -> None:
+        self.runner = runner
+        self._config = config
+        self._space = measures.SemanticSpace(runner.parts.lm_head.weight)
+        self._ways: dict[tuple[Mask, bool], Way] = {}
+        self._is_checked = False
+
+    @torch.no_grad()
+    def measure(self, probes: Sequence[EncodedProbe]) -> list[Record]:
+        """One record per probe, in order.
+
+        A record holds `log_prob` of the model's own answer, `js` for the configured mask and support with its two
+        variants, the deviations by kind (L + 1 values each), the answers' ids, and the ways it was measured.
+
+        Raises:
+            ModelError: When the model fails its self-test.
+        """
+        length = len(probes[0].input_ids)
+        at_once = max(1, MAX_COPIED_TOKENS // (self.runner.num_layers * length))
+        parts = [probes[start : start + at_once] for start in range(0, len(probes), at_once)]
+        return [record for part in parts for record in self._measure(part)]
+
+    def _measure(self, probes: Sequence[EncodedProbe]) -> list[Record]:
+        device = self.runner.device
+        ids_BT = torch.tensor([probe.input_ids for probe in probes], device=device)
+        context_BT = torch.tensor([probe.is_context for probe in probes], device=device)
+        gold_B = torch.tensor([probe.gold_id for probe in probes], device=device)
+        if not self._is_checked:
+            self.runner.check_lens(ids_BT)
+            self._is_checked = True
+        states_LBTD = self.runner.run(ids_BT)
+        last_LBD = states_LBTD[:, :, -1]
+        intact_BV = self.runner.lens(last_LBD[-1])
+        target_B = intact_BV.argmax(-1)
+        log_prob_LB = self.compute_log_prob(last_LBD, target_B)
+        columns = {
+            "log_prob": log_prob_LB,
+            **self._trace_masks(ids_BT, context_BT, states_LBTD, intact_BV),
+            **self._deviations(last_LBD, gold_B),
+        }
+        values = {name: column.T.double().cpu().numpy() for name, column in columns.items()}
+        is_right = (target_B == gold_B).tolist()
+        ways = {f"way_{mask}": self.find_way(mask, ids_BT, context_BT, states_LBTD) for mask in ("zero", "mean")}
+        return [
+            {
+                "id": probe.id,
+                "group": probe.group,
+                "num_tokens": len(probe.input_ids),
+                "target_id": target,
+                "gold_id": probe.gold_id,
+                "is_right": is_right[row],
+                **ways,
+                **{name: np.ascontiguousarray(column[row]) for name, column in values.items()},
+            }
+            for row, (probe, target) in enumerate(zip(probes, target_B.tolist()))
+        ]
+
+    def compute_log_prob(self, last_LBD: Tensor, target_B: Tensor) -> Tensor:
+        """Log P(l) of the targets, l = 0..L, float64: (L + 1, B)."""
+        targets = target_B.expand(len(last_LBD), -1)
+        rows = [measures.compute_log_prob(logits, chosen) for logits, chosen in self._iter_logits(last_LBD, targets)]
+        return torch.cat(rows).reshape(targets.shape)
+
+    def compute_js(self, final_LBD: Tensor, intact_BV: Tensor, top_ks: Sequence[int]) -> list[Tensor]:
+        """JS(l), l = 0..L, one (L + 1, B) for each support; JS(L) is exactly 0."""
+        num_layers, num_probes = final_LBD.shape[:2]
+        row_of = torch.arange(num_probes, device=final_LBD.device).expand(num_layers, -1)
+        found: list[list[Tensor]] = [[] for _ in top_ks]
+        for logits, rows in self._iter_logits(final_LBD, row_of):
+            for values, top_k in zip(found, top_ks):
+                values.append(measures.compute_js(intact_BV[rows], logits, top_k))
+        end = torch.zeros(1, num_probes, dtype=torch.float64, device=final_LBD.device)
+        return [torch.cat([torch.cat(values).reshape(num_layers, num_probes), end]) for values in found]
+
+    def find_way(self, mask: Mask, ids_BT: Tensor, context_BT: Tensor, states_LBTD: Tensor) -> Way:
+        """The way of carrying copies that the self-test chose for batches like this one."""
+        key = (mask, is_masked_up_to_query(context_BT))
+        if key not in self._ways:
+            self._ways[key] = choose_way(self.runner, ids_BT, states_LBTD, context_BT, mask)
+        return self._ways[key]
+
+    def _trace_masks(
+        self, ids_BT: Tensor, context_BT: Tensor, states_LBTD: Tensor, intact_BV: Tensor
+    ) -> dict[str, Tensor]:
+        """JS(l), l = 0..L, for the configured mask and support and the two variants behind the stability evidence."""
+        config = self._config
+        other: Mask = "mean" if config.mask == "zero" else "zero"
+        own, variant = (
+            trace_masked(
+                self.runner,
+                ids_BT,
+                states_LBTD,
+                context_BT,
+                mask,
+                self.find_way(mask, ids_BT, context_BT, states_LBTD),
+            )
+            for mask in (config.mask, other)
+        )
+        js, top_k_check = self.compute_js(own, intact_BV, (config.js_top_k, config.js_top_k_check))
+        (mask_check,) = self.compute_js(variant, intact_BV, (config.js_top_k,))
+        return {"js": js, "js_top_k_check": top_k_check, "js_mask_check": mask_check}
+
+    def _deviations(self, last_LBD: Tensor, gold_B: Tensor) -> dict[str, Tensor]:
+        norms = self._config.deviation_norm
+        states = last_LBD
+        if norms == "all":
+            states = self.runner.parts.final_norm(last_LBD)
+        elif norms == "hf":
+            states = torch.cat([last_LBD[:-1], self.runner.parts.final_norm(last_LBD[-1:])])
+        basis_BD = self._space.compute_output_basis(gold_B)
+        flat, shape = states.flatten(0, 1), states.shape[:2]
+        row_of = torch.arange(shape[1], device=flat.device).repeat(shape[0])
+        found = [
+            self._space.compute_deviations(state, basis_BD[rows], gold_B[rows])
+            for state, rows in zip(flat.split(HEAD_ROWS), row_of.split(HEAD_ROWS))
+        ]
+        return {
+            f"deviation_{kind}": torch.cat([part[kind] for part in found]).reshape(shape)
+            for kind in measures.DEVIATIONS
+        }
+
+    def _iter_logits(self, states_LBD: Tensor, tags_LB: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits of the flattened rows, `HEAD_ROWS` at a time, with the tag of each row."""
+        flat, tags = states_LBD.flatten(0, 1), tags_LB.flatten()
+        for start in range(0, len(flat), HEAD_ROWS):
+            yield self.runner.lens(flat[start : start + HEAD_ROWS]), tags[start : start + HEAD_ROWS]
