@@ -13,6 +13,7 @@ from typing import Any
 
 from eval.engine import EngineAnswer, EngineSpec
 from layerplan.errors import EvaluationError
+from layerplan.models.causal_lm import load_tokenizer
 
 
 class VllmEngine:
@@ -45,13 +46,16 @@ class VllmEngine:
                 f"vLLM cannot start on {spec.model}: {lines[-1] if lines else type(error).__name__}"
             ) from error
         self._letter_ids = spec.letter_ids
+        self._tokenizer = load_tokenizer(spec.model, revision=spec.revision)
 
     def ask(self, prompt_ids: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> list[EngineAnswer]:
         """Answers every prompt greedily, in order."""
         from vllm import SamplingParams
 
         sampling = [
-            SamplingParams(temperature=0.0, max_tokens=limit, logprob_token_ids=list(self._letter_ids), detokenize=True)
+            SamplingParams(
+                temperature=0.0, max_tokens=limit, logprob_token_ids=list(self._letter_ids), detokenize=False
+            )
             for limit in max_new_tokens
         ]
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
@@ -63,4 +67,6 @@ class VllmEngine:
         ids = list(completion.token_ids)
         if completion.finish_reason == "stop":
             ids = ids[:-1]
-        return EngineAnswer(tuple(float(first[token].logprob) for token in self._letter_ids), ids, completion.text)
+        # decoded as the other engine does: vLLM's own incremental text holds back bytes that end no character
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return EngineAnswer(tuple(float(first[token].logprob) for token in self._letter_ids), ids, text)

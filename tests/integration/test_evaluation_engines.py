@@ -97,7 +97,7 @@ def test_an_engine_that_keeps_dying_fails_with_its_own_last_words(ray_local: Non
     spec = EngineSpec(model, *list(vars(spec).values())[1:])
     bad = [*asks, Ask([10**6], 1)]
     with pytest.raises(
-        EvaluationError, match="the engine died 3 times; its last words: IndexError: index out of range"
+        EvaluationError, match=r"(died 3|restarted 2) times; its last words: .*IndexError: index out of range"
     ):
         ask_all(bad, spec, make_config(batch_size=8), tmp_path)
 
