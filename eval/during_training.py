@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from layerplan.ray_session import quiet_engines
 
 GUARDRAIL_NAME = "guardrail.json"
 BASE = "base"
+SCORING_SUFFIX = ".scoring"
+"""Marks an export that was made for a scoring only."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,19 @@ class CheckpointScoring:
 
         quiet_engines()
         path = Path(checkpoint.path)
-        if self.stop_file.exists():
-            raise TaskCancelledError(error_message=f"{path.name}: the run was asked to stop before it was scored")
+
+        def check_stop() -> None:
+            if self.stop_file.exists():
+                raise TaskCancelledError(error_message=f"{path.name}: the run was asked to stop before it was scored")
+
+        check_stop()
         try:
             step = int(read_train_state(path)["step"])
-            results = score_checkpoint(self, step, path)
+            results = score_checkpoint(self, step, path, after_batch=check_stop)
             if self.config.guardrail_points is not None:
                 self._stop_on_breach(step, results)
+        except TaskCancelledError:
+            raise
         except Exception as error:
             print(f"[evaluate] {path.name}: not scored beside training: {error}", flush=True)
             return {}
@@ -84,10 +92,12 @@ class CheckpointScoring:
             self.stop_file.touch()
 
 
-def score_checkpoint(scoring: CheckpointScoring, step: int, checkpoint: Path) -> Results:
+def score_checkpoint(
+    scoring: CheckpointScoring, step: int, checkpoint: Path, *, after_batch: Callable[[], None] = lambda: None
+) -> Results:
     """Exports one checkpoint and scores it into `evaluation/<step>`; what was scored before is read back.
 
-    An export made here is removed again; one that was there stays.
+    An export made here is removed again, if need be by the attempt after a kill; one that was there stays.
 
     Raises:
         CheckpointError: When the checkpoint is incomplete.
@@ -100,8 +110,11 @@ def score_checkpoint(scoring: CheckpointScoring, step: int, checkpoint: Path) ->
     if not (checkpoint / STATE_NAME).exists():
         raise CheckpointError(f"{checkpoint}: no {STATE_NAME}; the checkpoint is incomplete")
     out_dir, exported = scoring.run_dir / "evaluation" / label, scoring.run_dir / "hf" / label
-    is_kept = exported.exists()
+    marker = exported.with_name(label + SCORING_SUFFIX)
+    is_kept = exported.exists() and not marker.exists()
     if not is_kept:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
         export_hf(
             base=scoring.base_model,
             checkpoint=checkpoint,
@@ -112,11 +125,16 @@ def score_checkpoint(scoring: CheckpointScoring, step: int, checkpoint: Path) ->
         )
     try:
         return evaluate_model(
-            str(exported), scoring.config, out_dir, report=lambda line: print(f"[evaluate] {label}: {line}", flush=True)
+            str(exported),
+            scoring.config,
+            out_dir,
+            report=lambda line: print(f"[evaluate] {label}: {line}", flush=True),
+            after_batch=after_batch,
         )
     finally:
         if not is_kept:
             shutil.rmtree(exported, ignore_errors=True)
+            marker.unlink(missing_ok=True)
 
 
 def find_scores(scoring: CheckpointScoring, step: int) -> Results | None:
@@ -163,7 +181,7 @@ def compare_with_base(evaluation: Path, label: str, results: Results, *, name: s
         if key not in base:
             raise EvaluationError(f"{evaluation / BASE}: has no {key}; the base must be scored first")
         mine, theirs = (load_answers(evaluation / name, result.benchmark, result.protocol) for name in (label, BASE))
-        comparisons.append((("the base", base[key], theirs), [(name or label, result, mine)]))
+        comparisons.append(([("the base", base[key], theirs)], [(name or label, result, mine)]))
     return judge_comparisons(comparisons)
 
 

@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError
 from eval.artifacts import write_text
 from eval.encoding import encode_prompts
 from eval.logits import choose_dtype
+from eval.resampling import BOOTSTRAP_SAMPLES
 from eval.significance import ALPHA, correct_holm
 from layerplan.config.base import StrictModel
 from layerplan.config.corpus import CorpusConfig
@@ -34,7 +35,6 @@ HELD_OUT_FOLDER = "held_out"
 MAX_WINDOW = 2048
 """Longest window, in tokens; bounds the logits held at once."""
 WINDOWS_PER_BATCH = 16
-BOOTSTRAP_SAMPLES = 2000
 MIN_DOCUMENTS = 10
 """Fewer cannot be resampled: the bootstrap of one document has no spread at all."""
 
@@ -163,6 +163,17 @@ def load_held_out(out_dir: Path) -> dict[str, HeldOutResult]:
         except (OSError, ValidationError) as error:
             raise EvaluationError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
     return found
+
+
+def is_held_out_scored(config: EvaluationConfig, out_dir: Path) -> bool:
+    """Whether every text, as it reads now, was scored in the dtype asked for."""
+    stored = load_held_out(out_dir)
+    for item in config.held_out:
+        before = stored.get(item.name)
+        wanted = (compute_sha256(_read_documents(item)), config.dtype)
+        if before is None or (before.text_sha256, before.dtype) != wanted:
+            return False
+    return True
 
 
 def judge_held_out(pairs: Sequence[tuple[HeldOutResult, HeldOutResult]], *, seed: int = 0) -> list[HeldOutVerdict]:

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +76,14 @@ class EngineActor:
                 self._engine = open_engine(self._spec)
 
 
-def ask_all(asks: Sequence[Ask], spec: EngineSpec, config: EvaluationConfig, work_dir: Path) -> list[EngineAnswer]:
+def ask_all(
+    asks: Sequence[Ask],
+    spec: EngineSpec,
+    config: EvaluationConfig,
+    work_dir: Path,
+    *,
+    after_batch: Callable[[], None] = lambda: None,
+) -> list[EngineAnswer]:
     """Asks every prompt once and returns the answers in order. Ray must be initialised.
 
     Args:
@@ -84,6 +91,7 @@ def ask_all(asks: Sequence[Ask], spec: EngineSpec, config: EvaluationConfig, wor
         spec: The engine of each actor.
         config: Size of the pool and of its batches.
         work_dir: Folder, reachable from every node, for the ledger and the engines' logs.
+        after_batch: Called once a batch is in the ledger; what it raises ends the asking and loses nothing.
 
     Raises:
         EvaluationError: When an engine cannot start or keeps dying.
@@ -96,6 +104,7 @@ def ask_all(asks: Sequence[Ask], spec: EngineSpec, config: EvaluationConfig, wor
         with _explained(spec, logs), ledger:
             for batch in _stream([(index, asks[index]) for index in todo], spec, config, logs):
                 ledger.add(batch)
+                after_batch()
     missing = len(asks) - len(ledger.answers)
     if missing:
         raise EvaluationError(f"{spec.model}: {missing} of {len(asks)} prompts came back without an answer")
@@ -192,9 +201,11 @@ def _stream(
 @contextmanager
 def _explained(spec: EngineSpec, logs: Path) -> Iterator[None]:
     """Turns the pool's failure into one line: our own fault inside it, or what the engine wrote last."""
+    from ray.exceptions import TaskCancelledError
+
     try:
         yield
-    except LayerplanError:
+    except (LayerplanError, TaskCancelledError):
         raise
     except Exception as error:
         fault = find_layerplan_error(error)

@@ -11,7 +11,7 @@ from eval.artifacts import Results, load_continued, load_results, write_continua
 from eval.encoding import AnswerTokens, encode_prompts, find_answer_tokens
 from eval.engine import EngineAnswer, EngineSpec
 from eval.extraction import EXTRACTION_VERSION, extract_answer
-from eval.held_out import load_held_out, score_held_out
+from eval.held_out import is_held_out_scored, score_held_out
 from eval.items import Benchmark, Question, load_benchmark
 from eval.pool import Ask, ask_all, clear_ledger
 from eval.preflight import check_lengths, check_weight_files
@@ -31,12 +31,13 @@ def evaluate_model(
     *,
     revision: str = "main",
     report: Callable[[str], None] = print,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Results:
     """Scores a model on every benchmark under every protocol; benchmarks finished before are read back.
 
     Writes `<benchmark>.json` with the results, `<benchmark>.jsonl` with one line per question and protocol,
     `continuations.jsonl` and `held_out/<name>.json`. Ray must be initialised. All prompts share one pool, so an engine
-    starts once.
+    starts once. `after_batch` is called whenever answers are safe on disk; what it raises ends the scoring.
 
     Returns:
         `"<benchmark>/<protocol>"` to its result.
@@ -53,7 +54,9 @@ def evaluate_model(
     todo = [benchmark for benchmark in benchmarks if done[benchmark.name] is None]
     if todo or load_continued(out_dir) != _describe_continuations(config):
         report(f"asking {sum(len(benchmark.questions) for benchmark in todo):,} questions with {config.backend}")
-        outputs, continuations = _ask_benchmarks(model, revision, config, todo or benchmarks[:1], todo, out_dir)
+        outputs, continuations = _ask_benchmarks(
+            model, revision, config, todo or benchmarks[:1], todo, out_dir, after_batch
+        )
         for benchmark in todo:
             answers = {
                 protocol: [_make_answers(benchmark, protocol, config, repeat) for repeat in outputs[benchmark.name]]
@@ -94,9 +97,8 @@ def load_finished(model: str, config: EvaluationConfig, out_dir: Path, *, revisi
         if results is None:
             return None
         found |= results
-    texts = load_held_out(out_dir)
     is_whole = load_continued(out_dir) == _describe_continuations(config)
-    return found if is_whole and all(item.name in texts for item in config.held_out) else None
+    return found if is_whole and is_held_out_scored(config, out_dir) else None
 
 
 def _load_benchmarks(config: EvaluationConfig) -> list[Benchmark]:
@@ -152,6 +154,7 @@ def _ask_benchmarks(
     worded: Sequence[Benchmark],
     asked: Sequence[Benchmark],
     out_dir: Path,
+    after_batch: Callable[[], None],
 ) -> tuple[dict[str, list[list[EngineAnswer]]], list[EngineAnswer]]:
     """Answers per benchmark and repeat, and the continuations; `worded` benchmarks say which tokens the letters are."""
     tokenizer = load_tokenizer(model, revision=revision)
@@ -185,7 +188,7 @@ def _ask_benchmarks(
     )
     orders = [order_repeat(num_questions, repeat) for repeat in range(config.repeats)]
     shuffled = [asks[index] for order in orders for index in order]
-    answers = ask_all([*shuffled, *asks[num_questions:]], spec, config, out_dir)
+    answers = ask_all([*shuffled, *asks[num_questions:]], spec, config, out_dir, after_batch=after_batch)
     outputs: dict[str, list[list[EngineAnswer]]] = {benchmark.name: [] for benchmark in asked}
     for repeat, order in enumerate(orders):
         by_question = dict(zip(order, answers[repeat * num_questions :]))

@@ -10,20 +10,19 @@ import numpy as np
 from pydantic import Field
 from scipy.stats import binom, binomtest
 
+from eval.resampling import BOOTSTRAP_SAMPLES, bootstrap_means, estimate_pooled
 from eval.scoring import Answer, EvaluationResult
 from layerplan.config.base import StrictModel
 from layerplan.errors import EvaluationError
 
 CHANCE = 0.25
 ALPHA = 0.05
-BOOTSTRAP_SAMPLES = 2000
-
 
 Arm = tuple[str, EvaluationResult, Sequence[Answer]]
 """A name, its scores, and its answers in the benchmark's order."""
 
-Comparison = tuple[Arm, Sequence[Arm]]
-"""What is compared with, and the runs compared with it: one, or several seeds of one condition."""
+Comparison = tuple[Sequence[Arm], Sequence[Arm]]
+"""What is compared with, and what is compared with it: each one run, or several seeds of one condition."""
 
 
 class Verdict(StrictModel):
@@ -40,29 +39,31 @@ class Verdict(StrictModel):
     num_questions: int = Field(ge=1)
     """Questions both were asked."""
     num_seeds: int = Field(default=1, ge=1)
-    """Runs of one condition pooled into this verdict."""
+    """Runs of the judged condition pooled into this verdict."""
+    num_reference_seeds: int = Field(default=1, ge=1)
+    """Runs of the reference condition."""
     num_unparsed: int = Field(ge=0)
     """Outputs of the run, over all its seeds, that no answer could be read from; they count as wrong."""
     accuracy: float
     """Question-weighted accuracy of the run, percent."""
     accuracy_interval: tuple[float, float]
-    """95 % interval, percent: Wilson's for one run, the hierarchical bootstrap's for several seeds."""
+    """95 % interval, percent: Wilson's for one run, over seeds and questions for several seeds."""
     reference_accuracy: float
     """The reference's accuracy, percent."""
     reference_interval: tuple[float, float]
-    """95 % Wilson interval of the reference, percent."""
+    """The same of the reference, percent."""
     difference: float
     """Accuracy minus reference, points."""
     difference_interval: tuple[float, float]
-    """95 % paired bootstrap interval, stratified by subject (and over seeds), points."""
+    """95 % paired interval, stratified by subject (and over seeds), points."""
     test: str = "exact McNemar"
     """Which test gave the p-value."""
     p_value: float
-    """Two-sided p-value of no difference: exact McNemar for one run, hierarchical bootstrap for several seeds."""
+    """Two-sided p-value of no difference."""
     adjusted_p: float
     """The same after Holm's correction over all comparisons made together."""
     chance_p: float
-    """That the run does no better than 25 %: exact binomial for one run, hierarchical bootstrap for several seeds."""
+    """That the run does no better than 25 %: exact binomial for one run, over seeds and questions for several."""
     constant_letter_p: float
     """The same against always answering the best single letter."""
     sentence: str
@@ -104,7 +105,7 @@ def compare_runs(reference: Arm, runs: Sequence[Arm], *, seed: int = 0) -> list[
     Raises:
         EvaluationError: When protocol ids differ.
     """
-    return judge_comparisons([(reference, [run]) for run in runs], seed=seed)
+    return judge_comparisons([([reference], [run]) for run in runs], seed=seed)
 
 
 def judge_comparisons(comparisons: Sequence[Comparison], *, seed: int = 0) -> list[Verdict]:
@@ -113,7 +114,7 @@ def judge_comparisons(comparisons: Sequence[Comparison], *, seed: int = 0) -> li
     Raises:
         EvaluationError: When the protocol ids of a comparison differ.
     """
-    drafts = [_compare(reference, runs, seed) for reference, runs in comparisons]
+    drafts = [_compare(references, runs, seed) for references, runs in comparisons]
     adjusted = correct_holm([float(str(draft["p_value"])) for draft in drafts])
     return [
         Verdict.model_validate({**draft, "adjusted_p": p, "sentence": _describe({**draft, "adjusted_p": p})})
@@ -121,49 +122,66 @@ def judge_comparisons(comparisons: Sequence[Comparison], *, seed: int = 0) -> li
     ]
 
 
-def _compare(reference: Arm, runs: Sequence[Arm], seed: int) -> dict[str, object]:
+def _compare(references: Sequence[Arm], runs: Sequence[Arm], seed: int) -> dict[str, object]:
     """Everything of a verdict but what needs the other comparisons."""
-    reference_name, base, base_answers = reference
-    for name, result, answers in runs:
+    reference_name, base, base_answers = references[0]
+    for name, result, answers in [*references[1:], *runs]:
         _check_comparable(reference_name, base, base_answers, name, result, answers)
-    theirs = np.array([answer.is_correct for answer in base_answers], dtype=float)
-    mine_SN = np.array([[answer.is_correct for answer in answers] for _, _, answers in runs], dtype=float)
+    theirs_SN, mine_SN = _collect(references), _collect(runs)
     subjects = [answer.id.partition("/")[0] for answer in base_answers]
     keys = Counter(answer.answer for answer in base_answers)
     best_letter_share = max(keys.values()) / len(base_answers)
-    differences = bootstrap_means(mine_SN - theirs, subjects, seed=seed)
-    name, result, _ = runs[0]
     draft: dict[str, object] = {
         "benchmark": base.benchmark,
         "protocol": base.protocol,
-        "run": name,
+        "run": runs[0][0],
         "reference": reference_name,
         "num_questions": base.num_asked,
         "num_seeds": len(runs),
+        "num_reference_seeds": len(references),
         "num_unparsed": sum(item.num_unparsed for _, item, _ in runs),
         "accuracy": 100 * float(mine_SN.mean()),
-        "reference_accuracy": base.question_mean,
-        "reference_interval": compute_wilson(base.num_correct, base.num_asked),
-        "difference": 100 * float((mine_SN - theirs).mean()),
-        "difference_interval": _interval(differences),
+        "accuracy_interval": _describe_accuracy(runs, mine_SN, subjects, seed),
+        "reference_accuracy": 100 * float(theirs_SN.mean()),
+        "reference_interval": _describe_accuracy(references, theirs_SN, subjects, seed),
+        "difference": 100 * float(mine_SN.mean() - theirs_SN.mean()),
     }
-    if len(runs) == 1:
-        only_mine, only_theirs = int((mine_SN[0] > theirs).sum()), int((theirs > mine_SN[0]).sum())
-        return draft | {
-            "accuracy_interval": compute_wilson(result.num_correct, result.num_asked),
+    if len(runs) == len(references) == 1:
+        mine, theirs = mine_SN[0], theirs_SN[0]
+        draft |= {
+            "difference_interval": bootstrap_difference(mine - theirs, subjects, seed=seed),
             "test": "exact McNemar",
-            "p_value": compute_mcnemar(only_mine, only_theirs),
+            "p_value": compute_mcnemar(int((mine > theirs).sum()), int((theirs > mine).sum())),
+        }
+    else:
+        pair = (mine_SN - theirs_SN, None) if len(references) == 1 else (mine_SN, theirs_SN)
+        gap = estimate_pooled(pair[0], subjects, seed=seed, minus_SN=pair[1])
+        draft |= {
+            "difference_interval": gap.interval(),
+            "test": "bootstrap over seeds and questions, Cochran-Cox",
+            "p_value": gap.p_different(),
+        }
+    if len(runs) == 1:
+        result = runs[0][1]
+        return draft | {
             "chance_p": _test_better(result, CHANCE),
             "constant_letter_p": _test_better(result, best_letter_share),
         }
-    accuracies = bootstrap_means(mine_SN, subjects, seed=seed)
-    return draft | {
-        "accuracy_interval": _interval(accuracies),
-        "test": "hierarchical bootstrap over seeds and questions",
-        "p_value": min(1.0, 2 * min(_share_at_most(differences, 0.0), _share_at_most(-differences, 0.0))),
-        "chance_p": _share_at_most(accuracies, CHANCE),
-        "constant_letter_p": _share_at_most(accuracies, best_letter_share),
-    }
+    level = estimate_pooled(mine_SN, subjects, seed=seed)
+    return draft | {"chance_p": level.p_at_most(CHANCE), "constant_letter_p": level.p_at_most(best_letter_share)}
+
+
+def _collect(arms: Sequence[Arm]) -> np.ndarray:
+    """Whether each answer is right, seeds by questions."""
+    return np.array([[answer.is_correct for answer in answers] for _, _, answers in arms], dtype=float)
+
+
+def _describe_accuracy(
+    arms: Sequence[Arm], values_SN: np.ndarray, subjects: Sequence[str], seed: int
+) -> tuple[float, float]:
+    if len(arms) == 1:
+        return compute_wilson(arms[0][1].num_correct, arms[0][1].num_asked)
+    return estimate_pooled(values_SN, subjects, seed=seed).interval()
 
 
 def _check_comparable(
@@ -183,35 +201,6 @@ def _check_comparable(
         raise EvaluationError(f"{name} and {reference_name}: their per-question files do not hold the same questions")
 
 
-def bootstrap_means(
-    values_SN: np.ndarray, subjects: Sequence[str], *, seed: int, samples: int = BOOTSTRAP_SAMPLES
-) -> np.ndarray:
-    """Bootstrap distribution of the mean: seeds drawn with replacement, then questions within each subject.
-
-    Seeds and questions are crossed, as every seed answers the same questions: one draw of questions serves all drawn
-    seeds. With one seed this is the paired bootstrap stratified by subject.
-
-    Args:
-        values_SN: Seeds by questions.
-        subjects: Subject of each question.
-        seed: Seed of the resampling.
-        samples: How often.
-
-    Returns:
-        One mean per sample.
-    """
-    rng = np.random.default_rng(seed)
-    num_seeds, num_questions = values_SN.shape
-    weights = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=samples) / num_seeds
-    groups = np.unique(np.asarray(subjects), return_inverse=True)[1]
-    totals = np.zeros(samples)
-    for group in range(groups.max() + 1):
-        pooled = weights @ values_SN[:, groups == group]
-        size = pooled.shape[1]
-        totals += np.take_along_axis(pooled, rng.integers(0, size, size=(samples, size)), axis=1).sum(1)
-    return totals / num_questions
-
-
 def bootstrap_difference(
     differences: np.ndarray, subjects: Sequence[str], *, seed: int, samples: int = BOOTSTRAP_SAMPLES
 ) -> tuple[float, float]:
@@ -224,11 +213,6 @@ def _interval(means: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _share_at_most(means: np.ndarray, value: float) -> float:
-    """Share of bootstrap means at or below a value, never 0: the observed sample counts as one."""
-    return float((1 + (means <= value + 1e-12).sum()) / (1 + len(means)))
-
-
 def _test_better(result: EvaluationResult, share: float) -> float:
     return float(binomtest(result.num_correct, result.num_asked, min(share, 1.0), alternative="greater").pvalue)
 
@@ -237,11 +221,12 @@ def _describe(values: Mapping[str, object]) -> str:
     difference, p = float(str(values["difference"])), float(str(values["adjusted_p"]))
     low, high = values["difference_interval"]  # type: ignore[misc]
     spread = (float(high) - float(low)) / 2  # type: ignore[has-type]
+    reference = f"{values['reference']}{_count_seeds(values['num_reference_seeds'])}"
     if p < ALPHA:
         direction = "better" if difference > 0 else "worse"
-        text = f"{direction} than {values['reference']} by {abs(difference):.1f} ± {spread:.1f} points (p = {p:.3g})"
+        text = f"{direction} than {reference} by {abs(difference):.1f} ± {spread:.1f} points (p = {p:.3g})"
     else:
-        text = f"not distinguishable from {values['reference']} ({difference:+.1f} ± {spread:.1f} points, p = {p:.3g})"
+        text = f"not distinguishable from {reference} ({difference:+.1f} ± {spread:.1f} points, p = {p:.3g})"
     if float(str(values["chance_p"])) >= ALPHA:
         text += "; no better than guessing"
     elif float(str(values["constant_letter_p"])) >= ALPHA:
@@ -249,5 +234,8 @@ def _describe(values: Mapping[str, object]) -> str:
     if values["num_unparsed"]:
         outputs = int(str(values["num_questions"])) * int(str(values["num_seeds"]))
         text += f"; {values['num_unparsed']} of {outputs} outputs hold no answer"
-    seeds = f" ({values['num_seeds']} seeds)" if values["num_seeds"] != 1 else ""
-    return f"{values['run']}{seeds} is {text}."
+    return f"{values['run']}{_count_seeds(values['num_seeds'])} is {text}."
+
+
+def _count_seeds(count: object) -> str:
+    return f" ({count} seeds)" if count != 1 else ""

@@ -21,8 +21,10 @@ from eval.tables import render_scores
 from jobs.entry import run_guarded
 from jobs.stages import write_json
 from jobs.summary import print_verdicts
+from layerplan.checkpoint.layout import name_step
 from layerplan.errors import EvaluationError
 from layerplan.plan.hashing import compute_sha256
+from layerplan.train.request import load_result
 
 BASE = "base"
 DIFFERS_BETWEEN_SEEDS = ("name", "storage_path", "seed", "cluster", "tracking")
@@ -61,10 +63,10 @@ def judge_runs(runs: Sequence[Path], *, pool_seeds: bool = False) -> list[Verdic
     arms = group_seeds(runs) if pool_seeds else [[run] for run in runs]
     comparisons: list[Comparison] = []
     for key, result in base.items():
-        reference = ("the base", result, load_answers(base_dir, result.benchmark, result.protocol))
+        reference = [("the base", result, load_answers(base_dir, result.benchmark, result.protocol))]
         loaded = [[_load_arm(run, key, base) for run in arm] for arm in arms]
         comparisons += [(reference, arm) for arm in loaded]
-        comparisons += [(earlier[0], later) for earlier, later in combinations(loaded, 2) if len(earlier) == 1]
+        comparisons += list(combinations(loaded, 2))
     return judge_comparisons(comparisons)
 
 
@@ -103,15 +105,18 @@ def group_seeds(runs: Sequence[Path]) -> list[list[Path]]:
 
 
 def find_trained_scores(run: Path) -> Path:
-    """The newest scored checkpoint of a run.
+    """The scores of a run's last step; those of a step on the way are no result of the run.
 
     Raises:
-        EvaluationError: When the run has none.
+        EvaluationError: When the run has not finished, or its result was not scored.
     """
-    scored = sorted(path for path in (run / "evaluation").glob("step_*") if any(path.glob("*.json")))
-    if not scored:
-        raise EvaluationError(f"{run}: has no scored checkpoint below evaluation/")
-    return scored[-1]
+    result = load_result(run)
+    if result is None:
+        raise EvaluationError(f"{run}: has no training.json; only finished runs can be compared")
+    folder = run / "evaluation" / name_step(result.final_step)
+    if not any(folder.glob("*.json")):
+        raise EvaluationError(f"{folder}: has no scores; the run's last checkpoint was not scored")
+    return folder
 
 
 def _load_arm(run: Path, key: str, base: Results) -> Arm:

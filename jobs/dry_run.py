@@ -20,7 +20,7 @@ from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
 from layerplan.plan.explain import explain_changes, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
-from layerplan.plan.memory import choose_placement
+from layerplan.plan.memory import choose_placements
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan, make_plan
 from layerplan.train.request import load_result
@@ -92,8 +92,8 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
     rate, source = _find_rate(config)
     hours = flops / (train.num_workers * rate) / 3600
     available = ASSUMED_GPU_BYTES if train.use_gpu else psutil.virtual_memory().available / train.num_workers
-    placement, memory = choose_placement(
-        plan.at_step(0),
+    chosen = choose_placements(
+        plan,
         shape,
         train,
         seq_len=seq_len,
@@ -101,7 +101,9 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
         device_type="cuda" if train.use_gpu else "cpu",
         available_bytes=available,
     )
-    sent = predict_communication(plan.at_step(0), shape, train, placement, world_size=train.num_workers)
+    placement, memory = chosen.placement, chosen.estimate
+    phase = plan.at_step(chosen.start_step)
+    sent = predict_communication(phase, shape, train, placement, world_size=train.num_workers)
     approximate = "" if shape.is_exact else f"\nnote   {config.model.type} sizes of this family are approximated"
     print(f"tokens {tokens:,} in {train.max_steps:,} steps of {train.global_batch_size} x {seq_len:,}")
     print(f"FLOPs  {flops:.3g}; about {hours:.2g} hours on {train.num_workers} x {source}")
@@ -113,6 +115,11 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
         f"       parallelism {placement.parallelism}, {len(placement.checkpointed_layers)} layers recomputed; each worker"
         f" sends {sent.total / GIB:.2f} GiB per step ({sent.reduced / GIB:.2f} gradients)"
     )
+    if plan.phases:
+        print(
+            f"       of the phase from step {chosen.start_step}, the largest; each worker also holds"
+            f" {chosen.parked_bytes / GIB:.2f} GiB in CPU memory of what other phases train"
+        )
     print(f"disk   {cost.checkpoint_bytes / GIB:.2f} GiB per checkpoint, {train.keep_checkpoints} kept{approximate}")
 
 

@@ -51,7 +51,7 @@ def search_budget(
     """Returns the best plan within the limits, its Pareto table in the evidence.
 
     The score of a boundary says which side should freeze, so the same boundary counts with the other sign for the
-    other side. Among plans of equal score the one that trains most wins: a limit is there to be used.
+    other side. Among plans of equal score the cheapest wins: what trains beside the layers does not change the score.
 
     Raises:
         PlanError: When no plan keeps the limits; the message names the cheapest.
@@ -61,7 +61,7 @@ def search_budget(
     fitting = [pair for pair in pairs if pair[0].fits]
     if not fitting:
         raise PlanError(_explain_no_fit(config, candidates))
-    best, best_config = max(fitting, key=lambda pair: (pair[0].score, pair[0].trainable_params))
+    best, best_config = max(fitting, key=lambda pair: (pair[0].score, -pair[0].flops_share))
     plan = make_plan(best_config, model=model, shape=shape, profile=profile)
     reason = (
         f"{best.side} at boundary {best.boundary} has the best score ({best.score:+.3f}) of {len(fitting)} plans within"
@@ -71,7 +71,7 @@ def search_budget(
         **plan.evidence,
         "limits": config.model_dump(exclude={"type"}, exclude_none=True),
         "alignment_score": profile.alignment_score,
-        "pareto": [asdict(item) for item in find_pareto(candidates)],
+        "pareto": [asdict(item) | {"chosen": item == best} for item in _with_chosen(find_pareto(candidates), best)],
     }
     return plan.model_copy(update={"plan_type": "budget", "reason": reason, "evidence": evidence}).sealed()
 
@@ -85,6 +85,11 @@ def find_pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
     return front
 
 
+def _with_chosen(front: Sequence[Candidate], best: Candidate) -> list[Candidate]:
+    """The front and the chosen plan, which a limit on memory or hours may have kept off it."""
+    return sorted({*front, best}, key=lambda item: (item.flops_share, item.score))
+
+
 def render_pareto(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The Pareto table in Markdown."""
     lines = [
@@ -94,9 +99,13 @@ def render_pareto(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         lines.append(
             f"| {row['side']} | {row['boundary']} | {row['ends']} | {row['score']:+.3f} | {row['flops_share']:.1%}"
-            f" | {row['memory_gib']:.2f} | {row['worker_hours']:.3g} | {'yes' if row['fits'] else 'no'} |"
+            f" | {row['memory_gib']:.2f} | {row['worker_hours']:.3g} | {_fit_label(row)} |"
         )
     return lines
+
+
+def _fit_label(row: Mapping[str, Any]) -> str:
+    return "**chosen**" if row["chosen"] else "yes" if row["fits"] else "no"
 
 
 def _list_candidates(

@@ -142,7 +142,10 @@ def render_cost_table(costs: Mapping[str, PlanCost]) -> str:
 
 
 def _average_phases(plan: FreezePlan, shape: ModelShape, *, seq_len: int, causal: bool) -> PlanCost:
-    """FLOPs as means over the steps of the run; bytes and parameters of the largest phase."""
+    """FLOPs as means over the steps of the run, memory of the largest phase, and what trains at some time.
+
+    A checkpoint holds float32 weights of all of that; moments of the phase at hand, or of all where the plan keeps them.
+    """
     starts = [phase.start_step for phase in plan.phases]
     ends = [*starts[1:], plan.planned_steps or starts[-1] + 1]
     steps = [max(0, end - start) for start, end in zip(starts, ends, strict=True)]
@@ -154,7 +157,14 @@ def _average_phases(plan: FreezePlan, shape: ModelShape, *, seq_len: int, causal
     averaged = ("forward_flops", "backward_activation_flops", "backward_weight_flops", "optimizer_flops_per_step")
     largest = max(costs, key=lambda cost: cost.trainable_params)
     lowest = min(cost.first_gradient_layer for cost in costs)
-    return largest.model_copy(update={name: mean(name) for name in averaged} | {"first_gradient_layer": lowest})
+    trainable = count_trainable_params(plan, shape)
+    with_moments = trainable if plan.optimizer_state == "keep" else largest.trainable_params
+    update = {name: mean(name) for name in averaged} | {
+        "first_gradient_layer": lowest,
+        "trainable_params": trainable,
+        "checkpoint_bytes": 4 * trainable + 8 * with_moments,
+    }
+    return largest.model_copy(update=update)
 
 
 def _first_gradient_layer(plan: FreezePlan, shape: ModelShape) -> int:

@@ -48,7 +48,7 @@ def resolve_plan(config: PlanConfig, context: PlanContext) -> FreezePlan:
     """
     match config:
         case FilePlanConfig():
-            return FreezePlan.load(Path(config.path).expanduser())
+            return _read_plan(Path(config.path).expanduser(), context)
         case BudgetPlanConfig():
             if context.profile is None:
                 raise PlanError("plan.type=budget: needs a layer profile; trace the model first")
@@ -62,6 +62,16 @@ def resolve_plan(config: PlanConfig, context: PlanContext) -> FreezePlan:
         case SampleBudgetPlanConfig():
             return _follow_budget(config, context)
     return make_plan(config, model=context.model, shape=context.shape, profile=context.profile)
+
+
+def _read_plan(path: Path, context: PlanContext) -> FreezePlan:
+    plan = FreezePlan.load(path)
+    if plan.phases and plan.planned_steps != context.train.max_steps:
+        raise PlanError(
+            f"plan.path={path}: its phases were made for {plan.planned_steps} steps, but"
+            f" train.max_steps={context.train.max_steps}"
+        )
+    return plan
 
 
 def wants_profile(config: PlanConfig) -> bool:

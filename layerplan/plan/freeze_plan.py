@@ -92,6 +92,15 @@ class FreezePlan(StrictModel):
         strangers = {layer for phase in self.phases for layer in phase.trainable_layers} - set(self.trainable_layers)
         if strangers:
             raise ValueError(f"phases train layers {sorted(strangers)}, which trainable_layers does not name")
+        for name in ("train_embeddings", "train_final_norm", "train_lm_head"):
+            if not getattr(self, name) and any(getattr(phase, name) for phase in self.phases):
+                raise ValueError(f"a phase has {name}=true, the plan itself {name}=false")
+        ties = {phase.tied for phase in self.phases}
+        for tied in ("trained", "head_only"):
+            if tied in ties and self.tied != tied:
+                raise ValueError(f"a phase has tied={tied!r}, the plan itself tied={self.tied!r}")
+        if any(phase.plan_type == "full" for phase in self.phases) and len(self.trainable_layers) < num_layers:
+            raise ValueError("a phase trains everything, but trainable_layers does not name every layer")
         return self
 
     def at_step(self, step: int) -> FreezePlan:
@@ -100,6 +109,14 @@ class FreezePlan(StrictModel):
             return self
         phase = [phase for phase in self.phases if phase.start_step <= step][-1]
         return self.model_copy(update={**phase.model_dump(exclude={"start_step"}), "phases": ()})
+
+    def list_distinct_phases(self) -> list[tuple[int, FreezePlan]]:
+        """(first step, plan) of every phase that trains something no earlier one trains alone; one without phases."""
+        found: dict[str, tuple[int, FreezePlan]] = {}
+        for phase in self.phases:
+            content = phase.model_dump_json(exclude={"start_step"})
+            found.setdefault(content, (phase.start_step, self.at_step(phase.start_step)))
+        return list(found.values()) or [(0, self)]
 
     def next_change(self, step: int) -> int | None:
         """First step of the next phase after a 0-based step; None when no change follows."""

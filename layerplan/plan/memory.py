@@ -8,6 +8,7 @@ layer also keeps the inputs of its matrices; a frozen one on the gradient path d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from layerplan.config.train import TrainConfig
 from layerplan.plan.cost import count_trainable_params
@@ -157,6 +158,31 @@ def choose_placement(
     if best is None:
         raise AssertionError("at least one placement is tried")
     return best
+
+
+def choose_placements(plan: FreezePlan, shape: ModelShape, config: TrainConfig, **limits: Any) -> PhasePlacements:
+    """Settles the placement of every phase; arguments as for `choose_placement`.
+
+    Returns:
+        The phase that needs most memory, with what every worker holds of phases not at hand.
+    """
+    phases = plan.list_distinct_phases()
+    choices = [(start, *choose_placement(phase, shape, config, **limits)) for start, phase in phases]
+    start, placement, estimate = max(choices, key=lambda choice: choice[2].total)
+    everything = count_trainable_params(plan, shape)
+    parked = max(everything - count_trainable_params(phase, shape) for _, phase in phases)
+    return PhasePlacements(start, placement, estimate, parked * (12 if plan.optimizer_state == "keep" else 4))
+
+
+@dataclass(frozen=True)
+class PhasePlacements:
+    """The phase of a plan that needs most memory; of a plan that does not change, the plan."""
+
+    start_step: int
+    placement: Placement
+    estimate: MemoryEstimate
+    parked_bytes: int
+    """CPU memory of every worker for what trains in other phases: float32 weights, and moments where they are kept."""
 
 
 def explain_shortage(estimate: MemoryEstimate, available_bytes: float, config: TrainConfig) -> str:

@@ -180,7 +180,8 @@ def draw_loss(lines: Sequence[dict[str, Any]]) -> Figure:
         ("train/loss", "training", "-", SENSITIVE),
         ("validation/loss", "validation", "o--", PARTICLE),
     ):
-        points = [(line["step"], line[key]) for line in lines if key in line]
+        # after a return to a checkpoint steps are logged again: the newest value counts
+        points = sorted({line["step"]: line[key] for line in lines if key in line}.items())
         if points:
             axes.plot(*zip(*points), style, color=colour, label=label)
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token")

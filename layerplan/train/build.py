@@ -14,7 +14,7 @@ from layerplan.errors import TrainingError
 from layerplan.models.causal_lm import load_causal_lm
 from layerplan.models.freezing import AppliedPlan, apply_plan
 from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.plan.memory import GIB, MemoryEstimate, choose_placement, explain_shortage
+from layerplan.plan.memory import GIB, MemoryEstimate, choose_placement, choose_placements, explain_shortage
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.train.attention import IMPLEMENTATIONS, choose_attention
@@ -68,17 +68,15 @@ def build_model(
     config = request.config
     check_dtype(config.compute_dtype, device)
     available = agree_on_memory(find_available_bytes(device, local_world_size), device)
-    placement, estimate = choose_placement(
-        plan,
-        shape,
-        config,
-        seq_len=seq_len,
-        world_size=world_size,
-        device_type=device.type,
-        available_bytes=available,
-    )
-    if estimate.total > available:
-        raise TrainingError(f"the run does not fit into memory. {explain_shortage(estimate, available, config)}")
+    limits = {"seq_len": seq_len, "world_size": world_size, "device_type": device.type, "available_bytes": available}
+    largest = choose_placements(request.plan, shape, config, **limits)
+    needed = largest.estimate.total + (largest.parked_bytes if device.type == "cpu" else 0)
+    if needed > available:
+        where = f" in the phase from step {largest.start_step}" if request.plan.phases else ""
+        raise TrainingError(
+            f"the run does not fit into memory{where}. {explain_shortage(largest.estimate, available, config)}"
+        )
+    placement, estimate = choose_placement(plan, shape, config, **limits)
     placement = replace(placement, attention=choose_attention(config, shape, seq_len, device))
     torch.manual_seed(request.seed)
     causal_lm = load_causal_lm(

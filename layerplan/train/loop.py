@@ -26,7 +26,7 @@ from layerplan.train.profiling import profiled
 from layerplan.train.schedule import compute_lr_scale, compute_rewarm_scale
 from layerplan.train.sharding import PlacedModel
 from layerplan.train.stability import StabilityMonitor, Verdict
-from layerplan.train.state import TrainState
+from layerplan.train.state import PROOF_FIELDS, TrainState
 from layerplan.train.step import TensorBatch, accumulate_gradients, make_batch
 from layerplan.train.throughput import Window, compute_mfu, peak_memory_gib, render_progress
 from layerplan.train.validation import compute_validation_loss
@@ -214,8 +214,10 @@ def _roll_back(state: TrainState, hooks: LoopHooks) -> TrainState | None:
     if restored is None:
         return None
     offset = state.step + state.data_offset + 1 - restored.step
+    # the checkpoint may be the last of the phase before, and what was proved since then belongs to this one
+    kept = {name: getattr(state, name) for name in PROOF_FIELDS}
     update = {"rollbacks": state.rollbacks + 1, "data_offset": offset, "recent_losses": ()}
-    return restored.model_copy(update=update)
+    return restored.model_copy(update=kept | update)
 
 
 def _advance(

@@ -37,6 +37,7 @@ class GradientReducer:
         """Takes the hooks off, for a plan that changes."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
 
     def set_sync(self, enabled: bool) -> None:
         """Whether the next backward pass is the step's last, whose gradients are communicated."""

@@ -39,6 +39,11 @@ class PlacedModel:
     reducer: GradientReducer | None = None
     """Present under replication over several workers."""
 
+    def release(self) -> None:
+        """Lets go of the parameters; hooks on them would keep model and reducer alive."""
+        if self.reducer is not None:
+            self.reducer.close()
+
 
 def place_model(
     causal_lm: nn.Module,

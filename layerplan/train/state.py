@@ -8,6 +8,9 @@ from typing import Any
 from layerplan.config.base import StrictModel
 from layerplan.errors import CheckpointError
 
+PROOF_FIELDS = ("gradient_coverage", "coverage_checks", "frozen_checksum", "frozen_checks", "frozen_check_s")
+"""What shows that the plan is obeyed."""
+
 
 class TrainState(StrictModel):
     """The data state is `step + data_offset`: the order of the corpus is a function of it."""

@@ -104,12 +104,13 @@ def train_worker(loop_config: dict[str, Any]) -> None:
                 frozen=frozen,
             )
             state = run_loop(setup, state, make_hooks(request, setup, state, writer, recorders), stop_step=end)
-            if state.step < end or state.step >= request.config.max_steps:
+            if state.step < end or state.step >= request.config.max_steps or is_asked_to_stop(request, rank, group):
                 return
             writer.finish()
             newest = writer.newest
             recorders.note_change(request.plan, state.step)
-            del built, setup, writer
+            built.placed.release()
+            del built, setup, writer, frozen
             forget_phase(device)
 
 
@@ -126,6 +127,13 @@ def prove_frozen(
         frozen.check_same_as(state.frozen_checksum)
         state = state.count_frozen_check(time.perf_counter() - started)
     return frozen, state.model_copy(update={"frozen_checksum": frozen.digest})
+
+
+def is_asked_to_stop(request: TrainRequest, rank: int, group: dist.ProcessGroup) -> bool:
+    """Whether a stop was asked for in the last step of a phase; rank 0 knows, all get its answer."""
+    asked = torch.tensor([int(rank == 0 and (request.run_dir / STOP_REQUEST).exists())])
+    dist.broadcast(asked, src=0, group=group)
+    return bool(asked.item())
 
 
 def find_phase_start(plan: FreezePlan, step: int) -> int:

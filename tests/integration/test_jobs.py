@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,11 +30,17 @@ def two_nodes() -> Iterator[dict[str, str]]:
     from ray.cluster_utils import Cluster
 
     ray.shutdown()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True})
-    cluster.add_node(num_cpus=2)
-    cluster.wait_for_nodes()
-    yield {"RAY_ADDRESS": cluster.address}
-    cluster.shutdown()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    cluster = Cluster()
+    try:
+        cluster.add_node(num_cpus=2, include_dashboard=True, dashboard_port=port)
+        cluster.add_node(num_cpus=2)
+        cluster.wait_for_nodes(timeout=120)
+        yield {"RAY_ADDRESS": cluster.address}
+    finally:
+        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +181,14 @@ def test_any_model_folder_can_be_scored(
 
 def test_runs_are_compared_with_their_base(finished_run: Path, tmp_path: Path, run_job: RunJob) -> None:
     shutil.copytree(finished_run / "evaluation", tmp_path / "twin" / "evaluation")
+    shutil.copy(finished_run / "training.json", tmp_path / "twin")
     job = run_job("jobs/compare.py", finished_run, tmp_path / "twin", "--out", tmp_path / "verdicts.json")
     assert job.returncode == 0, job.output[-3000:]
     verdicts = read(tmp_path / "verdicts.json")
-    assert len(verdicts) == 4
-    assert verdicts[0]["difference"] == verdicts[2]["difference"]
+    # under each of two protocols: both runs against the base, and against each other
+    assert [verdict["reference"] for verdict in verdicts] == 2 * ["the base", "the base", "quiet"]
+    assert verdicts[0]["difference"] == verdicts[1]["difference"]
+    assert verdicts[2]["difference"] == 0
     refused = run_job("jobs/compare.py", tmp_path / "nothing")
     assert refused.returncode == 1
     assert "error: " in refused.output and "nothing" in refused.output

@@ -19,16 +19,21 @@ from tests.tiny_store import make_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_STEPS, REWARM = 10, 2
-KILLED_AT = 6
+PHASE_END, KILLED_AT = 4, 6
+STOP_REQUEST = "stop_requested"
 
 
 def test_phases_on_ray_equal_a_plain_loop_and_survive_a_kill(tmp_path: Path) -> None:
-    """Layer 2, then layer 0 with the final norm, then both: moments dropped, moments kept, and kept through SIGKILL."""
+    """Layer 2, then layer 0 with the final norm, then both: moments dropped, moments kept, and kept through a stop.
+
+    The interrupted run is asked to stop in the last step of its first phase, and killed in its second.
+    """
     import torch
     from safetensors.torch import load_file
 
     make_inputs(tmp_path, num_layers=3)
-    killed = start(tmp_path, "keep_killed")
+    killed = start(tmp_path, "keep_killed", "keep_killed")
+    assert "stopped at step 4" in killed.stdout, killed.stdout[-3000:]
     assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
     done = start(tmp_path, "keep_killed", "keep", "drop")
     assert done.returncode == 0, done.stdout[-5000:]
@@ -145,13 +150,16 @@ def train_plainly(folder: Path, rule: str) -> Mapping[str, Any]:
 
 @dataclass
 class EventSink:
-    """Writes events to a file, and kills the driver once where that is wanted."""
+    """Writes events to a file; where that is wanted, asks for a stop and then kills the driver, once each."""
 
     folder: Path
     driver: int | None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        marker = self.folder / "killed"
+        stopped, marker = self.folder / "stopped", self.folder / "killed"
+        if self.driver is not None and step == PHASE_END - 1 and "train/loss" in metrics and not stopped.exists():
+            stopped.touch()
+            (self.folder / STOP_REQUEST).touch()
         if self.driver is not None and step == KILLED_AT and "train/loss" in metrics and not marker.exists():
             marker.touch()
             os.kill(self.driver, signal.SIGKILL)
@@ -189,7 +197,7 @@ def main() -> None:
             plan, run_dir = make_plan_for(folder, run.partition("_")[0]), folder / run
             victim = driver if run.endswith("_killed") else None
             sink = lambda start, run_dir=run_dir, victim=victim: EventSink(run_dir, victim)  # noqa: E731
-            run_training(
+            result = run_training(
                 TrainRequest(
                     run_dir,
                     str(folder / "base"),
@@ -200,6 +208,8 @@ def main() -> None:
                     sink_factory=sink,
                 )
             )
+            if result.stopped_early:
+                print(f"stopped at step {result.final_step}", flush=True)
         ray.shutdown()
 
 

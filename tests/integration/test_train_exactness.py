@@ -5,10 +5,12 @@ The test starts this file twice as a program; each copy is one worker and checks
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -212,6 +214,11 @@ def main() -> None:
                     gathered = set(applied.trainable) if placement[1] == "replicate" else set(found)
                     # a group of one worker has nothing to gather
                     assert sent.gathered == (gathered if placement[2] == 1 else set()), case
+                parameter = weakref.ref(next(placed.model.parameters()))
+                placed.release()
+                del placed
+                gc.collect()
+                assert parameter() is None, f"{case}: a phase that is over keeps its parameters"
                 print(f"case ok {case}: {worst:.1e}", flush=True)
     dist.destroy_process_group()
 

@@ -11,6 +11,7 @@ import torch
 
 from eval.held_out import HeldOutActor, HeldOutResult, iter_windows, judge_held_out
 from layerplan.errors import EvaluationError
+from layerplan.train.request import TrainResult
 
 
 class TinyLm(torch.nn.Module):
@@ -132,7 +133,30 @@ def test_the_report_shows_scores_by_step_and_case_studies_side_by_side(tmp_path:
     assert render_held_out(tmp_path) == "", "nothing was judged"
 
 
+def finish_run(folder: Path, *, final_step: int) -> None:
+    """Leaves the `training.json` of a run that ended at this step."""
+    result = TrainResult(
+        final_step=final_step,
+        final_checkpoint=folder / "checkpoints",
+        first_loss=5.0,
+        final_loss=4.0,
+        validation_loss=None,
+        tokens_seen=100,
+        train_s=1.0,
+        wall_s=1.0,
+        tokens_per_s=100.0,
+        mfu=0.1,
+        skipped_steps=0,
+        rollbacks=0,
+        proof={},
+        stopped_early=False,
+        hf_dir=None,
+    )
+    result.save(folder)
+
+
 def test_compared_runs_get_a_sentence_per_text(tmp_path: Path) -> None:
+    """The newest scores are not the run's own when it stopped on the way: its last step decides."""
     from jobs.compare import judge_texts
 
     sizes = [100] * 20
@@ -143,6 +167,14 @@ def test_compared_runs_get_a_sentence_per_text(tmp_path: Path) -> None:
             (folder / "ceval.json").write_text("{}")
             result = make_result([50 * share + index % 3 * (share - 1) for index in range(20)], sizes, name="notes")
             (folder / "held_out" / "notes.json").write_text(result.model_dump_json())
+    with pytest.raises(EvaluationError, match=r"worse: has no training\.json; only finished runs can be compared"):
+        judge_texts([tmp_path / "worse", tmp_path / "same"])
+    for run in ("worse", "same"):
+        finish_run(tmp_path / run, final_step=20)
+    with pytest.raises(EvaluationError, match="step_00000020: has no scores; the run's last checkpoint was not scored"):
+        judge_texts([tmp_path / "worse", tmp_path / "same"])
+    for run in ("worse", "same"):
+        finish_run(tmp_path / run, final_step=10)
     first, second = judge_texts([tmp_path / "worse", tmp_path / "same"])
     assert first.startswith("worse, notes: worse than the base: 1.")
     assert second.startswith(

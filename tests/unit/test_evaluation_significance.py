@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 from scipy.stats import binomtest
+from scipy.stats import t as student
 
 from eval.items import Benchmark, Question
+from eval.resampling import PooledEstimate, bootstrap_means, estimate_pooled
 from eval.scoring import Answer, EvaluationResult, pick_letter, score_answers
 from eval.significance import (
     bootstrap_difference,
-    bootstrap_means,
     compare_runs,
     compute_mcnemar,
     compute_wilson,
@@ -132,7 +133,7 @@ def test_unequal_protocols_cannot_be_compared() -> None:
 
 
 def test_the_hierarchical_bootstrap_is_the_naive_one() -> None:
-    """Against a loop that draws seeds, then questions inside each subject, one at a time."""
+    """Against a loop that draws seeds, then questions inside each subject, one at a time, and scales seeds' deviations."""
     rng = np.random.default_rng(5)
     values = (rng.random((3, 60)) < np.array([[0.2], [0.5], [0.8]])).astype(float)
     subjects = ["law"] * 20 + ["art"] * 40
@@ -141,7 +142,8 @@ def test_the_hierarchical_bootstrap_is_the_naive_one() -> None:
     for _ in range(4000):
         seeds = rng.integers(0, 3, 3)
         drawn = np.concatenate([rng.integers(0, 20, 20), 20 + rng.integers(0, 40, 40)])
-        slow.append(values[np.ix_(seeds, drawn)].mean())
+        alike = values[:, drawn].mean()
+        slow.append(alike + (3 / 2) ** 0.5 * (values[np.ix_(seeds, drawn)].mean() - alike))
     assert fast.mean() == pytest.approx(np.mean(slow), abs=0.01)
     assert fast.std() == pytest.approx(np.std(slow), rel=0.06)
     one_seed = bootstrap_means(values[:1], subjects, seed=0, samples=4000)
@@ -152,13 +154,51 @@ def test_seeds_of_one_condition_are_pooled_into_one_verdict() -> None:
     benchmark = make_benchmark({"law": ("Social Science", 100), "art": ("Humanities", 100)})
     base = ("the base", *make_run(benchmark, set(range(0, 200, 4))))
     seeds = [("deep", *make_run(benchmark, set(range(0, 200, 4)) | set(range(1, stop, 4)))) for stop in (100, 120, 140)]
-    (verdict,) = judge_comparisons([(base, seeds)])
+    (verdict,) = judge_comparisons([([base], seeds)])
     assert (verdict.num_seeds, verdict.num_questions) == (3, 200)
     assert verdict.difference == pytest.approx(15.0)  # 25, 30 and 35 more of 200
-    assert verdict.test.startswith("hierarchical bootstrap")
-    assert verdict.p_value < 0.01
+    assert verdict.test == "bootstrap over seeds and questions, Cochran-Cox"
+    assert 1e-4 < verdict.p_value < 0.05
     assert verdict.difference_interval[0] < 15 < verdict.difference_interval[1]
     assert verdict.sentence.startswith("deep (3 seeds) is better than the base by 15.0 ± ")
+
+
+def test_two_conditions_of_several_seeds_are_compared_with_each_other() -> None:
+    benchmark = make_benchmark({"law": ("Social Science", 200)})
+    low = [("shallow", *make_run(benchmark, set(range(stop)))) for stop in (48, 50, 52)]
+    high = [("deep", *make_run(benchmark, set(range(stop)))) for stop in (118, 122)]
+    (verdict,) = judge_comparisons([(low, high)])
+    assert (verdict.num_reference_seeds, verdict.num_seeds) == (3, 2)
+    assert (verdict.reference_accuracy, verdict.accuracy) == pytest.approx((25.0, 60.0))
+    assert verdict.sentence.startswith("deep (2 seeds) is better than shallow (3 seeds) by 35.0 ± ")
+    (back,) = judge_comparisons([(high, low)])
+    assert back.difference == pytest.approx(-35.0)
+    assert back.p_value == pytest.approx(verdict.p_value, rel=0.2)
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3])
+def test_pooled_tests_reject_no_true_difference_about_as_often_as_they_say(num_seeds: int) -> None:
+    """Seeds that differ by 3 points and change a tenth of the answers; 200 conditions without a true difference."""
+    rng = np.random.default_rng(num_seeds)
+    rejected = 0
+    for repetition in range(200):
+        chance = 1 / (1 + np.exp(-rng.normal(size=60)))
+        base = (rng.random(60) < chance).astype(float)
+        shift = rng.normal(0, 0.03, (num_seeds, 1)) / 0.1
+        again = (rng.random((num_seeds, 60)) < np.clip(chance + shift, 0, 1)).astype(float)
+        seeds = np.where(rng.random((num_seeds, 60)) < 0.1, again, base)
+        rejected += estimate_pooled(seeds - base, ["one"] * 60, seed=repetition).p_different() < 0.05
+    assert rejected <= 18, "more than 9 % at a level of 5 %"
+
+
+def test_a_pooled_estimate_has_students_quantiles_at_its_ends() -> None:
+    only_questions = PooledEstimate(0.3, ((0.0, 1), (0.01, 10_000)))
+    assert only_questions.p_different(0.1) == pytest.approx(0.0455, abs=1e-3)  # two standard errors
+    only_seeds = PooledEstimate(0.3, ((0.01, 1), (0.0, 10_000)))
+    assert only_seeds.p_different(0.1) == pytest.approx(2 * student.sf(2, 1), rel=1e-6)
+    assert only_seeds.p_at_most(0.3) == pytest.approx(0.5)
+    low, high = only_seeds.interval()
+    assert (high - low) / 2 == pytest.approx(100 * 12.706 * 0.1, rel=1e-3)
 
 
 def test_files_of_other_questions_cannot_be_paired() -> None:

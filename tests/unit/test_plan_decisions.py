@@ -21,11 +21,12 @@ from layerplan.config.plan import (
 )
 from layerplan.config.train import TrainConfig
 from layerplan.errors import PlanError
-from layerplan.plan.cost import predict_cost
+from layerplan.plan.cost import count_trainable_params, predict_cost
 from layerplan.plan.decide import PlanContext, resolve_plan
 from layerplan.plan.explain import explain_plan
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
+from layerplan.plan.memory import choose_placement, choose_placements
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan, make_plan
 from layerplan.plan.sample_budget import allocate_start_layers
@@ -182,3 +183,65 @@ def test_phases_that_do_not_fit_the_run_are_refused(config: Any, words: str) -> 
         resolve_plan(config, context())
     with pytest.raises(ValidationError, match=r"phases.0.steps is missing"):
         SchedulePlanConfig(phases=[PhaseConfig(plan=FullPlanConfig()), PhaseConfig(plan=FullPlanConfig())])
+
+
+def test_a_schedule_is_priced_by_its_largest_phase_and_its_checkpoints_by_all_of_them() -> None:
+    """Only the last layer first, then everything: 9 GiB would be a promise that the second phase breaks."""
+    phases = [
+        PhaseConfig(steps=50, plan=FreezeShallowPlanConfig(boundary=27)),
+        PhaseConfig(plan=FullPlanConfig()),
+    ]
+    limits = {"seq_len": 512, "world_size": 1, "device_type": "cuda", "available_bytes": 1e15}
+    small = resolve_plan(phases[0].plan, context())
+    for rule in ("drop", "keep"):
+        plan = resolve_plan(SchedulePlanConfig(phases=phases, optimizer_state=rule), context())  # type: ignore[arg-type]
+        chosen = choose_placements(plan, SHAPE, TRAIN, **limits)
+        assert chosen.start_step == 50
+        _, estimate = choose_placement(make_full_plan(MODEL, SHAPE), SHAPE, TRAIN, **limits)
+        assert chosen.estimate == estimate
+        frozen_first = SHAPE.total_params - count_trainable_params(small, SHAPE)
+        assert chosen.parked_bytes == frozen_first * (12 if rule == "keep" else 4)
+        cost = predict_cost(plan, SHAPE, seq_len=512)
+        assert cost.trainable_params == SHAPE.total_params
+        assert cost.checkpoint_bytes == 12 * SHAPE.total_params
+    rotation = resolve_plan(RotationPlanConfig(k=2, period_steps=1), context())
+    layer = SHAPE.layer_params(0)
+    assert predict_cost(rotation, SHAPE, seq_len=512).checkpoint_bytes == 28 * 4 * layer + 2 * 8 * layer
+    unchanged = choose_placements(small, SHAPE, TRAIN, **limits)
+    assert (unchanged.start_step, unchanged.parked_bytes) == (0, 0)
+
+
+def test_the_chosen_plan_stands_in_its_own_table_and_is_the_cheapest_of_its_score() -> None:
+    plan = resolve_plan(BudgetPlanConfig(max_flops_share=0.95), context(make_profile()))
+    (row,) = [row for row in plan.evidence["pareto"] if row["chosen"]]
+    assert (row["side"], row["boundary"], row["ends"]) == ("freeze_deep", 20, "none")
+    assert not plan.train_lm_head and not plan.train_embeddings
+    assert explain_plan(plan).count("**chosen**") == 1
+    seq_len = context().seq_len
+    full = predict_cost(make_full_plan(MODEL, SHAPE), SHAPE, seq_len=seq_len).total_flops
+    assert row["flops_share"] == pytest.approx(predict_cost(plan, SHAPE, seq_len=seq_len).total_flops / full)
+
+
+def test_a_phased_plan_is_refused_for_a_run_of_another_length(tmp_path: Path) -> None:
+    plan = resolve_plan(RotationPlanConfig(k=2, period_steps=10), context())
+    plan.save(tmp_path / "plan.json")
+    config = FilePlanConfig(path=str(tmp_path / "plan.json"))
+    assert resolve_plan(config, context()).sha256 == plan.sha256
+    with pytest.raises(PlanError, match=r"its phases were made for 100 steps, but train\.max_steps=50"):
+        resolve_plan(config, context(max_steps=50))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train_lm_head": True}, "a phase has train_lm_head=true, the plan itself train_lm_head=false"),
+        ({"train_embeddings": True}, "a phase has train_embeddings=true"),
+        ({"tied": "head_only"}, "a phase has tied='head_only', the plan itself tied='frozen'"),
+        ({"plan_type": "full"}, "a phase trains everything"),
+    ],
+)
+def test_a_phase_cannot_train_what_the_plan_calls_frozen(change: dict[str, Any], words: str) -> None:
+    values = resolve_plan(RotationPlanConfig(k=2, period_steps=50), context()).model_dump()
+    values["phases"] = [values["phases"][0], values["phases"][1] | change]
+    with pytest.raises(ValidationError, match=words):
+        FreezePlan.model_validate(values)

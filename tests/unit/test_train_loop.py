@@ -125,6 +125,26 @@ def test_a_rollback_ends_with_the_weights_of_a_run_that_never_saw_those_rows(tmp
     )
 
 
+def test_a_rollback_into_the_phase_before_keeps_what_was_proved_since(tmp_path: Path) -> None:
+    """The newest checkpoint is the last of another phase: its checksum and coverage are not this phase's."""
+    config = config_with(stability=StabilityConfig(on_nonfinite="rollback"))
+    before = TrainState(step=2, frozen_checksum="float32:other", gradient_coverage={"trainable_with_gradient": 1})
+    model, saved = build(), []
+    setup, hooks = make_loop(
+        model,
+        plan_for(0, 2),
+        config,
+        rows_of_step=rows_with_poison(3),  # type: ignore[arg-type]
+        save=saved.append,
+    )
+    assert setup.frozen is not None
+    start = before.model_copy(update={"frozen_checksum": setup.frozen.digest})
+    state = run_loop(setup, start, replace(hooks, restore=lambda: before))
+    assert state.rollbacks == 1
+    assert {item.frozen_checksum for item in saved} == {setup.frozen.digest}
+    assert saved[-1].gradient_coverage["trainable_with_gradient"] == 22
+
+
 def test_rollbacks_have_an_end(tmp_path: Path) -> None:
     config = config_with(stability=StabilityConfig(on_nonfinite="rollback", max_rollbacks=1))
     with pytest.raises(TrainingError, match="max_rollbacks=1 are used up"):
