@@ -104,7 +104,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
                 frozen=frozen,
             )
             state = run_loop(setup, state, make_hooks(request, setup, state, writer, recorders), stop_step=end)
-            if state.step < end or state.step >= request.config.max_steps or is_asked_to_stop(request, rank, group):
+            if state.step < end or state.step >= request.config.max_steps or is_asked_to_stop(request, rank):
                 return
             writer.finish()
             newest = writer.newest
@@ -129,10 +129,13 @@ def prove_frozen(
     return frozen, state.model_copy(update={"frozen_checksum": frozen.digest})
 
 
-def is_asked_to_stop(request: TrainRequest, rank: int, group: dist.ProcessGroup) -> bool:
-    """Whether a stop was asked for in the last step of a phase; rank 0 knows, all get its answer."""
+def is_asked_to_stop(request: TrainRequest, rank: int) -> bool:
+    """Whether a stop was asked for in the last step of a phase; rank 0 knows, all get its answer.
+
+    Not through the group of the checkpoints, which a save in the background is using.
+    """
     asked = torch.tensor([int(rank == 0 and (request.run_dir / STOP_REQUEST).exists())])
-    dist.broadcast(asked, src=0, group=group)
+    dist.broadcast(asked, src=0)
     return bool(asked.item())
 
 
