@@ -11,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 START_TIMEOUT_S = 240
 
 
+@pytest.mark.long
 def test_a_killed_run_ends_with_the_weights_and_the_lineage_of_a_quiet_one(
     finished_run: Path,
     tiny_config: Path,

@@ -85,6 +85,7 @@ def config(
     return path
 
 
+@pytest.mark.long
 def test_a_guardrail_stops_training_and_old_checkpoints_are_back_filled(config: Path, run_job: RunJob) -> None:
     run = Path(yaml.safe_load(config.read_text())["storage_path"]) / "guarded"
     job = run_job("jobs/cpt.py", "--config", config)

@@ -90,6 +90,7 @@ def test_training_spans_two_ray_nodes(
     assert read(tmp_path / "wide" / "freeze_plan.json")["model"]["name"] == model_folder.name
 
 
+@pytest.mark.long
 def test_a_sweep_trains_three_boundaries_as_nested_runs(
     finished_run: Path, tiny_config: Path, two_nodes: dict[str, str], tmp_path: Path, run_job: RunJob
 ) -> None:

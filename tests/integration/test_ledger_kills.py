@@ -45,6 +45,7 @@ def cluster() -> Iterator[Any]:
     made.shutdown()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_the_ledger_survives_every_kill_and_change_of_workers(cluster: Any, tmp_path: Path) -> None:
     """Kills fall on steps drawn anew each time; the steps are in the message of a failure."""

@@ -25,6 +25,7 @@ MAX_STEPS = 24
 LANES = 4
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_killed_run_goes_on_with_fewer_workers_on_the_rows_that_are_left(tmp_path: Path) -> None:
     write_text(tmp_path / "raw")

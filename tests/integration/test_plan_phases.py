@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.tiny_store import make_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +25,7 @@ PHASE_END, KILLED_AT = 4, 6
 STOP_REQUEST = "stop_requested"
 
 
+@pytest.mark.long
 def test_phases_on_ray_equal_a_plain_loop_and_survive_a_kill(tmp_path: Path) -> None:
     """Layer 2, then layer 0 with the final norm, then both: moments dropped, moments kept, and kept through a stop.
 

@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.tiny_store import make_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_STEPS = 10
 
 
+@pytest.mark.long
 def test_a_stopped_killed_and_crashed_run_ends_bit_exact(tmp_path: Path) -> None:
     """SIGTERM to the driver at step 2, SIGKILL of the driver at step 5, SIGKILL of a worker at step 8."""
     make_inputs(tmp_path)
