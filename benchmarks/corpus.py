@@ -21,11 +21,8 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -34,6 +31,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
+from machine import describe_machine
 from process_tree import TreeMeter
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -232,32 +230,6 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def describe_machine() -> dict[str, Any]:
-    """What a result must say about where it comes from."""
-    import pyarrow
-    import ray
-    import tokenizers
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "",
-    )
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "commit": commit,
-        "command": " ".join(
-            [
-                "python",
-                *(value.replace(os.environ.get("LAYERPLAN_DATA", "\0"), "$LAYERPLAN_DATA") for value in sys.argv),
-            ]
-        ),
-        "cpu": f"{cpu or platform.processor()}, {os.cpu_count()} cores",
-        "load_average": os.getloadavg(),
-        "versions": {module.__name__: module.__version__ for module in (ray, tokenizers, pyarrow, np)},
-    }
-
-
 def sample_of(texts: list[str], num_chars: int) -> list[str]:
     """Whole documents of about so many characters, from the beginning."""
     taken: list[str] = []
@@ -283,7 +255,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="write the results to this Markdown file")
     args = parser.parse_args()
-    machine = describe_machine()
+    packages = ("ray", "tokenizers", "pyarrow", "numpy")
+    machine = {**describe_machine(*packages), "load_average": os.getloadavg()}
     say(json.dumps(machine, indent=2))
     with tempfile.TemporaryDirectory(prefix="lpc") as name:
         results = measure_all(args, Path(name))

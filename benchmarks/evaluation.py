@@ -14,17 +14,15 @@ import argparse
 import csv
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from machine import ROOT, render_machine
+
 SPLITS = {"ceval": "val", "cmmlu": "test"}
 POSITIONS = 4096
 
@@ -164,7 +162,6 @@ def harness_version(args: argparse.Namespace) -> str:
 
 
 def describe(args: argparse.Namespace, found: dict[str, float], cpu_s: dict[str, list[float]], ours: str) -> str:
-    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
     peer = harness_version(args)
     stats = json.loads(ours.strip().splitlines()[-1])
     ratio = sum(cpu_s["ours"]) / len(cpu_s["ours"]) / cpu_s["harness"][0]
@@ -184,10 +181,8 @@ def describe(args: argparse.Namespace, found: dict[str, float], cpu_s: dict[str,
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
         f"# C-Eval and CMMLU by letters, {args.vocab_size:,} vocabulary entries, {args.few_shot}-shot\n\n"
-        f"{date.today()}, commit {commit}; {platform.processor() or platform.machine()}, {os.cpu_count()} cores,"
-        f" one thread each; Python {platform.python_version()}, torch {version('torch')},"
-        f" transformers {version('transformers')}, lm_eval {peer}.\n\n"
-        f"Command: `{command}`\n\n| measured | |\n|---|---|\n{table}\n"
+        f"{render_machine('torch', 'transformers', command=command, lm_eval=peer)}\n\n"
+        f"One thread each.\n\n| measured | |\n|---|---|\n{table}\n"
     )
 
 

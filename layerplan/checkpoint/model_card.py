@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from layerplan import __version__
-from layerplan.plan.explain import render_layer_map
+from layerplan.plan.explain import summarize_plan
 from layerplan.plan.freeze_plan import FreezePlan
 
 
@@ -37,12 +37,7 @@ def render_model_card(
         "",
         f"Base: `{plan.model.name}` at revision `{plan.model.revision}`. The base's licence and limits hold for this model too.",
         "",
-        plan.reason,
-        "",
-        "```",
-        render_layer_map(plan),
-        "```",
-        "",
+        *summarize_plan(plan),
         "| | |",
         "|---|---|",
         *_numbers(state),

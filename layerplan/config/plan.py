@@ -155,7 +155,7 @@ class ChangeOptions(StrictModel):
     """Steps over which the learning rate rises again after a change; 0 leaves the schedule as it is."""
 
 
-FixedPlanConfig = Annotated[
+_FixedPlanConfig = (
     FullPlanConfig
     | FreezeDeepPlanConfig
     | FreezeShallowPlanConfig
@@ -165,9 +165,9 @@ FixedPlanConfig = Annotated[
     | TopKSensitivityPlanConfig
     | RandomPlanConfig
     | ReversePlanConfig
-    | MidpointPlanConfig,
-    Field(discriminator="type"),
-]
+    | MidpointPlanConfig
+)
+FixedPlanConfig = Annotated[_FixedPlanConfig, Field(discriminator="type")]
 
 
 class PhaseConfig(StrictModel):
@@ -217,16 +217,7 @@ class SampleBudgetPlanConfig(ChangeOptions, PlanOptions):
 
 
 PlanConfig = Annotated[
-    FullPlanConfig
-    | FreezeDeepPlanConfig
-    | FreezeShallowPlanConfig
-    | FromProfilePlanConfig
-    | SemanticPlanConfig
-    | ExplicitPlanConfig
-    | TopKSensitivityPlanConfig
-    | RandomPlanConfig
-    | ReversePlanConfig
-    | MidpointPlanConfig
+    _FixedPlanConfig
     | BudgetPlanConfig
     | SchedulePlanConfig
     | RotationPlanConfig

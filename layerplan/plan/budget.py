@@ -9,10 +9,10 @@ from typing import Any
 from layerplan.config.plan import BudgetPlanConfig, FreezeDeepPlanConfig, FreezeShallowPlanConfig, PlanConfig
 from layerplan.config.train import TrainConfig
 from layerplan.errors import PlanError
-from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, predict_cost
+from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, predict_cost
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
-from layerplan.plan.memory import GIB, choose_placement
+from layerplan.plan.memory import choose_placement
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan, make_plan
 

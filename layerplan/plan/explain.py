@@ -28,17 +28,17 @@ def render_layer_map(plan: FreezePlan) -> str:
     )
 
 
+def summarize_plan(plan: FreezePlan) -> list[str]:
+    """The reason and the layer map, as lines of Markdown."""
+    return [plan.reason, "", "```", render_layer_map(plan), "```", ""]
+
+
 def explain_plan(plan: FreezePlan, profile: LayerProfile | None = None) -> str:
     """Renders the plan as Markdown: the decision, what was measured, and what it costs."""
     lines = [
         f"# Freeze plan `{plan.plan_type}` for {plan.model.name}",
         "",
-        plan.reason,
-        "",
-        "```",
-        render_layer_map(plan),
-        "```",
-        "",
+        *summarize_plan(plan),
         *_cost_lines(plan),
         *_pareto_lines(plan),
         *_phase_lines(plan),

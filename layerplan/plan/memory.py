@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerplan.config.train import TrainConfig
-from layerplan.plan.cost import count_trainable_params
+from layerplan.plan.cost import GIB, count_trainable_params
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement, choose_layers, gradient_path
 
-GIB = 2**30
 HEADROOM = 0.9
 """Share of the free memory a prediction may fill."""
 CHUNK_LOGITS = {"cpu": 32 * 2**20, "cuda": 640 * 2**20}

@@ -13,8 +13,9 @@ from layerplan.checkpoint.dcp import Parked, load_parked
 from layerplan.errors import TrainingError
 from layerplan.models.causal_lm import load_causal_lm
 from layerplan.models.freezing import AppliedPlan, apply_plan
+from layerplan.plan.cost import GIB
 from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.plan.memory import GIB, MemoryEstimate, choose_placement, choose_placements, explain_shortage
+from layerplan.plan.memory import MemoryEstimate, choose_placement, choose_placements, explain_shortage
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.train.attention import IMPLEMENTATIONS, choose_attention

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from layerplan.config.train import TrainConfig
+from layerplan.plan.cost import GIB
 
 KNOWN_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
 """Dense bfloat16 rates from the makers' data sheets."""
@@ -87,7 +88,7 @@ def measure_matmul_flops(
 def peak_memory_gib(device: torch.device) -> float:
     """Highest memory so far in GiB: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return torch.cuda.max_memory_allocated(device) / GIB
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

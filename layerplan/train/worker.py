@@ -19,10 +19,10 @@ from layerplan.checkpoint.layout import read_train_state
 from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.store import load_validation_rows
 from layerplan.models.files import load_hf_config
-from layerplan.plan.cost import predict_cost
+from layerplan.plan.cost import GIB, predict_cost
 from layerplan.plan.explain import explain_changes
 from layerplan.plan.freeze_plan import FreezePlan, PlanPhase
-from layerplan.plan.memory import GIB, explain_shortage
+from layerplan.plan.memory import explain_shortage
 from layerplan.plan.model_shape import ModelShape
 from layerplan.ray_session import quiet_engines
 from layerplan.train.build import BuiltModel, build_model

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.ray_script import script_environment
+
 ROOT = Path(__file__).resolve().parents[2]
 JOB_TIMEOUT_S = 420
 
@@ -68,11 +70,6 @@ class Job:
     output: str
 
 
-def job_environment(**extra: str) -> dict[str, str]:
-    env = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
-    return env | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | extra
-
-
 @pytest.fixture(scope="session")
 def corpus_source() -> dict[str, object]:
     """The real Chinese corpus where there is one, else the documentation on this machine."""
@@ -115,7 +112,7 @@ def start_job() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             cwd=ROOT,
-            env=job_environment(RAY_TMPDIR=folders[-1].name, **(env or {})),
+            env=script_environment(RAY_TMPDIR=folders[-1].name, **(env or {})),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.ray_script import start_script
+
 ROOT = Path(__file__).resolve().parents[2]
 MAX_STEPS = 48
 STEP_S = 0.1
@@ -51,17 +53,16 @@ def test_the_ledger_survives_every_kill_and_change_of_workers(cluster: Any, tmp_
     """Kills fall on steps drawn anew each time; the steps are in the message of a failure."""
     kills = [random.SystemRandom().randrange(low, low + 6) for low in (3, 12, 22)]
     run = tmp_path / "run"
-    env = {"RAY_ADDRESS": cluster.address}
-    killed = start(tmp_path, 2, "driver", kills[0], env)
+    killed = start(cluster, tmp_path, 2, "driver", kills[0])
     assert wait(killed) == -signal.SIGKILL, kills
     node = cluster.add_node(num_cpus=3)
-    losing = start(tmp_path, 1, "worker", kills[1], env)
+    losing = start(cluster, tmp_path, 1, "worker", kills[1])
     wait_for_step(run / "ledger.jsonl", kills[2], losing)
     assert (run / "worker.done").exists(), "the worker was never killed"
     cluster.remove_node(node, allow_graceful=False)
     assert wait(losing) > 0, "the second failure of the run is one more than it may have"
     cluster.add_node(num_cpus=3)
-    assert wait(start(tmp_path, 4, "none", 0, env)) == 0, kills
+    assert wait(start(cluster, tmp_path, 4)) == 0, kills
 
     from layerplan.corpus.manifest import Manifest
     from layerplan.corpus.stream import make_schedule
@@ -77,16 +78,9 @@ def test_the_ledger_survives_every_kill_and_change_of_workers(cluster: Any, tmp_
     assert json.loads((run / "training.json").read_text())["final_step"] == MAX_STEPS
 
 
-def start(folder: Path, workers: int, accident: str, step: int, env: dict[str, str]) -> subprocess.Popen[str]:
-    values = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"} | env
-    values |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, __file__, str(folder), str(workers), accident, str(step)],
-        env=values,
-        stdout=(folder / f"output_{workers}.txt").open("w"),
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start(cluster: Any, folder: Path, workers: int, accident: str = "none", step: int = 0) -> subprocess.Popen[str]:
+    with (folder / f"output_{workers}.txt").open("w") as output:
+        return start_script(__file__, folder, workers, accident, step, output=output, RAY_ADDRESS=cluster.address)
 
 
 def wait(process: subprocess.Popen[str]) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.ray_script import run_script
+
 ROOT = Path(__file__).resolve().parents[2]
 MAX_STEPS = 24
 LANES = 4
@@ -29,9 +30,9 @@ LANES = 4
 @pytest.mark.timeout(900)
 def test_a_killed_run_goes_on_with_fewer_workers_on_the_rows_that_are_left(tmp_path: Path) -> None:
     write_text(tmp_path / "raw")
-    killed = start(tmp_path, 2, 9)
+    killed = run_script(__file__, tmp_path, 2, 9, timeout_s=400)
     assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
-    finished = start(tmp_path, 1, 0)
+    finished = run_script(__file__, tmp_path, 1, 0, timeout_s=400)
     assert finished.returncode == 0, finished.stdout[-5000:]
 
     from layerplan.corpus.manifest import Manifest
@@ -57,20 +58,6 @@ def write_text(folder: Path) -> None:
     with (folder / "a.jsonl").open("w") as handle:
         for size in rng.integers(60, 700, 4000).tolist():
             handle.write(json.dumps({"text": "".join(map(chr, rng.integers(97, 123, size).tolist()))}) + "\n")
-
-
-def start(folder: Path, workers: int, kill_step: int) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
-    env |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, __file__, str(folder), str(workers), str(kill_step)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=400,
-        check=False,
-    )
 
 
 @dataclass

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.ray_script import run_script
 from tests.tiny_store import make_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,10 +35,10 @@ def test_phases_on_ray_equal_a_plain_loop_and_survive_a_kill(tmp_path: Path) -> 
     from safetensors.torch import load_file
 
     make_inputs(tmp_path, num_layers=3)
-    killed = start(tmp_path, "keep_killed", "keep_killed")
+    killed = run_script(__file__, tmp_path, "keep_killed", "keep_killed", timeout_s=900)
     assert "stopped at step 4" in killed.stdout, killed.stdout[-3000:]
     assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
-    done = start(tmp_path, "keep_killed", "keep", "drop")
+    done = run_script(__file__, tmp_path, "keep_killed", "keep", "drop", timeout_s=900)
     assert done.returncode == 0, done.stdout[-5000:]
     weights = {
         run: tmp_path / run / f"hf/step_{MAX_STEPS:08d}/model.safetensors" for run in ("keep_killed", "keep", "drop")
@@ -172,15 +172,6 @@ class EventSink:
             handle.write(json.dumps([name, step, message]) + "\n")
 
     def close(self) -> None: ...
-
-
-def start(folder: Path, *runs: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
-    env |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__, str(folder), *runs]
-    return subprocess.run(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900, check=False
-    )
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from layerplan.config.plan import ExplicitPlanConfig
 from layerplan.config.train import OptimizerConfig, TrainConfig
@@ -14,26 +14,15 @@ from layerplan.plan.policies import make_plan
 from layerplan.train.loop import run_loop
 from layerplan.train.sharding import reset_compiled
 from layerplan.train.state import TrainState
+from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
 from tests.tiny_loop import make_loop, make_rows
 
-VALUES = {
-    "model_type": "qwen3",
-    "num_hidden_layers": 3,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "vocab_size": 64,
-    "max_position_embeddings": 64,
-}
 PHASES = ([2], [0, 1])
 
 
 def train(*, compiled: bool) -> tuple[nn.Module, list[float]]:
     """Three steps of each phase, over one model; every phase compiles and builds its optimizer anew."""
-    torch.manual_seed(0)
-    source = AutoModelForCausalLM.from_config(AutoConfig.for_model(**VALUES), dtype=torch.float32)
+    source: nn.Module = build_tiny_qwen3()
     identity = ModelIdentity(name="tiny", model_type="qwen3", num_layers=3)
     config = TrainConfig(
         max_steps=3,
@@ -50,11 +39,11 @@ def train(*, compiled: bool) -> tuple[nn.Module, list[float]]:
         model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32, attn_implementation="eager")
         model.load_state_dict(source.state_dict())
         plan = make_plan(
-            ExplicitPlanConfig(trainable=list(layers)), model=identity, shape=ModelShape.from_hf_config(VALUES)
+            ExplicitPlanConfig(trainable=list(layers)), model=identity, shape=ModelShape.from_hf_config(TINY_QWEN3)
         )
 
         def rows_of_step(step: int, number: int = number):  # type: ignore[no-untyped-def]
-            return make_rows(step + 3 * number, batch=2, vocab_size=64)
+            return make_rows(step + 3 * number, batch=2, vocab_size=TINY_QWEN3["vocab_size"])
 
         setup, hooks = make_loop(model, plan, config, rows_of_step=rows_of_step)
         losses.append(run_loop(setup, TrainState(), hooks).last_loss)

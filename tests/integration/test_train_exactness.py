@@ -48,22 +48,9 @@ def test_two_workers_equal_one_process_over_fifty_steps(tmp_path: Path) -> None:
 
 
 def make_model(is_tied: bool):  # type: ignore[no-untyped-def]
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from tests.qwen3 import build_tiny_qwen3
 
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        tie_word_embeddings=is_tied,
-        max_position_embeddings=64,
-    )
-    return Qwen3ForCausalLM(config).float().train()
+    return build_tiny_qwen3(vocab_size=96, tie_word_embeddings=is_tied).train()
 
 
 def make_plan_for(model, plan_type: str):  # type: ignore[no-untyped-def]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.ray_script import run_script
 from tests.tiny_store import make_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,14 +28,14 @@ MAX_STEPS = 10
 def test_a_stopped_killed_and_crashed_run_ends_bit_exact(tmp_path: Path) -> None:
     """SIGTERM to the driver at step 2, SIGKILL of the driver at step 5, SIGKILL of a worker at step 8."""
     make_inputs(tmp_path)
-    stopped = start(tmp_path, "interrupted")
+    stopped = run_script(__file__, tmp_path, "interrupted", timeout_s=280)
     assert stopped.returncode == 143, stopped.stdout[-3000:]
     assert "SIGTERM: saving a checkpoint" in stopped.stdout
     saved = sorted(path.name for path in (tmp_path / "interrupted" / "checkpoints").glob("step_*"))
     assert saved, "the stopped run left no checkpoint"
-    killed = start(tmp_path, "interrupted")
+    killed = run_script(__file__, tmp_path, "interrupted", timeout_s=280)
     assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
-    finished = start(tmp_path, "interrupted", "quiet")
+    finished = run_script(__file__, tmp_path, "interrupted", "quiet", timeout_s=280)
     assert finished.returncode == 0, finished.stdout[-5000:]
     assert (tmp_path / "interrupted" / "worker.done").exists(), "the worker was never killed"
     results = {name: json.loads((tmp_path / name / "training.json").read_text()) for name in ("interrupted", "quiet")}
@@ -80,20 +80,6 @@ class AccidentSink:
     def log_event(self, name: str, step: int, message: str) -> None: ...
 
     def close(self) -> None: ...
-
-
-def start(folder: Path, *runs: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
-    env |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, __file__, str(folder), *runs],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
-        check=False,
-    )
 
 
 def make_request(folder: Path, run: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.corpus import build, readers, sources
@@ -23,6 +21,7 @@ from layerplan.corpus.journal import JOURNAL_NAME, BuildJournal
 from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.store import StoreReader, load_validation_rows
 from layerplan.errors import CorpusError
+from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
 
 QUESTION = "下列关于法律推理的表述，能够成立的是哪一项呢？请从四个选项中选择。"
 
@@ -30,24 +29,7 @@ QUESTION = "下列关于法律推理的表述，能够成立的是哪一项呢�
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One token per byte, so that tokens can be counted by hand."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: number for number, letter in enumerate(letters)} | {"<|endoftext|>": len(letters)}
-    made = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    made.save(str(path))
-    return path
-
-
-def make_text(number: int, size: int = 300) -> str:
-    """Text without repetitions, its own for every number."""
-    rng = np.random.default_rng(number)
-    return "".join(map(chr, rng.integers(0x4E00, 0x9FA0, size // 3).tolist()))
-
-
-def write_jsonl(path: Path, *records: Any) -> None:
-    content = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return make_byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def make_config(*paths: Path, **fields: Any) -> CorpusConfig:

@@ -8,36 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.corpus import on_the_fly
 from layerplan.corpus.on_the_fly import ROW_BITS, Chunks, LaneStream, list_chunks, write_stream
 from layerplan.errors import CorpusError
+from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
 
 LANES = 4
-
-
-def make_text(number: int, size: int) -> str:
-    """Text without repetitions, its own for every number."""
-    rng = np.random.default_rng(number)
-    return "".join(map(chr, rng.integers(0x4E00, 0x9FA0, size // 3).tolist()))
-
-
-def write_jsonl(path: Path, *records: Any) -> None:
-    path.write_bytes(b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records))
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One token per byte."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: number for number, letter in enumerate(letters)} | {"<|endoftext|>": len(letters)}
-    made = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    made.save(str(path))
-    return path
+    return make_byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def make_config(path: Path, **fields: Any) -> CorpusConfig:

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerplan.checkpoint.dcp import save_checkpoint
 from layerplan.checkpoint.hf_export import check_export, export_hf
@@ -25,18 +24,8 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
 from layerplan.train.optim import build_optimizer
+from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
 
-VALUES = {
-    "num_hidden_layers": 3,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "vocab_size": 40,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-}
 FROZEN, TRAINED = "model.layers.2.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"
 
 
@@ -54,11 +43,10 @@ class Run:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """A base, one optimizer step under a plan that trains layer 0 alone, and its checkpoint."""
-    torch.manual_seed(0)
     base = tmp_path / "base"
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **VALUES)).save_pretrained(base)
+    build_tiny_qwen3().save_pretrained(base)
     Tokenizer(models.BPE()).save(str(base / "tokenizer.json"))
-    shape = ModelShape.from_hf_config({"model_type": "qwen3", **VALUES})
+    shape = ModelShape.from_hf_config(TINY_QWEN3)
     plan = make_plan(FreezeDeepPlanConfig(boundary=1), model=identify_model(str(base)), shape=shape)
     model = load_causal_lm(str(base))
     apply_plan(model, plan)
@@ -157,7 +145,7 @@ def test_a_base_that_changed_since_the_plan_is_refused(run: Run, tmp_path: Path)
 
 
 def test_a_checkpoint_of_another_plan_is_refused(run: Run, tmp_path: Path) -> None:
-    shape = ModelShape.from_hf_config({"model_type": "qwen3", **VALUES})
+    shape = ModelShape.from_hf_config(TINY_QWEN3)
     other = make_plan(FreezeDeepPlanConfig(boundary=2), model=run.plan.model, shape=shape)
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         export_hf(base=str(run.base), checkpoint=run.checkpoint, out_dir=tmp_path / "out", plan=other)

@@ -8,7 +8,6 @@ import random
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerplan.config.plan import ExplicitPlanConfig, FreezeShallowPlanConfig
 from layerplan.config.train import TrainConfig
@@ -22,26 +21,15 @@ from layerplan.train import frozen_check
 from layerplan.train.frozen_check import FrozenTensors
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
 from layerplan.train.state import TrainState
+from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
 from tests.tiny_loop import make_loop, make_rows
 
-VALUES = {
-    "model_type": "qwen3",
-    "num_hidden_layers": 4,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "vocab_size": 40,
-    "max_position_embeddings": 64,
-}
+VALUES = TINY_QWEN3 | {"num_hidden_layers": 4}
 MODEL = ModelIdentity(name="tiny", model_type="qwen3", num_layers=4)
 
 
 def build(*, tied: bool) -> nn.Module:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(**VALUES, tie_word_embeddings=tied)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return build_tiny_qwen3(**VALUES | {"tie_word_embeddings": tied})
 
 
 def plan_for(config: object, *, tied: bool) -> FreezePlan:

@@ -22,26 +22,8 @@ from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement, gradient_path
 from layerplan.plan.policies import make_plan
 from layerplan.train.step import LossModel, TensorBatch
+from tests.qwen3 import QWEN3_0P6B, QWEN3_8B, QWEN3_14B
 
-QWEN3_0P6B = {
-    "model_type": "qwen3",
-    "num_hidden_layers": 28,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": True,
-}
-LARGER = {"num_attention_heads": 32, "tie_word_embeddings": False}
-QWEN3_8B = QWEN3_0P6B | LARGER | {"num_hidden_layers": 36, "hidden_size": 4096, "intermediate_size": 12288}
-QWEN3_14B = (
-    QWEN3_0P6B
-    | LARGER
-    | {"num_hidden_layers": 40, "hidden_size": 5120, "intermediate_size": 17408, "num_attention_heads": 40}
-)
 LLAMA_1B = {
     "model_type": "llama",
     "num_hidden_layers": 16,

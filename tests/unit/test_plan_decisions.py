@@ -25,27 +25,15 @@ from layerplan.plan.cost import count_trainable_params, predict_cost
 from layerplan.plan.decide import PlanContext, resolve_plan
 from layerplan.plan.explain import explain_plan
 from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
+from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.memory import choose_placement, choose_placements
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan, make_plan
 from layerplan.plan.sample_budget import allocate_start_layers
+from tests.qwen3 import QWEN3_0P6B, QWEN3_0P6B_IDENTITY
 
-SHAPE = ModelShape.from_hf_config(
-    {
-        "model_type": "qwen3",
-        "num_hidden_layers": 28,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": True,
-    }
-)
-MODEL = ModelIdentity(name="Qwen3-0.6B", model_type="qwen3", num_layers=28)
+SHAPE = ModelShape.from_hf_config(QWEN3_0P6B)
+MODEL = QWEN3_0P6B_IDENTITY
 TRAIN = TrainConfig(max_steps=100, global_batch_size=8, micro_batch_size=1, num_workers=8, use_gpu=True)
 
 

@@ -16,28 +16,9 @@ from layerplan.plan.cost import count_trainable_params
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
+from tests.qwen3 import QWEN3_0P6B, QWEN3_8B, QWEN3_14B
 
-
-def qwen3(layers: int, hidden: int, feed_forward: int, heads: int, *, tied: bool) -> dict[str, Any]:
-    return {
-        "model_type": "qwen3",
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": feed_forward,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": tied,
-    }
-
-
-CONFIGS = {
-    "0.6B": qwen3(28, 1024, 3072, 16, tied=True),
-    "8B": qwen3(36, 4096, 12288, 32, tied=False),
-    "14B": qwen3(40, 5120, 17408, 40, tied=False),
-}
+CONFIGS = {"0.6B": QWEN3_0P6B, "8B": QWEN3_8B, "14B": QWEN3_14B}
 # by hand: 1024 * 4096 + 2048 * 1024 + 3 * 1024 * 3072 + 2 * 1024 + 256, and so on
 LAYER = {"0.6B": 15_730_944, "8B": 192_946_432, "14B": 330_311_936}
 EMBEDDING = {"0.6B": 155_582_464, "8B": 622_329_856, "14B": 777_912_320}

@@ -23,24 +23,13 @@ from layerplan.errors import PlanError
 from layerplan.plan.cost import explain_cost, predict_cost
 from layerplan.plan.explain import explain_plan, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.plan.layer_profile import LayerProfile, ModelIdentity, SemanticProfile
+from layerplan.plan.layer_profile import LayerProfile, SemanticProfile
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan, make_plan
+from tests.qwen3 import QWEN3_0P6B, QWEN3_0P6B_IDENTITY
 
-QWEN3_0P6B = {
-    "model_type": "qwen3",
-    "num_hidden_layers": 28,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": True,
-}
 SHAPE = ModelShape.from_hf_config(QWEN3_0P6B)
-MODEL = ModelIdentity(name="Qwen3-0.6B", model_type="qwen3", num_layers=28)
+MODEL = QWEN3_0P6B_IDENTITY
 
 
 @pytest.fixture

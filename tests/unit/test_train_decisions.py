@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig
 from layerplan.config.train import ScheduleConfig, StabilityConfig, TrainConfig
 from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.plan.memory import choose_placement, estimate_memory, explain_shortage
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement, choose_layers, gradient_path
@@ -20,28 +19,17 @@ from layerplan.train.ledger import LedgerWriter, hash_row_ids
 from layerplan.train.schedule import compute_lr_scale
 from layerplan.train.stability import StabilityMonitor
 from layerplan.train.throughput import compute_mfu, render_duration
+from tests.qwen3 import QWEN3_0P6B, QWEN3_0P6B_IDENTITY
 
-QWEN = ModelShape(
-    num_layers=28,
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_attention_heads=16,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=151936,
-    max_position_embeddings=40960,
-    is_tied=True,
-    qk_norm_params=256,
-)
-IDENTITY = ModelIdentity(name="qwen", revision="main", model_type="qwen3", num_layers=28, weights_sha256=None)
+QWEN = ModelShape.from_hf_config(QWEN3_0P6B)
 
 
 def deep(boundary: int = 14) -> FreezePlan:
-    return make_plan(FreezeDeepPlanConfig(boundary=boundary), model=IDENTITY, shape=QWEN, profile=None)
+    return make_plan(FreezeDeepPlanConfig(boundary=boundary), model=QWEN3_0P6B_IDENTITY, shape=QWEN, profile=None)
 
 
 def shallow(boundary: int = 14) -> FreezePlan:
-    return make_plan(FreezeShallowPlanConfig(boundary=boundary), model=IDENTITY, shape=QWEN, profile=None)
+    return make_plan(FreezeShallowPlanConfig(boundary=boundary), model=QWEN3_0P6B_IDENTITY, shape=QWEN, profile=None)
 
 
 def test_warmup_reaches_the_peak_and_each_shape_ends_at_its_minimum() -> None:

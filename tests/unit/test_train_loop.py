@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerplan.checkpoint.dcp import load_checkpoint, save_checkpoint
 from layerplan.config.plan import ExplicitPlanConfig
@@ -25,27 +24,16 @@ from layerplan.plan.policies import make_plan
 from layerplan.train.loop import run_loop
 from layerplan.train.state import TrainState
 from layerplan.train.step import accumulate_gradients, make_batch
+from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
 from tests.tiny_loop import Sink, make_loop, make_rows
 
 POISON = 39
 """A token whose embedding row is infinite: a row that has it has no finite loss."""
-VALUES = {
-    "model_type": "qwen3",
-    "num_hidden_layers": 3,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "vocab_size": 40,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
+VALUES = TINY_QWEN3 | {"tie_word_embeddings": False}
 
 
 def build() -> nn.Module:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**VALUES), dtype=torch.float32)
+    model = build_tiny_qwen3(**VALUES)
     with torch.no_grad():
         model.get_input_embeddings().weight[POISON] = torch.inf
     return model

@@ -6,31 +6,20 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3ForCausalLM
 
 from layerplan.corpus.rows import PackedRows
 from layerplan.train import loss as loss_module
 from layerplan.train.loss import IGNORED, LossOptions, compute_loss_sum, make_labels
 from layerplan.train.step import LossModel, accumulate_gradients, make_batch
+from tests.qwen3 import build_tiny_qwen3
 
 CPU = torch.device("cpu")
 VOCAB = 67
 
 
 def make_model(is_tied: bool = True) -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        tie_word_embeddings=is_tied,
-        max_position_embeddings=64,
-    )
-    return Qwen3ForCausalLM(config).float().train()
+    return build_tiny_qwen3(vocab_size=VOCAB, num_hidden_layers=2, tie_word_embeddings=is_tied).train()
 
 
 def make_rows(lengths: list[int], num_rows: int = 2, seq_len: int = 16, seed: int = 0) -> PackedRows:
