@@ -18,6 +18,7 @@ of words: it is faster, so that more data is under way at once.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -230,6 +231,12 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def sample_documents(folder: Path, share: float) -> list[str]:
+    """Every so many-th document of a written corpus."""
+    lines = (line for path in sorted(folder.glob("*.jsonl")) for line in path.open("rb"))
+    return [json.loads(line)["text"] for line in itertools.islice(lines, 0, None, max(1, round(1 / share)))]
+
+
 def sample_of(texts: list[str], num_chars: int) -> list[str]:
     """Whole documents of about so many characters, from the beginning."""
     taken: list[str] = []
@@ -246,7 +253,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of Parquet files with a `text` column")
     parser.add_argument("--mib", type=int, default=64, help="size of the corpus whose build is timed")
     parser.add_argument("--memory-mib", type=int, default=0, help="size of the corpus whose build's memory is measured")
-    parser.add_argument("--sample-chars", type=int, default=12_000_000, help="text the bare tokenizer is timed on")
+    parser.add_argument("--sample-share", type=float, default=0.2, help="of that corpus, for the bare tokenizer")
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--reader-steps", type=int, default=256)
@@ -277,7 +284,7 @@ def measure_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     tokenizer = folder / "tokenizer" / "tokenizer.json"
     write_corpus(texts, folder / "raw", args.mib * MIB)
-    sample = sample_of(texts * 20, args.sample_chars)
+    sample = sample_documents(folder / "raw", args.sample_share)
     questions = [BenchmarkText(str(number), text[5000:5060]) for number, text in enumerate(texts) if len(text) > 1e5]
     config = CorpusConfig(
         sources=[SourceConfig(path=str(folder / "raw"))], seq_len=args.seq_len, num_workers=2, num_cpus_per_worker=0.5

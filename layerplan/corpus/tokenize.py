@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
@@ -134,7 +134,7 @@ class UnitTokenizer:
         encoded = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
         records = []
         for (record, _), parts in zip(pending, pieces, strict=True):
-            ids = b"".join(np.array(next(encoded).ids, dtype=np.int32).tobytes() for _ in parts)
+            ids = b"".join(array("i", next(encoded).ids).tobytes() for _ in parts)
             records.append(Record(**vars(record) | {"ids": ids}))
         return records
 

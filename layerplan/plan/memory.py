@@ -18,7 +18,8 @@ from layerplan.plan.placement import Placement, choose_layers, gradient_path
 
 HEADROOM = 0.9
 """Share of the free memory a prediction may fill."""
-CHUNK_LOGITS = {"cpu": 32 * 2**20, "cuda": 640 * 2**20}
+CPU_CHUNK_ROWS = 256
+CUDA_CHUNK_LOGITS = 640 * 2**20
 BASELINE_BYTES = {"cuda": 1.5 * GIB, "cpu": 0.5 * GIB}
 """Libraries, contexts, workspaces."""
 
@@ -50,9 +51,13 @@ class MemoryEstimate:
         return self.parameters + self.activations + self.loss + self.baseline
 
 
-def chunk_logits(device_type: str) -> int:
-    """Logits the loss holds at once; a chunk has about this many divided by V positions. GPUs need larger products."""
-    return CHUNK_LOGITS.get(device_type, CHUNK_LOGITS["cpu"])
+def choose_chunk_rows(device_type: str, vocab_size: int) -> int:
+    """Positions whose logits the loss holds at once.
+
+    On a CPU a matrix product of so many rows is as fast as any larger one, and their logits are the largest tensor of
+    a small model; a GPU needs larger products.
+    """
+    return max(1, CUDA_CHUNK_LOGITS // vocab_size) if device_type == "cuda" else CPU_CHUNK_ROWS
 
 
 def layer_activation_bytes(shape: ModelShape, dtype: str, *, trained: bool, layer: int = 0) -> float:
@@ -93,7 +98,8 @@ def estimate_memory(
     if checkpointed:
         stored += tokens * layer_activation_bytes(shape, config.compute_dtype, trained=True)
     trains_head = plan.train_lm_head or plan.tied in ("trained", "head_only")
-    loss = chunk_logits(device_type) * (width + 8) + 3 * tokens * shape.hidden_size * width
+    chunk_rows = min(choose_chunk_rows(device_type, shape.vocab_size), tokens)
+    loss = chunk_rows * shape.vocab_size * (width + 8) + 3 * tokens * shape.hidden_size * width
     loss += shape.embedding_params * 4 if trains_head else 0
     return MemoryEstimate(
         parameters=_parameter_bytes(trained, frozen, width, shape, config, placement, world_size, seq_len),

@@ -3,7 +3,9 @@
 The logits of a batch are the largest tensor of a small model with a large vocabulary: 8 x 4,096 tokens times 151,936
 entries in float32 are 18.5 GiB, and autograd would keep several of them. Here a chunk of positions is projected,
 turned into its loss *and* its gradient at once, and dropped. Logits have the dtype of the weights; the log-sum-exp,
-the losses and the sums over chunks are float32. Shapes: N positions, D hidden, V vocabulary.
+the losses and the sums over chunks are float32.
+
+Shapes: N positions, C positions of a chunk, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerplan.plan.memory import chunk_logits
+from layerplan.plan.memory import choose_chunk_rows
 
 IGNORED = -100
 
@@ -45,17 +47,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight: Tensor | None = None
         total = hidden_ND.new_zeros((), dtype=torch.float32)
-        size = max(1, chunk_logits(hidden_ND.device.type) // weight_VD.shape[0])
-        for start in range(0, hidden_ND.shape[0], size):
-            piece = slice(start, start + size)
-            loss, grad_logits = core(
-                hidden_ND[piece] @ weight_VD.T, labels_N[piece], scale, options.softcap, options.z_weight
-            )
+        num_rows, size = len(hidden_ND), choose_chunk_rows(hidden_ND.device.type, len(weight_VD))
+        buffer_CV = hidden_ND.new_empty(min(size, num_rows), len(weight_VD))
+        for start in range(0, num_rows, size):
+            piece = slice(start, min(start + size, num_rows))
+            logits = torch.mm(hidden_ND[piece], weight_VD.T, out=buffer_CV[: piece.stop - start])
+            loss, grad_logits = core(logits, labels_N[piece], scale, options.softcap, options.z_weight)
             total += loss
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight_VD, out=grad_hidden[piece])
             if needs_weight:
-                grad_weight = _add_in_float32(grad_weight, grad_logits.T @ hidden_ND[piece])
+                grad_weight = _add_product(grad_weight, grad_logits.T, hidden_ND[piece])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.scale, ctx.weight_dtype = scale, weight_VD.dtype
         return total
@@ -101,13 +103,13 @@ def make_labels(input_ids_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
     return labels
 
 
-def _add_in_float32(total: Tensor | None, piece: Tensor) -> Tensor:
-    """One chunk needs no sum and stays as it is; more are summed in float32."""
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """`total + left @ right`, summed in float32; one product alone keeps its dtype."""
     if total is None:
-        return piece
-    if total.dtype != torch.float32:
-        total = total.float()
-    return total.add_(piece)
+        return left @ right
+    if total.dtype == left.dtype == torch.float32:
+        return total.addmm_(left, right)
+    return total.float().add_(left @ right)
 
 
 def _chunk(
@@ -118,12 +120,16 @@ def _chunk(
     capped = raw if softcap is None else torch.tanh(raw / softcap) * softcap
     valid = (labels_N != IGNORED).float()
     target = labels_N.clamp_min(0)[:, None]
-    log_sum = torch.logsumexp(capped, dim=-1)
-    losses = log_sum - capped.gather(1, target)[:, 0] + z_weight * log_sum.square()
+    picked = capped.gather(1, target)[:, 0]
+    # one exponential for the sum and the gradient, in place where the logits are not needed again
+    largest = capped.amax(dim=-1, keepdim=True)
+    grad = (capped.sub_(largest) if softcap is None else capped - largest).exp_()
+    total = grad.sum(dim=-1, keepdim=True)
+    log_sum = (largest + total.log())[:, 0]
+    losses = log_sum - picked + z_weight * log_sum.square()
     factor = valid * scale
     # softmax * (1 + 2 z lse) - onehot
-    grad = (capped - log_sum[:, None]).exp_()
-    grad *= ((1 + 2 * z_weight * log_sum) * factor)[:, None]
+    grad *= ((1 + 2 * z_weight * log_sum) * factor)[:, None] / total
     grad.scatter_add_(1, target, -factor[:, None])
     if softcap is not None:
         grad *= 1 - (capped / softcap).square()

@@ -12,6 +12,7 @@ from layerplan.corpus.rows import PackedRows
 from layerplan.train import loss as loss_module
 from layerplan.train.loss import IGNORED, LossOptions, compute_loss_sum, make_labels
 from layerplan.train.step import LossModel, accumulate_gradients, make_batch
+from tests.allocations import count_peak_bytes
 from tests.qwen3 import build_tiny_qwen3
 
 CPU = torch.device("cpu")
@@ -42,8 +43,9 @@ def plain_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
     if options.softcap is not None:
         logits = torch.tanh(logits / options.softcap) * options.softcap
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    z = logits.logsumexp(-1).square() * (labels != IGNORED)
-    return total + options.z_weight * z.sum()
+    if options.z_weight == 0:
+        return total
+    return total + options.z_weight * (logits.logsumexp(-1).square() * (labels != IGNORED)).sum()
 
 
 @pytest.mark.parametrize("options", [LossOptions(), LossOptions(softcap=3.0), LossOptions(z_weight=0.01)])
@@ -51,7 +53,7 @@ def plain_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
 def test_chunked_loss_and_gradients_equal_the_plain_ones(
     options: LossOptions, core: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_module, "chunk_logits", lambda device_type: 3 * VOCAB)
+    monkeypatch.setattr(loss_module, "choose_chunk_rows", lambda device_type, vocab_size: 3)
     monkeypatch.setattr(loss_module, "_chunk", getattr(loss_module, core))
     torch.manual_seed(1)
     hidden = torch.randn(10, 8, requires_grad=True)
@@ -69,7 +71,7 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(
 
 
 def test_bfloat16_loss_sums_in_float32_and_a_frozen_head_gets_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "chunk_logits", lambda device_type: 16 * VOCAB)
+    monkeypatch.setattr(loss_module, "choose_chunk_rows", lambda device_type, vocab_size: 16)
     torch.manual_seed(1)
     hidden = torch.randn(4096, 8, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(VOCAB, 8, dtype=torch.bfloat16)
@@ -81,6 +83,23 @@ def test_bfloat16_loss_sums_in_float32_and_a_frozen_head_gets_no_gradient(monkey
     assert abs(float((found - expected).detach())) / float(expected) < 1e-6
     assert weight.grad is None
     assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_the_loss_takes_less_than_a_tenth_of_the_plain_ones_memory(is_compiled: bool, trains_head: bool) -> None:
+    """Of one row of 1,024 tokens, the smallest the benchmarks train on; the plain loss keeps three times the logits."""
+    vocab_size = 20_000
+    hidden = torch.randn(1024, 8, requires_grad=True)
+    weight = torch.randn(vocab_size, 8, requires_grad=trains_head)
+    labels = torch.randint(0, vocab_size, (1024,))
+    options = LossOptions(compiled=is_compiled)
+    compute_loss_sum(hidden, weight, labels, options=options)
+
+    plain = count_peak_bytes(lambda: plain_loss(hidden, weight, labels, options).backward())
+    chunked = count_peak_bytes(lambda: compute_loss_sum(hidden, weight, labels, options=options).backward())
+    assert plain > 3 * 1024 * vocab_size * 4
+    assert chunked < 0.1 * plain, f"{chunked:,} bytes against {plain:,}"
 
 
 def test_labels_stay_inside_their_document() -> None:
