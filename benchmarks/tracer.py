@@ -68,7 +68,8 @@ def make_encoded_probes() -> list[EncodedProbe]:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=4000, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([probe.prompt + probe.answer for probe in probes], trainer=trainer)
-    return encode_probes(probes, PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return encode_probes(probes, fast, mask_check_every=TraceConfig().mask_check_every)
 
 
 def trace_ours(meter: ProbeMeter, ids: torch.Tensor, context: torch.Tensor, mask: Mask) -> tuple[Any, Any]:
@@ -183,7 +184,7 @@ def compare(meter: ProbeMeter, batch: list[EncodedProbe], mask: Mask, args: argp
 
 
 def measure_all(meter: ProbeMeter, encoded: list[EncodedProbe], limit: int | None) -> dict[str, float]:
-    """Time of every diagnostic on the whole probe set: both masks, both supports and SALF."""
+    """Time of every diagnostic on the whole probe set as a job measures it: masks, supports and SALF."""
     batches = make_batches(encoded, 16)
     chosen = batches if limit is None else batches[:: max(1, len(batches) // limit)]
     start = time.perf_counter()

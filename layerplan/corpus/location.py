@@ -1,4 +1,8 @@
-"""Where bytes lie: a local path, or an address that pyarrow (S3, GCS, HDFS) or fsspec (the rest) can open."""
+"""Where bytes lie: a local path, or an address that pyarrow (S3, GCS, HDFS) or fsspec (the rest) can open.
+
+An address may end with options of its file system, `s3://bucket/raw?endpoint_override=minio:9000&scheme=http`. They hold
+for every file below it.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,18 @@ def is_address(path: str | Path) -> bool:
     return "://" in str(path)
 
 
+def split_options(path: str) -> tuple[str, str]:
+    """The path, and the options at the end of an address with their question mark."""
+    name, mark, options = path.partition("?") if is_address(path) else (path, "", "")
+    return name, mark + options
+
+
+def join_location(folder: str | Path, name: str) -> str:
+    """The place of a file in a folder, by the folder's options."""
+    path, options = split_options(str(folder))
+    return f"{path.rstrip('/')}/{name}{options}"
+
+
 def open_filesystem(path: str | Path) -> tuple[pafs.FileSystem, str]:
     """The file system of a path, and the path within it.
 
@@ -36,14 +52,26 @@ def open_filesystem(path: str | Path) -> tuple[pafs.FileSystem, str]:
     """
     if not is_address(path):
         return pafs.LocalFileSystem(), str(Path(path).expanduser().resolve())
-    scheme, _, inner = str(path).partition("://")
-    if scheme in ("s3", "gs", "gcs", "hdfs", "viewfs", "file"):
+    name, options = split_options(str(path))
+    scheme, _, inner = name.partition("://")
+    if scheme in ("s3", "gs", "gcs"):
+        bucket, _, key = inner.partition("/")
+        filesystem, root = _open_bucket(f"{scheme}://{bucket}{options}")
+        return filesystem, f"{root}/{key}".rstrip("/")
+    if scheme in ("hdfs", "viewfs", "file"):
         filesystem, inner = pafs.FileSystem.from_uri(str(path))
         return filesystem, inner
     try:
         return _open_fsspec(scheme), inner
     except (ValueError, ImportError) as error:
         raise OSError(f"no file system for {scheme}:// ({error})") from None
+
+
+@lru_cache(maxsize=64)
+def _open_bucket(address: str) -> tuple[pafs.FileSystem, str]:
+    """Opening asks for the bucket's region, a request that is not worth repeating for every file."""
+    filesystem, root = pafs.FileSystem.from_uri(address)
+    return filesystem, root
 
 
 @lru_cache(maxsize=8)
@@ -70,9 +98,10 @@ def list_files(path: str) -> list[FileEntry]:
     except (pa.ArrowException, ValueError, OSError, ImportError) as error:
         raise CorpusError(f"{path}: cannot be opened ({' '.join(str(error).split())[:300]})") from None
     prefix = path.partition("://")[0] + "://" if is_address(path) else ""
+    options = split_options(path)[1]
     start = len(root.rstrip("/")) + 1
     return [
-        FileEntry(prefix + item.path, item.size or 0)
+        FileEntry(prefix + item.path + options, item.size or 0)
         for item in sorted(infos, key=lambda item: str(item.path))
         if item.type == pafs.FileType.File and not _is_hidden(item.path[start:])
     ]
@@ -88,9 +117,10 @@ def open_stream(path: str) -> IO[bytes]:
     """Opens a file for reading from its beginning, decompressed by its ending (.gz, .zst)."""
     filesystem, inner = open_filesystem(path)
     raw: Any = filesystem.open_input_stream(inner, compression=None)
-    if path.endswith(".gz"):
+    name = split_options(path)[0]
+    if name.endswith(".gz"):
         return gzip.open(raw)  # type: ignore[return-value]
-    if path.endswith(".zst"):
+    if name.endswith(".zst"):
         import zstandard
 
         # a .zst made by parallel compressors has many frames; by default only the first would be read

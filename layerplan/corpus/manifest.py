@@ -9,7 +9,7 @@ import pyarrow as pa
 from pydantic import Field, ValidationError
 
 from layerplan.config.base import StrictModel
-from layerplan.corpus.location import is_address, open_file
+from layerplan.corpus.location import is_address, join_location, open_file
 from layerplan.errors import CorpusError
 
 MANIFEST_NAME = "manifest.json"
@@ -109,7 +109,7 @@ class Manifest(StrictModel):
         Raises:
             CorpusError: When the store is missing, incomplete or malformed.
         """
-        path = f"{store}/{MANIFEST_NAME}"
+        path = join_location(store, MANIFEST_NAME)
         try:
             with open_file(path) as handle:
                 return cls.model_validate_json(bytes(handle.read()))
@@ -123,4 +123,4 @@ class Manifest(StrictModel):
 
 def resolve_store(path: str) -> Path | str:
     """A store's place: an absolute local path, or the address as it is."""
-    return path.rstrip("/") if is_address(path) else Path(path).expanduser().resolve()
+    return path if is_address(path) else Path(path).expanduser().resolve()

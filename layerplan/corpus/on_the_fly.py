@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.build import find_complete, hash_config, hash_units, load_tokenizer, write_manifest
 from layerplan.corpus.decontamination import BenchmarkText
-from layerplan.corpus.location import open_file
+from layerplan.corpus.location import join_location, open_file
 from layerplan.corpus.manifest import MANIFEST_NAME, Manifest, SourceRows
 from layerplan.corpus.pack import Packer, RawRow
 from layerplan.corpus.rows import PackedRows, make_rows
@@ -144,7 +144,7 @@ class Chunks:
     """The chunks of a stream, made to rows on demand."""
 
     def __init__(self, store: Path | str) -> None:
-        with open_file(f"{store}/{STREAM_NAME}") as handle:
+        with open_file(join_location(store, STREAM_NAME)) as handle:
             content = json.loads(bytes(handle.read()))
         self.config = CorpusConfig.model_validate(content["config"])
         self._end_of_text_id = int(content["end_of_text_id"])

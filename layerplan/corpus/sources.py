@@ -13,7 +13,7 @@ from pathlib import Path
 
 from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.corpus.hub import HUB, list_hub_files
-from layerplan.corpus.location import FileEntry, list_files
+from layerplan.corpus.location import FileEntry, list_files, split_options
 from layerplan.corpus.machine_docs import ALL_MACHINE_DOCS, iter_machine_units
 from layerplan.corpus.readers import Document, read_unit
 from layerplan.errors import CorpusError
@@ -109,7 +109,7 @@ def _iter_units(index: int, source: SourceConfig, unit_bytes: int) -> Iterator[U
 
 
 def _cut(index: int, file: FileEntry, format_name: str, unit_bytes: int) -> Iterator[Unit]:
-    if format_name not in ("jsonl", "parquet") or file.path.endswith(COMPRESSIONS):
+    if format_name not in ("jsonl", "parquet") or split_options(file.path)[0].endswith(COMPRESSIONS):
         yield Unit(index, file.path, format_name, 0, file.size)
         return
     for start in range(0, max(file.size, 1), unit_bytes):
@@ -117,7 +117,7 @@ def _cut(index: int, file: FileEntry, format_name: str, unit_bytes: int) -> Iter
 
 
 def _guess_format(path: str) -> str | None:
-    name = path
+    name = split_options(path)[0]
     for ending in COMPRESSIONS:
         name = name.removesuffix(ending)
     return FORMATS.get(Path(name).suffix.lower())

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from layerplan.corpus.location import open_filesystem
+from layerplan.corpus.location import join_location, open_filesystem
 from layerplan.corpus.manifest import VALIDATION_NAME, Manifest, Shard
 from layerplan.corpus.pack import RawRow
 from layerplan.corpus.rows import PackedRows, make_rows
@@ -89,7 +89,7 @@ class StoreReader:
         return make_rows(np.asarray(row_ids, dtype=np.int64), input_ids, starts, used)
 
     def _read_group(self, shard: int, group: int) -> RawRows:
-        path = f"{self._store}/{self.manifest.shards[shard].name}"
+        path = join_location(self._store, self.manifest.shards[shard].name)
         try:
             table = _open_shard(path).read_row_group(group, columns=["input_ids", "starts", "used"])
         except (OSError, pa.ArrowException) as error:
@@ -102,7 +102,7 @@ def load_validation_rows(store: Path | str) -> PackedRows | None:
     manifest = Manifest.load(store)
     if manifest.num_validation_rows == 0:
         return None
-    table = _open_shard(f"{store}/{VALIDATION_NAME}").read()
+    table = _open_shard(join_location(store, VALIDATION_NAME)).read()
     raw = _to_raw(table, manifest.seq_len)
     return make_rows(table["row_id"].to_numpy(), raw.input_ids, raw.starts, raw.used)
 

@@ -176,10 +176,13 @@ def describe_certainty(profile: LayerProfile) -> list[str]:
     for name, said in (("top_k", "another top-k support"), ("mask", "another mask")):
         values = profile.stability.get(name, {})
         if "boundary" in values:
-            chosen = int(values["boundary"])
-            same = "the same boundary" if chosen == best else f"boundary {chosen}"
+            chosen, before = int(values["boundary"]), int(values["boundary"] - values["boundary_change"])
+            same = "the same boundary" if chosen == before else f"boundary {chosen} in place of {before}"
+            count = int(values.get("num_probes", profile.num_probes))
+            some = f" (tried on {count} of {profile.num_probes} probes)" if count < profile.num_probes else ""
             lines.append(
-                f"With {said}, sensitivity ranks layers alike with {values['sensitivity_correlation']:.2f}, and S chooses {same}."
+                f"With {said}{some}, sensitivity ranks layers alike with {values['sensitivity_correlation']:.2f}, and S"
+                f" chooses {same}."
             )
     halves = profile.stability.get("halves", {})
     if "same_boundary_share" in halves:

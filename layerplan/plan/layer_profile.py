@@ -106,7 +106,7 @@ class LayerProfile(StrictModel):
     stability: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Per check (`top_k`, `mask`, `halves`): rank correlations and what becomes of the boundary (`tracer/stability.py`)."""
     measured_by: dict[str, dict[str, int]] = Field(default_factory=dict)
-    """Per mask: probes by the way their perturbed copies were computed (`tracer/masking.py`); all ways are exact."""
+    """Per mask, probes measured with it by the way their copies were computed (`tracer/masking.py`); all are exact."""
     sha256: str = ""
     """Hash over every other field."""
 

@@ -70,7 +70,8 @@ def _stability_table(profile: LayerProfile) -> str:
                 "unchanged" if particle is None else f"{particle:.2f}",
                 f"{values['score_correlation']:.2f}",
                 boundary,
+                f"{values.get('num_probes', profile.num_probes):,.0f}",
             ]
         )
-    headings = ["compared with", "rank correlation of LS", "of TP", "of S(k)", "boundary"]
+    headings = ["compared with", "rank correlation of LS", "of TP", "of S(k)", "boundary", "probes"]
     return render_table(headings, rows)

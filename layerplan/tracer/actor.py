@@ -61,6 +61,7 @@ def decode_batch(values: Any) -> list[EncodedProbe]:
             input_ids=tuple(int(token) for token in value["input_ids"]),
             is_context=tuple(bool(flag) for flag in value["is_context"]),
             gold_id=int(value["gold_id"]),
+            checks_mask=bool(value["checks_mask"]),
         )
         for value in values
     ]

@@ -77,7 +77,7 @@ def build_profile(
         boundary_win_share=wins,
         stability=check_stability(ratio, sensitivity, variants, group_of, seed=config.seed),
         measured_by={
-            mask: dict(sorted(Counter(record[f"way_{mask}"] for record in records).items()))
+            mask: dict(sorted(Counter(way for record in records if (way := record[f"way_{mask}"])).items()))
             for mask in ("mean", "zero")
         },
     ).sealed()

@@ -6,8 +6,9 @@ byte-level BPE puts it in front of a word, SentencePiece as a meta symbol, WordP
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -25,20 +26,31 @@ class EncodedProbe:
     is_context: tuple[bool, ...]
     gold_id: int
     """First token of the right answer, as it follows the prompt."""
+    checks_mask: bool = True
+    """Whether it is measured with the other mask too."""
 
 
-def encode_probes(probes: Sequence[Probe], tokenizer: Any, max_tokens: int | None = None) -> list[EncodedProbe]:
+def encode_probes(
+    probes: Sequence[Probe], tokenizer: Any, max_tokens: int | None = None, *, mask_check_every: int = 1
+) -> list[EncodedProbe]:
     """Tokenizes probes with the special tokens the model is used to, except those after the prompt.
 
     Args:
         probes: Probes with distinct ids.
         tokenizer: A fast tokenizer from transformers.
         max_tokens: Positions the model has, None when it has no limit.
+        mask_check_every: Of each group, the first probe and every so many-th after it check the other mask.
 
     Raises:
         ProbeError: Naming the probe whose context, query or answer covers no token, or that is too long.
     """
-    return [_encode(probe, tokenizer, max_tokens) for probe in probes]
+    seen: Counter[str] = Counter()
+    encoded = []
+    for probe in probes:
+        checks_mask = seen[probe.group] % mask_check_every == 0
+        encoded.append(replace(_encode(probe, tokenizer, max_tokens), checks_mask=checks_mask))
+        seen[probe.group] += 1
+    return encoded
 
 
 def make_batches(encoded: Sequence[EncodedProbe], batch_size: int) -> list[list[EncodedProbe]]:

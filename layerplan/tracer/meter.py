@@ -42,7 +42,8 @@ class ProbeMeter:
         """One record per probe, in order.
 
         A record holds `log_prob` of the model's own answer, `js` for the configured mask and support with its two
-        variants, the deviations by kind (L + 1 values each), the answers' ids, and the ways it was measured.
+        variants, the deviations by kind (L + 1 values each), the answers' ids, and the ways it was measured. A probe
+        that does not check the other mask has NaN for it, and no way.
 
         Raises:
             ModelError: When the model fails its self-test.
@@ -65,14 +66,24 @@ class ProbeMeter:
         intact_BV = self.runner.lens(last_LBD[-1])
         target_B = intact_BV.argmax(-1)
         log_prob_LB = self.compute_log_prob(last_LBD, target_B)
+        other: Mask = "mean" if self._config.mask == "zero" else "zero"
+        own_js = self._trace(ids_BT, context_BT, states_LBTD, intact_BV, self._config.mask)
+        checked = [row for row, probe in enumerate(probes) if probe.checks_mask]
+        other_js = torch.full_like(own_js[0], torch.nan)
+        if checked:
+            parts = ids_BT[checked], context_BT[checked], states_LBTD[:, checked], intact_BV[checked]
+            other_js[:, checked] = self._trace(*parts, other)[0]
         columns = {
             "log_prob": log_prob_LB,
-            **self._trace_masks(ids_BT, context_BT, states_LBTD, intact_BV),
+            "js": own_js[0],
+            "js_top_k_check": own_js[1],
+            "js_mask_check": other_js,
             **self._deviations(last_LBD, gold_B),
         }
         values = {name: column.T.double().cpu().numpy() for name, column in columns.items()}
         is_right = (target_B == gold_B).tolist()
-        ways = {f"way_{mask}": self.find_way(mask, ids_BT, context_BT, states_LBTD) for mask in ("zero", "mean")}
+        own_way = self.find_way(self._config.mask, ids_BT, context_BT, states_LBTD)
+        other_way = self.find_way(other, ids_BT, context_BT, states_LBTD) if checked else ""
         return [
             {
                 "id": probe.id,
@@ -81,7 +92,8 @@ class ProbeMeter:
                 "target_id": target,
                 "gold_id": probe.gold_id,
                 "is_right": is_right[row],
-                **ways,
+                f"way_{self._config.mask}": own_way,
+                f"way_{other}": other_way if probe.checks_mask else "",
                 **{name: np.ascontiguousarray(column[row]) for name, column in values.items()},
             }
             for row, (probe, target) in enumerate(zip(probes, target_B.tolist()))
@@ -111,26 +123,14 @@ class ProbeMeter:
             self._ways[key] = choose_way(self.runner, ids_BT, states_LBTD, context_BT, mask)
         return self._ways[key]
 
-    def _trace_masks(
-        self, ids_BT: Tensor, context_BT: Tensor, states_LBTD: Tensor, intact_BV: Tensor
-    ) -> dict[str, Tensor]:
-        """JS(l), l = 0..L, for the configured mask and support and the two variants behind the stability evidence."""
-        config = self._config
-        other: Mask = "mean" if config.mask == "zero" else "zero"
-        own, variant = (
-            trace_masked(
-                self.runner,
-                ids_BT,
-                states_LBTD,
-                context_BT,
-                mask,
-                self.find_way(mask, ids_BT, context_BT, states_LBTD),
-            )
-            for mask in (config.mask, other)
-        )
-        js, top_k_check = self.compute_js(own, intact_BV, (config.js_top_k, config.js_top_k_check))
-        (mask_check,) = self.compute_js(variant, intact_BV, (config.js_top_k,))
-        return {"js": js, "js_top_k_check": top_k_check, "js_mask_check": mask_check}
+    def _trace(
+        self, ids_BT: Tensor, context_BT: Tensor, states_LBTD: Tensor, intact_BV: Tensor, mask: Mask
+    ) -> list[Tensor]:
+        """JS(l), l = 0..L, under a mask: on the configured support and, for the configured mask, on its check's."""
+        way = self.find_way(mask, ids_BT, context_BT, states_LBTD)
+        final = trace_masked(self.runner, ids_BT, states_LBTD, context_BT, mask, way)
+        supports = [self._config.js_top_k, self._config.js_top_k_check]
+        return self.compute_js(final, intact_BV, supports if mask == self._config.mask else supports[:1])
 
     def _deviations(self, last_LBD: Tensor, gold_B: Tensor) -> dict[str, Tensor]:
         norms = self._config.deviation_norm

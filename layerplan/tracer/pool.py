@@ -48,7 +48,8 @@ def trace_model(
     if model.num_layers < 2:
         raise ModelError(f"model.name={model_name}: has {model.num_layers} layer; tracing needs at least 2")
     tokenizer = load_tokenizer(model_name, revision=revision, trust_remote_code=trust_remote_code)
-    encoded = encode_probes(probes, tokenizer, _find_max_tokens(load_hf_config(model_name, revision=revision)))
+    max_tokens = _find_max_tokens(load_hf_config(model_name, revision=revision))
+    encoded = encode_probes(probes, tokenizer, max_tokens, mask_check_every=config.mask_check_every)
     records = _measure(encoded, model_name, revision, trust_remote_code, config)
     check_complete([probe.id for probe in probes], [record["id"] for record in records])
     profile = build_profile(records, model=model, config=config, probe_set_sha256=hash_probes(probes))

@@ -28,22 +28,26 @@ def check_stability(
     Args:
         ratio: Ratio(l) per probe, (N, L).
         sensitivity: LS(l) per probe, (N, L - 1).
-        variants: LS(l) per probe under another option, by name; each is compared with the measurement.
+        variants: LS(l) per probe under another option, by name; each is compared with the measurement on the probes
+            it was made for, the others being NaN.
         group_of: Group of each probe, (N,).
         seed: Of the halvings.
 
     Returns:
-        Per variant `sensitivity_correlation`, `score_correlation` (Spearman), `boundary` and `boundary_change` in
-        layers. For `halves` the means over the splits of `sensitivity_correlation`, `task_particle_correlation`,
-        `score_correlation` and `boundary_change`, and `same_boundary_share`. Without two probes in some group there is
-        no `halves`.
+        Per variant `num_probes`, `sensitivity_correlation`, `score_correlation` (Spearman), `boundary` and
+        `boundary_change` in layers against the measurement on the same probes. For `halves` the means over the splits
+        of `sensitivity_correlation`, `task_particle_correlation`, `score_correlation` and `boundary_change`, and
+        `same_boundary_share`. Without two probes in some group there is no `halves`.
     """
-    everyone = np.arange(len(ratio))
-    whole = _summarise(ratio, sensitivity, group_of, everyone)
     checks: dict[str, dict[str, float]] = {}
     for name, variant in variants.items():
-        other = _summarise(ratio, variant, group_of, everyone)
+        chosen = np.flatnonzero(~np.isnan(variant).any(axis=1))
+        if len(chosen) == 0:
+            continue
+        whole = _summarise(ratio, sensitivity, group_of, chosen)
+        other = _summarise(ratio, variant, group_of, chosen)
         checks[name] = {
+            "num_probes": float(len(chosen)),
             "sensitivity_correlation": correlate(whole[1], other[1]),
             "score_correlation": correlate(whole[2], other[2]),
             "boundary": float(other[3]),

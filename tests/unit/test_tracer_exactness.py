@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import naive_tracer
@@ -207,6 +208,21 @@ def test_results_do_not_depend_on_batch_size_or_order_and_are_bitwise_equal_for_
         for name, record in first.items():
             for column in ("log_prob", "js", "js_top_k_check", "js_mask_check", "deviation_cosine", "deviation_rank"):
                 assert np.abs(record[column] - other[name][column]).max() <= tolerance, column
+
+
+def test_a_probe_that_skips_the_other_mask_differs_in_nothing_else() -> None:
+    probes = make_probes([(11, 6), (11, 6), (11, 7)])
+    meter = ProbeMeter(runner_of("qwen3"), TraceConfig())
+    some = meter.measure([replace(probe, checks_mask=number != 1) for number, probe in enumerate(probes)])
+    none = meter.measure([replace(probe, checks_mask=False) for probe in probes])
+    for number, (whole, part, bare) in enumerate(zip(meter.measure(probes), some, none, strict=True)):
+        assert np.isnan(bare["js_mask_check"]).all() and bare["way_mean"] == "" != bare["way_zero"]
+        assert np.array_equal(bare["js"], whole["js"]) and np.array_equal(part["js"], whole["js"])
+        if number == 1:
+            assert np.isnan(part["js_mask_check"]).all() and part["way_mean"] == ""
+        else:
+            assert np.abs(part["js_mask_check"] - whole["js_mask_check"]).max() < TOLERANCE
+            assert part["way_mean"] == whole["way_mean"]
 
 
 def test_long_probes_are_measured_in_smaller_parts_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,3 +164,11 @@ def test_a_profile_is_the_mean_of_group_means_in_any_order() -> None:
     assert profile.best_boundary == 2
     shuffled = build_profile(records[::-1], model=identity, config=config, probe_set_sha256="0")
     assert shuffled.sha256 == profile.sha256
+
+    unchecked = [{**item, "js_mask_check": [math.nan] * 4, "way_mean": ""} for item in records]
+    some = build_profile([records[0], *unchecked[1:]], model=identity, config=config, probe_set_sha256="0")
+    assert some.stability["mask"]["num_probes"] == 1 and some.stability["top_k"]["num_probes"] == 3
+    assert some.measured_by == {"zero": {"sweep": 3}, "mean": {"sweep": 1}}
+    assert some.alignment_score == profile.alignment_score
+    none = build_profile(unchecked, model=identity, config=config, probe_set_sha256="0")
+    assert "mask" not in none.stability and none.measured_by["mean"] == {}

@@ -136,6 +136,14 @@ def test_batches_hold_one_length_each_and_every_probe_once(tokenizer: Any, probe
     assert make_batches(encoded[::-1], 7) == batches
 
 
+def test_every_fourth_probe_of_a_group_checks_the_other_mask(tokenizer: Any, probes: list[Probe]) -> None:
+    encoded = encode_probes(probes, tokenizer, mask_check_every=4)
+    for group in {probe.group for probe in probes}:
+        flags = [probe.checks_mask for probe in encoded if probe.group == group]
+        assert flags == [number % 4 == 0 for number in range(len(flags))]
+    assert all(probe.checks_mask for probe in encode_probes(probes, tokenizer))
+
+
 def test_the_lexicon_has_600_pairs_over_its_groups_and_every_group_can_fill_50() -> None:
     lexicon = load_builtin_lexicon()
     pairs = {(name, pair) for name, values in vars(lexicon).items() for pair in values}
