@@ -61,8 +61,13 @@ def quiet_engines() -> None:
     """Keeps Ray's own progress to terminals that can redraw it; in a log file it would bury the run's lines."""
     import ray.data
 
-    # the last one announces every report of every rank, and keeps a level of its own
-    for name in ("ray.data", "ray.train", "ray.train.v2._internal.execution.context"):
+    names = ["ray.data", "ray.train"]
+    reporting = sys.modules.get("ray.train.v2._internal.execution.context")
+    if reporting is not None:
+        names.append(
+            str(reporting.__file__)
+        )  # its logger, one line a report and rank, is named by file and not by module
+    for name in names:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that the bars are off
     ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()

@@ -37,6 +37,7 @@ def test_a_stopped_killed_and_crashed_run_ends_bit_exact(tmp_path: Path) -> None
     assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
     finished = run_script(__file__, tmp_path, "interrupted", "quiet", timeout_s=280)
     assert finished.returncode == 0, finished.stdout[-5000:]
+    assert "Reporting training result" not in finished.stdout, "Ray's line for every report of every rank"
     assert (tmp_path / "interrupted" / "worker.done").exists(), "the worker was never killed"
     results = {name: json.loads((tmp_path / name / "training.json").read_text()) for name in ("interrupted", "quiet")}
     for field in ("final_loss", "first_loss", "validation_loss", "tokens_seen", "final_step"):
