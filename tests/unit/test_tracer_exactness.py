@@ -102,6 +102,20 @@ def test_every_diagnostic_equals_the_oracle(family: str) -> None:
             )
 
 
+@pytest.mark.parametrize(("norms", "is_normed"), [("none", "....."), ("all", "yyyyy"), ("hf", "....y")])
+def test_the_deviation_norm_names_the_states_that_pass_the_final_norm(norms: str, is_normed: str) -> None:
+    runner = runner_of("llama")
+    (probe,) = make_probes([(11, 6)])
+    (record,) = ProbeMeter(runner, TraceConfig(deviation_norm=norms)).measure([probe])
+    _, states = naive_tracer.run_intact(runner.model, runner.parts.layers, as_tensors([probe])[0])
+    weight = runner.model.get_output_embeddings().weight.double()
+    basis = torch.linalg.pinv(weight).T[probe.gold_id]
+    for index, state in enumerate(states):
+        f = (runner.parts.final_norm(state) if is_normed[index] == "y" else state)[0].double()
+        cosine = 1 - float(torch.cosine_similarity(f, basis, dim=0))
+        assert abs(record["deviation_cosine"][index] - cosine) < TOLERANCE, index
+
+
 @pytest.mark.parametrize("family", ["olmo", "opt", "llama4_text"])
 def test_other_structures_equal_the_oracle_too(family: str) -> None:
     """A norm without weights, a trunk inside a trunk, a head whose base model is itself."""
