@@ -1,0 +1,63 @@
+"""A gated data set of the hub by its id: split, token, byte ranges, and a store built of it on Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.hub_server import serving_data_set
+from tests.tiny_corpus import make_text
+
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*.jsonl
+  - split: test
+    path: data/test-*.jsonl
+---
+"""
+
+
+def make_lines(first: int, count: int) -> bytes:
+    records = [
+        {"id": number, "text": make_text(number, 900), "score": number / 100} for number in range(first, first + count)
+    ]
+    return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+
+
+def test_a_gated_data_set_is_streamed_into_a_store(
+    seed_model: str, run_job: Callable[..., Any], tmp_path: Path
+) -> None:
+    files = {
+        "README.md": CARD.encode(),
+        "data/train-00.jsonl": make_lines(0, 60) + b"{broken\n",
+        "data/train-01.jsonl": make_lines(60, 40),
+        "data/test-00.jsonl": make_lines(100, 30),
+    }
+    source = {"path": "hub://owner/pages", "score_column": "score"}
+    corpus = {"sources": [source], "seq_len": 64, "validation_rows": 4, "max_bad_fraction": 0.1}
+    corpus |= {"filters": {"min_score": 0.1}, "rows_per_group": 2}
+    config = {"name": "hub", "storage_path": str(tmp_path / "runs"), "corpus": corpus, "cluster": {"num_cpus": 2}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config | {"model": {"type": "pretrained", "name": seed_model}}))
+
+    with serving_data_set("owner/pages", files, token="hf_right") as (endpoint, ranges):
+        env = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+        refused = run_job("jobs/build_corpus.py", "--config", path, env=env | {"HF_TOKEN": "hf_wrong"})
+        wrong = ("--set", "corpus.sources=[{path: hub://owner/pages, split: dev}]")
+        no_split = run_job("jobs/build_corpus.py", "--config", path, *wrong, env=env | {"HF_TOKEN": "hf_right"})
+        assert ranges == []
+        built = run_job("jobs/build_corpus.py", "--config", path, env=env | {"HF_TOKEN": "hf_right"})
+
+    assert refused.returncode != 0 and "accept its terms and set HF_TOKEN" in refused.output, refused.output[-2000:]
+    assert "has no split 'dev'; it has train, test" in no_split.output, no_split.output[-2000:]
+    assert built.returncode == 0, built.output[-3000:]
+    manifest = json.loads((tmp_path / "runs" / "hub" / "token_store" / "manifest.json").read_text())
+    assert manifest["counts"] == {"in": 101, "kept": 90, "filtered/score": 10, "quarantined": 1}
+    assert {line.partition(" ")[0] for line in ranges} == {"data/train-00.jsonl", "data/train-01.jsonl"}
