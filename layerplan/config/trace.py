@@ -27,8 +27,8 @@ class TraceConfig(StrictModel):
     js_top_k_check: int = Field(default=50, ge=0)
     """Second support, used for the stability evidence."""
     mask_check_every: int = Field(default=4, ge=1)
-    """Every how many-th probe of a group is measured with the other mask too, for the stability evidence; 1 for all. It
-    costs more than the measurement itself, since rows that are not zero cannot be left out."""
+    """Every how many-th probe of a group is measured with the other mask too, for the stability evidence; 1 for all. The
+    mean costs more than zeros, since rows that are not zero cannot be left out."""
     ratio_denominator: Literal["current", "previous"] = "current"
     """Denominator of the task-particle ratio (Eq. 1)."""
     task_particle_eps: float = Field(default=1e-8, gt=0)

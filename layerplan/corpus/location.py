@@ -1,7 +1,7 @@
 """Where bytes lie: a local path, or an address that pyarrow (S3, GCS, HDFS) or fsspec (the rest) can open.
 
-An address may end with options of its file system, `s3://bucket/raw?endpoint_override=minio:9000&scheme=http`. They hold
-for every file below it.
+An address that pyarrow opens may end with options, `s3://bucket/raw?endpoint_override=minio:9000&scheme=http`. They hold for
+every file below it. The rest of an address is taken as it is written: nothing in it is percent-decoded.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ class FileEntry:
     size: int
 
 
+BUCKETS = ("s3", "gs", "gcs")
+HADOOP = ("hdfs", "viewfs")
+
+
 def is_address(path: str | Path) -> bool:
     """Whether the path is an address such as `s3://bucket/folder`, and not a local path."""
     return "://" in str(path)
@@ -34,7 +38,9 @@ def is_address(path: str | Path) -> bool:
 
 def split_options(path: str) -> tuple[str, str]:
     """The path, and the options at the end of an address with their question mark."""
-    name, mark, options = path.partition("?") if is_address(path) else (path, "", "")
+    if path.partition("://")[0] not in (*BUCKETS, *HADOOP):
+        return path, ""
+    name, mark, options = path.partition("?")
     return name, mark + options
 
 
@@ -54,11 +60,13 @@ def open_filesystem(path: str | Path) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), str(Path(path).expanduser().resolve())
     name, options = split_options(str(path))
     scheme, _, inner = name.partition("://")
-    if scheme in ("s3", "gs", "gcs"):
+    if scheme in BUCKETS:
         bucket, _, key = inner.partition("/")
+        if ":" in bucket.rpartition("@")[0]:
+            raise OSError("keys in an address would end in logs and manifests; set them in the environment")
         filesystem, root = _open_bucket(f"{scheme}://{bucket}{options}")
         return filesystem, f"{root}/{key}".rstrip("/")
-    if scheme in ("hdfs", "viewfs", "file"):
+    if scheme in (*HADOOP, "file"):
         filesystem, inner = pafs.FileSystem.from_uri(str(path))
         return filesystem, inner
     try:
@@ -97,14 +105,28 @@ def list_files(path: str) -> list[FileEntry]:
         infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
     except (pa.ArrowException, ValueError, OSError, ImportError) as error:
         raise CorpusError(f"{path}: cannot be opened ({' '.join(str(error).split())[:300]})") from None
-    prefix = path.partition("://")[0] + "://" if is_address(path) else ""
-    options = split_options(path)[1]
+    prefix, options = _find_prefix(path), split_options(path)[1]
     start = len(root.rstrip("/")) + 1
+    unclear = next((item.path for item in infos if path.partition("://")[0] in BUCKETS and "?" in item.path), None)
+    if unclear is not None:
+        raise CorpusError(f"{path}: {unclear!r} cannot be told from an address with options; rename it without `?`")
     return [
         FileEntry(prefix + item.path + options, item.size or 0)
         for item in sorted(infos, key=lambda item: str(item.path))
         if item.type == pafs.FileType.File and not _is_hidden(item.path[start:])
     ]
+
+
+def _find_prefix(path: str) -> str:
+    """What stands before the path that a file system gives for a file below an address: scheme, and host or user."""
+    if not is_address(path):
+        return ""
+    scheme, _, rest = path.partition("://")
+    host = rest.partition("/")[0]
+    if scheme in HADOOP:
+        return f"{scheme}://{host}"
+    user, at, _ = host.rpartition("@")
+    return f"{scheme}://{user}{at}"
 
 
 def open_file(path: str) -> pa.NativeFile:

@@ -178,6 +178,8 @@ def describe_certainty(profile: LayerProfile) -> list[str]:
         if "boundary" in values:
             chosen, before = int(values["boundary"]), int(values["boundary"] - values["boundary_change"])
             same = "the same boundary" if chosen == before else f"boundary {chosen} in place of {before}"
+            if chosen == before != best:
+                same = f"boundary {chosen}, as the measurement does on these probes"
             count = int(values.get("num_probes", profile.num_probes))
             some = f" (tried on {count} of {profile.num_probes} probes)" if count < profile.num_probes else ""
             lines.append(

@@ -107,7 +107,7 @@ def choose_way(runner: LayerRunner, input_ids_BT: Tensor, states_LBTD: Tensor, c
     if not bool(torch.isfinite(expected).all()):
         raise ModelError(f"{runner.name}: its logits are not finite when the context is masked ({mask})")
     for way in WAYS[mask]:
-        if way in ("query_rows", "equal_rows") and not is_masked_up_to_query(context):
+        if way in ("query_rows", "equal_rows") and not is_masked_up_to_query(context_BT):
             continue
         if way == "query_rows" and has_time_convolution(runner.parts.layers):
             continue

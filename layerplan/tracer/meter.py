@@ -67,12 +67,12 @@ class ProbeMeter:
         target_B = intact_BV.argmax(-1)
         log_prob_LB = self.compute_log_prob(last_LBD, target_B)
         other: Mask = "mean" if self._config.mask == "zero" else "zero"
-        own_js = self._trace(ids_BT, context_BT, states_LBTD, intact_BV, self._config.mask)
+        own_way, own_js = self._trace(ids_BT, context_BT, states_LBTD, intact_BV, self._config.mask)
         checked = [row for row, probe in enumerate(probes) if probe.checks_mask]
-        other_js = torch.full_like(own_js[0], torch.nan)
+        other_way, other_js = "", torch.full_like(own_js[0], torch.nan)
         if checked:
             parts = ids_BT[checked], context_BT[checked], states_LBTD[:, checked], intact_BV[checked]
-            other_js[:, checked] = self._trace(*parts, other)[0]
+            other_way, (other_js[:, checked],) = self._trace(*parts, other)
         columns = {
             "log_prob": log_prob_LB,
             "js": own_js[0],
@@ -82,8 +82,6 @@ class ProbeMeter:
         }
         values = {name: column.T.double().cpu().numpy() for name, column in columns.items()}
         is_right = (target_B == gold_B).tolist()
-        own_way = self.find_way(self._config.mask, ids_BT, context_BT, states_LBTD)
-        other_way = self.find_way(other, ids_BT, context_BT, states_LBTD) if checked else ""
         return [
             {
                 "id": probe.id,
@@ -125,12 +123,12 @@ class ProbeMeter:
 
     def _trace(
         self, ids_BT: Tensor, context_BT: Tensor, states_LBTD: Tensor, intact_BV: Tensor, mask: Mask
-    ) -> list[Tensor]:
-        """JS(l), l = 0..L, under a mask: on the configured support and, for the configured mask, on its check's."""
+    ) -> tuple[Way, list[Tensor]]:
+        """The way taken, and JS(l), l = 0..L, on the configured support and, for the configured mask, on its check's."""
         way = self.find_way(mask, ids_BT, context_BT, states_LBTD)
         final = trace_masked(self.runner, ids_BT, states_LBTD, context_BT, mask, way)
         supports = [self._config.js_top_k, self._config.js_top_k_check]
-        return self.compute_js(final, intact_BV, supports if mask == self._config.mask else supports[:1])
+        return way, self.compute_js(final, intact_BV, supports if mask == self._config.mask else supports[:1])
 
     def _deviations(self, last_LBD: Tensor, gold_B: Tensor) -> dict[str, Tensor]:
         norms = self._config.deviation_norm

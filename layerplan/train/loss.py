@@ -117,7 +117,7 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """Loss, and the gradient times `scale` of the raw logits, of one chunk."""
     raw = logits_NV.float()
-    capped = raw if softcap is None else torch.tanh(raw / softcap) * softcap
+    capped = raw if softcap is None else raw.div_(softcap).tanh_().mul_(softcap)
     valid = (labels_N != IGNORED).float()
     target = labels_N.clamp_min(0)[:, None]
     picked = capped.gather(1, target)[:, 0]
@@ -132,8 +132,8 @@ def _chunk(
     grad *= ((1 + 2 * z_weight * log_sum) * factor)[:, None] / total
     grad.scatter_add_(1, target, -factor[:, None])
     if softcap is not None:
-        grad *= 1 - (capped / softcap).square()
-    return (losses * valid).sum(), grad.to(logits_NV.dtype)
+        grad *= capped.div_(softcap).square_().neg_().add_(1)
+    return (losses * valid).sum(), grad if grad.dtype == logits_NV.dtype else logits_NV.copy_(grad)
 
 
 def _chunk_fused(

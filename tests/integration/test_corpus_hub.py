@@ -55,7 +55,8 @@ def test_a_gated_data_set_is_streamed_into_a_store(
         assert ranges == []
         built = run_job("jobs/build_corpus.py", "--config", path, env=env | {"HF_TOKEN": "hf_right"})
 
-    assert refused.returncode != 0 and "accept its terms and set HF_TOKEN" in refused.output, refused.output[-2000:]
+    assert refused.returncode != 0, refused.output[-2000:]
+    assert "DatasetNotFoundError" in refused.output and "gated" in refused.output, refused.output[-2000:]
     assert "has no split 'dev'; it has train, test" in no_split.output, no_split.output[-2000:]
     assert built.returncode == 0, built.output[-3000:]
     manifest = json.loads((tmp_path / "runs" / "hub" / "token_store" / "manifest.json").read_text())

@@ -23,7 +23,10 @@ from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """Address of moto's S3 server, and credentials in the environment, which it does not check."""
+    import ray
     from moto.server import ThreadedMotoServer
+
+    ray.shutdown()  # workers of a Ray that runs already would not see the environment
 
     made = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     made.start()
@@ -62,15 +65,17 @@ def test_a_bucket_builds_the_store_that_its_files_build(
         return build_token_store(config, tokenizer, tmp_path / name, seed=1, report=lambda line: None)
 
     local = build(str(raw), "local")
+    assert local.counts == {"in": 61, "kept": 61}
     options = f"?endpoint_override={server}&scheme=http"
     upload(options, raw, "by-options")
     upload(options, raw, "by-environment")
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    by_options = build(f"s3://by-options{options}", "options")
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server}")
-    assert local.counts == {"in": 61, "kept": 61}
-    for path, name in ((f"s3://by-options{options}", "options"), ("s3://by-environment", "environment")):
-        remote = build(path, name)
-        assert remote.counts == local.counts, path
-        assert [shard.sha256 for shard in remote.shards] == [shard.sha256 for shard in local.shards], path
+    by_environment = build("s3://by-environment", "environment")
+    for remote in (by_options, by_environment):
+        assert remote.counts == local.counts
+        assert [shard.sha256 for shard in remote.shards] == [shard.sha256 for shard in local.shards]
 
 
 def test_training_rows_come_from_a_store_in_a_bucket(server: str, raw: Path, tmp_path: Path, ray_local: None) -> None:
@@ -92,9 +97,17 @@ def test_training_rows_come_from_a_store_in_a_bucket(server: str, raw: Path, tmp
         StoreReader(address).read_rows(np.arange(4))
 
 
-def test_what_is_not_there_is_one_clear_error(server: str) -> None:
+def test_what_cannot_be_read_is_one_clear_error(server: str, raw: Path) -> None:
     options = f"?endpoint_override={server}&scheme=http"
-    with pytest.raises(CorpusError, match=r"corpus.sources.0.path=s3://no-such-bucket/raw.*"):
-        list_units(CorpusConfig(sources=[SourceConfig(path=f"s3://no-such-bucket/raw{options}")]))
+
+    def refuse(path: str, words: str) -> None:
+        with pytest.raises(CorpusError, match=rf"^corpus.sources.0.path={path.partition('?')[0]}.*{words}"):
+            list_units(CorpusConfig(sources=[SourceConfig(path=path)]))
+
+    refuse(f"s3://no-such-bucket/raw{options}", "no such file or folder")
+    refuse(f"s3://KEY:SECRET@bucket/raw{options}", "keys in an address would end in logs")
+    (raw / "what?.jsonl").write_text("{}\n")
+    upload(options, raw, "unclear")
+    refuse(f"s3://unclear{options}", "'unclear/what.*jsonl' cannot be told from an address with options")
     with pytest.raises(CorpusError, match=r"corpus.store=s3://no-such-bucket.*not a token store"):
         Manifest.load(f"s3://no-such-bucket{options}")

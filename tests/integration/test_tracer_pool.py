@@ -146,7 +146,7 @@ def test_an_actor_killed_mid_way_loses_nothing_and_counts_nothing_twice(
     profile, out_dir = quiet
     # other actors, another order, a death: the same bytes
     assert disturbed.sha256 == profile.sha256
-    assert read_records(tmp_path / "out" / PROBES_NAME) == read_records(out_dir / PROBES_NAME)
+    np.testing.assert_equal(read_records(tmp_path / "out" / PROBES_NAME), read_records(out_dir / PROBES_NAME))
     assert disturbed.num_probes == 60 == sum(disturbed.measured_by["zero"].values())
 
 
@@ -180,7 +180,7 @@ def test_a_model_trained_on_the_tasks_shows_what_it_shows(
     assert answered > 0.5, "it learned some of the tasks, so its answers are not noise"
     assert profile.js[0] > 0 and profile.js[-1] == 0
     assert abs(sum(profile.boundary_win_share) - 1) < 1e-9
-    assert profile.measured_by == {"mean": {"equal_rows": 60}, "zero": {"query_rows": 60}}
+    assert profile.measured_by == {"mean": {"equal_rows": 20}, "zero": {"query_rows": 60}}, "two of six check"
     assert {"top_k", "mask", "halves"} == set(profile.stability)
 
 

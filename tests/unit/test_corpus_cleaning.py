@@ -143,6 +143,9 @@ def test_addresses_are_read_through_fsspec_and_pyarrow(tmp_path: Path):
     memory = fsspec.filesystem("memory")
     memory.pipe("/bucket/raw/a.jsonl", lines({"id": "1", "text": "hello"}))
     memory.pipe("/bucket/raw/_hidden.jsonl", lines({"id": "2", "text": "no"}))
+    memory.pipe("/bucket/odd/what?.jsonl", lines({"id": "3", "text": "marks are part of a name here"}))
+    odd = CorpusConfig(sources=[SourceConfig(path="memory://bucket/odd")])
+    assert [item.id for unit in list_units(odd) for item in read_unit(unit, odd.sources[0])] == ["3"]
     (tmp_path / "a.jsonl").write_bytes(lines({"id": "1", "text": "hello"}))
     for address in ("memory://bucket/raw", f"file://{tmp_path}", f"local://{tmp_path}"):
         config = CorpusConfig(sources=[SourceConfig(path=address)])

@@ -224,6 +224,24 @@ def test_results_do_not_depend_on_batch_size_or_order_and_are_bitwise_equal_for_
                 assert np.abs(record[column] - other[name][column]).max() <= tolerance, column
 
 
+def test_contexts_with_and_without_a_hole_share_a_batch() -> None:
+    """A token that is not masked, before the query of one probe alone, rules the shortcuts out for all of the batch."""
+    runner = runner_of("qwen3")
+    whole, holed = make_probes([(11, 7), (11, 7)])
+    inside = list(holed.is_context)
+    inside[2] = False
+    holed = replace(holed, is_context=tuple(inside), checks_mask=False)
+    for batch in ([whole, holed], [holed, whole]):
+        records = ProbeMeter(runner, TraceConfig(js_top_k=3)).measure(batch)
+        for record, probe in zip(records, batch):
+            ids, context = as_tensors([probe])
+            for column, mask in (("js", "zero"), ("js_mask_check", "mean")):
+                if column == "js" or probe.checks_mask:
+                    expected = naive_tracer.trace_naively(runner.model, runner.parts.layers, ids, context, mask, 3)[0]
+                    assert np.abs(record[column][:-1] - expected).max() < TOLERANCE, (probe.id, column)
+            assert record["way_zero"] == "sweep" and record["way_mean"] == ("equal_rows" if probe.checks_mask else "")
+
+
 def test_a_probe_that_skips_the_other_mask_differs_in_nothing_else() -> None:
     probes = make_probes([(11, 6), (11, 6), (11, 7)])
     meter = ProbeMeter(runner_of("qwen3"), TraceConfig())
