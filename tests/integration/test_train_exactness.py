@@ -6,7 +6,6 @@ The test starts this file twice as a program; each copy is one worker and checks
 from __future__ import annotations
 
 import gc
-import os
 import socket
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from tests.ray_script import script_environment
 
 NUM_STEPS = 50
 PLANS = ("full", "freeze_deep", "freeze_shallow", "explicit")
@@ -29,8 +30,7 @@ def test_two_workers_equal_one_process_over_fifty_steps(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    env |= {"GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2"}
+    env = script_environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", WORLD_SIZE="2")
     workers = [
         subprocess.Popen(
             [sys.executable, __file__],
