@@ -1,4 +1,4 @@
-"""What a result was measured on. Standard library only: some benchmarks run where little else is installed."""
+"""What a result was measured on. Nothing is imported but torch, and only to describe it: some benchmarks run on little more."""
 
 from __future__ import annotations
 

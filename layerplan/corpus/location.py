@@ -27,6 +27,7 @@ class FileEntry:
     size: int
 
 
+COMPRESSIONS = (".gz", ".zst")
 BUCKETS = ("s3", "gs", "gcs")
 HADOOP = ("hdfs", "viewfs")
 
@@ -42,6 +43,11 @@ def split_options(path: str) -> tuple[str, str]:
         return path, ""
     name, mark, options = path.partition("?")
     return name, mark + options
+
+
+def is_compressed(path: str) -> bool:
+    """Whether a file's name says that it is compressed."""
+    return split_options(path)[0].endswith(COMPRESSIONS)
 
 
 def join_location(folder: str | Path, name: str) -> str:
@@ -107,9 +113,12 @@ def list_files(path: str) -> list[FileEntry]:
         raise CorpusError(f"{path}: cannot be opened ({' '.join(str(error).split())[:300]})") from None
     prefix, options = _find_prefix(path), split_options(path)[1]
     start = len(root.rstrip("/")) + 1
-    unclear = next((item.path for item in infos if path.partition("://")[0] in BUCKETS and "?" in item.path), None)
-    if unclear is not None:
-        raise CorpusError(f"{path}: {unclear!r} cannot be told from an address with options; rename it without `?`")
+    if path.partition("://")[0] in BUCKETS:
+        for item in infos:
+            if "?" in item.path:
+                raise CorpusError(
+                    f"{path}: {item.path!r} cannot be told from an address with options; rename it without `?`"
+                )
     return [
         FileEntry(prefix + item.path + options, item.size or 0)
         for item in sorted(infos, key=lambda item: str(item.path))

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from layerplan.config.corpus import SourceConfig
-from layerplan.corpus.location import open_file, open_stream, split_options
+from layerplan.corpus.location import is_compressed, open_file, open_stream
 from layerplan.corpus.machine_docs import read_machine_unit
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _explain(error: Exception) -> str:
 
 
 def _read_jsonl(unit: Unit, source: SourceConfig) -> Iterator[Document | Malformed]:
-    if split_options(unit.path)[0].endswith((".gz", ".zst")):
+    if is_compressed(unit.path):
         with open_stream(unit.path) as stream:
             yield from _read_lines(stream, unit, source, position=0, stop=None)
         return

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.corpus.hub import HUB, list_hub_files
-from layerplan.corpus.location import FileEntry, list_files, split_options
+from layerplan.corpus.location import COMPRESSIONS, FileEntry, is_compressed, list_files, split_options
 from layerplan.corpus.machine_docs import ALL_MACHINE_DOCS, iter_machine_units
 from layerplan.corpus.readers import Document, read_unit
 from layerplan.errors import CorpusError
@@ -28,7 +28,6 @@ FORMATS = {
     ".md": "text",
     ".rst": "text",
 }
-COMPRESSIONS = (".gz", ".zst")
 MACHINE = "machine"
 UNIT_BYTES = 8 * 2**20
 MACHINE_UNIT_BYTES = 16 * 2**10
@@ -109,7 +108,7 @@ def _iter_units(index: int, source: SourceConfig, unit_bytes: int) -> Iterator[U
 
 
 def _cut(index: int, file: FileEntry, format_name: str, unit_bytes: int) -> Iterator[Unit]:
-    if format_name not in ("jsonl", "parquet") or split_options(file.path)[0].endswith(COMPRESSIONS):
+    if format_name not in ("jsonl", "parquet") or is_compressed(file.path):
         yield Unit(index, file.path, format_name, 0, file.size)
         return
     for start in range(0, max(file.size, 1), unit_bytes):

@@ -24,7 +24,6 @@ import pytest
 
 from tests.ray_script import start_script
 
-ROOT = Path(__file__).resolve().parents[2]
 MAX_STEPS = 48
 STEP_S = 0.1
 TIMEOUT_S = 400

@@ -21,7 +21,6 @@ import pytest
 
 from tests.ray_script import run_script
 
-ROOT = Path(__file__).resolve().parents[2]
 MAX_STEPS = 24
 LANES = 4
 

@@ -19,7 +19,6 @@ import pytest
 from tests.ray_script import run_script
 from tests.tiny_store import make_inputs
 
-ROOT = Path(__file__).resolve().parents[2]
 MAX_STEPS, REWARM = 10, 2
 PHASE_END, KILLED_AT = 4, 6
 STOP_REQUEST = "stop_requested"

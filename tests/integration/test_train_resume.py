@@ -20,7 +20,6 @@ import pytest
 from tests.ray_script import run_script
 from tests.tiny_store import make_inputs
 
-ROOT = Path(__file__).resolve().parents[2]
 MAX_STEPS = 10
 
 
