@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,16 +186,19 @@ def _stream(
 
     rows = [{"index": index, "ids": ask.ids, "max_new_tokens": ask.max_new_tokens} for index, ask in todo]
     batches = -(-len(rows) // config.batch_size)
-    asked = ray.data.from_items(rows, override_num_blocks=batches).map_batches(
-        EngineActor,
-        fn_constructor_args=(spec, str(logs.resolve())),
-        batch_size=config.batch_size,
-        compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, batches)),
-        num_cpus=config.num_cpus_per_actor,
-        num_gpus=config.num_gpus_per_actor,
-        max_restarts=MAX_RESTARTS,
-        max_task_retries=MAX_RESTARTS,
-    )
+    with warnings.catch_warnings():
+        # Ray 2.60 deprecates the two limits of restarts and has no other way to say them; without them it restarts forever
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        asked = ray.data.from_items(rows, override_num_blocks=batches).map_batches(
+            EngineActor,
+            fn_constructor_args=(spec, str(logs.resolve())),
+            batch_size=config.batch_size,
+            compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, batches)),
+            num_cpus=config.num_cpus_per_actor,
+            num_gpus=config.num_gpus_per_actor,
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=MAX_RESTARTS,
+        )
     yield from asked.iter_batches(batch_size=None, prefetch_batches=0)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections import Counter
 
 import numpy as np
 
@@ -16,6 +15,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]")
 NGRAM = 10
 SAMPLE_CHARS = 20_000
 """Characters that language and repetition are judged by."""
+_BOUND_BITS = 16
+_BOUND_FACTORS = {0: np.uint32(0x9E3779B1), 4: np.uint32(0x85EBCA77), NGRAM - 1: np.uint32(0xC2B2AE3D)}
 
 
 def normalize_text(text: str) -> str:
@@ -32,17 +33,27 @@ def compute_duplicate_key(text: str) -> bytes:
 
 def compute_line_repetition(text: str) -> float:
     """Share of the characters that stand in repeated lines, 0..1."""
-    lines = [line for line in map(str.strip, text.splitlines()) if line]
-    if len(set(lines)) == len(lines):
-        return 0.0
-    repeated = sum(len(line) * (count - 1) for line, count in Counter(lines).items())
-    return repeated / sum(map(len, lines))
+    lines = [line.strip() for line in text.splitlines()]
+    total = sum(map(len, lines))
+    return (total - sum(map(len, set(lines)))) / total if total else 0.0
 
 
 def compute_ngram_repetition(text: str) -> float:
     """Share of character 10-grams that occur before in the first 20,000 characters, 0..1."""
     hashes = np.sort(hash_ngrams(encode_codes(text[:SAMPLE_CHARS]), NGRAM))
-    return float(np.mean(hashes[1:] == hashes[:-1])) * (len(hashes) - 1) / len(hashes) if len(hashes) > 1 else 0.0
+    return int(np.count_nonzero(hashes[1:] == hashes[:-1])) / len(hashes) if len(hashes) > 1 else 0.0
+
+
+def bound_ngram_repetition(text: str) -> float:
+    """At least `compute_ngram_repetition`, in a third of its time: n-grams that agree in three characters count as equal."""
+    codes = encode_codes(text[:SAMPLE_CHARS])
+    count = len(codes) - NGRAM + 1
+    if count < 2:
+        return 0.0
+    slots = sum(codes[at : at + count] * factor for at, factor in _BOUND_FACTORS.items())
+    seen = np.zeros(2**_BOUND_BITS, dtype=np.bool_)
+    seen[slots >> np.uint32(32 - _BOUND_BITS)] = True
+    return (count - int(np.count_nonzero(seen))) / count
 
 
 def compute_cjk_ratio(text: str) -> float:
@@ -64,6 +75,7 @@ def find_filter_reason(text: str, score: float | None, filters: FilterConfig) ->
         return "language"
     if filters.max_line_repetition < 1 and compute_line_repetition(text) > filters.max_line_repetition:
         return "line_repetition"
-    if filters.max_ngram_repetition < 1 and compute_ngram_repetition(text) > filters.max_ngram_repetition:
+    limit = filters.max_ngram_repetition
+    if limit < 1 and bound_ngram_repetition(text) > limit and compute_ngram_repetition(text) > limit:
         return "ngram_repetition"
     return None

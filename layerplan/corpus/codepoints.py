@@ -57,14 +57,17 @@ def encode_codes(text: str) -> Codes:
 
 def fold_codes(codes: Codes) -> Codes:
     """Case, width and white space taken away."""
-    folded = load_tables().folded[codes]
-    return folded[folded != 0]
+    return _fold(codes, load_tables().folded)
 
 
 def fold_words(codes: Codes) -> Codes:
     """Case, width, white space and punctuation taken away."""
-    words = load_tables().word[codes]
-    return words[words != 0]
+    return _fold(codes, load_tables().word)
+
+
+def _fold(codes: Codes, table: Codes) -> Codes:
+    folded = table.take(codes)
+    return np.compress(folded != 0, folded)
 
 
 def hash_ngrams(codes: Codes, size: int) -> NDArray[np.uint64]:

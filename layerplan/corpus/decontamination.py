@@ -58,12 +58,13 @@ class QuestionIndex:
         if len(self._hashes) == 0:
             return None
         grams = hash_ngrams(fold_words(encode_codes(text)), self._config.ngram)
-        maybe = np.unique(grams[self._sketch[self._slots(grams)]])
+        maybe = grams[self._sketch[self._slots(grams)]]
         places = np.searchsorted(self._hashes, maybe)
         places[places == len(self._hashes)] = 0
         places = places[self._hashes[places] == maybe]
         if len(places) == 0:
             return None
+        places = np.unique(places)
         owners = np.concatenate([self._owners[self._starts[place] : self._stops[place]] for place in places])
         shares = np.bincount(owners, minlength=len(self._sizes)) / np.maximum(self._sizes, 1)
         best = int(np.argmax(shares))

@@ -10,10 +10,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from layerplan.config.corpus import CorpusConfig, DecontaminationConfig, FilterConfig, SourceConfig
 from layerplan.corpus.cleaning import (
     NGRAM,
+    bound_ngram_repetition,
     compute_cjk_ratio,
     compute_duplicate_key,
     compute_line_repetition,
@@ -26,6 +29,7 @@ from layerplan.corpus.decontamination import BenchmarkText, QuestionIndex
 from layerplan.corpus.readers import Document, Malformed, read_unit
 from layerplan.corpus.sources import iter_documents, list_units
 from layerplan.errors import CorpusError
+from tests.tiny_corpus import make_text
 
 
 def read_all(path: Path | str, **options: object) -> list[Document | Malformed]:
@@ -200,7 +204,20 @@ def test_filters_give_their_reason():
 
 
 def test_line_repetition_by_hand():
-    assert compute_line_repetition("aa\naa\nbb") == pytest.approx(2 / 6)
+    assert compute_line_repetition("aa\n aa\n\n\nbb") == 2 / 6
+    assert compute_line_repetition("aa\n\n\nbb") == compute_line_repetition("\n\n") == 0
+
+
+@given(st.text(alphabet="ab天 ", max_size=300), st.floats(0, 0.99))
+def test_the_bound_of_the_ngram_filter_changes_no_decision(text: str, limit: float):
+    exact, bound = compute_ngram_repetition(text), bound_ngram_repetition(text)
+    assert 0 <= exact <= bound <= 1
+    filters = FilterConfig(min_chars=0, max_line_repetition=1, max_ngram_repetition=limit)
+    assert (find_filter_reason(text, None, filters) is None) == (exact <= limit)
+
+
+def test_the_bound_of_the_ngram_filter_tells_plain_text_apart():
+    assert bound_ngram_repetition("".join(make_text(number) for number in range(4))) < 0.5
 
 
 TEXTS = [
@@ -216,6 +233,7 @@ TEXTS = [
 def test_the_array_filters_equal_their_plain_definitions(text: str):
     grams = [text[i : i + NGRAM] for i in range(len(text) - NGRAM + 1)]
     assert compute_ngram_repetition(text) == pytest.approx(1 - len(set(grams)) / len(grams) if grams else 0)
+    assert bound_ngram_repetition(text) >= compute_ngram_repetition(text)
     letters = [character for character in text if character.isalpha()]
     cjk = sum("\u4e00" <= character <= "\u9fff" for character in letters)
     assert compute_cjk_ratio(text) == pytest.approx(cjk / len(letters) if letters else 0)

@@ -1,0 +1,157 @@
+"""Corpora on servers that speak S3 and GCS: read, built into a store, and the store read back from a bucket."""
+
+from __future__ import annotations
+
+import gzip
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.fs as pafs
+import pytest
+
+from layerplan.config.corpus import CorpusConfig, SourceConfig
+from layerplan.corpus.build import build_token_store
+from layerplan.corpus.manifest import Manifest
+from layerplan.corpus.sources import list_units
+from layerplan.corpus.store import StoreReader, load_validation_rows
+from layerplan.corpus.stream import iter_rank_steps
+from layerplan.errors import CorpusError
+from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
+
+# in a process of its own: Arrow's GCS client keeps Python's lock while it waits for an answer
+GCS_SERVER = """
+import signal
+from gcp_storage_emulator.server import create_server
+server = create_server("127.0.0.1", 0, in_memory=True)
+server.start()
+print(server._api._httpd.server_port, flush=True)
+signal.pause()
+"""
+
+
+@dataclass(frozen=True)
+class BucketServer:
+    """How the buckets of a server are addressed."""
+
+    scheme: str
+    options: str
+    environment: tuple[str, str]  # the variable that says the same as the options
+
+    def locate(self, bucket: str, key: str = "", more: str = "") -> str:
+        """The address of a key with what pyarrow needs to find the server."""
+        return f"{self.scheme}{bucket}{'/' if key else ''}{key}{self.options}{more}"
+
+    def upload(self, folder: Path, bucket: str) -> str:
+        """Copies a folder's files into a new bucket; returns the bucket's address."""
+        more = "&allow_bucket_creation=true" if self.scheme == "s3://" else "&project_id=test"
+        filesystem, _ = pafs.FileSystem.from_uri(self.locate(bucket, more=more))
+        filesystem.create_dir(bucket)
+        pafs.copy_files(str(folder), bucket, destination_filesystem=filesystem)
+        return self.locate(bucket)
+
+
+@contextmanager
+def serving_s3() -> Iterator[BucketServer]:
+    """Moto's server, and credentials in the environment, which it does not check."""
+    from moto.server import ThreadedMotoServer
+
+    made = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    made.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_REGION", "us-east-1")
+        host, port = made.get_host_and_port()
+        options = f"?endpoint_override={host}:{port}&scheme=http"
+        yield BucketServer("s3://", options, ("AWS_ENDPOINT_URL", f"http://{host}:{port}"))
+    made.stop()
+
+
+@contextmanager
+def serving_gcs() -> Iterator[BucketServer]:
+    """The emulator's server, which asks for no credentials."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", GCS_SERVER], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        options = f"?endpoint_override=127.0.0.1:{port}&scheme=http&retry_limit_seconds=20"
+        yield BucketServer("gs://anonymous@", options, ("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{port}"))
+        process.kill()
+
+
+@pytest.fixture(scope="module", params=[serving_s3, serving_gcs], ids=["s3", "gcs"])
+def server(request: pytest.FixtureRequest) -> Iterator[BucketServer]:
+    import ray
+
+    ray.shutdown()  # workers of a Ray that runs already would not see the environment
+    with request.param() as made:
+        yield made
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", *({"id": f"a{number}", "text": make_text(number)} for number in range(40)))
+    write_jsonl(folder / "b.jsonl.gz", *({"id": f"b{number}", "text": make_text(100 + number)} for number in range(20)))
+    (folder / "c.txt.gz").write_bytes(gzip.compress(make_text(200).encode()))
+    return folder
+
+
+def test_a_bucket_builds_the_store_that_its_files_build(
+    server: BucketServer, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make_byte_tokenizer(tmp_path)
+
+    def build(path: str, name: str) -> Manifest:
+        config = CorpusConfig(sources=[SourceConfig(path=path)], seq_len=64, rows_per_group=4, validation_rows=3)
+        return build_token_store(config, tokenizer, tmp_path / name, seed=1, report=lambda line: None)
+
+    local = build(str(raw), "local")
+    assert local.counts == {"in": 61, "kept": 61}
+    remotes = [build(server.upload(raw, "by-options"), "options")]
+    server.upload(raw, "by-environment")
+    monkeypatch.setenv(*server.environment)
+    remotes.append(build(f"{server.scheme}by-environment", "environment"))
+    for remote in remotes:
+        assert remote.counts == local.counts
+        assert [shard.sha256 for shard in remote.shards] == [shard.sha256 for shard in local.shards]
+
+
+def test_training_rows_come_from_a_store_in_a_bucket(
+    server: BucketServer, raw: Path, tmp_path: Path, ray_local: None
+) -> None:
+    config = CorpusConfig(sources=[SourceConfig(path=str(raw))], seq_len=64, rows_per_group=4, validation_rows=3)
+    store = tmp_path / "store"
+    build_token_store(config, make_byte_tokenizer(tmp_path), store, seed=1, report=lambda line: None)
+    address = server.upload(store, "tokens")
+    order = {"num_lanes": 4, "seed": 0, "rank": 0, "world_size": 1, "start_step": 5, "stop_step": 9}
+    pairs = zip(iter_rank_steps(address, **order), iter_rank_steps(store, **order), strict=True)  # type: ignore[arg-type]
+    for remote, local in pairs:
+        assert np.array_equal(remote.row_ids, local.row_ids) and np.array_equal(remote.input_ids, local.input_ids)
+    remote_held, held = load_validation_rows(address), load_validation_rows(store)
+    assert remote_held is not None and held is not None and np.array_equal(remote_held.input_ids, held.input_ids)
+
+    filesystem, _ = pafs.FileSystem.from_uri(address)
+    filesystem.delete_file(f"tokens/{StoreReader(address).manifest.shards[0].name}")
+    with pytest.raises(CorpusError, match=rf"{server.scheme}tokens/shard_000000.parquet.*cannot be read"):
+        StoreReader(address).read_rows(np.arange(4))
+
+
+def test_what_cannot_be_read_is_one_clear_error(server: BucketServer, raw: Path) -> None:
+    def refuse(path: str, words: str) -> None:
+        with pytest.raises(CorpusError, match=rf"^corpus.sources.0.path={path.partition('?')[0]}.*{words}"):
+            list_units(CorpusConfig(sources=[SourceConfig(path=path)]))
+
+    refuse(server.locate("no-such-bucket", "raw"), "no such file or folder")
+    refuse(server.locate("bucket", "raw").replace("anonymous@", "").replace("://", "://KEY:SECRET@"), "keys in an addr")
+    (raw / "what?.jsonl").write_text("{}\n")
+    refuse(server.upload(raw, "unclear"), "'unclear/what.*jsonl' cannot be told from an address with options")
+    with pytest.raises(CorpusError, match=rf"corpus.store={server.scheme}no-such-bucket.*not a token store"):
+        Manifest.load(server.locate("no-such-bucket"))
