@@ -8,12 +8,12 @@ RUNS ?= $(CURDIR)/runs
 UI_PORT ?= 5000
 QUIET := RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
-.PHONY: help env demo test test-long test-unit check format ui clean
+.PHONY: help env demo test test-all test-unit check format ui clean
 
 help:
 	@echo "make demo    run the quick start on a local Ray cluster and print its summary"
 	@echo "make test    run every test but the long ones"
-	@echo "make test-long  run the long ones: kills, sweeps, several clusters"
+	@echo "make test-all  run the long ones too: kills, sweeps, phases"
 	@echo "make check   formatter, linter, types, import contracts"
 	@echo "make ui      open MLflow on http://127.0.0.1:$(UI_PORT) over $(RUNS)"
 	@echo "make env     make the environment only; make clean removes it"
@@ -36,8 +36,8 @@ demo: env
 test: env
 	$(QUIET) $(BIN)/python -m pytest tests -q --durations=15 -m "not long"
 
-test-long: env
-	$(QUIET) $(BIN)/python -m pytest tests -q --durations=15 -m long
+test-all: env
+	$(QUIET) $(BIN)/python -m pytest tests -q --durations=25
 
 test-unit: env
 	$(QUIET) $(BIN)/python -m pytest tests/unit tests/test_architecture.py -q

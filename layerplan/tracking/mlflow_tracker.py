@@ -18,7 +18,7 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from layerplan.errors import TrackingError
-from layerplan.tracking.sink import Sink, SinkFactory
+from layerplan.tracking.sink import MlflowSinkFactory, SinkFactory
 from layerplan.tracking.tracker import Status
 
 RUNS_NAME = "mlflow_runs.json"
@@ -91,20 +91,11 @@ class MlflowTracker:
 
     def make_sink_factory(self) -> SinkFactory | None:
         """A picklable factory: only the address and the run id travel."""
-        return _MlflowSinkFactory(self._uri, self.run_id)
+        return MlflowSinkFactory(self._uri, self.run_id)
 
     def close(self, status: Status = "FINISHED") -> None:
         """Ends the run."""
         self._client.set_terminated(self.run_id, status=status)
-
-
-class _MlflowSinkFactory:
-    def __init__(self, uri: str, run_id: str) -> None:
-        self._uri = uri
-        self._run_id = run_id
-
-    def __call__(self, start_step: int) -> Sink:
-        return MlflowSink(self._uri, self._run_id)
 
 
 class MlflowSink:

@@ -22,6 +22,20 @@ class Sink(Protocol):
 SinkFactory = Callable[[int], Sink]
 
 
+class MlflowSinkFactory:
+    """Opens MLflow in the process that logs. Ray Train takes it to every worker, and most of them never call it."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self._uri = uri
+        self._run_id = run_id
+
+    def __call__(self, start_step: int) -> Sink:
+        """A sink of the run."""
+        from layerplan.tracking.mlflow_tracker import MlflowSink
+
+        return MlflowSink(self._uri, self._run_id)
+
+
 class CompositeSink:
     """Sends everything to several sinks."""
 

@@ -93,11 +93,9 @@ def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Path:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from layerplan.train.worker import train_worker
-
     config = request.config
     trainer = TorchTrainer(
-        train_worker,
+        _train_worker,
         train_loop_config={"request": request},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -127,6 +125,13 @@ def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Path:
     if result.checkpoint is None:
         raise TrainingError("training ended without a checkpoint")
     return Path(result.checkpoint.path)
+
+
+def _train_worker(loop_config: dict[str, Any]) -> None:
+    """The train function. Driver and controller load it too, and need none of what it imports."""
+    from layerplan.train.worker import run_worker
+
+    run_worker(loop_config["request"])
 
 
 def _explain_failure(error: BaseException) -> LayerplanError:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
@@ -41,9 +40,8 @@ STOP_REQUEST = "stop_requested"
 """File in the run folder that asks the workers for a last checkpoint."""
 
 
-def train_worker(loop_config: dict[str, Any]) -> None:
-    """The train function of Ray Train."""
-    request: TrainRequest = loop_config["request"]
+def run_worker(request: TrainRequest) -> None:
+    """One worker's part of a training run, inside Ray Train's train function."""
     quiet_engines()
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
