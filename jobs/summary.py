@@ -21,10 +21,11 @@ def print_summary(plan: FreezePlan, result: TrainResult, verdicts: Sequence[Verd
     """Prints the summary table of a finished run."""
     console = Console(width=WIDTH)
     change = 100 * (result.final_loss / result.first_loss - 1)
+    direction = "higher" if change > 0 else "lower"
     console.print(f"\nplan      {plan.plan_type}: {plan.reason}", highlight=False)
     console.print(f"          {render_layer_map(plan)}", highlight=False)
     console.print(
-        f"training  loss {result.first_loss:.3f} -> {result.final_loss:.3f} ({abs(change):.0f} % {'higher' if change > 0 else 'lower'}),"
+        f"training  loss {result.first_loss:.3f} -> {result.final_loss:.3f} ({abs(change):.0f} % {direction}),"
         f" {result.tokens_seen:,} tokens, {result.tokens_per_s:,.0f} tokens/s",
         highlight=False,
     )
