@@ -91,7 +91,7 @@ def _sample_texts(context: RunContext, model: ScratchModelConfig) -> Iterator[st
 
 
 def _pretrain_corpus(context: RunContext, model: ScratchModelConfig) -> CorpusConfig:
-    corpus = context.config.corpus.model_copy(update={"store": None})
+    corpus = context.config.corpus.model_copy(update={"store": None, "upload_to": None})
     return corpus if model.pretrain_sources is None else corpus.model_copy(update={"sources": model.pretrain_sources})
 
 

@@ -90,7 +90,7 @@ def build_store(context: RunContext, model_name: str) -> Path | str:
         tracker.log_params({"num_rows": manifest.num_rows, "seq_len": manifest.seq_len})
         tracker.log_metrics({f"corpus/{name}": float(count) for name, count in manifest.counts.items()}, step=0)
         tracker.log_artifact(context.folder.token_store / "manifest.json")
-    return context.folder.token_store
+    return corpus.upload_to or context.folder.token_store
 
 
 def trace(context: RunContext, model_name: str) -> LayerProfile | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from layerplan.config.base import StrictModel
 
@@ -73,6 +73,9 @@ class CorpusConfig(StrictModel):
     """Sources, each with its weight."""
     store: str | None = None
     """An existing token store to train on, local or at an address as in `sources`; nothing is built then."""
+    upload_to: str | None = None
+    """An address (`s3://bucket/store`) that the store's shards move to as they are finished, for a store larger than the
+    disk; training reads it there."""
     mode: Literal["store", "on_the_fly"] = "store"
     """`store` builds a token store first and fixes the order of training; `on_the_fly` tokenizes while training, needs no
     disk, reads every document exactly once per epoch over any crash, and fixes no order."""
@@ -98,6 +101,13 @@ class CorpusConfig(StrictModel):
     num_cpus_per_worker: float = Field(default=0.5, ge=0)
     """CPU share each actor reserves on Ray."""
 
+    @field_validator("upload_to")
+    @classmethod
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is not None and "://" not in value:
+            raise ValueError("an address such as s3://bucket/store is expected; a local store needs no upload")
+        return value
+
     @model_validator(mode="after")
     def _weights_and_mode_fit(self) -> CorpusConfig:
         weighted = [source.weight is not None for source in self.sources]
@@ -105,10 +115,13 @@ class CorpusConfig(StrictModel):
             raise ValueError(
                 f"sources.{weighted.index(False)}.weight is missing: give every source a weight, or none of them"
             )
+        if self.upload_to is not None and self.store is not None:
+            raise ValueError("upload_to: nothing is built when `store` names an existing one; leave one of them out")
         if self.mode == "on_the_fly":
             faults = {
                 "deduplicate=true: needs a pass over the whole corpus; set it to false": self.deduplicate,
                 "store: an existing store has a fixed order; leave it out": self.store is not None,
+                "upload_to: there is no store to upload; leave it out": self.upload_to is not None,
                 "validation_rows: no rows are held out; set it to 0": self.validation_rows > 0,
                 "sources.max_documents: documents are not counted across workers; leave it out": any(
                     source.max_documents is not None for source in self.sources

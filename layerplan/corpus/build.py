@@ -15,16 +15,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from tokenizers import Tokenizer
 
 from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.codepoints import encode_codes, fold_words
 from layerplan.corpus.decontamination import BenchmarkText
 from layerplan.corpus.journal import BuildJournal, remove_journal
-from layerplan.corpus.manifest import MANIFEST_NAME, Manifest
+from layerplan.corpus.manifest import CONTAMINATED_NAME, MANIFEST_NAME, QUARANTINE_NAME, VALIDATION_NAME, Manifest
 from layerplan.corpus.progress import BuildProgress
 from layerplan.corpus.sources import UNIT_BYTES, Unit, list_units
 from layerplan.corpus.tokenize import KEPT, QUARANTINED, Record, UnitTokenizer
+from layerplan.corpus.upload import StoreUpload
 from layerplan.corpus.writer import StoreWriter, explain_disk_faults
 from layerplan.errors import CorpusError
 from layerplan.plan.hashing import compute_sha256
@@ -34,7 +36,7 @@ WORKERS_PER_INPUT_BYTES = 32 * 2**20
 """One actor per so much input at most; more would wait longer for their start than they work."""
 ITEMS_PER_PIPELINE = 1024
 """Items of up to `UNIT_BYTES` each that one Ray Data pipeline takes; a build is a row of pipelines."""
-NOT_CONTENT = {"store", "num_workers", "num_cpus_per_worker", "max_bad_fraction"}
+NOT_CONTENT = {"store", "upload_to", "num_workers", "num_cpus_per_worker", "max_bad_fraction"}
 """Fields that do not change the rows."""
 
 
@@ -62,7 +64,7 @@ def build_token_store(
     Uses Ray Data when Ray is initialised in this process, else reads in this process; both give the same bytes.
 
     Args:
-        config: Sources, filters and row layout.
+        config: Sources, filters and row layout; with `upload_to`, shards move there as they are finished.
         tokenizer: `tokenizer.json`, or the folder that holds it.
         store: Folder to write.
         questions: Benchmark questions to keep out.
@@ -74,8 +76,22 @@ def build_token_store(
     """
     loaded = load_tokenizer(tokenizer)
     config_sha256 = hash_config(config, questions, seed)
+    upload = StoreUpload(config.upload_to) if config.upload_to is not None else None
+    is_uploaded = upload is not None and _is_uploaded(upload)
     if (store / MANIFEST_NAME).exists():
-        return find_complete(store, loaded.sha256, config_sha256, report)
+        manifest = find_complete(store, loaded.sha256, config_sha256, report)
+        if upload is not None and not is_uploaded:
+            report(f"uploading it to {upload.address}")
+            with explain_disk_faults(upload.address):
+                for shard in manifest.shards:
+                    upload.move(store / shard.name)
+            write_manifest(store, manifest, upload)
+        return manifest
+    if upload is not None and is_uploaded:
+        manifest = find_complete(upload.address, loaded.sha256, config_sha256, report)
+        store.mkdir(parents=True, exist_ok=True)
+        write_manifest(store, manifest)
+        return manifest
     units = list_units(config)
     try:
         store.mkdir(parents=True, exist_ok=True)
@@ -83,12 +99,13 @@ def build_token_store(
         raise CorpusError(f"{store}: cannot be written ({error})") from None
     journal = BuildJournal(store, f"{loaded.sha256} {config_sha256} {hash_units(units)}")
     try:
-        writer = StoreWriter(config, store, journal, end_of_text_id=loaded.end_of_text_id, seed=seed)
+        writer = StoreWriter(config, store, journal, end_of_text_id=loaded.end_of_text_id, seed=seed, upload=upload)
         if writer.resumed:
             report(f"goes on after {len(writer.state.shards)} shards and {writer.counts['in']:,} documents")
         _consume(config, units, writer, lambda rest: iter_records(config, rest, loaded.json_text, questions), report)
         manifest = _finish(config, store, writer, loaded, config_sha256, questions)
         writer.close()
+        write_manifest(store, manifest, upload)
         journal.remove()
     finally:
         journal.close()
@@ -127,14 +144,26 @@ def hash_units(units: Sequence[Unit]) -> str:
     return compute_sha256([list(asdict(unit).values()) for unit in units])
 
 
-def find_complete(store: Path, tokenizer_sha256: str, config_sha256: str, report: Callable[[str], None]) -> Manifest:
+def _is_uploaded(upload: StoreUpload) -> bool:
+    try:
+        return upload.is_complete()
+    except (OSError, pa.ArrowException) as error:
+        raise CorpusError(
+            f"corpus.upload_to={upload.address}: cannot be opened ({' '.join(str(error).split())[:200]})"
+        ) from None
+
+
+def find_complete(
+    store: Path | str, tokenizer_sha256: str, config_sha256: str, report: Callable[[str], None]
+) -> Manifest:
     """The manifest of a complete store; refuses one of another config or tokenizer."""
     manifest = Manifest.load(store)
     if (manifest.tokenizer_sha256, manifest.config_sha256) != (tokenizer_sha256, config_sha256):
         raise CorpusError(
             f"{store}: was built from another corpus config or tokenizer; remove it or choose another name"
         )
-    remove_journal(store)
+    if isinstance(store, Path):
+        remove_journal(store)
     report(f"found {store}: {manifest.num_rows:,} rows of {manifest.seq_len:,} tokens")
     return manifest
 
@@ -268,7 +297,7 @@ def _finish(
     writer.write_validation()
     sources = writer.list_sources()
     asked = list(questions) if config.decontamination.enabled else []
-    manifest = Manifest(
+    return Manifest(
         seq_len=config.seq_len,
         rows_per_group=config.rows_per_group,
         num_rows=sum(source.num_rows for source in sources),
@@ -287,17 +316,22 @@ def _finish(
         sources=sources,
         shards=writer.shards,
     )
-    write_manifest(store, manifest)
-    return manifest
 
 
-def write_manifest(store: Path, manifest: Manifest) -> None:
+def write_manifest(store: Path, manifest: Manifest, upload: StoreUpload | None = None) -> None:
     """Writes the manifest aside and moves it into place: from then on the store is complete.
 
+    Before that, what a store holds beside shards is copied to the address of `upload`, the manifest last.
+
     Raises:
-        CorpusError: When the disk refuses.
+        CorpusError: When the disk or the address refuses.
     """
-    with explain_disk_faults(store):
+    with explain_disk_faults(store if upload is None else upload.address):
         partial = store / (MANIFEST_NAME + ".partial")
         partial.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        if upload is not None:
+            for path in (store / VALIDATION_NAME, store / QUARANTINE_NAME, store / CONTAMINATED_NAME):
+                if path.exists():
+                    upload.copy(path)
+            upload.copy(partial, MANIFEST_NAME)
         partial.replace(store / MANIFEST_NAME)

@@ -7,7 +7,7 @@ import json
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from layerplan.corpus.manifest import CONTAMINATED_NAME, QUARANTINE_NAME, VALIDA
 from layerplan.corpus.pack import Packer, RawRow
 from layerplan.corpus.store import write_rows
 from layerplan.corpus.tokenize import CONTAMINATED, FILTERED, KEPT, QUARANTINED, Record
+from layerplan.corpus.upload import StoreUpload
 from layerplan.errors import CorpusError
 
 DUPLICATE = "duplicate"
@@ -64,9 +65,17 @@ class StoreWriter:
     """Takes records in order; continues where the journal says an earlier build stopped."""
 
     def __init__(
-        self, config: CorpusConfig, store: Path, journal: BuildJournal, *, end_of_text_id: int, seed: int
+        self,
+        config: CorpusConfig,
+        store: Path,
+        journal: BuildJournal,
+        *,
+        end_of_text_id: int,
+        seed: int,
+        upload: StoreUpload | None = None,
     ) -> None:
         self._config = config
+        self._upload = upload
         self._store = store
         self._journal = journal
         self._seed = seed
@@ -80,6 +89,7 @@ class StoreWriter:
             self._lists: dict[str, IO[bytes]] = {
                 name: _open_list(store / name, length) for name, length in self.state.list_bytes.items()
             }
+            self._move_shards(self.state.shards)
         self._committed = time.monotonic()
         self._num_committed_shards = len(self.state.shards)
 
@@ -157,9 +167,11 @@ class StoreWriter:
             self.resumed = True
         self.state.sources += [SourceProgress() for _ in self._config.sources[len(self.state.sources) :]]
         kept = {shard["name"] for shard in self.state.shards}
-        for name in sorted(kept):
-            if not (self._store / name).exists():
-                raise CorpusError(f"{self._store / name}: is missing; remove {self._store} to build it again")
+        missing = {name for name in kept if not (self._store / name).exists()}
+        if missing and self._upload is not None:
+            missing -= self._upload.list_names()
+        if missing:
+            raise CorpusError(f"{self._store / min(missing)}: is missing; remove {self._store} to build it again")
         for path in [*self._store.glob("shard_*.parquet"), *self._store.glob("*.partial")]:
             if path.name not in kept:
                 path.unlink()
@@ -223,6 +235,14 @@ class StoreWriter:
             shard = write_rows(path, rows, first_row_id=first, rows_per_group=self._config.rows_per_group)
             self.state.shards.append(shard.model_dump())
 
+    def _move_shards(self, shards: Sequence[Mapping[str, Any]]) -> None:
+        """Moves committed shards that are still here; one whose copy was cut short by a kill is here, too."""
+        if self._upload is not None:
+            with explain_disk_faults(self._upload.address):
+                for path in (self._store / shard["name"] for shard in shards):
+                    if path.exists():
+                        self._upload.move(path)
+
     def _commit(self) -> None:
         for name, handle in self._lists.items():
             handle.flush()
@@ -231,19 +251,21 @@ class StoreWriter:
         rows = {"pending": self._rows, "validation": self.validation, "open": [open_row] if open_row else []}
         state = vars(self.state) | {"sources": [vars(progress) for progress in self.state.sources]}
         self._journal.commit(state, rows)
+        self._move_shards(self.state.shards[self._num_committed_shards :])
         self._committed = time.monotonic()
         self._num_committed_shards = len(self.state.shards)
 
 
 @contextmanager
-def explain_disk_faults(store: Path) -> Iterator[None]:
-    """Turns a full or refusing disk into one clear error."""
+def explain_disk_faults(store: Path | str) -> Iterator[None]:
+    """Turns a full or refusing disk or address into one clear error."""
     try:
         yield
     except (OSError, pa.ArrowException, sqlite3.Error) as error:
         text = " ".join(str(error).split())[:200]
+        remedy = "make room" if isinstance(store, Path) else "see that it can be reached and written"
         raise CorpusError(
-            f"{store}: cannot be written ({text}); every finished shard is kept: make room and start the same build"
+            f"{store}: cannot be written ({text}); every finished shard is kept: {remedy} and start the same build"
             " again to go on"
         ) from None
 

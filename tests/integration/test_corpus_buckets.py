@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.fs as pafs
@@ -20,6 +21,7 @@ from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.sources import list_units
 from layerplan.corpus.store import StoreReader, load_validation_rows
 from layerplan.corpus.stream import iter_rank_steps
+from layerplan.corpus.upload import StoreUpload
 from layerplan.errors import CorpusError
 from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
 
@@ -53,6 +55,11 @@ class BucketServer:
         filesystem.create_dir(bucket)
         pafs.copy_files(str(folder), bucket, destination_filesystem=filesystem)
         return self.locate(bucket)
+
+
+def read_file(address: str) -> bytes:
+    filesystem, path = pafs.FileSystem.from_uri(address)
+    return bytes(filesystem.open_input_file(path).read())
 
 
 @contextmanager
@@ -142,6 +149,64 @@ def test_training_rows_come_from_a_store_in_a_bucket(
     filesystem.delete_file(f"tokens/{StoreReader(address).manifest.shards[0].name}")
     with pytest.raises(CorpusError, match=rf"{server.scheme}tokens/shard_000000.parquet.*cannot be read"):
         StoreReader(address).read_rows(np.arange(4))
+
+
+def test_a_store_built_at_a_bucket_is_the_store_built_here(
+    server: BucketServer, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    ray.shutdown()  # the build reads in this process, so that a fault can be caused in its middle
+    tokenizer = make_byte_tokenizer(tmp_path)
+    (raw / "broken.jsonl").write_text("{\n")
+    layout: dict[str, Any] = {"seq_len": 64, "rows_per_group": 2, "groups_per_shard": 8, "validation_rows": 3}
+    layout |= {"sources": [SourceConfig(path=str(raw))], "max_bad_fraction": 0.5}
+
+    def build(config: CorpusConfig, folder: Path) -> Manifest:
+        return build_token_store(config, tokenizer, folder, seed=1, report=lambda line: None)
+
+    local = build(CorpusConfig(**layout), tmp_path / "local")
+    assert len(local.shards) > 5
+    server.upload(raw, "built")
+    address = server.locate("built", "deep/store")
+    config, store = CorpusConfig(**layout, upload_to=address), tmp_path / "store"
+    with monkeypatch.context() as patch:
+        copy, copied = StoreUpload.copy, []
+
+        def fail_at_the_third(self: StoreUpload, path: Path, name: str | None = None) -> None:
+            copied.append(path.name)
+            if len(copied) == 3:
+                raise OSError("connection lost")
+            copy(self, path, name)
+
+        patch.setattr(StoreUpload, "copy", fail_at_the_third)
+        with pytest.raises(
+            CorpusError, match=r"deep/store.*cannot be written \(connection lost\); every finished shard"
+        ):
+            build(config, store)
+    with pytest.raises(CorpusError, match="not a token store, or its build did not finish"):
+        Manifest.load(address)
+    assert [path.name for path in store.glob("shard_*")] == ["shard_000002.parquet"]
+
+    assert build(config, store) == local == Manifest.load(address) == Manifest.load(store)
+    assert sorted(path.name for path in store.iterdir()) == [
+        *("contaminated.jsonl", "manifest.json", "quarantine.jsonl", "validation.parquet")
+    ]
+    remote, here = StoreReader(address), StoreReader(tmp_path / "local")
+    rows = np.arange(local.num_rows)
+    assert np.array_equal(remote.read_rows(rows).input_ids, here.read_rows(rows).input_ids)
+    assert (
+        read_file(f"{address.replace('store?', 'store/quarantine.jsonl?')}")
+        == (store / "quarantine.jsonl").read_bytes()
+    )
+
+    assert build(config, tmp_path / "elsewhere") == local, "a store that is there is found from another machine"
+    assert not list((tmp_path / "elsewhere").glob("shard_*"))
+    later = server.locate("built", "later")
+    assert build(CorpusConfig(**layout, upload_to=later), tmp_path / "local") == local == Manifest.load(later)
+    assert np.array_equal(StoreReader(later).read_rows(rows).input_ids, remote.read_rows(rows).input_ids)
+    with pytest.raises(CorpusError, match="another corpus config or tokenizer"):
+        build(CorpusConfig(**layout | {"deduplicate": False}, upload_to=address), tmp_path / "other")
 
 
 def test_what_cannot_be_read_is_one_clear_error(server: BucketServer, raw: Path) -> None:

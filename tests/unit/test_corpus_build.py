@@ -254,3 +254,22 @@ def test_long_texts_are_cut_after_line_ends_and_join_to_themselves(monkeypatch: 
         pieces = tokenize.split_text(text)
         assert "".join(pieces) == text and all(0 < len(piece) <= 10 for piece in pieces)
     assert tokenize.split_text("line one\nline two\nx")[0] == "line one\n"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"upload_to": "/data/store"}, "upload_to\n.*an address such as s3://bucket/store is expected"),
+        ({"upload_to": "s3://bucket/a", "store": "s3://bucket/b"}, "upload_to: nothing is built when `store` names"),
+    ],
+)
+def test_an_upload_that_cannot_be_meant_is_refused(fields: dict[str, str], words: str):
+    with pytest.raises(ValueError, match=words):
+        CorpusConfig.model_validate(fields)
+
+
+def test_an_upload_that_cannot_start_is_one_clear_error(tmp_path: Path):
+    write_jsonl(tmp_path / "raw.jsonl", {"text": "one"})
+    config = CorpusConfig(sources=[SourceConfig(path=str(tmp_path / "raw.jsonl"))], upload_to="nowhere://bucket/store")
+    with pytest.raises(CorpusError, match=r"^corpus.upload_to=nowhere://bucket/store: cannot be opened \(.*nowhere"):
+        build_token_store(config, make_byte_tokenizer(tmp_path), tmp_path / "store")

@@ -134,7 +134,13 @@ def test_too_much_damage_stops_a_run(store: Path, tokenizer: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "fields",
-    [{"deduplicate": True}, {"validation_rows": 4}, {"store": "x"}, {"sources": [{"path": "x", "max_documents": 3}]}],
+    [
+        {"deduplicate": True},
+        {"validation_rows": 4},
+        {"store": "x"},
+        {"upload_to": "s3://x/y"},
+        {"sources": [{"path": "x", "max_documents": 3}]},
+    ],
 )
 def test_what_needs_a_store_does_not_go_with_the_mode(fields: dict[str, Any], tmp_path: Path):
     base = make_config(tmp_path).model_dump()
