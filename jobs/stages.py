@@ -37,9 +37,8 @@ from layerplan.report.page import write_report
 from layerplan.tracer.pool import trace_model
 from layerplan.tracking.callback import LineageCallback
 from layerplan.tracking.tracker import RunSinkFactory, Tracker
-from layerplan.train.request import CheckpointValidation, TrainRequest, TrainResult, load_result
+from layerplan.train.request import STOP_REQUEST, CheckpointValidation, TrainRequest, TrainResult, load_result
 from layerplan.train.trainer import run_training
-from layerplan.train.worker import STOP_REQUEST
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,24 @@ WIDTH = 100
 def print_summary(plan: FreezePlan, result: TrainResult, verdicts: Sequence[Verdict], report: Path) -> None:
     """Prints the summary table of a finished run."""
     console = Console(width=WIDTH)
-    change = 100 * (result.final_loss / result.first_loss - 1)
-    direction = "higher" if change > 0 else "lower"
     console.print(f"\nplan      {plan.plan_type}: {plan.reason}", highlight=False)
     console.print(f"          {render_layer_map(plan)}", highlight=False)
+    change = describe_change(result.first_loss, result.final_loss)
     console.print(
-        f"training  loss {result.first_loss:.3f} -> {result.final_loss:.3f} ({abs(change):.0f} % {direction}),"
+        f"training  loss {result.first_loss:.3f} -> {result.final_loss:.3f} ({change}),"
         f" {result.tokens_seen:,} tokens, {result.tokens_per_s:,.0f} tokens/s",
         highlight=False,
     )
     print_verdicts(verdicts)
     print(f"\nreport    {report}")
+
+
+def describe_change(first: float, last: float) -> str:
+    """How far the loss moved, as a share of what it was."""
+    change = round(100 * (last / first - 1))
+    if change == 0:
+        return "unchanged within 1 %"
+    return f"{abs(change)} % {'higher' if change > 0 else 'lower'}"
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from layerplan.config.cluster import ClusterConfig
 from layerplan.errors import ClusterError
@@ -87,18 +88,33 @@ def _init(address: str | None, config: ClusterConfig) -> None:
 
     variables = {**WORKER_VARIABLES, **QUIET_VARIABLES}
     variables |= {name: os.environ[name] for name in (*WORKER_VARIABLES, *PASSED_ON) if name in os.environ}
-    runtime_env = {"env_vars": variables}
+    # Ray Train's watcher asks the State API whether a run is alive. Where a host has several clusters and the watcher is not
+    # told which is its own, it may ask another, hear that the run is unknown there, and free its resources.
     if address is not None:
-        ray.init(address=address, runtime_env=runtime_env, logging_level=logging.WARNING)
+        if "://" not in address and address != "auto":
+            variables["RAY_ADDRESS"] = address
+        ray.init(address=address, runtime_env={"env_vars": variables}, logging_level=logging.WARNING)
         return
+    port = _find_dashboard_port()
+    variables["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     ray.init(
         address="local",
         num_cpus=config.num_cpus,
         include_dashboard=True,
         dashboard_host="127.0.0.1",
-        runtime_env=runtime_env,
+        dashboard_port=port,
+        runtime_env={"env_vars": variables},
         logging_level=logging.WARNING,
     )
+
+
+def _find_dashboard_port() -> int:
+    """Ray's usual port, or a free one where another cluster has it."""
+    for port in (8265, 0):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return int(listener.getsockname()[1])
+    raise ClusterError("a local Ray cluster: no port of 127.0.0.1 is free for its dashboard")
 
 
 def _check_size(resources: dict[str, float], min_cpus: float, min_gpus: float) -> None:

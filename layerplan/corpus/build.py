@@ -22,6 +22,7 @@ from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.codepoints import encode_codes, fold_words
 from layerplan.corpus.decontamination import BenchmarkText
 from layerplan.corpus.journal import BuildJournal, remove_journal
+from layerplan.corpus.location import hide_keys
 from layerplan.corpus.manifest import CONTAMINATED_NAME, MANIFEST_NAME, QUARANTINE_NAME, VALIDATION_NAME, Manifest
 from layerplan.corpus.progress import BuildProgress
 from layerplan.corpus.sources import UNIT_BYTES, Unit, list_units
@@ -149,7 +150,7 @@ def _is_uploaded(upload: StoreUpload) -> bool:
         return upload.is_complete()
     except (OSError, pa.ArrowException) as error:
         raise CorpusError(
-            f"corpus.upload_to={upload.address}: cannot be opened ({' '.join(str(error).split())[:200]})"
+            f"corpus.upload_to={hide_keys(upload.address)}: cannot be opened ({' '.join(str(error).split())[:200]})"
         ) from None
 
 

@@ -45,7 +45,10 @@ def compute_ngram_repetition(text: str) -> float:
 
 
 def bound_ngram_repetition(text: str) -> float:
-    """At least `compute_ngram_repetition`, in a third of its time: n-grams that agree in three characters count as equal."""
+    """At least `compute_ngram_repetition`, in about half of its time.
+
+    N-grams that agree in three characters, or share one of 65,536 slots, count as equal.
+    """
     codes = encode_codes(text[:SAMPLE_CHARS])
     count = len(codes) - NGRAM + 1
     if count < 2:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -54,6 +55,11 @@ def join_location(folder: str | Path, name: str) -> str:
     """The place of a file in a folder, by the folder's options."""
     path, options = split_options(str(folder))
     return f"{path.rstrip('/')}/{name}{options}"
+
+
+def hide_keys(path: str | Path) -> str:
+    """The path without the secret that somebody wrote into an address, for a message."""
+    return re.sub(r"(?<=://)[^/@]*:[^/@]*@", "***@", str(path))
 
 
 def open_filesystem(path: str | Path) -> tuple[pafs.FileSystem, str]:
@@ -105,12 +111,12 @@ def list_files(path: str) -> list[FileEntry]:
         filesystem, root = open_filesystem(path)
         info = filesystem.get_file_info(root)
         if info.type == pafs.FileType.NotFound:
-            raise CorpusError(f"{path}: no such file or folder")
+            raise CorpusError(f"{hide_keys(path)}: no such file or folder")
         if info.type == pafs.FileType.File:
             return [FileEntry(path if is_address(path) else root, info.size or 0)]
         infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
     except (pa.ArrowException, ValueError, OSError, ImportError) as error:
-        raise CorpusError(f"{path}: cannot be opened ({' '.join(str(error).split())[:300]})") from None
+        raise CorpusError(f"{hide_keys(path)}: cannot be opened ({' '.join(str(error).split())[:300]})") from None
     prefix, options = _find_prefix(path), split_options(path)[1]
     start = len(root.rstrip("/")) + 1
     if path.partition("://")[0] in BUCKETS:

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pydantic import Field, ValidationError
 
 from layerplan.config.base import StrictModel
-from layerplan.corpus.location import is_address, join_location, open_file
+from layerplan.corpus.location import hide_keys, is_address, join_location, open_file
 from layerplan.errors import CorpusError
 
 MANIFEST_NAME = "manifest.json"
@@ -115,10 +115,12 @@ class Manifest(StrictModel):
                 return cls.model_validate_json(bytes(handle.read()))
         except FileNotFoundError:
             raise CorpusError(
-                f"corpus.store={store}: no {MANIFEST_NAME}; not a token store, or its build did not finish"
+                f"corpus.store={hide_keys(store)}: no {MANIFEST_NAME}; not a token store, or its build did not finish"
             ) from None
         except (OSError, ImportError, pa.ArrowException, ValidationError, ValueError) as error:
-            raise CorpusError(f"{path}: not a readable manifest ({' '.join(str(error).split())[:200]})") from None
+            raise CorpusError(
+                f"{hide_keys(path)}: not a readable manifest ({' '.join(str(error).split())[:200]})"
+            ) from None
 
 
 def resolve_store(path: str) -> Path | str:

@@ -15,6 +15,8 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.train.metrics import MetricSink
 
 RESULT_NAME = "training.json"
+STOP_REQUEST = "stop_requested"
+"""File in the run folder that asks the workers for a last checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from layerplan.models.files import identify_model, load_hf_config
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.model_shape import ModelShape
 from layerplan.train.feed import check_feed
-from layerplan.train.request import TrainRequest, TrainResult, load_result
+from layerplan.train.request import STOP_REQUEST, TrainRequest, TrainResult, load_result
 from layerplan.train.state import TrainState
 
 __all__ = ["TrainRequest", "TrainResult", "load_result", "run_training"]
@@ -128,7 +128,7 @@ def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Path:
 
 
 def _train_worker(loop_config: dict[str, Any]) -> None:
-    """The train function. Driver and controller load it too, and need none of what it imports."""
+    """The train function. Driver and controller load it too, and need none of the model code it imports."""
     from layerplan.train.worker import run_worker
 
     run_worker(loop_config["request"])
@@ -210,8 +210,6 @@ def _overall_mfu(request: TrainRequest, state: TrainState) -> float:
 @contextmanager
 def _stop_on_sigterm(run_dir: Path) -> Iterator[None]:
     """SIGTERM asks the workers for a last checkpoint instead of killing the driver; afterwards it is raised again."""
-    from layerplan.train.worker import STOP_REQUEST
-
     stop_file = run_dir / STOP_REQUEST
     stop_file.unlink(missing_ok=True)
     asked = False

@@ -31,13 +31,10 @@ from layerplan.train.frozen_check import FrozenTensors
 from layerplan.train.ledger import LEDGER_NAME, LedgerWriter
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
 from layerplan.train.metrics import MetricSink
-from layerplan.train.request import TrainRequest
+from layerplan.train.request import STOP_REQUEST, TrainRequest
 from layerplan.train.sharding import reset_compiled
 from layerplan.train.state import TrainState
 from layerplan.train.throughput import find_peak_flops
-
-STOP_REQUEST = "stop_requested"
-"""File in the run folder that asks the workers for a last checkpoint."""
 
 
 def run_worker(request: TrainRequest) -> None:

@@ -75,8 +75,10 @@ def serving_s3() -> Iterator[BucketServer]:
         patch.setenv("AWS_REGION", "us-east-1")
         host, port = made.get_host_and_port()
         options = f"?endpoint_override={host}:{port}&scheme=http"
-        yield BucketServer("s3://", options, ("AWS_ENDPOINT_URL", f"http://{host}:{port}"))
-    made.stop()
+        try:
+            yield BucketServer("s3://", options, ("AWS_ENDPOINT_URL", f"http://{host}:{port}"))
+        finally:
+            made.stop()
 
 
 @contextmanager
@@ -85,11 +87,14 @@ def serving_gcs() -> Iterator[BucketServer]:
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", GCS_SERVER], stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None
-        port = int(process.stdout.readline())
-        options = f"?endpoint_override=127.0.0.1:{port}&scheme=http&retry_limit_seconds=20"
-        yield BucketServer("gs://anonymous@", options, ("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{port}"))
-        process.kill()
+        try:
+            assert process.stdout is not None
+            port = int(process.stdout.readline())
+            options = f"?endpoint_override=127.0.0.1:{port}&scheme=http&retry_limit_seconds=20"
+            where = ("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{port}")
+            yield BucketServer("gs://anonymous@", options, where)
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module", params=[serving_s3, serving_gcs], ids=["s3", "gcs"])
@@ -215,7 +220,15 @@ def test_what_cannot_be_read_is_one_clear_error(server: BucketServer, raw: Path)
             list_units(CorpusConfig(sources=[SourceConfig(path=path)]))
 
     refuse(server.locate("no-such-bucket", "raw"), "no such file or folder")
-    refuse(server.locate("bucket", "raw").replace("anonymous@", "").replace("://", "://KEY:SECRET@"), "keys in an addr")
+    secret = server.locate("bucket", "raw").replace("anonymous@", "").replace("://", "://KEY:SECRET@")
+    for use in (
+        lambda: list_units(CorpusConfig(sources=[SourceConfig(path=secret)])),
+        lambda: Manifest.load(secret),
+        lambda: build_token_store(CorpusConfig(upload_to=secret), make_byte_tokenizer(raw), raw / "store"),
+    ):
+        with pytest.raises(CorpusError, match=r"://\*\*\*@bucket/raw.*keys in an address would end in logs") as refused:
+            use()
+        assert "SECRET" not in str(refused.value)
     (raw / "what?.jsonl").write_text("{}\n")
     refuse(server.upload(raw, "unclear"), "'unclear/what.*jsonl' cannot be told from an address with options")
     with pytest.raises(CorpusError, match=rf"corpus.store={server.scheme}no-such-bucket.*not a token store"):

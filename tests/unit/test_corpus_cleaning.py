@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from layerplan.config.corpus import CorpusConfig, DecontaminationConfig, FilterConfig, SourceConfig
 from layerplan.corpus.cleaning import (
     NGRAM,
+    SAMPLE_CHARS,
     bound_ngram_repetition,
     compute_cjk_ratio,
     compute_duplicate_key,
@@ -217,7 +218,14 @@ def test_the_bound_of_the_ngram_filter_changes_no_decision(text: str, limit: flo
 
 
 def test_the_bound_of_the_ngram_filter_tells_plain_text_apart():
-    assert bound_ngram_repetition("".join(make_text(number) for number in range(4))) < 0.5
+    page = make_text(0, size=60_000)
+    assert len(page) == SAMPLE_CHARS and bound_ngram_repetition(page) < 0.2
+
+
+def test_both_ngram_measures_look_at_the_same_beginning():
+    page = "a" * SAMPLE_CHARS + make_text(0, size=450_000)
+    assert bound_ngram_repetition(page) >= compute_ngram_repetition(page) > 0.99
+    assert find_filter_reason(page, None, FilterConfig(max_line_repetition=1)) == "ngram_repetition"
 
 
 TEXTS = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,16 @@ def test_an_unreachable_store_is_one_clear_error(tmp_path: Path):
 def test_no_backend_keeps_nothing(tmp_path: Path):
     tracker = open_tracker(TrackingConfig(backend="jsonl"), tmp_path, "run")
     assert isinstance(tracker.child("x"), NoopTracker) and tracker.make_sink_factory() is None
+
+
+def test_a_worker_that_logs_nothing_does_not_import_mlflow(tmp_path: Path):
+    config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    factory = RunSinkFactory(tmp_path / "metrics.jsonl", "train", open_tracker(config, tmp_path, "run"))
+    (tmp_path / "factory").write_bytes(pickle.dumps(factory))
+    load = f"import pickle, sys; pickle.load(open({str(tmp_path / 'factory')!r}, 'rb')); print('mlflow' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", load], text=True).strip() == "False"
+
+
+def test_what_drives_a_training_does_not_import_model_code():
+    load = "import layerplan.train.trainer, sys; print({'transformers', 'layerplan.train.worker'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", load], text=True).strip() == "set()"

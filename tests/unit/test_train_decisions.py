@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from jobs.summary import describe_change
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig
 from layerplan.config.train import ScheduleConfig, StabilityConfig, TrainConfig
 from layerplan.plan.freeze_plan import FreezePlan
@@ -153,3 +154,11 @@ def test_the_ledger_drops_steps_after_the_checkpoint_and_a_torn_line(tmp_path: P
     LedgerWriter(path, start_step=2, rank=0, world_size=1)
     assert len(path.read_text(encoding="utf-8").splitlines()) == 2
     assert hash_row_ids(np.array([3, 1])) == hash_row_ids(np.array([1, 3]))
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "words"),
+    [(4.0, 3.0, "25 % lower"), (4.0, 5.0, "25 % higher"), (4.0, 3.99, "unchanged within 1 %")],
+)
+def test_a_loss_that_rose_is_not_called_lower(first: float, last: float, words: str):
+    assert describe_change(first, last) == words

@@ -1,0 +1,60 @@
+"""A run beside somebody else's Ray cluster on the same machine."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ray_script import script_environment
+
+
+@pytest.fixture
+def foreign_cluster() -> Iterator[str]:
+    """A cluster that `ray start` made and noted as the machine's latest; yields Ray's folder, where the note lies."""
+    with tempfile.TemporaryDirectory(prefix="lpf", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--num-cpus=1", "--port=0"]
+        command += ["--node-ip-address=127.0.0.1", "--include-dashboard=true", "--dashboard-port=0"]
+        process = subprocess.Popen(
+            command, env=script_environment(RAY_TMPDIR=folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not (Path(folder) / "ray" / "ray_current_cluster").exists():
+                assert process.poll() is None and time.monotonic() < deadline, "the foreign cluster did not start"
+                time.sleep(0.2)
+            yield folder
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+
+
+def test_a_worker_asks_its_own_cluster_whether_a_run_is_alive(foreign_cluster: str) -> None:
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=script_environment(RAY_TMPDIR=foreign_cluster),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0 and "the same cluster: True" in done.stdout, done.stdout[-3000:]
+
+
+if __name__ == "__main__":
+    import ray
+    from ray.util.state import list_nodes
+
+    from layerplan.config.cluster import ClusterConfig
+    from layerplan.ray_session import connect
+
+    connect(ClusterConfig(num_cpus=1), min_cpus=1)
+    ask = ray.remote(lambda: [node.node_id for node in list_nodes()])
+    print("the same cluster:", ray.get(ask.remote()) == [node["NodeID"] for node in ray.nodes()])
