@@ -1,6 +1,6 @@
 """The corpus against its bounds: a build beside the bare tokenizer, its memory, the reader, and a resume at any position.
 
-    python benchmarks/corpus.py --data $LAYERPLAN_DATA/zh --mib 768 --builds 2 --memory-mib 2048 --out RESULTS.md
+    python benchmarks/corpus.py --data $LAYERPLAN_DATA/zh --mib 768 --memory-mib 2048 --out RESULTS.md
 
 Text is the documents of `--data` again and again, each copy with a line of its own so that none is a duplicate. The peer is
 `encode_batch_fast` alone. Three comparisons with the whole build (reading, cleaning, de-duplication, decontamination,
@@ -9,7 +9,8 @@ and CMMLU have):
 
 - *interleaved*: in one process, the bare tokenizer and the build take turns on the same stretches of text; medians of
   the turns' ratios of CPU time per token, which a busy machine distorts least;
-- *on Ray, wall*: the peer in two processes, text in memory, half of a sample each, before and after every build on Ray;
+- *on Ray, wall*: the peer in two processes, text in memory, and a build on Ray, in turns of 6 and 12 seconds: one stands
+  still while the other runs;
 - *on Ray, CPU*: the same in CPU seconds, ours being those of every process of the Ray cluster, its start included.
 
 Memory is the sum of proportional set sizes over the cluster's processes while a larger corpus is built, with a tokenizer
@@ -21,7 +22,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
+from bare_tokenizer import BATCH, BareTurns
 from machine import describe_machine
 from process_tree import TreeMeter
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -53,7 +54,6 @@ from layerplan.corpus.writer import StoreWriter
 from layerplan.models.scratch import train_tokenizer
 
 MIB = 2**20
-BATCH = 256
 SIMULATED_ROWS = 64_000_000
 INTERLEAVED_UNITS = 13
 INTERLEAVED_BYTES = 2 * MIB
@@ -82,39 +82,6 @@ def write_corpus(texts: list[str], folder: Path, num_bytes: int) -> int:
                 break
         copy += 1
     return num_chars
-
-
-def encode_half(tokenizer_json: str, texts: list[str], barrier: Any, results: Any) -> None:
-    """The peer's process: encodes its texts and reports (tokens, wall seconds, CPU seconds)."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    tokenizer.encode_batch_fast(texts[:8])
-    barrier.wait()
-    wall, cpu, tokens = time.perf_counter(), time.process_time(), 0
-    for start in range(0, len(texts), BATCH):
-        tokens += sum(map(len, tokenizer.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)))
-    results.put((tokens, time.perf_counter() - wall, time.process_time() - cpu))
-
-
-def measure_bare(tokenizer_json: str, texts: list[str]) -> dict[str, float]:
-    """Tokens per second of the bare tokenizer in two processes."""
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(2), context.Queue()
-    processes = [
-        context.Process(target=encode_half, args=(tokenizer_json, texts[half::2], barrier, results))
-        for half in range(2)
-    ]
-    for process in processes:
-        process.start()
-    parts = [results.get() for _ in processes]
-    for process in processes:
-        process.join()
-    tokens = sum(part[0] for part in parts)
-    return {
-        "tokens": tokens,
-        "tokens_per_s": tokens / max(part[1] for part in parts),
-        "tokens_per_cpu_s": tokens / sum(part[2] for part in parts),
-    }
 
 
 def measure_interleaved(
@@ -162,12 +129,14 @@ def train_word_tokenizer(texts: list[str], path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def measure_build(config: CorpusConfig, tokenizer: Path, store: Path, questions: list[BenchmarkText]) -> dict[str, Any]:
-    """The whole build on Ray, and what it took."""
-    with TreeMeter() as meter:
+def measure_build(
+    config: CorpusConfig, tokenizer: Path, store: Path, questions: list[BenchmarkText], turns: BareTurns | None = None
+) -> dict[str, Any]:
+    """The whole build on Ray, and what it took beside the turns of the peer."""
+    with TreeMeter(turns.pids if turns else frozenset()) as meter:
         started = time.perf_counter()
         manifest = build_token_store(config, tokenizer, store, questions=questions, report=say)
-        wall_s = time.perf_counter() - started
+        wall_s = time.perf_counter() - started - (turns.paused_s if turns else 0.0)
     tokens = manifest.num_tokens + sum(source.num_validation_tokens for source in manifest.sources)
     return {
         "tokens": tokens,
@@ -264,7 +233,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of Parquet files with a `text` column")
     parser.add_argument("--mib", type=int, default=64, help="size of the corpus whose build is timed")
-    parser.add_argument("--builds", type=int, default=1, help="how many times it is built")
     parser.add_argument("--memory-mib", type=int, default=0, help="size of the corpus whose build's memory is measured")
     parser.add_argument("--sample-share", type=float, default=0.2, help="of that corpus, for the bare tokenizer")
     parser.add_argument("--vocab-size", type=int, default=32_000)
@@ -309,13 +277,11 @@ def measure_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         say(f"{name}: {value}")
 
     note("interleaved", measure_interleaved(config, tokenizer.read_text(), questions, folder / "interleaved"))
-    note("bare 0", measure_bare(tokenizer.read_text(), sample))
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", _temp_dir=tempfile.mkdtemp(prefix="lpr"))
     ray.data.DataContext.get_current().enable_progress_bars = False
-    for number in range(args.builds):
-        shutil.rmtree(folder / "store", ignore_errors=True)
-        note(f"build {number}", measure_build(config, tokenizer, folder / "store", questions))
-        note(f"bare {number + 1}", measure_bare(tokenizer.read_text(), sample))
+    with BareTurns(tokenizer.read_text(), sample) as bare:
+        note("build", measure_build(config, tokenizer, folder / "store", questions, bare))
+    note("bare", bare.describe())
     note("reader", measure_reader(folder / "store", args.reader_steps))
     if args.memory_mib:
         shutil.rmtree(folder / "raw")
@@ -325,19 +291,10 @@ def measure_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ray.shutdown()
     note("resume", measure_resume(folder / "store", folder / "simulated"))
     for key in ("tokens_per_s", "tokens_per_cpu_s"):
-        results[f"build over bare, {key}"] = [
-            2 * results[f"build {number}"][key] / (results[f"bare {number}"][key] + results[f"bare {number + 1}"][key])
-            for number in range(args.builds)
-        ]
+        results[f"build over bare, {key}"] = results["build"][key] / results["bare"][key]
     results["consumption, tokens_per_s"] = args.consumption
     results["reader over consumption"] = results["reader"]["tokens_per_s"] / args.consumption
     return results
-
-
-def list_ratios(ratios: list[float]) -> str:
-    """The mean, and each build's where there are several."""
-    mean = f"{statistics.mean(ratios):.3f}"
-    return mean if len(ratios) == 1 else f"{mean} ({', '.join(f'{ratio:.3f}' for ratio in ratios)})"
 
 
 def render_report(machine: dict[str, Any], results: dict[str, Any]) -> str:
@@ -351,8 +308,8 @@ def render_report(machine: dict[str, Any], results: dict[str, Any]) -> str:
             "build over bare tokenizer, interleaved, CPU time",
             f"{interleaved['ratio']:.3f} ({interleaved['lower_quartile']:.3f} .. {interleaved['upper_quartile']:.3f})",
         ),
-        ("build over bare tokenizer in two processes, wall", list_ratios(results["build over bare, tokens_per_s"])),
-        ("the same, CPU time of the whole Ray cluster", list_ratios(results["build over bare, tokens_per_cpu_s"])),
+        ("build over bare tokenizer in two processes, wall", f"{results['build over bare, tokens_per_s']:.3f}"),
+        ("the same, CPU time of the whole Ray cluster", f"{results['build over bare, tokens_per_cpu_s']:.3f}"),
         ("peak memory of all processes of a build", f"{peak:.2f} GiB"),
         (
             f"reader over a consumption of {results['consumption, tokens_per_s']:,} tokens/s",

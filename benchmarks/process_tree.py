@@ -13,8 +13,9 @@ SAMPLE_EVERY_S = 10
 
 @dataclass
 class TreeMeter:
-    """CPU seconds and peak memory of this process and all below it."""
+    """CPU seconds and peak memory of this process and all below it but those in `ignored`."""
 
+    ignored: frozenset[int] = frozenset()
     peak_pss: int = 0
     names: dict[int, str] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -55,6 +56,8 @@ class TreeMeter:
         total = 0
         me = psutil.Process()
         for process in [me, *me.children(recursive=True)]:
+            if process.pid in self.ignored:
+                continue
             try:
                 times = process.cpu_times()
                 self._cpu_s[process.pid] = times.user + times.system
