@@ -53,6 +53,8 @@ class BareTurns:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.paused_s = 0.0
+        self.driver_cpu_s = 0.0
+        """What this process went on to do for the build while the tokenizers ran: the build must answer for it."""
         self.turns: list[dict[str, float]] = []
 
     def __enter__(self) -> BareTurns:
@@ -84,7 +86,7 @@ class BareTurns:
             builders = [child for child in children if " ".join(child.cmdline()).startswith(BUILDERS)]
             if not builders:
                 continue
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             for builder in builders:
                 builder.suspend()
             try:
@@ -95,5 +97,6 @@ class BareTurns:
                 for builder in builders:
                     builder.resume()
             self.paused_s += time.perf_counter() - started
+            self.driver_cpu_s += time.process_time() - cpu
             tokens, wall_s, cpu_s = (list(values) for values in zip(*parts, strict=True))
             self.turns.append({"tokens": sum(tokens), "wall_s": max(wall_s), "cpu_s": sum(cpu_s)})

@@ -10,7 +10,7 @@ and CMMLU have):
 - *interleaved*: in one process, the bare tokenizer and the build take turns on the same stretches of text; medians of
   the turns' ratios of CPU time per token, which a busy machine distorts least;
 - *on Ray, wall*: the peer in two processes, text in memory, and a build on Ray, in turns of 6 and 12 seconds: one stands
-  still while the other runs;
+  still while the other runs, and the build is charged for what its driver does meanwhile;
 - *on Ray, CPU*: the same in CPU seconds, ours being those of every process of the Ray cluster, its start included.
 
 Memory is the sum of proportional set sizes over the cluster's processes while a larger corpus is built, with a tokenizer
@@ -136,11 +136,12 @@ def measure_build(
     with TreeMeter(turns.pids if turns else frozenset()) as meter:
         started = time.perf_counter()
         manifest = build_token_store(config, tokenizer, store, questions=questions, report=say)
-        wall_s = time.perf_counter() - started - (turns.paused_s if turns else 0.0)
+        wall_s = time.perf_counter() - started - (turns.paused_s - turns.driver_cpu_s if turns else 0.0)
     tokens = manifest.num_tokens + sum(source.num_validation_tokens for source in manifest.sources)
     return {
         "tokens": tokens,
         "wall_s": wall_s,
+        "charged_for_turns_s": turns.driver_cpu_s if turns else 0.0,
         "tokens_per_s": tokens / wall_s,
         "tokens_per_cpu_s": tokens / meter.cpu_s,
         "cpu_s": meter.describe(),
