@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,10 +35,12 @@ def print_summary(plan: FreezePlan, result: TrainResult, verdicts: Sequence[Verd
 
 def describe_change(first: float, last: float) -> str:
     """How far the loss moved, as a share of what it was."""
-    change = round(100 * (last / first - 1))
-    if change == 0:
+    change = 100 * (last / first - 1)
+    if math.isnan(change):
+        return "not a number"
+    if abs(change) < 0.5:
         return "unchanged within 1 %"
-    return f"{abs(change)} % {'higher' if change > 0 else 'lower'}"
+    return f"{abs(change):.0f} % {'higher' if change > 0 else 'lower'}"
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:

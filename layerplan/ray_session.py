@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from layerplan.config.cluster import ClusterConfig
 from layerplan.errors import ClusterError
@@ -95,7 +95,7 @@ def _init(address: str | None, config: ClusterConfig) -> None:
             variables["RAY_ADDRESS"] = address
         ray.init(address=address, runtime_env={"env_vars": variables}, logging_level=logging.WARNING)
         return
-    port = _find_dashboard_port()
+    port = _find_free_port()
     variables["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     ray.init(
         address="local",
@@ -108,13 +108,11 @@ def _init(address: str | None, config: ClusterConfig) -> None:
     )
 
 
-def _find_dashboard_port() -> int:
-    """Ray's usual port, or a free one where another cluster has it."""
-    for port in (8265, 0):
-        with socket.socket() as listener, suppress(OSError):
-            listener.bind(("127.0.0.1", port))
-            return int(listener.getsockname()[1])
-    raise ClusterError("a local Ray cluster: no port of 127.0.0.1 is free for its dashboard")
+def _find_free_port() -> int:
+    """Not Ray's usual 8265: two runs started at once would both find it free, and Ray does not look for another then."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _check_size(resources: dict[str, float], min_cpus: float, min_gpus: float) -> None:

@@ -26,15 +26,15 @@ def start_script(script: str, *arguments: object, output: TextIO, **extra: str) 
     )
 
 
-def run_script(script: str, *arguments: object, timeout_s: float) -> subprocess.CompletedProcess[str]:
-    """Runs `script` to its end, whatever that is.
+def run_script(script: str, *arguments: object, timeout_s: float, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Runs `script` to its end, whatever that is; `extra` are variables of its environment.
 
     Raises:
         subprocess.TimeoutExpired: When it takes longer than `timeout_s`.
     """
     return subprocess.run(
         [sys.executable, script, *map(str, arguments)],
-        env=script_environment(),
+        env=script_environment(**extra),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

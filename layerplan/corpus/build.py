@@ -28,7 +28,7 @@ from layerplan.corpus.progress import BuildProgress
 from layerplan.corpus.sources import UNIT_BYTES, Unit, list_units
 from layerplan.corpus.tokenize import KEPT, QUARANTINED, Record, UnitTokenizer
 from layerplan.corpus.upload import StoreUpload
-from layerplan.corpus.writer import StoreWriter, explain_disk_faults
+from layerplan.corpus.writer import StoreWriter, check_shards, explain_disk_faults, move_shards
 from layerplan.errors import CorpusError
 from layerplan.plan.hashing import compute_sha256
 
@@ -78,20 +78,16 @@ def build_token_store(
     loaded = load_tokenizer(tokenizer)
     config_sha256 = hash_config(config, questions, seed)
     upload = StoreUpload(config.upload_to) if config.upload_to is not None else None
-    is_uploaded = upload is not None and _is_uploaded(upload)
-    if (store / MANIFEST_NAME).exists():
-        manifest = find_complete(store, loaded.sha256, config_sha256, report)
+    is_here, is_uploaded = (store / MANIFEST_NAME).exists(), upload is not None and _is_uploaded(upload)
+    if is_here or is_uploaded:
+        manifest = find_complete(
+            store if is_here or upload is None else upload.address, loaded.sha256, config_sha256, report
+        )
         if upload is not None and not is_uploaded:
-            report(f"uploading it to {upload.address}")
-            with explain_disk_faults(upload.address):
-                for shard in manifest.shards:
-                    upload.move(store / shard.name)
-            write_manifest(store, manifest, upload)
-        return manifest
-    if upload is not None and is_uploaded:
-        manifest = find_complete(upload.address, loaded.sha256, config_sha256, report)
-        store.mkdir(parents=True, exist_ok=True)
-        write_manifest(store, manifest)
+            _upload_complete(store, manifest, upload, report)
+        elif not is_here:
+            store.mkdir(parents=True, exist_ok=True)
+            write_manifest(store, manifest)
         return manifest
     units = list_units(config)
     try:
@@ -152,6 +148,15 @@ def _is_uploaded(upload: StoreUpload) -> bool:
         raise CorpusError(
             f"corpus.upload_to={hide_keys(upload.address)}: cannot be opened ({' '.join(str(error).split())[:200]})"
         ) from None
+
+
+def _upload_complete(store: Path, manifest: Manifest, upload: StoreUpload, report: Callable[[str], None]) -> None:
+    """Moves a store that was built here, or goes on where that was cut short."""
+    report(f"uploading it to {upload.address}")
+    names = [shard.name for shard in manifest.shards]
+    check_shards(store, names, upload)
+    move_shards(store, names, upload)
+    write_manifest(store, manifest, upload)
 
 
 def find_complete(

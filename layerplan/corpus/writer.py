@@ -7,7 +7,7 @@ import json
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +89,7 @@ class StoreWriter:
             self._lists: dict[str, IO[bytes]] = {
                 name: _open_list(store / name, length) for name, length in self.state.list_bytes.items()
             }
-            self._move_shards(self.state.shards)
+            self._move_shards(0)
         self._committed = time.monotonic()
         self._num_committed_shards = len(self.state.shards)
 
@@ -167,11 +167,7 @@ class StoreWriter:
             self.resumed = True
         self.state.sources += [SourceProgress() for _ in self._config.sources[len(self.state.sources) :]]
         kept = {shard["name"] for shard in self.state.shards}
-        missing = {name for name in kept if not (self._store / name).exists()}
-        if missing and self._upload is not None:
-            missing -= self._upload.list_names()
-        if missing:
-            raise CorpusError(f"{self._store / min(missing)}: is missing; remove {self._store} to build it again")
+        check_shards(self._store, kept, self._upload)
         for path in [*self._store.glob("shard_*.parquet"), *self._store.glob("*.partial")]:
             if path.name not in kept:
                 path.unlink()
@@ -235,13 +231,9 @@ class StoreWriter:
             shard = write_rows(path, rows, first_row_id=first, rows_per_group=self._config.rows_per_group)
             self.state.shards.append(shard.model_dump())
 
-    def _move_shards(self, shards: Sequence[Mapping[str, Any]]) -> None:
-        """Moves committed shards that are still here; one whose copy was cut short by a kill is here, too."""
+    def _move_shards(self, first: int) -> None:
         if self._upload is not None:
-            with explain_disk_faults(self._upload.address):
-                for path in (self._store / shard["name"] for shard in shards):
-                    if path.exists():
-                        self._upload.move(path)
+            move_shards(self._store, [shard["name"] for shard in self.state.shards[first:]], self._upload)
 
     def _commit(self) -> None:
         for name, handle in self._lists.items():
@@ -251,9 +243,35 @@ class StoreWriter:
         rows = {"pending": self._rows, "validation": self.validation, "open": [open_row] if open_row else []}
         state = vars(self.state) | {"sources": [vars(progress) for progress in self.state.sources]}
         self._journal.commit(state, rows)
-        self._move_shards(self.state.shards[self._num_committed_shards :])
+        self._move_shards(self._num_committed_shards)
         self._committed = time.monotonic()
         self._num_committed_shards = len(self.state.shards)
+
+
+def check_shards(store: Path, names: Iterable[str], upload: StoreUpload | None) -> None:
+    """Checks that every shard is here or at the address it moves to.
+
+    Raises:
+        CorpusError: When one is at neither place, or the address cannot be listed.
+    """
+    missing = {name for name in names if not (store / name).exists()}
+    if missing and upload is not None:
+        with explain_disk_faults(upload.address):
+            missing -= upload.list_names()
+    if missing:
+        raise CorpusError(f"{store / min(missing)}: is missing; remove {store} to build it again")
+
+
+def move_shards(store: Path, names: Iterable[str], upload: StoreUpload) -> None:
+    """Moves the finished shards that are still here; one whose copy was cut short by a kill is here, too.
+
+    Raises:
+        CorpusError: When the address refuses.
+    """
+    with explain_disk_faults(upload.address):
+        for path in (store / name for name in names):
+            if path.exists():
+                upload.move(path)
 
 
 @contextmanager

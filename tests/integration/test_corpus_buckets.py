@@ -208,6 +208,7 @@ def test_a_store_built_at_a_bucket_is_the_store_built_here(
     assert build(config, tmp_path / "elsewhere") == local, "a store that is there is found from another machine"
     assert not list((tmp_path / "elsewhere").glob("shard_*"))
     later = server.locate("built", "later")
+    StoreUpload(later).move(tmp_path / "local" / local.shards[0].name)  # as an upload that was killed leaves it
     assert build(CorpusConfig(**layout, upload_to=later), tmp_path / "local") == local == Manifest.load(later)
     assert np.array_equal(StoreReader(later).read_rows(rows).input_ids, remote.read_rows(rows).input_ids)
     with pytest.raises(CorpusError, match="another corpus config or tokenizer"):

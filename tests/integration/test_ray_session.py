@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray_script import script_environment
+from tests.ray_script import run_script, script_environment
 
 
 @pytest.fixture
@@ -36,15 +36,7 @@ def foreign_cluster() -> Iterator[str]:
 
 
 def test_a_worker_asks_its_own_cluster_whether_a_run_is_alive(foreign_cluster: str) -> None:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=script_environment(RAY_TMPDIR=foreign_cluster),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_script(__file__, timeout_s=300, RAY_TMPDIR=foreign_cluster)
     assert done.returncode == 0 and "the same cluster: True" in done.stdout, done.stdout[-3000:]
 
 

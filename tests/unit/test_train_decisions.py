@@ -158,7 +158,12 @@ def test_the_ledger_drops_steps_after_the_checkpoint_and_a_torn_line(tmp_path: P
 
 @pytest.mark.parametrize(
     ("first", "last", "words"),
-    [(4.0, 3.0, "25 % lower"), (4.0, 5.0, "25 % higher"), (4.0, 3.99, "unchanged within 1 %")],
+    [
+        (4.0, 3.0, "25 % lower"),
+        (4.0, 5.0, "25 % higher"),
+        (4.0, 3.99, "unchanged within 1 %"),
+        (4.0, float("nan"), "not a number"),
+    ],
 )
 def test_a_loss_that_rose_is_not_called_lower(first: float, last: float, words: str):
     assert describe_change(first, last) == words
