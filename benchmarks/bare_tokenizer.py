@@ -13,8 +13,8 @@ import psutil
 from tokenizers import Tokenizer
 
 BATCH = 256
-BUILD_TURN_S = 12.0
-BARE_TURN_S = 6.0
+BUILD_TURN_S = 6.0
+BARE_TURN_S = 3.0
 BUILDERS = "ray::MapWorker"
 
 

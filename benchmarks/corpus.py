@@ -2,19 +2,19 @@
 
     python benchmarks/corpus.py --data $LAYERPLAN_DATA/zh --mib 768 --memory-mib 2048 --out RESULTS.md
 
-Text is the documents of `--data` again and again, each copy with a line of its own so that none is a duplicate. The peer is
-`encode_batch_fast` alone. Three comparisons with the whole build (reading, cleaning, de-duplication, decontamination,
-tokenizing, packing, writing; decontamination against 250,000 n-grams of questions, about what C-Eval's validation part
-and CMMLU have):
+Text is the documents of `--data` again and again; in every copy the Chinese characters move on under the punctuation, so
+that neither a document nor a stretch between two marks comes back for a cache. The peer is `encode_batch_fast` of
+`tokenizers` alone. Three comparisons with the whole build (reading, cleaning, de-duplication, decontamination, tokenizing,
+packing, writing; decontamination against 250,000 n-grams of questions, about what C-Eval's validation part and CMMLU
+have), each for `corpus.tokenizer_library=auto` and `=tokenizers`:
 
 - *interleaved*: in one process, the bare tokenizer and the build take turns on the same stretches of text; medians of
   the turns' ratios of CPU time per token, which a busy machine distorts least;
-- *on Ray, wall*: the peer in two processes, text in memory, and a build on Ray, in turns of 6 and 12 seconds: one stands
+- *on Ray, wall*: the peer in two processes, text in memory, and a build on Ray, in turns of 3 and 6 seconds: one stands
   still while the other runs, and the build is charged for what its driver does meanwhile;
 - *on Ray, CPU*: the same in CPU seconds, ours being those of every process of the Ray cluster, its start included.
 
-Memory is the sum of proportional set sizes over the cluster's processes while a larger corpus is built, with a tokenizer
-of words: it is faster, so that more data is under way at once.
+Memory is the sum of proportional set sizes over the cluster's processes, also while a larger corpus is built.
 """
 
 from __future__ import annotations
@@ -27,26 +27,29 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import fastokens
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
 from bare_tokenizer import BATCH, BareTurns
 from machine import describe_machine
 from process_tree import TreeMeter
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.corpus.build import build_token_store
+from layerplan.corpus.codepoints import CJK_FIRST, CJK_LAST, encode_codes
 from layerplan.corpus.decontamination import BenchmarkText
 from layerplan.corpus.journal import BuildJournal
 from layerplan.corpus.manifest import MANIFEST_NAME, Manifest
 from layerplan.corpus.readers import Document, read_unit
 from layerplan.corpus.schedule import LaneSchedule, RowRange
 from layerplan.corpus.schedule import _permute as permutations
-from layerplan.corpus.sources import list_units
+from layerplan.corpus.sources import Unit, list_units
 from layerplan.corpus.store import StoreReader
 from layerplan.corpus.stream import iter_rank_steps
 from layerplan.corpus.tokenize import UnitTokenizer
@@ -55,6 +58,7 @@ from layerplan.models.scratch import train_tokenizer
 
 MIB = 2**20
 SIMULATED_ROWS = 64_000_000
+LIBRARIES: tuple[Literal["auto", "tokenizers"], ...] = ("auto", "tokenizers")
 INTERLEAVED_UNITS = 13
 INTERLEAVED_BYTES = 2 * MIB
 
@@ -73,7 +77,7 @@ def write_corpus(texts: list[str], folder: Path, num_bytes: int) -> int:
         for number, text in enumerate(texts):
             if handle is None or handle.tell() > 256 * MIB:
                 handle = (folder / f"{written:014d}.jsonl").open("wb")
-            marked = f"{text}\n{copy} {number}"
+            marked = f"{move_characters(text, copy)}\n{copy} {number}"
             written += handle.write(
                 json.dumps({"id": f"{copy}-{number}", "text": marked}, ensure_ascii=False).encode() + b"\n"
             )
@@ -84,49 +88,85 @@ def write_corpus(texts: list[str], folder: Path, num_bytes: int) -> int:
     return num_chars
 
 
+def move_characters(text: str, copy: int) -> str:
+    """Moves the Chinese characters of a text on by 37 for every copy; all else stays where it is."""
+    codes = encode_codes(text).copy()
+    chinese = np.flatnonzero((codes >= CJK_FIRST) & (codes <= CJK_LAST))
+    codes[chinese] = np.roll(codes[chinese], 37 * copy)
+    return codes.tobytes().decode("utf-32-le")
+
+
 def measure_interleaved(
     config: CorpusConfig, tokenizer_json: str, questions: list[BenchmarkText], folder: Path
-) -> dict[str, float]:
-    """CPU time of the bare tokenizer over that of the build, stretch by stretch in turns; 1 means no overhead."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    bare = Tokenizer.from_str(tokenizer_json)
+) -> dict[str, dict[str, float]]:
+    """CPU time of the bare tokenizer over that of others, stretch by stretch in turns; 1 means no overhead."""
     units = list(enumerate(list_units(config, unit_bytes=INTERLEAVED_BYTES)))[:INTERLEAVED_UNITS]
-    mapper = UnitTokenizer(config, tokenizer_json, questions)
-    folder.mkdir()
-    config = config.model_copy(update={"groups_per_shard": 1})  # so that shards are written in every turn
-    journal = BuildJournal(folder, "interleaved")
-    writer = StoreWriter(config, folder, journal, end_of_text_id=0, seed=0)
-    source = config.sources[0]
-    ratios = []
+    bare = {name: encoder(tokenizer_json) for name, encoder in (("bare", make_bare), ("fastokens", make_fastokens))}
+    builds = {
+        library: OneProcessBuild(config, library, tokenizer_json, questions, folder / library) for library in LIBRARIES
+    }
+    names = [*bare, *builds]
+    ratios: dict[str, list[float]] = {name: [] for name in names[1:]}
     for number, unit in units:
-        texts = [item.text for item in read_unit(unit, source) if isinstance(item, Document)]
+        texts = [item.text for item in read_unit(unit, config.sources[0]) if isinstance(item, Document)]
+        batches = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
         per_token = {}
-        for turn in ("bare", "ours") if number % 2 else ("ours", "bare"):
-            started, tokens = time.process_time(), 0
-            if turn == "bare":
-                for start in range(0, len(texts), BATCH):
-                    batch = bare.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)
-                    tokens += sum(map(len, batch))
-            else:  # what is dropped is not tokenized, and does not count
-                for record in (record for records in mapper.read(number, unit) for record in records):
-                    tokens += len(record.ids) // 4
-                    writer.add(record)
-            per_token[turn] = (time.process_time() - started) / tokens
-        ratios.append(per_token["bare"] / per_token["ours"])
-    assert writer.state.shards, "no shard was written while the clock ran"
-    writer.close()
-    journal.close()
-    low, middle, high = statistics.quantiles(ratios[1:], n=4)
-    return {"ratio": middle, "lower_quartile": low, "upper_quartile": high, "turns": len(ratios) - 1}
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            started = time.process_time()
+            tokens = sum(map(bare[name], batches)) if name in bare else builds[name].add(number, unit)
+            per_token[name] = (time.process_time() - started) / tokens
+        for name, values in ratios.items():
+            values.append(per_token["bare"] / per_token[name])
+    for build in builds.values():
+        build.close()
+    return {name: describe_ratios(values[1:]) for name, values in ratios.items()}
 
 
-def train_word_tokenizer(texts: list[str], path: Path) -> None:
-    """A tokenizer of whole words, several times as fast as byte pairs."""
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.WordLevelTrainer(vocab_size=50_000, special_tokens=["<unk>", "<|endoftext|>"])
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.save(str(path))
+class OneProcessBuild:
+    """A build without Ray, unit by unit."""
+
+    def __init__(
+        self, config: CorpusConfig, library: str, tokenizer_json: str, questions: list[BenchmarkText], folder: Path
+    ) -> None:
+        folder.mkdir(parents=True)
+        # small shards, so that they are written in every turn
+        config = config.model_copy(update={"groups_per_shard": 1, "tokenizer_library": library})
+        self._mapper = UnitTokenizer(config, tokenizer_json, questions)
+        self._journal = BuildJournal(folder, "interleaved")
+        self._writer = StoreWriter(config, folder, self._journal, end_of_text_id=0, seed=0)
+
+    def add(self, number: int, unit: Unit) -> int:
+        """Adds a unit and counts its tokens; what is dropped is not tokenized, and does not count."""
+        tokens = 0
+        for record in (record for records in self._mapper.read(number, unit) for record in records):
+            tokens += len(record.ids) // 4
+            self._writer.add(record)
+        return tokens
+
+    def close(self) -> None:
+        assert self._writer.state.shards, "no shard was written while the clock ran"
+        self._writer.close()
+        self._journal.close()
+
+
+def make_bare(tokenizer_json: str) -> Callable[[list[str]], int]:
+    """Counts the tokens of a batch by `tokenizers`."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    return lambda batch: sum(map(len, tokenizer.encode_batch_fast(batch, add_special_tokens=False)))
+
+
+def make_fastokens(tokenizer_json: str) -> Callable[[list[str]], int]:
+    """Counts the tokens of a batch by `fastokens`."""
+    os.environ["FASTOKENS_BPE_THREADS"] = "1"
+    tokenizer = fastokens.Tokenizer.from_json_str(tokenizer_json)
+    return lambda batch: len(tokenizer.encode_batch_flat(batch)[0]) // 4
+
+
+def describe_ratios(ratios: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"ratio": middle, "lower_quartile": low, "upper_quartile": high, "turns": len(ratios)}
 
 
 def measure_build(
@@ -244,7 +284,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="write the results to this Markdown file")
     args = parser.parse_args()
-    packages = ("ray", "tokenizers", "pyarrow", "numpy")
+    packages = ("ray", "tokenizers", "fastokens", "pyarrow", "numpy")
     machine = {**describe_machine(*packages), "load_average": os.getloadavg()}
     say(json.dumps(machine, indent=2))
     with tempfile.TemporaryDirectory(prefix="lpc") as name:
@@ -280,19 +320,24 @@ def measure_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     note("interleaved", measure_interleaved(config, tokenizer.read_text(), questions, folder / "interleaved"))
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", _temp_dir=tempfile.mkdtemp(prefix="lpr"))
     ray.data.DataContext.get_current().enable_progress_bars = False
-    with BareTurns(tokenizer.read_text(), sample) as bare:
-        note("build", measure_build(config, tokenizer, folder / "store", questions, bare))
-    note("bare", bare.describe())
-    note("reader", measure_reader(folder / "store", args.reader_steps))
+    for library in LIBRARIES:
+        with BareTurns(tokenizer.read_text(), sample) as bare:
+            chosen = config.model_copy(update={"tokenizer_library": library})
+            note(f"build, {library}", measure_build(chosen, tokenizer, folder / f"store_{library}", questions, bare))
+        note(f"bare beside {library}", bare.describe())
+    store = folder / "store_auto"
+    assert Manifest.load(store).shards == Manifest.load(folder / "store_tokenizers").shards, "the libraries differ"
+    note("reader", measure_reader(store, args.reader_steps))
+    del sample
     if args.memory_mib:
         shutil.rmtree(folder / "raw")
         write_corpus(texts, folder / "raw", args.memory_mib * MIB)
-        train_word_tokenizer(texts, folder / "words.json")
-        note("large build", measure_build(config, folder / "words.json", folder / "large", questions))
+        note("large build", measure_build(config, tokenizer, folder / "large", questions))
     ray.shutdown()
-    note("resume", measure_resume(folder / "store", folder / "simulated"))
-    for key in ("tokens_per_s", "tokens_per_cpu_s"):
-        results[f"build over bare, {key}"] = results["build"][key] / results["bare"][key]
+    note("resume", measure_resume(store, folder / "simulated"))
+    for library, key in itertools.product(LIBRARIES, ("tokens_per_s", "tokens_per_cpu_s")):
+        ratio = results[f"build, {library}"][key] / results[f"bare beside {library}"][key]
+        results[f"build, {library}, over bare, {key}"] = ratio
     results["consumption, tokens_per_s"] = args.consumption
     results["reader over consumption"] = results["reader"]["tokens_per_s"] / args.consumption
     return results
@@ -304,13 +349,22 @@ def render_report(machine: dict[str, Any], results: dict[str, Any]) -> str:
     peak = max(
         value["peak_pss_gib"] for value in results.values() if isinstance(value, dict) and "peak_pss_gib" in value
     )
-    rows = [
-        (
-            "build over bare tokenizer, interleaved, CPU time",
-            f"{interleaved['ratio']:.3f} ({interleaved['lower_quartile']:.3f} .. {interleaved['upper_quartile']:.3f})",
-        ),
-        ("build over bare tokenizer in two processes, wall", f"{results['build over bare, tokens_per_s']:.3f}"),
-        ("the same, CPU time of the whole Ray cluster", f"{results['build over bare, tokens_per_cpu_s']:.3f}"),
+    rows = []
+    for library in LIBRARIES:
+        title, middle = f"build, tokenizer_library={library}, over bare tokenizers", interleaved[library]
+        rows += [
+            (
+                f"{title}, interleaved, CPU time",
+                f"{middle['ratio']:.2f} ({middle['lower_quartile']:.2f} .. {middle['upper_quartile']:.2f})",
+            ),
+            (f"{title}, two processes on Ray, wall", f"{results[f'build, {library}, over bare, tokens_per_s']:.2f}"),
+            (
+                f"{title}, CPU time of the whole Ray cluster",
+                f"{results[f'build, {library}, over bare, tokens_per_cpu_s']:.2f}",
+            ),
+        ]
+    rows += [
+        ("bare fastokens over bare tokenizers, CPU time", f"{interleaved['fastokens']['ratio']:.1f}"),
         ("peak memory of all processes of a build", f"{peak:.2f} GiB"),
         (
             f"reader over a consumption of {results['consumption, tokens_per_s']:,} tokens/s",

@@ -25,6 +25,7 @@ from eval.significance import ALPHA, correct_holm
 from layerplan.config.base import StrictModel
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.evaluation import EvaluationConfig, HeldOutConfig
+from layerplan.corpus.readers import Document
 from layerplan.corpus.sources import iter_documents
 from layerplan.errors import EvaluationError, find_layerplan_error
 from layerplan.models.causal_lm import load_causal_lm, load_tokenizer
@@ -136,7 +137,7 @@ def score_held_out(
     stored = load_held_out(out_dir)
     found: dict[str, HeldOutResult] = {}
     for item in config.held_out:
-        documents = _read_documents(item)
+        documents = [document.text for document in read_held_out(item)]
         origin = {
             "name": item.name,
             "text_sha256": compute_sha256(documents),
@@ -152,6 +153,19 @@ def score_held_out(
             write_text(out_dir / HELD_OUT_FOLDER / f"{item.name}.json", text)
         found[item.name] = before
     return found
+
+
+def read_held_out(item: HeldOutConfig) -> list[Document]:
+    """The documents of a held-out text, those without text left out.
+
+    Raises:
+        EvaluationError: When there is none.
+        CorpusError: When the source cannot be read.
+    """
+    documents = [document for document in iter_documents(CorpusConfig(sources=[item.source])) if document.text]
+    if not documents:
+        raise EvaluationError(f"evaluation.held_out: {item.name}: {item.source.path} holds no document")
+    return documents
 
 
 def load_held_out(out_dir: Path) -> dict[str, HeldOutResult]:
@@ -170,7 +184,7 @@ def is_held_out_scored(config: EvaluationConfig, out_dir: Path) -> bool:
     stored = load_held_out(out_dir)
     for item in config.held_out:
         before = stored.get(item.name)
-        wanted = (compute_sha256(_read_documents(item)), config.dtype)
+        wanted = (compute_sha256([document.text for document in read_held_out(item)]), config.dtype)
         if before is None or (before.text_sha256, before.dtype) != wanted:
             return False
     return True
@@ -224,13 +238,6 @@ def _judge_pair(base: HeldOutResult, trained: HeldOutResult, gaps: np.ndarray, p
         sentence=f"{word}: {trained.bits_per_byte:.4f} against {base.bits_per_byte:.4f} bits per byte"
         f" ({gap:+.4f} ± {(high - low) / 2:.4f}, p = {p:.3g}, {num_documents} documents)",
     )
-
-
-def _read_documents(item: HeldOutConfig) -> list[str]:
-    documents = [document.text for document in iter_documents(CorpusConfig(sources=[item.source])) if document.text]
-    if not documents:
-        raise EvaluationError(f"evaluation.held_out: {item.name}: {item.source.path} holds no document")
-    return documents
 
 
 def _score_documents(

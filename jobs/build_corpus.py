@@ -63,7 +63,8 @@ def render_manifest(manifest: Manifest, title: str) -> Table:
         table.add_row(name, *(f"{value:,}" for value in values[: len(columns)]))
     table.caption = (
         f"{len(manifest.shards):,} shards of rows of {manifest.seq_len:,} tokens;"
-        f" {manifest.num_questions:,} benchmark questions looked for, {manifest.num_questions_too_short:,} too short for it"
+        f" {manifest.num_questions:,} questions and held-out documents looked for,"
+        f" {manifest.num_questions_too_short:,} too short for it"
     )
     return table
 

@@ -53,7 +53,7 @@ def run_guarded(work: Callable[[], None]) -> int:
     try:
         work()
     except LayerplanError as error:
-        return _report_fault(error)
+        return _report_fault(find_layerplan_error(error) or error)
     except KeyboardInterrupt:
         print("stopped by the user; submit the same run name again to continue", file=sys.stderr)
         return 130

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from eval.artifacts import Results, write_text
 from eval.during_training import GUARDRAIL_NAME, CheckpointScoring, backfill, compare_with_base, read_breach
-from eval.held_out import judge_held_out, load_held_out
+from eval.held_out import judge_held_out, load_held_out, read_held_out
 from eval.items import load_benchmark
 from eval.runner import evaluate_model
 from eval.significance import Verdict
@@ -258,12 +258,18 @@ def publish_report(context: RunContext) -> Path:
 
 
 def list_benchmark_texts(config: RunConfig) -> list[BenchmarkText]:
-    """The questions the corpus must not contain."""
-    return [
+    """The questions and held-out documents that the corpus must not contain."""
+    questions = [
         BenchmarkText(f"{benchmark.name}/{question.id}", question.question)
         for benchmark in map(load_benchmark, config.evaluation.benchmarks)
         for question in benchmark.questions
     ]
+    held_out = [
+        BenchmarkText(f"held_out/{item.name}/{document.id}", document.text)
+        for item in config.evaluation.held_out
+        for document in read_held_out(item)
+    ]
+    return questions + held_out
 
 
 def write_json(path: Path, value: object) -> None:

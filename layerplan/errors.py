@@ -4,6 +4,10 @@ The jobs catch `LayerplanError`, print its message and exit: 2 for a `ConfigErro
 here survives pickling, because Ray carries exceptions from workers to the driver.
 """
 
+import re
+
+_RETRY_NOTE = re.compile(r"\nFailed to .* after \d+/\d+ attempts .*", re.DOTALL)
+
 
 class LayerplanError(Exception):
     """A fault with a message meant for the user: it names the field or file, the value, and what is allowed."""
@@ -65,7 +69,10 @@ class TrackingError(LayerplanError):
 
 
 def find_layerplan_error(error: BaseException) -> LayerplanError | None:
-    """The `LayerplanError` inside an engine's exception: Ray wraps what a worker raises, several layers deep."""
+    """The `LayerplanError` inside an engine's exception: Ray wraps what a worker raises, several layers deep.
+
+    What Ray Data appends to its text, advice about retries, is taken off.
+    """
     pending: list[BaseException | None] = [error]
     seen: set[int] = set()
     while pending:
@@ -73,8 +80,10 @@ def find_layerplan_error(error: BaseException) -> LayerplanError | None:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, LayerplanError):
+        inner = getattr(current, "cause", None)  # Ray's copy is of our class too, with a traceback as its text
+        if isinstance(current, LayerplanError) and not isinstance(inner, LayerplanError):
+            current.args = tuple(_RETRY_NOTE.sub("", arg) if isinstance(arg, str) else arg for arg in current.args)
             return current
-        pending += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        pending += [current.__cause__, current.__context__, inner]
         pending += list(getattr(current, "worker_failures", {}).values())
     return None

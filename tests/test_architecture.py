@@ -43,7 +43,12 @@ def test_eval_is_imported_by_from_only():
 
 
 @pytest.mark.parametrize(
-    ("engine", "home"), [("vllm", "eval/generation.py"), ("mlflow", "layerplan/tracking/mlflow_tracker.py")]
+    ("engine", "home"),
+    [
+        ("vllm", "eval/generation.py"),
+        ("mlflow", "layerplan/tracking/mlflow_tracker.py"),
+        ("fastokens", "layerplan/corpus/encoders.py"),
+    ],
 )
 def test_an_engine_is_imported_in_its_one_module_only(engine: str, home: str):
     library = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("layerplan", "eval", "jobs")]

@@ -26,7 +26,7 @@ from layerplan.corpus.location import hide_keys
 from layerplan.corpus.manifest import CONTAMINATED_NAME, MANIFEST_NAME, QUARANTINE_NAME, VALIDATION_NAME, Manifest
 from layerplan.corpus.progress import BuildProgress
 from layerplan.corpus.sources import UNIT_BYTES, Unit, list_units
-from layerplan.corpus.tokenize import KEPT, QUARANTINED, Record, UnitTokenizer
+from layerplan.corpus.tokenize import FAULT, KEPT, QUARANTINED, Record, UnitTokenizer
 from layerplan.corpus.upload import StoreUpload
 from layerplan.corpus.writer import StoreWriter, check_shards, explain_disk_faults, move_shards
 from layerplan.errors import CorpusError
@@ -37,7 +37,7 @@ WORKERS_PER_INPUT_BYTES = 32 * 2**20
 """One actor per so much input at most; more would wait longer for their start than they work."""
 ITEMS_PER_PIPELINE = 1024
 """Items of up to `UNIT_BYTES` each that one Ray Data pipeline takes; a build is a row of pipelines."""
-NOT_CONTENT = {"store", "upload_to", "num_workers", "num_cpus_per_worker", "max_bad_fraction"}
+NOT_CONTENT = {"store", "upload_to", "tokenizer_library", "num_workers", "num_cpus_per_worker", "max_bad_fraction"}
 """Fields that do not change the rows."""
 
 
@@ -207,7 +207,11 @@ def _consume(
 def iter_records(
     config: CorpusConfig, units: list[tuple[int, Unit]], tokenizer_json: str, questions: Sequence[BenchmarkText]
 ) -> Iterator[Record]:
-    """Records of numbered units, in order."""
+    """Records of numbered units, in order.
+
+    Raises:
+        CorpusError: When the tokenizer libraries disagree.
+    """
     import ray
 
     arguments = (config, tokenizer_json, list(questions))
@@ -228,6 +232,8 @@ def iter_records(
             batches = _start_pipeline(part, arguments, min(num_workers, len(part)), config.num_cpus_per_worker)
         for table in batches:
             for fields in table.to_pylist():
+                if fields["status"] == FAULT:
+                    raise CorpusError(fields["reason"])
                 yield Record(**fields)
 
 

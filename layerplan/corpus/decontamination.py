@@ -1,4 +1,4 @@
-"""Benchmark questions that stand in the corpus: a score on them would measure memory."""
+"""Benchmark questions and held-out documents that stand in the corpus: a score on them would measure memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SKETCH_BITS = 24
 
 @dataclass(frozen=True)
 class BenchmarkText:
-    """One benchmark question as the corpus may contain it."""
+    """One benchmark question, or held-out document, as the corpus may contain it."""
 
     id: str
     text: str

@@ -82,7 +82,7 @@ class Manifest(StrictModel):
     counts: dict[str, int]
     """Documents of all sources; `in` is the sum of the rest."""
     num_questions: int = 0
-    """Benchmark questions that were looked for."""
+    """Benchmark questions and held-out documents that were looked for."""
     num_questions_too_short: int = 0
     """Of these, shorter than one n-gram: they cannot be looked for."""
     sources: list[SourceRows]

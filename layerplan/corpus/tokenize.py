@@ -7,22 +7,23 @@ document, dropped ones included, so that the counts of a build add up.
 from __future__ import annotations
 
 import json
-import os
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from tokenizers import Tokenizer
 
 from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.cleaning import compute_duplicate_key, find_filter_reason, normalize_text
 from layerplan.corpus.decontamination import BenchmarkText, QuestionIndex
+from layerplan.corpus.encoders import load_encoder
 from layerplan.corpus.readers import Document, Malformed, read_unit
 from layerplan.corpus.sources import Unit
+from layerplan.errors import CorpusError
 
 KEPT, FILTERED, CONTAMINATED, QUARANTINED = "kept", "filtered", "contaminated", "quarantined"
+FAULT = "fault"
+"""Status of a record that stands for no document but for an error which ends the build."""
 BATCH_DOCUMENTS = 256
 BATCH_CHARS = 1_000_000
 PIECE_CHARS = 500_000
@@ -81,17 +82,23 @@ class UnitTokenizer:
     """Maps numbered units to `Record`s, in order."""
 
     def __init__(self, config: CorpusConfig, tokenizer_json: str, questions: Sequence[BenchmarkText]) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per actor; the pool is the parallelism
         self._config = config
-        self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        self._encoder = load_encoder(tokenizer_json, config.tokenizer_library)
         self._index = QuestionIndex(questions, config.decontamination)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[pa.Table]:
-        """Yields record tables of bounded size for the units of each item."""
+        """Yields record tables of bounded size for the units of each item.
+
+        An error of ours travels as a record: raised here, Ray Data would print its whole stack.
+        """
         for item in batch["units"]:
             for number, fields in json.loads(str(item)):
-                for records in self.read(number, Unit(**fields)):
-                    yield pa.Table.from_pylist([vars(record) for record in records], schema=_SCHEMA)
+                try:
+                    for records in self.read(number, Unit(**fields)):
+                        yield _make_table(records)
+                except CorpusError as error:
+                    yield _make_table([Record(number, -1, fields["source"], "", status=FAULT, reason=str(error))])
+                    return
 
     def read(self, number: int, unit: Unit) -> Iterator[list[Record]]:
         """Yields the records of one unit in batches."""
@@ -130,18 +137,16 @@ class UnitTokenizer:
 
     def _encode(self, pending: list[tuple[Record, str]]) -> list[Record]:
         pieces = [split_text(text) for _, text in pending]
-        flat = [piece for parts in pieces for piece in parts]
-        encoded = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+        encoded = iter(self._encoder.encode([piece for parts in pieces for piece in parts]))
         records = []
         for (record, _), parts in zip(pending, pieces, strict=True):
-            ids = b"".join(_pack_ids(next(encoded).ids) for _ in parts)
+            ids = b"".join(next(encoded) for _ in parts)
             records.append(Record(**vars(record) | {"ids": ids}))
         return records
 
 
-def _pack_ids(ids: list[int]) -> bytes:
-    """Int32 in the machine's byte order, as numpy reads them; half the time of numpy's own conversion."""
-    return struct.pack(f"{len(ids)}i", *ids)
+def _make_table(records: list[Record]) -> pa.Table:
+    return pa.Table.from_pylist([vars(record) for record in records], schema=_SCHEMA)
 
 
 def split_text(text: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from layerplan.checkpoint.layout import CHECKPOINTS_NAME, name_step, read_train_state
 from layerplan.corpus.manifest import Manifest
-from layerplan.errors import LayerplanError, TrainingError
+from layerplan.errors import LayerplanError, TrainingError, find_layerplan_error
 from layerplan.models.files import identify_model, load_hf_config
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.model_shape import ModelShape
@@ -136,13 +136,10 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
 
 def _explain_failure(error: BaseException) -> LayerplanError:
     """The first fault of ours in the failures of the workers, or the engine's own last line."""
+    fault = find_layerplan_error(error)
+    if fault is not None:
+        return type(fault)(*fault.args)
     failures = getattr(error, "worker_failures", None) or {}
-    for failure in [*failures.values(), error]:
-        seen: BaseException | None = failure
-        while seen is not None:
-            if isinstance(seen, LayerplanError):
-                return type(seen)(*seen.args)
-            seen = getattr(seen, "cause", None) or seen.__cause__
     texts = [str(failure) for failure in failures.values()] or [str(error)]
     lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
     return TrainingError(f"training failed: {lines[-1] if lines else type(error).__name__}")

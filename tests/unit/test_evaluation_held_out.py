@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -9,9 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from eval.held_out import HeldOutActor, HeldOutResult, iter_windows, judge_held_out
+from eval.held_out import HeldOutActor, HeldOutResult, iter_windows, judge_held_out, read_held_out
+from jobs.stages import list_benchmark_texts
+from layerplan.config.corpus import CorpusConfig, SourceConfig
+from layerplan.config.evaluation import HeldOutConfig
+from layerplan.config.run import RunConfig
+from layerplan.corpus.build import build_token_store
 from layerplan.errors import EvaluationError
 from layerplan.train.request import TrainResult
+from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
 
 
 class TinyLm(torch.nn.Module):
@@ -180,3 +187,41 @@ def test_compared_runs_get_a_sentence_per_text(tmp_path: Path) -> None:
     assert second.startswith(
         "same, notes: not distinguishable from the base: 0.7213 against 0.7213 bits per byte (+0.0000"
     )
+
+
+def test_the_corpus_is_kept_free_of_held_out_documents(tmp_path: Path):
+    held = [make_text(number, 3000) for number in range(12)]
+    write_jsonl(tmp_path / "held.jsonl", *({"id": f"h{number}", "text": text} for number, text in enumerate(held)))
+    documents = {
+        "other": make_text(100, 3000),
+        "same": " " + held[3].replace(held[3][50], held[3][50] + "\n"),
+        "inside": make_text(101, 3000) + held[7] + make_text(102, 3000),
+        "most": held[9][:600],
+        "a quotation": make_text(103, 3000) + held[10][:400],
+    }
+    write_jsonl(tmp_path / "raw.jsonl", *({"id": name, "text": text} for name, text in documents.items()))
+    evaluation = {
+        "benchmarks": [{"name": "ceval", "path": "builtin"}],
+        "held_out": [{"name": "notes", "source": {"path": str(tmp_path / "held.jsonl")}}],
+    }
+    values = {"name": "free", "model": {"type": "scratch"}, "corpus": {"seq_len": 64}, "evaluation": evaluation}
+    config = RunConfig.model_validate(values)
+    texts = list_benchmark_texts(config)
+    assert [text.id for text in texts][-12:] == [f"held_out/notes/h{number}" for number in range(12)]
+    corpus = CorpusConfig(sources=[SourceConfig(path=str(tmp_path / "raw.jsonl"))], seq_len=64, validation_rows=0)
+    tokenizer = make_byte_tokenizer(tmp_path)
+    manifest = build_token_store(corpus, tokenizer, tmp_path / "store", questions=texts, report=lambda line: None)
+    assert manifest.counts == {"in": 5, "kept": 2, "contaminated": 3}
+    lines = [json.loads(line) for line in (tmp_path / "store" / "contaminated.jsonl").read_text().splitlines()]
+    assert {line["document"]: line["question"] for line in lines} == {
+        "same": "held_out/notes/h3",
+        "inside": "held_out/notes/h7",
+        "most": "held_out/notes/h9",
+    }
+
+
+def test_a_held_out_text_without_documents_is_refused(tmp_path: Path):
+    write_jsonl(tmp_path / "held.jsonl", {"id": "a", "text": ""})
+    item = HeldOutConfig.model_validate({"name": "notes", "source": {"path": str(tmp_path / "held.jsonl")}})
+    with pytest.raises(EvaluationError, match=r"evaluation\.held_out: notes: .* holds no document"):
+        read_held_out(item)

@@ -1,0 +1,109 @@
+"""Text to token ids, by the `tokenizers` library or by one that gives the same ids in a fraction of the time.
+
+`fastokens` encodes Chinese text about twenty times as fast as `tokenizers`. What it gives is held against `tokenizers`
+all the time, on one text in `CHECK_EVERY`, so that a difference ends a build instead of ending up in a store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal, Protocol
+
+import fastokens
+import numpy as np
+from tokenizers import Tokenizer
+
+from layerplan.errors import CorpusError
+
+CHECK_EVERY = 128
+"""Texts of which the first is encoded by both libraries."""
+
+_FIELD = "corpus.tokenizer_library=auto"
+_REMEDY = "set it to tokenizers, what is built so far stays"
+
+
+class Encoder(Protocol):
+    """Gives each text's token ids as int32 in the machine's byte order."""
+
+    def encode(self, texts: Sequence[str]) -> list[bytes]:
+        """Encodes the texts one by one, without tokens that a tokenizer adds around a text."""
+        ...
+
+
+class TokenizersEncoder:
+    """The `tokenizers` library: every kind of tokenizer, and the ids all others are held against."""
+
+    def __init__(self, tokenizer_json: str) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per actor; the pool is the parallelism
+        self._tokenizer = Tokenizer.from_str(_strip_settings(tokenizer_json))
+
+    def encode(self, texts: Sequence[str]) -> list[bytes]:
+        """Encodes the texts one by one."""
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [_pack_ids(each.ids) for each in encoded]
+
+
+class FastokensEncoder:
+    """The `fastokens` library: byte pairs only, checked against `tokenizers` on the first of every `CHECK_EVERY` texts.
+
+    Raises:
+        ValueError: When it does not know the kind of tokenizer.
+    """
+
+    def __init__(self, tokenizer_json: str) -> None:
+        os.environ["FASTOKENS_BPE_THREADS"] = "1"
+        self._tokenizer = fastokens.Tokenizer.from_json_str(_strip_settings(tokenizer_json))
+        self._reference = TokenizersEncoder(tokenizer_json)
+        self._num_encoded = 0
+
+    def encode(self, texts: Sequence[str]) -> list[bytes]:
+        """Encodes the texts one by one.
+
+        Raises:
+            CorpusError: When it cannot encode one of them, or `tokenizers` gives other ids.
+        """
+        try:
+            ids, offsets = self._tokenizer.encode_batch_flat(list(texts), add_special_tokens=False)
+        except ValueError as error:
+            raise CorpusError(f"{_FIELD}: fastokens cannot encode the text ({error}); {_REMEDY}") from None
+        ends = (np.frombuffer(offsets, dtype=np.uint64) * 4).tolist()
+        encoded = [ids[start:end] for start, end in pairwise(ends)]
+        for place in range(-self._num_encoded % CHECK_EVERY, len(texts), CHECK_EVERY):
+            self._check(texts[place], encoded[place])
+        self._num_encoded += len(texts)
+        return encoded
+
+    def _check(self, text: str, found: bytes) -> None:
+        (expected,) = self._reference.encode([text])
+        if found != expected:
+            raise CorpusError(
+                f"{_FIELD}: fastokens gives other ids than tokenizers for the text that starts with {text[:40]!r}; {_REMEDY}"
+            )
+
+
+def load_encoder(tokenizer_json: str, library: Literal["auto", "tokenizers"]) -> Encoder:
+    """The encoder for a tokenizer; `auto` takes the fastest library that knows its kind."""
+    if library == "auto":
+        try:
+            return FastokensEncoder(tokenizer_json)
+        except ValueError:
+            pass
+    return TokenizersEncoder(tokenizer_json)
+
+
+def _strip_settings(tokenizer_json: str) -> str:
+    """Takes away what is meant for other uses of a tokenizer: truncation, padding and random merges."""
+    content = json.loads(tokenizer_json)
+    content["truncation"] = content["padding"] = None
+    if content["model"].get("dropout"):
+        content["model"]["dropout"] = None
+    return json.dumps(content, ensure_ascii=False)
+
+
+def _pack_ids(ids: list[int]) -> bytes:
+    """Int32 as numpy reads them; half the time of numpy's own conversion."""
+    return struct.pack(f"{len(ids)}i", *ids)
