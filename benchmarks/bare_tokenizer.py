@@ -64,6 +64,8 @@ class BareTurns:
     def __exit__(self, *exc: object) -> None:
         self._stop.set()
         self._thread.join()
+        if not self.turns:  # the build was over before the first
+            self._take_turn([])
         for pipe, process in zip(self._pipes, self._processes, strict=True):
             pipe.send(0)
             process.join()
@@ -86,17 +88,20 @@ class BareTurns:
             builders = [child for child in children if " ".join(child.cmdline()).startswith(BUILDERS)]
             if not builders:
                 continue
-            started, cpu = time.perf_counter(), time.process_time()
+            self._take_turn(builders)
+
+    def _take_turn(self, builders: list[psutil.Process]) -> None:
+        started, cpu = time.perf_counter(), time.process_time()
+        for builder in builders:
+            builder.suspend()
+        try:
+            for pipe in self._pipes:
+                pipe.send(BARE_TURN_S)
+            parts = [pipe.recv() for pipe in self._pipes]
+        finally:
             for builder in builders:
-                builder.suspend()
-            try:
-                for pipe in self._pipes:
-                    pipe.send(BARE_TURN_S)
-                parts = [pipe.recv() for pipe in self._pipes]
-            finally:
-                for builder in builders:
-                    builder.resume()
-            self.paused_s += time.perf_counter() - started
-            self.driver_cpu_s += time.process_time() - cpu
-            tokens, wall_s, cpu_s = (list(values) for values in zip(*parts, strict=True))
-            self.turns.append({"tokens": sum(tokens), "wall_s": max(wall_s), "cpu_s": sum(cpu_s)})
+                builder.resume()
+        self.paused_s += time.perf_counter() - started
+        self.driver_cpu_s += time.process_time() - cpu
+        tokens, wall_s, cpu_s = (list(values) for values in zip(*parts, strict=True))
+        self.turns.append({"tokens": sum(tokens), "wall_s": max(wall_s), "cpu_s": sum(cpu_s)})
