@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "corpus.num_workers",
     "corpus.num_cpus_per_worker",
     "corpus.max_bad_fraction",
+    "corpus.tokenizer_library",
     "train.num_workers",
     "train.num_cpus_per_worker",
     "train.use_gpu",

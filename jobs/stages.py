@@ -22,8 +22,8 @@ from jobs.model_options import revision_of, trusts_remote_code
 from jobs.run_folder import RunFolder
 from layerplan.checkpoint.layout import name_step
 from layerplan.config.run import RunConfig
-from layerplan.corpus.build import build_token_store, hash_tokenizer
-from layerplan.corpus.decontamination import BenchmarkText
+from layerplan.corpus.build import build_token_store, hash_tokenizer, warn_of_held_out
+from layerplan.corpus.decontamination import BenchmarkText, hash_held_out
 from layerplan.corpus.manifest import Manifest, resolve_store
 from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
@@ -73,7 +73,10 @@ def build_store(context: RunContext, model_name: str) -> Path | str:
     tokenizer = find_tokenizer_file(model_name, revision=revision_of(context.config))
     if corpus.store is not None:
         store = resolve_store(corpus.store)
-        _check_store(Manifest.load(store), store, corpus.seq_len, hash_tokenizer(tokenizer))
+        manifest = Manifest.load(store)
+        _check_store(manifest, store, corpus.seq_len, hash_tokenizer(tokenizer))
+        looked_for = hash_held_out(list_benchmark_texts(context.config), corpus.decontamination)
+        warn_of_held_out(manifest, store, looked_for, lambda line: say("corpus", line))
         say("corpus", f"using {store}")
         return store
     with tracked(context, "corpus") as tracker:
@@ -265,7 +268,7 @@ def list_benchmark_texts(config: RunConfig) -> list[BenchmarkText]:
         for question in benchmark.questions
     ]
     held_out = [
-        BenchmarkText(f"held_out/{item.name}/{document.id}", document.text)
+        BenchmarkText(f"held_out/{item.name}/{document.id}", document.text, is_held_out=True)
         for item in config.evaluation.held_out
         for document in read_held_out(item)
     ]

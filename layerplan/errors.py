@@ -73,10 +73,10 @@ def find_layerplan_error(error: BaseException) -> LayerplanError | None:
 
     What Ray Data appends to its text, advice about retries, is taken off.
     """
-    pending: list[BaseException | None] = [error]
+    pending: list[BaseException | None] = [error]  # looked through in order, what is inside before what comes after
     seen: set[int] = set()
     while pending:
-        current = pending.pop()
+        current = pending.pop(0)
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
@@ -84,6 +84,7 @@ def find_layerplan_error(error: BaseException) -> LayerplanError | None:
         if isinstance(current, LayerplanError) and not isinstance(inner, LayerplanError):
             current.args = tuple(_RETRY_NOTE.sub("", arg) if isinstance(arg, str) else arg for arg in current.args)
             return current
-        pending += [current.__cause__, current.__context__, inner]
-        pending += list(getattr(current, "worker_failures", {}).values())
+        failures = getattr(current, "worker_failures", None) or {}
+        context = None if current.__suppress_context__ else current.__context__
+        pending = [*failures.values(), inner, current.__cause__, context, *pending]
     return None

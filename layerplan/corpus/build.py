@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -19,8 +20,10 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from layerplan.config.corpus import CorpusConfig
+from layerplan.corpus.cleaning import normalize_text
 from layerplan.corpus.codepoints import encode_codes, fold_words
-from layerplan.corpus.decontamination import BenchmarkText
+from layerplan.corpus.decontamination import BenchmarkText, hash_held_out
+from layerplan.corpus.encoders import explain_fallback
 from layerplan.corpus.journal import BuildJournal, remove_journal
 from layerplan.corpus.location import hide_keys
 from layerplan.corpus.manifest import CONTAMINATED_NAME, MANIFEST_NAME, QUARANTINE_NAME, VALIDATION_NAME, Manifest
@@ -77,12 +80,13 @@ def build_token_store(
     """
     loaded = load_tokenizer(tokenizer)
     config_sha256 = hash_config(config, questions, seed)
+    held_out_sha256 = hash_held_out(questions, config.decontamination)
     upload = StoreUpload(config.upload_to) if config.upload_to is not None else None
     is_here, is_uploaded = (store / MANIFEST_NAME).exists(), upload is not None and _is_uploaded(upload)
     if is_here or is_uploaded:
-        manifest = find_complete(
-            store if is_here or upload is None else upload.address, loaded.sha256, config_sha256, report
-        )
+        found = store if is_here or upload is None else upload.address
+        manifest = find_complete(found, loaded.sha256, config_sha256, report)
+        warn_of_held_out(manifest, found, held_out_sha256, report)
         if upload is not None and not is_uploaded:
             _upload_complete(store, manifest, upload, report)
         elif not is_here:
@@ -94,7 +98,11 @@ def build_token_store(
         store.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CorpusError(f"{store}: cannot be written ({error})") from None
-    journal = BuildJournal(store, f"{loaded.sha256} {config_sha256} {hash_units(units)}")
+    identity = [loaded.sha256, config_sha256, hash_units(units), held_out_sha256, config.tokenizer_library]
+    journal = BuildJournal(store, " ".join(identity))
+    fallback = explain_fallback(loaded.json_text, config.tokenizer_library)
+    if fallback is not None:
+        report(fallback)
     try:
         writer = StoreWriter(config, store, journal, end_of_text_id=loaded.end_of_text_id, seed=seed, upload=upload)
         if writer.resumed:
@@ -131,8 +139,8 @@ def hash_tokenizer(path: Path) -> str:
 
 
 def hash_config(config: CorpusConfig, questions: Sequence[BenchmarkText], seed: int) -> str:
-    """Hash of all that decides the rows beside the input and the tokenizer."""
-    asked = [[question.id, question.text] for question in questions]
+    """Hash of all that decides the rows beside the input, the tokenizer and held-out documents."""
+    asked = [[question.id, question.text] for question in questions if not question.is_held_out]
     return compute_sha256([config.model_dump(mode="json", exclude=NOT_CONTENT), asked, seed])
 
 
@@ -174,11 +182,19 @@ def find_complete(
     return manifest
 
 
+def warn_of_held_out(
+    manifest: Manifest, store: Path | str, held_out_sha256: str, report: Callable[[str], None]
+) -> None:
+    """Says so when a store was built without looking for the held-out documents that are measured on."""
+    if held_out_sha256 not in ("", manifest.held_out_sha256):
+        report(f"{store}: was built without looking for these held-out documents; it may contain some of them")
+
+
 def _consume(
     config: CorpusConfig,
     units: list[Unit],
     writer: StoreWriter,
-    iter_rest: Callable[[list[tuple[int, Unit]]], Iterator[Record]],
+    iter_rest: Callable[[list[tuple[int, Unit]]], Generator[Record]],
     report: Callable[[str], None],
 ) -> None:
     """Feeds the writer source by source, each up to its limit, from where the writer stopped."""
@@ -194,19 +210,20 @@ def _consume(
         limit = config.sources[source].max_documents
         taken = writer.state.sources[source]
         if limit is None or taken.num_documents < limit:
-            for record in iter_rest(rest):
-                writer.add(record)
-                _check_lost_bytes(config, writer, progress.total_bytes)
-                progress.update()
-                if limit is not None and taken.num_documents >= limit:
-                    break
+            with closing(iter_rest(rest)) as records:  # stops the actors at once, also when an error ends the build
+                for record in records:
+                    writer.add(record)
+                    _check_lost_bytes(config, writer, progress.total_bytes)
+                    progress.update()
+                    if limit is not None and taken.num_documents >= limit:
+                        break
         writer.finish_source(source, next_unit=last + 1)
     progress.finish()
 
 
 def iter_records(
     config: CorpusConfig, units: list[tuple[int, Unit]], tokenizer_json: str, questions: Sequence[BenchmarkText]
-) -> Iterator[Record]:
+) -> Generator[Record]:
     """Records of numbered units, in order.
 
     Raises:
@@ -230,14 +247,15 @@ def iter_records(
         part = items[start : start + ITEMS_PER_PIPELINE]
         with ray.data.DataContext.current(context):
             batches = _start_pipeline(part, arguments, min(num_workers, len(part)), config.num_cpus_per_worker)
-        for table in batches:
-            for fields in table.to_pylist():
-                if fields["status"] == FAULT:
-                    raise CorpusError(fields["reason"])
-                yield Record(**fields)
+        with closing(batches):
+            for table in batches:
+                for fields in table.to_pylist():
+                    if fields["status"] == FAULT:
+                        raise CorpusError(fields["reason"])
+                    yield Record(**fields)
 
 
-def _start_pipeline(items: list[str], arguments: tuple[Any, ...], num_workers: int, num_cpus: float) -> Iterator[Any]:
+def _start_pipeline(items: list[str], arguments: tuple[Any, ...], num_workers: int, num_cpus: float) -> Generator[Any]:
     import ray
 
     records = ray.data.from_items([{"units": item} for item in items], override_num_blocks=len(items)).map_batches(
@@ -247,7 +265,7 @@ def _start_pipeline(items: list[str], arguments: tuple[Any, ...], num_workers: i
         compute=ray.data.ActorPoolStrategy(size=num_workers),
         num_cpus=num_cpus,
     )
-    batches: Iterator[Any] = iter(records.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+    batches: Generator[Any] = iter(records.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
     return batches
 
 
@@ -320,10 +338,12 @@ def _finish(
         end_of_text_id=loaded.end_of_text_id,
         tokenizer_sha256=loaded.sha256,
         config_sha256=config_sha256,
+        held_out_sha256=hash_held_out(questions, config.decontamination),
         counts=dict(sorted(writer.counts.items())),
         num_questions=len(asked),
         num_questions_too_short=sum(
-            len(fold_words(encode_codes(question.text))) < config.decontamination.ngram for question in asked
+            len(fold_words(encode_codes(normalize_text(question.text)))) < config.decontamination.ngram
+            for question in asked
         ),
         sources=sources,
         shards=writer.shards,

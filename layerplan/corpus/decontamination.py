@@ -9,8 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerplan.config.corpus import DecontaminationConfig
-from layerplan.corpus.codepoints import encode_codes, fold_words, hash_ngrams
+from layerplan.corpus.cleaning import normalize_text
+from layerplan.corpus.codepoints import MULTIPLIER, encode_codes, fold_words, hash_ngrams
+from layerplan.plan.hashing import compute_sha256
 
+MAX_HELD_OUT_GRAMS = 256
+"""n-grams by which a held-out document is known; those with the smallest mixed hashes, so that they are the same in every
+copy. The share found among them is that of all within a few percent."""
 SKETCH_BITS = 24
 """Size of the first look, one byte per slot: 16 MiB. With 500,000 question n-grams 3 % of a page's n-grams pass it."""
 
@@ -21,6 +26,14 @@ class BenchmarkText:
 
     id: str
     text: str
+    is_held_out: bool = False
+    """A document of a held-out text: which ones there are may change after a store was built."""
+
+
+def hash_held_out(texts: Sequence[BenchmarkText], config: DecontaminationConfig) -> str:
+    """Hash of the held-out documents that are looked for; empty when there is none."""
+    looked_for = [[text.id, text.text] for text in texts if text.is_held_out and config.enabled]
+    return compute_sha256(looked_for) if looked_for else ""
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,7 @@ class QuestionIndex:
     def __init__(self, questions: Sequence[BenchmarkText], config: DecontaminationConfig) -> None:
         self._config = config
         self._questions = [question.id for question in questions] if config.enabled else []
-        grams = [self._grams(question.text) for question in questions] if config.enabled else []
+        grams = [self._question_grams(question) for question in questions] if config.enabled else []
         self._sizes = np.array([len(found) for found in grams], dtype=np.int64)
         self.num_too_short = int(np.sum(self._sizes == 0))
         hashes = np.concatenate([*grams, np.empty(0, dtype=np.uint64)])
@@ -72,8 +85,12 @@ class QuestionIndex:
             return None
         return Hit(self._questions[best], float(shares[best]))
 
-    def _grams(self, text: str) -> NDArray[np.uint64]:
-        return np.unique(hash_ngrams(fold_words(encode_codes(text)), self._config.ngram))
+    def _question_grams(self, question: BenchmarkText) -> NDArray[np.uint64]:
+        codes = fold_words(encode_codes(normalize_text(question.text)))  # as the documents it is looked for in
+        grams = np.unique(hash_ngrams(codes, self._config.ngram))
+        if question.is_held_out and len(grams) > MAX_HELD_OUT_GRAMS:
+            grams = grams[np.argpartition(grams * MULTIPLIER, MAX_HELD_OUT_GRAMS)[:MAX_HELD_OUT_GRAMS]]
+        return grams
 
     def _slots(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         return (hashes >> np.uint64(64 - SKETCH_BITS)).astype(np.int64)

@@ -79,6 +79,8 @@ class Manifest(StrictModel):
     """Hash of `tokenizer.json`."""
     config_sha256: str
     """Hash of the corpus config and of the benchmark questions."""
+    held_out_sha256: str = ""
+    """Hash of the held-out documents that were looked for; empty when there was none."""
     counts: dict[str, int]
     """Documents of all sources; `in` is the sum of the rest."""
     num_questions: int = 0

@@ -21,8 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerplan.config.corpus import CorpusConfig
-from layerplan.corpus.build import find_complete, hash_config, hash_units, load_tokenizer, write_manifest
-from layerplan.corpus.decontamination import BenchmarkText
+from layerplan.corpus.build import (
+    find_complete,
+    hash_config,
+    hash_units,
+    load_tokenizer,
+    warn_of_held_out,
+    write_manifest,
+)
+from layerplan.corpus.decontamination import BenchmarkText, hash_held_out
 from layerplan.corpus.location import join_location, open_file
 from layerplan.corpus.manifest import MANIFEST_NAME, Manifest, SourceRows
 from layerplan.corpus.pack import Packer, RawRow
@@ -61,8 +68,6 @@ def write_stream(
     loaded = load_tokenizer(tokenizer)
     chunks = list_chunks(config)
     config_sha256 = compute_sha256([hash_config(config, questions, seed), *map(hash_units, chunks)])
-    if (store / MANIFEST_NAME).exists():
-        return find_complete(store, loaded.sha256, config_sha256, report)
     content = {
         "config": config.model_dump(mode="json"),
         "tokenizer": loaded.json_text,
@@ -71,6 +76,14 @@ def write_stream(
         "chunks": [[list(asdict(unit).values()) for unit in chunk] for chunk in chunks],
         "seed": seed,
     }
+    held_out_sha256 = hash_held_out(questions, config.decontamination)
+    if (store / MANIFEST_NAME).exists():
+        manifest = find_complete(store, loaded.sha256, config_sha256, report)
+        warn_of_held_out(manifest, store, held_out_sha256, report)
+        # fields that do not change the rows may have changed; what is looked for decides them, and stays
+        known = json.loads((store / STREAM_NAME).read_text(encoding="utf-8"))
+        _write_content(store, content | {"questions": known["questions"]})
+        return manifest
     manifest = Manifest(
         mode="on_the_fly",
         seq_len=config.seq_len,
@@ -83,17 +96,24 @@ def write_stream(
         end_of_text_id=loaded.end_of_text_id,
         tokenizer_sha256=loaded.sha256,
         config_sha256=config_sha256,
+        held_out_sha256=held_out_sha256,
         counts={},
         num_questions=len(questions) if config.decontamination.enabled else 0,
         sources=[_no_rows(source.path) for source in config.sources],
         shards=[],
     )
-    with explain_disk_faults(store):
-        store.mkdir(parents=True, exist_ok=True)
-        (store / STREAM_NAME).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    _write_content(store, content)
     write_manifest(store, manifest)
     report(f"{store}: {len(chunks):,} chunks of text to tokenize while training")
     return manifest
+
+
+def _write_content(store: Path, content: dict[str, Any]) -> None:
+    with explain_disk_faults(store):
+        store.mkdir(parents=True, exist_ok=True)
+        partial = store / (STREAM_NAME + ".partial")
+        partial.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        partial.replace(store / STREAM_NAME)
 
 
 def _no_rows(path: str) -> SourceRows:

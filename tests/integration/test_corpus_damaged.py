@@ -21,6 +21,7 @@ from layerplan.corpus.decontamination import BenchmarkText
 from layerplan.corpus.sources import iter_documents
 from layerplan.errors import CorpusError
 from layerplan.models.scratch import train_tokenizer
+from tests.tiny_corpus import make_disagreement
 
 NUM_DOCUMENTS = 180
 LARGE_BYTES = 50_000_000
@@ -49,6 +50,18 @@ def questions(corpus_source: dict[str, object]) -> list[BenchmarkText]:
         for benchmark in map(load_benchmark, names or [BenchmarkConfig(name="ceval", path="builtin")])
         for question in benchmark.questions
     ]
+
+
+def test_tokenizer_libraries_that_disagree_end_a_build_on_ray(
+    ray_local: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = make_disagreement(tmp_path)
+    with pytest.raises(CorpusError) as failure:
+        build_token_store(config, tmp_path / "tokenizer.json", tmp_path / "store", report=lambda line: None)
+    assert type(failure.value) is CorpusError
+    assert str(failure.value).startswith("corpus.tokenizer_library=auto: fastokens gives other ids than tokenizers")
+    assert "\n" not in str(failure.value)
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def lines(*records: Any) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,36 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.corpus import encoders
 from layerplan.corpus.build import build_token_store
-from layerplan.corpus.encoders import FastokensEncoder, TokenizersEncoder, load_encoder
+from layerplan.corpus.encoders import (
+    FastokensEncoder,
+    TokenizersEncoder,
+    explain_fallback,
+    is_in_sample,
+    load_encoder,
+)
+from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.sources import list_units
 from layerplan.corpus.tokenize import FAULT, UnitTokenizer
 from layerplan.errors import CorpusError
 from layerplan.models.scratch import train_tokenizer
-from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
+from tests.tiny_corpus import make_byte_tokenizer, make_disagreement, make_text, write_jsonl
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,%d}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CAPITALS, SMALLS = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+PATTERNS = {
+    "qwen": [WORDS % 1],
+    "llama-3": [WORDS % 3],
+    "o200k": [
+        rf"[^\r\n\p{{L}}\p{{N}}]?{CAPITALS}*{SMALLS}+{ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?{CAPITALS}+{SMALLS}*{ENDINGS}"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ],
+    "deepseek": [
+        r"\p{N}{1,3}",
+        "[一-龥\u3040-ゟ゠-ヿ]+",
+        r"[!-/:-~]?[A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ],
+}
 BLOCKS = (0, 0x80, 0x300, 0x600, 0x900, 0xE00, 0x1E00, 0x2000, 0x20D0, 0x3000, 0x4E00, 0xAC00, 0xFF00, 0x1F600)
 PLANTED = ("'s", "'RE", "'ſ", "<|endoftext|>", "<|endof", "İ", "ß", "\u3000", "\u2028", "\x85", "\r\n", " \n ", "  ")
 
@@ -40,7 +63,7 @@ def draw_text(rng: random.Random) -> str:
 
 
 def make_tokenizer(kind: str, folder: Path) -> str:
-    """As the quick start trains one, or as the models of three families have theirs."""
+    """As the quick start trains one, or with the patterns of model families."""
     texts = [draw_text(random.Random(seed)) for seed in range(600)]
     if kind == "quick start":
         return train_tokenizer(texts, vocab_size=4000, out_dir=folder, max_length=64).to_str()
@@ -53,9 +76,9 @@ def make_tokenizer(kind: str, folder: Path) -> str:
         special += [f"<0x{byte:02X}>" for byte in range(256)]
     else:
         tokenizer.normalizer = normalizers.NFC() if kind == "qwen" else None
-        words = pre_tokenizers.Split(Regex(WORDS % (1 if kind == "qwen" else 3)), behavior="isolated")
+        splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in PATTERNS[kind]]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
         tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -65,7 +88,7 @@ def make_tokenizer(kind: str, folder: Path) -> str:
     return tokenizer.to_str()
 
 
-@pytest.mark.parametrize("kind", ["quick start", "qwen", "llama-3", "llama-2"])
+@pytest.mark.parametrize("kind", ["quick start", "qwen", "llama-3", "llama-2", "o200k", "deepseek"])
 def test_ids_are_those_of_tokenizers(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(encoders, "CHECK_EVERY", 10**9)
     content = make_tokenizer(kind, tmp_path)
@@ -79,15 +102,19 @@ def test_ids_are_those_of_tokenizers(kind: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_other_kinds_of_tokenizer_take_the_slow_way():
+    """And the user is told why."""
     unigram = Tokenizer(models.Unigram([("a", 0.0), ("b", -1.0)], 0)).to_str()
     encoder = load_encoder(unigram, "auto")
     assert isinstance(encoder, TokenizersEncoder)
+    assert "fastokens does not know this kind" in str(explain_fallback(unigram, "auto"))
+    assert explain_fallback(unigram, "tokenizers") is None
     assert [np.frombuffer(ids, dtype=np.int32).tolist() for ids in encoder.encode(["ab", "b"])] == [[0, 1], [1]]
 
 
 def test_library_is_chosen_by_the_config(tmp_path: Path):
     content = make_byte_tokenizer(tmp_path).read_text(encoding="utf-8")
     assert isinstance(load_encoder(content, "auto"), FastokensEncoder)
+    assert explain_fallback(content, "auto") is None
     assert isinstance(load_encoder(content, "tokenizers"), TokenizersEncoder)
 
 
@@ -106,41 +133,52 @@ def test_settings_for_other_uses_are_put_aside(tmp_path: Path):
         assert library(json.dumps(content)).encode(texts) == expected
 
 
-@pytest.mark.parametrize("place", [0, encoders.CHECK_EVERY, 3 * encoders.CHECK_EVERY])
-def test_other_ids_end_the_build(place: int, tmp_path: Path):
-    """A text the libraries disagree about is found when its turn to be checked comes, in whatever batch it is."""
+def test_the_first_text_and_a_sample_are_checked(tmp_path: Path):
     encoder = FastokensEncoder(make_tokenizer("quick start", tmp_path))
     encoder._reference = TokenizersEncoder(make_byte_tokenizer(tmp_path).read_text(encoding="utf-8"))
-    texts = [""] * place + [make_text(1)]
+    first, *texts = [make_text(number) for number in range(20 * encoders.CHECK_EVERY)]
     with pytest.raises(CorpusError, match="tokenizer_library=auto: fastokens gives other ids") as failure:
-        for start in range(0, len(texts), 50):
-            encoder.encode(texts[start : start + 50])
-    assert repr(make_text(1)[:40]) in str(failure.value)
+        encoder.encode([first])
+    assert repr(first[:40]) in str(failure.value)
+    sample = [text for text in texts if is_in_sample(text)]
+    assert 5 < len(sample) < 40
+    encoder.encode([text for text in texts if text not in sample])
+    for text in sample[:3]:
+        with pytest.raises(CorpusError):
+            encoder.encode([texts[0], text])
 
 
-def test_a_disagreement_is_told_by_a_worker(tmp_path: Path):
-    """`tokenizers` merges letters over a character that it has no token for; fastokens keeps them apart."""
-    tokenizer = Tokenizer(models.BPE(vocab={"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}, merges=[("a", "b")]))
-    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    raw = tmp_path / "raw.jsonl"
-    write_jsonl(raw, *({"id": str(number), "text": "acb" * (20 + number)} for number in range(40)))
-    fields: dict[str, Any] = {"seq_len": 16, "filters": {"max_ngram_repetition": 1, "max_line_repetition": 1}}
-    config = CorpusConfig(sources=[SourceConfig(path=str(raw))], **fields)
-    (unit,) = list_units(config)
+def test_a_worker_tells_of_a_disagreement(tmp_path: Path):
+    disagreement = make_disagreement(tmp_path)
+    (unit,) = list_units(disagreement)
+    content = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
     batch = {"units": [json.dumps([(0, vars(unit))])]}
-    (table,) = UnitTokenizer(config, tokenizer.to_str(), ())(batch)
-    (record,) = table.to_pylist()
+    first, second = UnitTokenizer(disagreement, content, ())(batch)
+    assert first.num_rows == 256
+    (record,) = second.to_pylist()
     assert record["status"] == FAULT
     assert record["reason"].startswith("corpus.tokenizer_library=auto: fastokens gives other ids than tokenizers")
-    with pytest.raises(CorpusError, match="set it to tokenizers"):
-        build_token_store(config, tmp_path / "tokenizer.json", tmp_path / "store", report=lambda line: None)
-    config = config.model_copy(update={"tokenizer_library": "tokenizers"})
-    manifest = build_token_store(config, tmp_path / "tokenizer.json", tmp_path / "store", report=lambda line: None)
-    assert manifest.counts["kept"] == 40
+
+
+def test_a_store_is_of_one_library(tmp_path: Path):
+    """What was written before a disagreement was found may be wrong too: no build goes on from there."""
+    disagreement = make_disagreement(tmp_path)
+
+    def build(config: CorpusConfig) -> Manifest:
+        return build_token_store(config, tmp_path / "tokenizer.json", tmp_path / "store", report=lambda line: None)
+
+    with pytest.raises(CorpusError, match="set it to tokenizers, and remove the unfinished store"):
+        build(disagreement)
+    assert list((tmp_path / "store").glob("shard_*.parquet"))
+    slow = disagreement.model_copy(update={"tokenizer_library": "tokenizers"})
+    with pytest.raises(CorpusError, match="an unfinished build with another corpus config"):
+        build(slow)
+    shutil.rmtree(tmp_path / "store")
+    assert build(slow).counts["kept"] == 301
 
 
 def test_stores_are_the_same_bytes(tmp_path: Path):
-    """A build may change the library in the middle."""
+    """And a finished one may be found with the other library's setting."""
     write_jsonl(tmp_path / "raw.jsonl", *({"id": str(seed), "text": make_text(seed, 800)} for seed in range(200)))
     (tmp_path / "tokenizer.json").write_text(make_tokenizer("qwen", tmp_path), encoding="utf-8")
     stores = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,14 @@ import torch
 
 from eval.held_out import HeldOutActor, HeldOutResult, iter_windows, judge_held_out, read_held_out
 from jobs.stages import list_benchmark_texts
-from layerplan.config.corpus import CorpusConfig, SourceConfig
+from layerplan.config.corpus import CorpusConfig, DecontaminationConfig, SourceConfig
 from layerplan.config.evaluation import HeldOutConfig
 from layerplan.config.run import RunConfig
 from layerplan.corpus.build import build_token_store
-from layerplan.errors import EvaluationError
+from layerplan.corpus.cleaning import normalize_text
+from layerplan.corpus.decontamination import BenchmarkText, Hit, QuestionIndex
+from layerplan.corpus.on_the_fly import write_stream
+from layerplan.errors import CorpusError, EvaluationError
 from layerplan.train.request import TrainResult
 from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
 
@@ -218,6 +222,43 @@ def test_the_corpus_is_kept_free_of_held_out_documents(tmp_path: Path):
         "inside": "held_out/notes/h7",
         "most": "held_out/notes/h9",
     }
+
+
+def test_held_out_documents_are_found_in_whatever_form(tmp_path: Path):
+    """Decomposed letters, and one of a hundred thousand characters that is known by a sample of its n-grams."""
+    decomposed = unicodedata.normalize("NFD", "Tiếng Việt có dấu thanh và nguyên âm đôi, ví dụ như ở đây. " * 3)
+    long = make_text(1, 300_000)
+    held = [BenchmarkText(name, text, is_held_out=True) for name, text in (("nfd", decomposed), ("long", long))]
+    index = QuestionIndex(held, DecontaminationConfig())
+    assert index.find(normalize_text(decomposed)) == Hit("nfd", 1.0)
+    assert index.find(make_text(2, 3000) + long[:90_000]).question == "long"  # type: ignore[union-attr]
+    three_quarters = index.find(long[:75_000])
+    assert three_quarters is not None
+    assert three_quarters.share == pytest.approx(0.75, abs=0.1)
+    assert index.find(long[:25_000]) is None
+
+
+@pytest.mark.parametrize("mode", ["store", "on_the_fly"])
+def test_a_held_out_text_may_be_named_later(mode: str, tmp_path: Path):
+    """A store built before that is used as it is, and the user is told."""
+    write_jsonl(tmp_path / "raw.jsonl", *({"id": str(number), "text": make_text(number, 900)} for number in range(40)))
+    fields = {"seq_len": 64, "validation_rows": 0, "mode": mode, "deduplicate": mode == "store"}
+    config = CorpusConfig.model_validate({"sources": [{"path": str(tmp_path / "raw.jsonl")}], **fields})
+    tokenizer = make_byte_tokenizer(tmp_path)
+    build = build_token_store if mode == "store" else write_stream
+    question = BenchmarkText("ceval/1", make_text(99))
+    held = BenchmarkText("held_out/notes/3", make_text(3, 900), is_held_out=True)
+    said: list[str] = []
+    first = build(config, tokenizer, tmp_path / "store", questions=[question], report=lambda line: None)
+    assert build(config, tokenizer, tmp_path / "store", questions=[question, held], report=said.append) == first
+    assert any("was built without looking for these held-out documents" in line for line in said)
+    said.clear()
+    fresh = build(config, tokenizer, tmp_path / "other", questions=[question, held], report=said.append)
+    build(config, tokenizer, tmp_path / "other", questions=[question, held], report=said.append)
+    assert not any("held-out" in line for line in said)
+    assert fresh.counts.get("contaminated", 0) == (mode == "store")
+    with pytest.raises(CorpusError, match="another corpus config"):
+        build(config, tokenizer, tmp_path / "store", questions=[held], report=said.append)
 
 
 def test_a_held_out_text_without_documents_is_refused(tmp_path: Path):
