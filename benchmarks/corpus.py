@@ -3,7 +3,7 @@
     python benchmarks/corpus.py --data $LAYERPLAN_DATA/zh --mib 768 --memory-mib 2048 --out RESULTS.md
 
 Text is the documents of `--data` again and again; in every copy the Chinese characters move on under the punctuation, so
-that neither a document nor a stretch between two marks comes back for a cache. The peer is `encode_batch_fast` of
+that no document and no Chinese clause comes back for a cache; other words do. The peer is `encode_batch_fast` of
 `tokenizers` alone. Three comparisons with the whole build (reading, cleaning, de-duplication, decontamination, tokenizing,
 packing, writing; decontamination against 250,000 n-grams of questions, about what C-Eval's validation part and CMMLU
 have), each for `corpus.tokenizer_library=auto` and `=tokenizers`:

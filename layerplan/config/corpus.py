@@ -82,8 +82,8 @@ class CorpusConfig(StrictModel):
     seq_len: int = Field(default=4096, ge=16)
     """Tokens per row."""
     tokenizer_library: Literal["auto", "tokenizers"] = "auto"
-    """`auto` encodes text with fastokens where it knows the kind of tokenizer (byte pairs), some twenty times as fast as
-    tokenizers and held against it all the time; `tokenizers` always takes that. The ids are the same."""
+    """`auto` encodes text with fastokens where it knows the kind of tokenizer (byte pairs), many times as fast as
+    tokenizers, which it is held against on a sample; `tokenizers` always takes that."""
     filters: FilterConfig = FilterConfig()
     """Document filters."""
     deduplicate: bool = True

@@ -66,7 +66,7 @@ class EvaluationConfig(StrictModel):
     evaluate_base: bool = True
     """Score the untouched base too: it is arm zero of every verdict."""
     held_out: list[HeldOutConfig] = Field(default_factory=list)
-    """Texts on which bits per byte are measured, for base and trained model; the corpus is kept free of their documents."""
+    """Texts on which bits per byte are measured, for base and trained model; a build looks for them in the corpus."""
     score_every_steps: int | None = Field(default=None, ge=1)
     """Score checkpoints at multiples of so many steps beside training; none when left out."""
     guardrail_points: float | None = Field(default=None, gt=0)
