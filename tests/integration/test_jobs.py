@@ -118,7 +118,7 @@ def test_a_sweep_trains_three_boundaries_as_nested_runs(
     shares = {item["boundary"]: item["flops_share"] for item in results}
     assert shares[1] < shares[2] < shares[3] < 1
     table = [line for line in job.output.splitlines() if f"{losses[0]:.4f}" in line and "│" in line]
-    assert len(table) == 1
+    assert len(table) == sum(f"{loss:.4f}" == f"{losses[0]:.4f}" for loss in losses), "a base of random weights may tie"
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("layerplan")
     runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
