@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -18,20 +19,26 @@ BARE_TURN_S = 3.0
 BUILDERS = "ray::MapWorker"
 
 
+def make_bare(tokenizer_json: str) -> Callable[[list[str]], int]:
+    """Counts the tokens of a batch by `tokenizers`."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    return lambda batch: sum(map(len, tokenizer.encode_batch_fast(batch, add_special_tokens=False)))
+
+
 def encode_in_turns(tokenizer_json: str, texts: list[str], pipe: Any) -> None:
     """A peer's process: encodes its texts, again and again, for as many seconds as it is told.
 
     Answers each turn with (tokens, wall seconds, CPU seconds).
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = Tokenizer.from_str(tokenizer_json)
+    count_tokens = make_bare(tokenizer_json)
     batches = itertools.cycle([texts[start : start + BATCH] for start in range(0, len(texts), BATCH)])
-    tokenizer.encode_batch_fast(next(batches), add_special_tokens=False)
+    count_tokens(next(batches))
     pipe.send(None)
     while seconds := pipe.recv():
         wall, cpu, tokens = time.perf_counter(), time.process_time(), 0
         while time.perf_counter() - wall < seconds:
-            tokens += sum(map(len, tokenizer.encode_batch_fast(next(batches), add_special_tokens=False)))
+            tokens += count_tokens(next(batches))
         pipe.send((tokens, time.perf_counter() - wall, time.process_time() - cpu))
 
 

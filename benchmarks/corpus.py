@@ -36,10 +36,9 @@ import fastokens
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
-from bare_tokenizer import BATCH, BareTurns
+from bare_tokenizer import BATCH, BareTurns, make_bare
 from machine import describe_machine
 from process_tree import TreeMeter
-from tokenizers import Tokenizer
 
 from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.corpus.build import build_token_store
@@ -148,13 +147,6 @@ class OneProcessBuild:
         assert self._writer.state.shards, "no shard was written while the clock ran"
         self._writer.close()
         self._journal.close()
-
-
-def make_bare(tokenizer_json: str) -> Callable[[list[str]], int]:
-    """Counts the tokens of a batch by `tokenizers`."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    return lambda batch: sum(map(len, tokenizer.encode_batch_fast(batch, add_special_tokens=False)))
 
 
 def make_fastokens(tokenizer_json: str) -> Callable[[list[str]], int]:

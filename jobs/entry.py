@@ -52,8 +52,6 @@ def run_guarded(work: Callable[[], None]) -> int:
     signal.signal(signal.SIGTERM, _stop_on_sigterm)
     try:
         work()
-    except LayerplanError as error:
-        return _report_fault(find_layerplan_error(error) or error)
     except KeyboardInterrupt:
         print("stopped by the user; submit the same run name again to continue", file=sys.stderr)
         return 130
@@ -62,7 +60,7 @@ def run_guarded(work: Callable[[], None]) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
-        return _report_unexpected(error)
+        return _report(error)
     return 0
 
 
@@ -78,8 +76,8 @@ def _report_fault(error: LayerplanError) -> int:
     return error.exit_code
 
 
-def _report_unexpected(error: Exception) -> int:
-    """One line for the user, the traceback in a file for whoever mends it."""
+def _report(error: Exception) -> int:
+    """A fault of ours, or one line for the user and the traceback in a file for whoever mends it."""
     fault = find_layerplan_error(error)
     if fault is not None:
         return _report_fault(fault)

@@ -75,7 +75,7 @@ def build_store(context: RunContext, model_name: str) -> Path | str:
         store = resolve_store(corpus.store)
         manifest = Manifest.load(store)
         _check_store(manifest, store, corpus.seq_len, hash_tokenizer(tokenizer))
-        looked_for = hash_held_out(list_benchmark_texts(context.config), corpus.decontamination)
+        looked_for = hash_held_out(list_held_out_texts(context.config), corpus.decontamination)
         warn_of_held_out(manifest, store, looked_for, lambda line: say("corpus", line))
         say("corpus", f"using {store}")
         return store
@@ -267,12 +267,16 @@ def list_benchmark_texts(config: RunConfig) -> list[BenchmarkText]:
         for benchmark in map(load_benchmark, config.evaluation.benchmarks)
         for question in benchmark.questions
     ]
-    held_out = [
+    return questions + list_held_out_texts(config)
+
+
+def list_held_out_texts(config: RunConfig) -> list[BenchmarkText]:
+    """The held-out documents among them."""
+    return [
         BenchmarkText(f"held_out/{item.name}/{document.id}", document.text, is_held_out=True)
         for item in config.evaluation.held_out
         for document in read_held_out(item)
     ]
-    return questions + held_out
 
 
 def write_json(path: Path, value: object) -> None:

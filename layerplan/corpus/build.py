@@ -20,9 +20,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from layerplan.config.corpus import CorpusConfig
-from layerplan.corpus.cleaning import normalize_text
-from layerplan.corpus.codepoints import encode_codes, fold_words
-from layerplan.corpus.decontamination import BenchmarkText, hash_held_out
+from layerplan.corpus.decontamination import BenchmarkText, fold_question, hash_held_out
 from layerplan.corpus.encoders import explain_fallback
 from layerplan.corpus.journal import BuildJournal, remove_journal
 from layerplan.corpus.location import hide_keys
@@ -99,16 +97,16 @@ def build_token_store(
     except OSError as error:
         raise CorpusError(f"{store}: cannot be written ({error})") from None
     identity = [loaded.sha256, config_sha256, hash_units(units), held_out_sha256, config.tokenizer_library]
-    journal = BuildJournal(store, " ".join(identity))
     fallback = explain_fallback(loaded.json_text, config.tokenizer_library)
     if fallback is not None:
         report(fallback)
+    journal = BuildJournal(store, " ".join(identity))
     try:
         writer = StoreWriter(config, store, journal, end_of_text_id=loaded.end_of_text_id, seed=seed, upload=upload)
         if writer.resumed:
             report(f"goes on after {len(writer.state.shards)} shards and {writer.counts['in']:,} documents")
         _consume(config, units, writer, lambda rest: iter_records(config, rest, loaded.json_text, questions), report)
-        manifest = _finish(config, store, writer, loaded, config_sha256, questions)
+        manifest = _finish(config, store, writer, loaded, config_sha256, held_out_sha256, questions)
         writer.close()
         write_manifest(store, manifest, upload)
         journal.remove()
@@ -321,6 +319,7 @@ def _finish(
     writer: StoreWriter,
     loaded: LoadedTokenizer,
     config_sha256: str,
+    held_out_sha256: str,
     questions: Sequence[BenchmarkText],
 ) -> Manifest:
     _check_counts(config, store, writer)
@@ -338,12 +337,11 @@ def _finish(
         end_of_text_id=loaded.end_of_text_id,
         tokenizer_sha256=loaded.sha256,
         config_sha256=config_sha256,
-        held_out_sha256=hash_held_out(questions, config.decontamination),
+        held_out_sha256=held_out_sha256,
         counts=dict(sorted(writer.counts.items())),
         num_questions=len(asked),
         num_questions_too_short=sum(
-            len(fold_words(encode_codes(normalize_text(question.text)))) < config.decontamination.ngram
-            for question in asked
+            len(fold_question(question.text)) < config.decontamination.ngram for question in asked
         ),
         sources=sources,
         shards=writer.shards,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from layerplan.config.corpus import DecontaminationConfig
 from layerplan.corpus.cleaning import normalize_text
-from layerplan.corpus.codepoints import MULTIPLIER, encode_codes, fold_words, hash_ngrams
+from layerplan.corpus.codepoints import MULTIPLIER, Codes, encode_codes, fold_words, hash_ngrams
 from layerplan.plan.hashing import compute_sha256
 
 MAX_HELD_OUT_GRAMS = 256
@@ -34,6 +34,11 @@ def hash_held_out(texts: Sequence[BenchmarkText], config: DecontaminationConfig)
     """Hash of the held-out documents that are looked for; empty when there is none."""
     looked_for = [[text.id, text.text] for text in texts if text.is_held_out and config.enabled]
     return compute_sha256(looked_for) if looked_for else ""
+
+
+def fold_question(text: str) -> Codes:
+    """Code points of a question as they are compared: normalised and folded as the documents it is looked for in."""
+    return fold_words(encode_codes(normalize_text(text)))
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,7 @@ class QuestionIndex:
         return Hit(self._questions[best], float(shares[best]))
 
     def _question_grams(self, question: BenchmarkText) -> NDArray[np.uint64]:
-        codes = fold_words(encode_codes(normalize_text(question.text)))  # as the documents it is looked for in
-        grams = np.unique(hash_ngrams(codes, self._config.ngram))
+        grams = np.unique(hash_ngrams(fold_question(question.text), self._config.ngram))
         if question.is_held_out and len(grams) > MAX_HELD_OUT_GRAMS:
             grams = grams[np.argpartition(grams * MULTIPLIER, MAX_HELD_OUT_GRAMS)[:MAX_HELD_OUT_GRAMS]]
         return grams
