@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from layerplan.errors import ModelError
-from layerplan.models.files import find_tokenizer_file, load_hf_config
+from layerplan.models.base_check import explain_load_error, refuse_adapter, refuse_other_tasks, refuse_unaccounted
+from layerplan.models.files import find_tokenizer_file, first_line, load_hf_config
+from layerplan.models.tensor_map import TensorAccount
+from layerplan.models.weight_files import read_stored_tensors
 
 FOREIGN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
 """What a model's own code raises when it is used as the text decoder it is not."""
@@ -65,24 +68,33 @@ def find_decoder_parts(model: nn.Module) -> DecoderParts:
 def load_causal_lm(
     name: str, *, revision: str = "main", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> nn.Module:
-    """Loads a causal language model in eval mode, from safetensors only.
+    """Loads a causal language model in eval mode, from safetensors only, every tensor accounted for.
 
     Raises:
-        ModelError: When config or weights are missing or of an unknown architecture.
+        ModelError: When config or weights are missing or of an unknown architecture, a tensor is missing, unexpected or
+            of another shape, the code needs a package that is not installed, or the model's own code is not allowed.
     """
     from transformers import AutoModelForCausalLM
 
-    load_hf_config(name, revision=revision)
+    values = load_hf_config(name, revision=revision)
+    refuse_other_tasks(name, values, trust_remote_code=trust_remote_code)
     folder = Path(name).expanduser()
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise ModelError(f"model.name={name}: the folder has no *.safetensors weights; other formats are not read")
+    if folder.is_dir():
+        refuse_adapter(name, folder)
+        read_stored_tensors(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else it raises without a name; what was mismatched is refused below
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model.name={name}: cannot be loaded ({first})") from None
+    except Exception as error:  # a model's code can raise anything
+        raise ModelError(explain_load_error(name, error)) from None
+    refuse_unaccounted(name, model, TensorAccount.from_loading_info(info))
     return model.eval()
 
 
@@ -93,9 +105,8 @@ def load_tokenizer(name: str, *, revision: str = "main", trust_remote_code: bool
     find_tokenizer_file(name, revision=revision)
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model.name={name}: the tokenizer cannot be loaded ({first})") from None
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"model.name={name}: the tokenizer cannot be loaded ({first_line(error)})") from None
 
 
 def _find_ends(model: nn.Module) -> tuple[nn.Module, nn.Module]:
