@@ -77,6 +77,11 @@ class RunFolder:
         return self.root / "freeze_plan.md"
 
     @property
+    def self_test(self) -> Path:
+        """How the model's loss is computed, as it answered."""
+        return self.root / "self_test.json"
+
+    @property
     def token_store(self) -> Path:
         """Packed rows of the corpus."""
         return self.root / "token_store"

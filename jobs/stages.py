@@ -32,11 +32,13 @@ from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
 from layerplan.plan.explain import describe_certainty, describe_measurement, explain_plan, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
+from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.model_shape import ModelShape
 from layerplan.report.page import write_report
 from layerplan.tracer.pool import trace_model
 from layerplan.tracking.callback import LineageCallback
 from layerplan.tracking.tracker import RunSinkFactory, Tracker
+from layerplan.train.asking import ask_in_task, read_recipe
 from layerplan.train.request import STOP_REQUEST, CheckpointValidation, TrainRequest, TrainResult, load_result
 from layerplan.train.trainer import run_training
 
@@ -95,6 +97,29 @@ def build_store(context: RunContext, model_name: str) -> Path | str:
     return corpus.upload_to or context.folder.token_store
 
 
+def ask_loss(context: RunContext, model_name: str) -> LossRecipe | None:
+    """Asks the model how its loss over documents is computed; None when the training workers have to ask."""
+    path = context.folder.self_test
+    if path.exists():
+        return read_recipe(json.loads(path.read_text(encoding="utf-8")))
+    with tracked(context, "self_test") as tracker:
+        report = ask_in_task(
+            model_name,
+            revision=revision_of(context.config),
+            trust_remote_code=trusts_remote_code(context.config),
+            seq_len=context.config.corpus.seq_len,
+        )
+        if report is None:
+            say("self-test", "the model does not fit into this node's memory; the training workers ask it")
+            return None
+        recipe = read_recipe(report)
+        write_json(path, report)
+        tracker.log_params({"loss_recipe": recipe.text})
+        tracker.log_artifact(path)
+    say("self-test", report["sentence"])
+    return recipe
+
+
 def trace(context: RunContext, model_name: str) -> LayerProfile | None:
     """Measures the layers when the plan needs it; returns the profile, or None when nothing was measured."""
     if context.folder.profile.exists():
@@ -140,7 +165,9 @@ def decide_plan(context: RunContext, model_name: str, profile: LayerProfile | No
     return plan
 
 
-def train(context: RunContext, model_name: str, plan: FreezePlan, store: Path | str) -> TrainResult:
+def train(
+    context: RunContext, model_name: str, plan: FreezePlan, store: Path | str, recipe: LossRecipe | None
+) -> TrainResult:
     """Trains exactly the plan; a finished training is read back, an interrupted one continues."""
     config = context.config
     with tracked(context, "train") as tracker:
@@ -149,6 +176,7 @@ def train(context: RunContext, model_name: str, plan: FreezePlan, store: Path | 
         result = run_training(
             replace(
                 make_train_request(context, model_name, plan, store, sinks),
+                recipe=recipe,
                 validation=_make_validation(describe_scoring(context, model_name, plan)),
             ),
             callbacks=[LineageCallback(tracker)],

@@ -18,7 +18,7 @@ from jobs.entry import build_parser, run_job
 from jobs.model_options import revision_of
 from jobs.run_folder import open_run_folder
 from jobs.session import open_run
-from jobs.stages import RunContext, build_store, make_train_request, say, tracked, write_json
+from jobs.stages import RunContext, ask_loss, build_store, make_train_request, say, tracked, write_json
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig
 from layerplan.config.run import RunConfig
 from layerplan.config.sweep import SweepConfig
@@ -43,6 +43,7 @@ def sweep_boundary(config: RunConfig, args: argparse.Namespace) -> None:
         check(config)
     with open_run(config, open_run_folder(config)) as context:
         model = prepare_model(context)
+        recipe = ask_loss(context, model)
         store = build_store(context, model)
         sweep = config.sweep or DEFAULT_SWEEP
         with tracked(context, "sweep") as tracker:
@@ -55,7 +56,9 @@ def sweep_boundary(config: RunConfig, args: argparse.Namespace) -> None:
                     "validate_every_steps": min(config.train.validate_every_steps, sweep.max_steps),
                 }
             )
-            results = run_sweep(sweep, replace(request, run_dir=context.folder.sweep, config=train), trials)
+            results = run_sweep(
+                sweep, replace(request, run_dir=context.folder.sweep, config=train, recipe=recipe), trials
+            )
             write_json(context.folder.sweep / "results.json", [vars(result) for result in results])
             tracker.log_artifact(context.folder.sweep / "results.json")
         print_results(results)

@@ -12,6 +12,7 @@ from typing import Any
 from layerplan.config.train import TrainConfig
 from layerplan.errors import CheckpointError
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.train.metrics import MetricSink
 
 RESULT_NAME = "training.json"
@@ -42,6 +43,8 @@ class TrainRequest:
     seed: int
     sink_factory: Callable[[int], MetricSink] | None = None
     """(start step) to the sink of rank 0."""
+    recipe: LossRecipe | None = None
+    """How the model's loss is computed; None lets the workers ask it."""
     revision: str = "main"
     trust_remote_code: bool = False
     validation: CheckpointValidation | None = None

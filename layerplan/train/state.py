@@ -8,7 +8,16 @@ from typing import Any
 from layerplan.config.base import StrictModel
 from layerplan.errors import CheckpointError
 
-PROOF_FIELDS = ("gradient_coverage", "coverage_checks", "frozen_checksum", "frozen_checks", "frozen_check_s")
+PROOF_FIELDS = (
+    "gradient_coverage",
+    "coverage_checks",
+    "frozen_checksum",
+    "frozen_checks",
+    "frozen_check_s",
+    "loss_recipe",
+    "self_tests",
+    "self_test_difference",
+)
 """What shows that the plan is obeyed."""
 
 
@@ -41,6 +50,12 @@ class TrainState(StrictModel):
     """Times the frozen tensors were found unchanged."""
     frozen_check_s: float = 0.0
     """Seconds spent on it, over all attempts."""
+    loss_recipe: str = ""
+    """How the loss is computed; empty in states of versions that did not ask the model."""
+    self_tests: int = 0
+    """Times the placed model's loss was compared with that of documents one by one."""
+    self_test_difference: float = 0.0
+    """Largest difference found then, nats per token."""
     first_loss: float | None = None
     """First logged training loss, nats per token."""
     last_loss: float | None = None
@@ -73,6 +88,10 @@ class TrainState(StrictModel):
             proof["frozen_checksum"] = self.frozen_checksum
             proof["frozen_checks"] = self.frozen_checks
             proof["frozen_check_share_of_training"] = round(self.frozen_check_s / max(self.train_s, 1e-9), 6)
+        if self.loss_recipe:
+            proof["loss_recipe"] = self.loss_recipe
+            proof["self_tests"] = self.self_tests
+            proof["self_test_difference"] = float(f"{self.self_test_difference:.3g}")
         return proof
 
     def check_same_run(self, other: dict[str, Any]) -> TrainState:

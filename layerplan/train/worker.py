@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
@@ -30,6 +30,7 @@ from layerplan.train.feed import open_feed
 from layerplan.train.frozen_check import FrozenTensors
 from layerplan.train.ledger import LEDGER_NAME, LedgerWriter
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
+from layerplan.train.loss_proof import prove_loss
 from layerplan.train.metrics import MetricSink
 from layerplan.train.request import STOP_REQUEST, TrainRequest
 from layerplan.train.sharding import reset_compiled
@@ -81,6 +82,14 @@ def run_worker(request: TrainRequest) -> None:
                 validated_steps=range(0) if request.validation is None else request.validation.steps,
             )
             state = writer.restore(state) or state
+            request = replace(request, recipe=built.recipe)
+            state = prove_loss(
+                built.placed.model,
+                state,
+                seq_len=manifest.seq_len,
+                dtype=getattr(torch, request.config.compute_dtype),
+                world_size=world_size,
+            )
             frozen, state = prove_frozen(request, built, state, world_size)
             setup = LoopSetup(
                 built.placed,

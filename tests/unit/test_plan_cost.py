@@ -198,7 +198,7 @@ def saved_bytes(values: dict[str, Any], plan: FreezePlan, dtype: torch.dtype) ->
     ids = torch.arange(256).reshape(2, 128)
     positions = torch.arange(128)[None].expand(2, 128)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        LossModel(model)(TensorBatch(ids, positions, torch.zeros_like(ids), ids, 256))
+        LossModel(model)(TensorBatch(ids, positions, ids, 256))
     return sum(size for size, _ in saved.values())
 
 
