@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from layerplan.errors import EvaluationError, ModelError
-from layerplan.models.files import load_hf_config
+from layerplan.models.positions import find_max_positions
 
 HEADER_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
@@ -51,7 +51,7 @@ def check_lengths(model: str, revision: str, lengths: Sequence[int], names: Sequ
     Raises:
         EvaluationError: Naming the longest prompt.
     """
-    limit = load_hf_config(model, revision=revision).get("max_position_embeddings")
+    limit = find_max_positions(model, revision=revision)
     if limit is None or not lengths:
         return
     longest = max(range(len(lengths)), key=lambda index: lengths[index])

@@ -16,7 +16,7 @@ from jobs.checks import check_corpus, check_model
 from jobs.dry_run import print_dry_run
 from jobs.entry import build_parser, run_job
 from jobs.model_options import revision_of
-from jobs.run_folder import open_run_folder
+from jobs.run_folder import locate_run_folder, open_run_folder
 from jobs.session import open_run
 from jobs.stages import RunContext, ask_loss, build_store, make_train_request, say, tracked, write_json
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig
@@ -28,6 +28,7 @@ from layerplan.plan.boundary import check_boundary, compute_boundary
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
 from layerplan.sweep.objective import Trial
+from layerplan.sweep.search import check_search, save_search
 from layerplan.sweep.tuner import TrialResult, run_sweep
 from layerplan.tracking.tracker import RunSinkFactory, Tracker
 
@@ -41,13 +42,15 @@ def sweep_boundary(config: RunConfig, args: argparse.Namespace) -> None:
         return
     for check in (check_model, check_corpus):
         check(config)
+    sweep = config.sweep or DEFAULT_SWEEP
+    check_search(sweep, locate_run_folder(config).sweep)
     with open_run(config, open_run_folder(config)) as context:
         model = prepare_model(context)
         recipe = ask_loss(context, model)
         store = build_store(context, model)
-        sweep = config.sweep or DEFAULT_SWEEP
         with tracked(context, "sweep") as tracker:
             trials = make_trials(context, tracker, model, sweep)
+            save_search(sweep, context.folder.sweep)
             request = make_train_request(context, model, trials[0].plan, store, None)
             train = config.train.model_copy(
                 update={

@@ -26,7 +26,7 @@ class SourceConfig(StrictModel):
     score_column: str | None = None
     """Column with a quality score, if there is one."""
     split: str = "train"
-    """Split of a `hub://` data set."""
+    """Split of a `hub://` data set, or of a folder that `datasets` saved with several splits."""
     subset: str | None = None
     """Subset (configuration) of a `hub://` data set; its default one when left out."""
     revision: str | None = None

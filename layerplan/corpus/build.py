@@ -91,7 +91,7 @@ def build_token_store(
             store.mkdir(parents=True, exist_ok=True)
             write_manifest(store, manifest)
         return manifest
-    units = list_units(config)
+    units = list_units(config, report=report)
     try:
         store.mkdir(parents=True, exist_ok=True)
     except OSError as error:

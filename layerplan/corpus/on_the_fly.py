@@ -66,7 +66,7 @@ def write_stream(
         CorpusError: When a source is missing, a file is too large to be read as a whole, or the folder is taken.
     """
     loaded = load_tokenizer(tokenizer)
-    chunks = list_chunks(config)
+    chunks = list_chunks(config, report)
     config_sha256 = compute_sha256([hash_config(config, questions, seed), *map(hash_units, chunks)])
     content = {
         "config": config.model_dump(mode="json"),
@@ -121,13 +121,13 @@ def _no_rows(path: str) -> SourceRows:
     return SourceRows(path=path, weight=None, counts={}, **dict.fromkeys(names, 0))
 
 
-def list_chunks(config: CorpusConfig) -> list[list[Unit]]:
+def list_chunks(config: CorpusConfig, report: Callable[[str], None] | None = None) -> list[list[Unit]]:
     """Consecutive units of the input, joined to chunks: some 4,096 of them, between 64 KiB and 8 MiB each."""
     total = sum(unit.num_bytes for unit in list_units(config))
     size = min(UNIT_BYTES, max(MIN_CHUNK_BYTES, total // CHUNKS_WANTED))
     chunks: list[list[Unit]] = []
     room = 0
-    for unit in list_units(config, unit_bytes=size):
+    for unit in list_units(config, unit_bytes=size, report=report):
         if unit.num_bytes > MAX_WHOLE_BYTES:
             raise CorpusError(
                 f"corpus.mode=on_the_fly: {unit.path} has {unit.num_bytes:,} bytes and can only be read as a whole, which is"
