@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eval.artifacts import Results, load_answers, load_results, write_text
 from eval.runner import evaluate_model, load_finished
@@ -43,6 +43,8 @@ class CheckpointScoring:
     """Made when the guardrail breaks."""
     revision: str = "main"
     trust_remote_code: bool = False
+    """Whether the user allowed the base's own code; it holds for the exports made of it."""
+    export_dtype: Literal["base", "float32"] = "base"
 
     @property
     def due_steps(self) -> range:
@@ -122,12 +124,14 @@ def score_checkpoint(
             plan=scoring.plan,
             revision=scoring.revision,
             trust_remote_code=scoring.trust_remote_code,
+            export_dtype=scoring.export_dtype,
         )
     try:
         return evaluate_model(
             str(exported),
             scoring.config,
             out_dir,
+            trust_remote_code=scoring.trust_remote_code,
             report=lambda line: print(f"[evaluate] {label}: {line}", flush=True),
             after_batch=after_batch,
         )

@@ -24,6 +24,8 @@ class EngineSpec:
     """Tokens whose log-probabilities are asked for."""
     max_length: int
     """Longest prompt with its answer, in tokens."""
+    trust_remote_code: bool = False
+    """Whether the user allowed the model's own code."""
 
 
 class EngineAnswer(NamedTuple):

@@ -32,6 +32,7 @@ class VllmEngine:
             self._engine = LLM(
                 model=spec.model,
                 revision=spec.revision,
+                trust_remote_code=spec.trust_remote_code,
                 dtype=dtype,
                 seed=0,
                 max_model_len=spec.max_length,
@@ -46,7 +47,7 @@ class VllmEngine:
                 f"vLLM cannot start on {spec.model}: {lines[-1] if lines else type(error).__name__}"
             ) from error
         self._letter_ids = spec.letter_ids
-        self._tokenizer = load_tokenizer(spec.model, revision=spec.revision)
+        self._tokenizer = load_tokenizer(spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
 
     def ask(self, prompt_ids: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> list[EngineAnswer]:
         """Answers every prompt greedily, in order."""

@@ -92,10 +92,11 @@ def iter_windows(num_tokens: int, window: int) -> Iterator[tuple[int, int]]:
 class HeldOutActor:
     """A model that gives the negative log-likelihood of windows."""
 
-    def __init__(self, model: str, revision: str, dtype: str, num_gpus: float) -> None:
+    def __init__(self, model: str, revision: str, dtype: str, num_gpus: float, trust_remote_code: bool = False) -> None:
         self._device = torch.device("cuda" if num_gpus > 0 and torch.cuda.is_available() else "cpu")
         chosen = choose_dtype(dtype, self._device)
-        self._model = load_causal_lm(model, revision=revision, dtype=chosen).to(self._device)
+        loaded = load_causal_lm(model, revision=revision, dtype=chosen, trust_remote_code=trust_remote_code)
+        self._model = loaded.to(self._device)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Takes rows `document, ids`; `ids` starts with the token the first prediction looks back on."""
@@ -119,6 +120,7 @@ def score_held_out(
     out_dir: Path,
     *,
     revision: str = "main",
+    trust_remote_code: bool = False,
     report: Callable[[str], None] = print,
 ) -> dict[str, HeldOutResult]:
     """Scores a model on every held-out text; writes `held_out/<name>.json`. Ray must be initialised.
@@ -149,7 +151,8 @@ def score_held_out(
         before = stored.get(item.name)
         if before is None or before.model_dump(include=set(origin)) != origin:
             report(f"bits per byte of {len(documents):,} documents of {item.name}")
-            before = HeldOutResult.model_validate(origin | _score_documents(model, revision, documents, config))
+            measured = _score_documents(model, revision, documents, config, trust_remote_code)
+            before = HeldOutResult.model_validate(origin | measured)
             text = json.dumps(before.model_dump()) + "\n"
             write_text(out_dir / HELD_OUT_FOLDER / f"{item.name}.json", text)
         found[item.name] = before
@@ -242,12 +245,12 @@ def _judge_pair(base: HeldOutResult, trained: HeldOutResult, gaps: np.ndarray, p
 
 
 def _score_documents(
-    model: str, revision: str, documents: Sequence[str], config: EvaluationConfig
+    model: str, revision: str, documents: Sequence[str], config: EvaluationConfig, trust_remote_code: bool
 ) -> dict[str, object]:
     """The measured part of a result."""
     import ray
 
-    tokenizer = load_tokenizer(model, revision=revision)
+    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise EvaluationError(f"{model}: its tokenizer has neither a beginning nor an end-of-text token")
@@ -260,7 +263,7 @@ def _score_documents(
     ]
     scored = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // WINDOWS_PER_BATCH)).map_batches(
         HeldOutActor,
-        fn_constructor_args=(model, revision, config.dtype, config.num_gpus_per_actor),
+        fn_constructor_args=(model, revision, config.dtype, config.num_gpus_per_actor, trust_remote_code),
         batch_size=WINDOWS_PER_BATCH,
         compute=ray.data.ActorPoolStrategy(size=config.num_actors),
         num_cpus=config.num_cpus_per_actor,

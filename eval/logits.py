@@ -27,8 +27,11 @@ class TransformersEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self._device = torch.device("cuda" if spec.num_gpus > 0 and torch.cuda.is_available() else "cpu")
         dtype = choose_dtype(spec.dtype, self._device)
-        self._model = load_causal_lm(spec.model, revision=spec.revision, dtype=dtype).to(self._device)
-        self._tokenizer = load_tokenizer(spec.model, revision=spec.revision)
+        model = load_causal_lm(
+            spec.model, revision=spec.revision, dtype=dtype, trust_remote_code=spec.trust_remote_code
+        )
+        self._model = model.to(self._device)
+        self._tokenizer = load_tokenizer(spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
         self._letter_ids = list(spec.letter_ids)
         keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if keeps else {}

@@ -30,6 +30,7 @@ def evaluate_model(
     out_dir: Path,
     *,
     revision: str = "main",
+    trust_remote_code: bool = False,
     report: Callable[[str], None] = print,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Results:
@@ -55,7 +56,7 @@ def evaluate_model(
     if todo or load_continued(out_dir) != _describe_continuations(config):
         report(f"asking {sum(len(benchmark.questions) for benchmark in todo):,} questions with {config.backend}")
         outputs, continuations = _ask_benchmarks(
-            model, revision, config, todo or benchmarks[:1], todo, out_dir, after_batch
+            model, revision, trust_remote_code, config, todo or benchmarks[:1], todo, out_dir, after_batch
         )
         for benchmark in todo:
             answers = {
@@ -76,7 +77,7 @@ def evaluate_model(
             )
         write_continuations(out_dir, _describe_continuations(config), continuations)
         clear_ledger(out_dir)
-    score_held_out(model, config, out_dir, revision=revision, report=report)
+    score_held_out(model, config, out_dir, revision=revision, trust_remote_code=trust_remote_code, report=report)
     return {key: result for results in done.values() if results is not None for key, result in results.items()}
 
 
@@ -150,6 +151,7 @@ def _describe_continuations(config: EvaluationConfig) -> list[tuple[str, int]]:
 def _ask_benchmarks(
     model: str,
     revision: str,
+    trust_remote_code: bool,
     config: EvaluationConfig,
     worded: Sequence[Benchmark],
     asked: Sequence[Benchmark],
@@ -157,7 +159,7 @@ def _ask_benchmarks(
     after_batch: Callable[[], None],
 ) -> tuple[dict[str, list[list[EngineAnswer]]], list[EngineAnswer]]:
     """Answers per benchmark and repeat, and the continuations; `worded` benchmarks say which tokens the letters are."""
-    tokenizer = load_tokenizer(model, revision=revision)
+    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     limit = config.max_new_tokens if "generate" in config.protocols else 1
     tokens = {benchmark.name: _answer_tokens(tokenizer, model, benchmark, config) for benchmark in worded}
     letters = {item.letters for item in tokens.values()}
@@ -185,6 +187,7 @@ def _ask_benchmarks(
         num_gpus=config.num_gpus_per_actor,
         letter_ids=letters.pop(),
         max_length=max(lengths),
+        trust_remote_code=trust_remote_code,
     )
     orders = [order_repeat(num_questions, repeat) for repeat in range(config.repeats)]
     shuffled = [asks[index] for order in orders for index in order]

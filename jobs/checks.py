@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tokenizers import Tokenizer
 
 from eval.items import load_benchmark
-from jobs.model_options import revision_of
+from jobs.model_options import revision_of, trusts_remote_code
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.run import RunConfig
 from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
+from layerplan.models.base_check import check_base_model
 from layerplan.models.files import find_tokenizer_file, load_hf_config
 from layerplan.plan.decide import wants_profile
 from layerplan.plan.model_shape import ModelShape
@@ -19,7 +18,7 @@ from layerplan.tracer.pool import collect_probes
 
 
 def check_model(config: RunConfig) -> None:
-    """Looks at config, tokenizer and weight files of an existing model.
+    """Looks at config, tokenizer and every stored tensor of an existing model.
 
     Raises:
         ModelError: When one is missing or they do not fit together.
@@ -27,6 +26,7 @@ def check_model(config: RunConfig) -> None:
     if isinstance(config.model, ScratchModelConfig):
         return
     name, revision = config.model.name, revision_of(config)
+    check_base_model(name, revision=revision, trust_remote_code=trusts_remote_code(config))
     vocab_size = ModelShape.from_hf_config(load_hf_config(name, revision=revision)).vocab_size
     path = find_tokenizer_file(name, revision=revision)
     try:
@@ -38,9 +38,6 @@ def check_model(config: RunConfig) -> None:
             f"model.name={name}: the tokenizer has {entries:,} entries, the embedding {vocab_size:,} rows;"
             " the tokenizer does not fit the model"
         )
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise ModelError(f"model.name={name}: the folder has no *.safetensors weights; other formats are not read")
 
 
 def check_corpus(config: RunConfig) -> None:

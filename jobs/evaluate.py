@@ -18,6 +18,7 @@ from eval.items import load_benchmark
 from eval.runner import evaluate_model
 from eval.significance import compute_wilson
 from jobs.entry import build_parser, run_job
+from jobs.model_options import trusts_remote_code
 from jobs.run_folder import RunFolder, open_run_folder
 from jobs.session import open_run
 from layerplan.config.load import dump_config
@@ -50,7 +51,7 @@ def evaluate(config: RunConfig, args: argparse.Namespace) -> None:
         min_cpus=engines.num_actors * engines.num_cpus_per_actor,
         min_gpus=engines.num_actors * engines.num_gpus_per_actor,
     )
-    print_scores(evaluate_model(model, config.evaluation, out_dir))
+    print_scores(evaluate_model(model, config.evaluation, out_dir, trust_remote_code=trusts_remote_code(config, model)))
     print(f"\nanswers   {out_dir}")
 
 

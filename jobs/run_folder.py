@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "train.keep_checkpoints",
     "train.validate_every_steps",
     "train.max_failures",
+    "train.export_dtype",
     "evaluation",
 )
 """Fields that decide where and how a run is carried out, not what it computes; scores carry their own protocol id."""

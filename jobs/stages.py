@@ -216,6 +216,7 @@ def describe_scoring(context: RunContext, model_name: str, plan: FreezePlan) -> 
         stop_file=context.folder.root / STOP_REQUEST,
         revision=revision_of(config),
         trust_remote_code=trusts_remote_code(config),
+        export_dtype=config.train.export_dtype,
     )
 
 
@@ -253,6 +254,7 @@ def evaluate(context: RunContext, model: str, label: str, *, revision: str = "ma
             context.config.evaluation,
             folder,
             revision=revision,
+            trust_remote_code=trusts_remote_code(context.config),
             report=lambda line: say("evaluate", f"{label}: {line}"),
         )
         _log_scores(tracker, folder, results, int(label.removeprefix("step_")) if label.startswith("step_") else 0)

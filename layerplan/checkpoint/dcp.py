@@ -1,6 +1,6 @@
 """Distributed checkpoints: what trains and its optimizer state, by Hugging Face parameter name.
 
-Frozen parameters are not saved: they are the base model's, byte for byte, and the export proves it.
+Frozen parameters are not saved: they are the base model's, and the export proves that its files hold the same bytes.
 """
 
 from __future__ import annotations

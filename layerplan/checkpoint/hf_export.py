@@ -4,54 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from layerplan.checkpoint.dcp import load_trained_tensors
+from layerplan.checkpoint.export_proof import check_export, compute_logits, measure_rounding
+from layerplan.checkpoint.export_report import ExportReport
+from layerplan.checkpoint.export_weights import round_as_stored, sort_base_weights, write_weights
 from layerplan.checkpoint.layout import STATE_NAME, read_train_state
 from layerplan.checkpoint.model_card import render_model_card
 from layerplan.errors import CheckpointError
 from layerplan.models.causal_lm import load_causal_lm
-from layerplan.models.files import find_model_file, hash_weight_files
-from layerplan.models.freezing import apply_plan, compute_tensor_hashes
+from layerplan.models.files import fetch_model_folder, hash_weight_files, list_companions
+from layerplan.models.freezing import apply_plan
 from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-)
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What the export proved; that reloaded logits are the trained model's goes without a number."""
-
-    folder: Path
-    num_frozen: int
-    """Tensors the plan freezes; after reloading, each has the base's bytes."""
-    num_trained: int
-    """Tensors the plan trains; after reloading, each has the checkpoint's bytes."""
-    num_trained_changed: int
-    """Trained tensors that differ from the base."""
-
-    def save(self, path: Path) -> None:
-        """Writes the proof as JSON, atomically."""
-        values = {
-            "frozen_tensors_identical_to_base": self.num_frozen,
-            "trained_tensors": self.num_trained,
-            "trained_tensors_changed": self.num_trained_changed,
-        }
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
 
 
 def export_hf(
@@ -62,85 +30,84 @@ def export_hf(
     plan: FreezePlan,
     revision: str = "main",
     trust_remote_code: bool = False,
+    export_dtype: Literal["base", "float32"] = "base",
 ) -> ExportReport:
     """Writes the trained model as safetensors and proves that the frozen tensors are the base's, byte for byte.
 
-    Beside the weights lie the tokenizer, the generation config, `freeze_plan.json` and a model card.
+    The files are the base's own with the trained tensors replaced; beside them lie all other files of the base (config,
+    tokenizer, generation config, code, licence), `freeze_plan.json` and a model card.
+
+    Args:
+        base: Folder or hub id of the base.
+        checkpoint: What was trained.
+        out_dir: Folder of the export; appears only when everything was proved.
+        plan: What was frozen.
+        revision: Of a hub id.
+        trust_remote_code: Whether the user allowed the model's own code.
+        export_dtype: Dtype of the trained tensors: the one the base keeps each in, or float32.
 
     Raises:
-        CheckpointError: When the base is no longer the one the plan was made for, a frozen tensor differs from the base
-            after reloading, a trained one did not arrive, or the reloaded model computes other logits.
+        CheckpointError: When the base is no longer the one the plan was made for, a frozen tensor has other bytes than
+            in the base, a trained one did not arrive, or the reloaded model computes other logits.
     """
     _check_base(base, plan)
-    model = load_causal_lm(base, revision=revision, trust_remote_code=trust_remote_code)
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    model: Any = load_causal_lm(base, revision=revision, trust_remote_code=trust_remote_code)
     applied = apply_plan(model, plan)
+    source = fetch_model_folder(base, revision=revision, with_weights=True)
+    weights = sort_base_weights(model, source, applied.trainable, as_float32=export_dtype == "float32")
     parameters = dict(model.named_parameters())
-    frozen_before = compute_tensor_hashes({name: parameters[name] for name in applied.frozen})
     trained = load_trained_tensors(checkpoint, {name: parameters[name] for name in applied.trainable})
-    changed = 0
-    with torch.no_grad():
-        for name, value in trained.items():
-            changed += not torch.equal(parameters[name], value.to(dtypes[name]))
-            parameters[name].copy_(value)
-    expected = compute_tensor_hashes({name: parameters[name] for name in applied.trainable})
+    rounded = {name: round_as_stored(weights, name, value) for name, value in trained.items()}
+    changed = sum(not torch.equal(parameters[name], value) for name, value in rounded.items())
+    moved = 0.0
+    if any(not torch.equal(trained[name], value) for name, value in rounded.items()):
+        _put(parameters, trained)
+        exact = compute_logits(model)
+        _put(parameters, rounded)
+        moved = measure_rounding(exact, compute_logits(model))
+    else:
+        _put(parameters, rounded)
     partial = out_dir.with_name(out_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    _copy_tokenizer(base, revision, partial)
+    partial.mkdir(parents=True)
+    write_weights(weights, model, parameters, partial)
+    copy_companions(source, partial)
+    if export_dtype == "float32" and any(weights.stored[name].dtype != "F32" for name in weights.direct):
+        _say_float32(partial)
     plan.save(partial / PLAN_NAME)
-    plan = plan.sealed()
-    reloaded = check_export(partial, frozen=frozen_before, trained=expected)
-    check_logits(partial, model, reloaded)
+    check_export(partial, weights, model, trust_remote_code=trust_remote_code)
+    dtypes = {str(dtype).removeprefix("torch.") for each in weights.dtypes.values() for dtype in each}
+    report = ExportReport(out_dir, len(applied.frozen), len(applied.trainable), changed, tuple(sorted(dtypes)), moved)
     state = _read_state(checkpoint)
-    card = render_model_card(
-        plan,
-        step=state.get("step", 0),
-        state=state,
-        num_frozen=len(applied.frozen),
-        num_trained=len(applied.trainable),
-        num_changed=changed,
+    (partial / "README.md").write_text(
+        render_model_card(plan.sealed(), step=state.get("step", 0), state=state, report=report), encoding="utf-8"
     )
-    (partial / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(out_dir, ignore_errors=True)
     partial.replace(out_dir)
-    return ExportReport(out_dir, len(applied.frozen), len(applied.trainable), changed)
+    return report
 
 
-def check_export(folder: Path, *, frozen: dict[str, str], trained: dict[str, str]) -> nn.Module:
-    """Reloads the folder and compares tensor hashes; returns the reloaded model.
-
-    Raises:
-        CheckpointError: Naming the first tensor that differs and which side of the plan it is on.
-    """
-    reloaded = load_causal_lm(str(folder))
-    found = compute_tensor_hashes(dict(reloaded.named_parameters()))
-    for side, wanted in (("frozen", frozen), ("trained", trained)):
-        wrong = sorted(name for name, value in wanted.items() if found.get(name) != value)
-        if wrong:
-            raise CheckpointError(
-                f"{folder}: after export {len(wrong)} {side} tensors are not what was expected; the first is {wrong[0]}"
-            )
-    return reloaded
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies everything of a model folder that is neither weights nor of our own making, byte for byte."""
+    for name in list_companions(source):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
 
 
 @torch.no_grad()
-def check_logits(folder: Path, model: nn.Module, reloaded: nn.Module) -> None:
-    """Compares both models on one fixed row: equal weights under another config would compute something else.
+def _put(parameters: dict[str, torch.nn.Parameter], values: dict[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        parameters[name].copy_(value)
 
-    Raises:
-        CheckpointError: With the largest difference.
-    """
-    positions = int(getattr(model.config, "max_position_embeddings", None) or 32)
-    size = min(32, positions)
-    ids = (torch.arange(size) * 7919 % int(model.config.vocab_size))[None]
-    wanted, found = (each.eval()(input_ids=ids).logits.float() for each in (model, reloaded))
-    difference = float((wanted - found).abs().max())
-    if not difference <= 1e-3 * max(1.0, float(wanted.abs().max())):
-        raise CheckpointError(
-            f"{folder}: after reloading, logits differ by up to {difference:.3g} from those of the trained model;"
-            " its config.json does not describe it"
-        )
+
+def _say_float32(folder: Path) -> None:
+    """Names float32 in the config, or whoever loads the model by it would round again."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values.setdefault("dtype", "float32")
+    for each in (values, *(part for part in values.values() if isinstance(part, dict))):
+        each.update({key: "float32" for key in ("dtype", "torch_dtype") if key in each})
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
@@ -156,12 +123,3 @@ def _check_base(base: str, plan: FreezePlan) -> None:
                 f"{folder}: its weights changed since the freeze plan was made (sha256 {found[:12]}, the plan says"
                 f" {plan.model.weights_sha256[:12]}); restore them to export this run"
             )
-
-
-def _copy_tokenizer(base: str, revision: str, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        source = Path(base).expanduser() / name
-        if source.is_file():
-            shutil.copyfile(source, folder / name)
-        elif not Path(base).expanduser().is_dir() and name == "tokenizer.json":
-            shutil.copyfile(find_model_file(base, name, revision=revision), folder / name)

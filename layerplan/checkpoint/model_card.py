@@ -6,22 +6,19 @@ import json
 from typing import Any
 
 from layerplan import __version__
+from layerplan.checkpoint.export_report import ExportReport
 from layerplan.plan.explain import summarize_plan
 from layerplan.plan.freeze_plan import FreezePlan
 
 
-def render_model_card(
-    plan: FreezePlan, *, step: int, state: dict[str, Any], num_frozen: int, num_trained: int, num_changed: int
-) -> str:
+def render_model_card(plan: FreezePlan, *, step: int, state: dict[str, Any], report: ExportReport) -> str:
     """Markdown with the front matter the Hugging Face hub reads.
 
     Args:
         plan: The plan that was trained.
         step: Optimizer steps taken.
         state: The checkpoint's train state; losses and tokens are taken from it where they are known.
-        num_frozen: Exported tensors that have the base's bytes.
-        num_trained: Exported tensors that trained.
-        num_changed: Of those, how many differ from the base.
+        report: What the export showed of its tensors.
     """
     front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if "/" in plan.model.name:  # a hub id; the name of a folder would link to someone else's model
@@ -41,8 +38,9 @@ def render_model_card(
         "| | |",
         "|---|---|",
         *_numbers(state),
-        f"| frozen tensors, identical to the base byte for byte | {num_frozen} |",
-        f"| trained tensors | {num_trained}, of which {num_changed} changed |",
+        f"| frozen tensors, dtype and bytes those of the base's files | {report.num_frozen} |",
+        f"| trained tensors | {report.num_trained}, of which {report.num_trained_changed} changed;"
+        f" written in {' and '.join(report.trained_dtypes)}, trained in float32 |",
         f"| freeze plan | `freeze_plan.json`, sha256 `{plan.sha256}` |",
         "",
         f"Made with layerplan {__version__}. What the model scores is in the run's report, beside its base.",

@@ -19,7 +19,7 @@ class PretrainedModelConfig(StrictModel):
     revision: str = "main"
     """Branch, tag or commit of a hub id; ignored for folders."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless asked."""
+    """Run Python code that comes with the model, and with the run's own exports of it. Off unless asked."""
 
 
 class ScratchModelConfig(StrictModel):

@@ -112,6 +112,9 @@ class TrainConfig(StrictModel):
     """Rate one worker's device reaches at best, the denominator of MFU; known or measured when left out."""
     usd_per_worker_hour: float | None = Field(default=None, ge=0)
     """Price of one worker, for the cost shown while training."""
+    export_dtype: Literal["base", "float32"] = "base"
+    """Dtype the export has for what trained: the one the base keeps each tensor in, rounded from the float32 masters, or
+    float32 unrounded. Frozen tensors keep the base's dtype and bytes."""
     check_frozen: bool = True
     """Prove before every checkpoint, by checksums, that frozen tensors still have their bytes."""
     write_ledger: bool = False

@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from layerplan.errors import ModelError
-from layerplan.models.files import find_tokenizer_file, load_hf_config
+from layerplan.models.base_check import explain_load_error, refuse_adapter, refuse_other_tasks, refuse_unaccounted
+from layerplan.models.files import find_tokenizer_file, first_line, load_hf_config
+from layerplan.models.tensor_map import TensorAccount
+from layerplan.models.weight_files import read_stored_tensors
+
+FOREIGN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
+"""What a model's own code raises when it is used as the text decoder it is not."""
 
 
 @dataclass(frozen=True)
@@ -20,52 +26,41 @@ class DecoderParts:
     embeddings: nn.Module
     layers: nn.ModuleList
     final_norm: nn.Module
+    """An identity outside the model, with an empty path, when no norm follows the last layer."""
     lm_head: nn.Module
     embeddings_path: str
     layers_path: str
     final_norm_path: str
     lm_head_path: str
+    trunk_path: str
+    """The model's own child that holds the layers: its output is what the head's code reads."""
     is_tied: bool
 
 
 def find_decoder_parts(model: nn.Module) -> DecoderParts:
     """Finds the decoder layers, the norm after them, the input embedding and the output head.
 
-    The layers are the `ModuleList` directly below the model's trunk whose length is `num_hidden_layers`; the final
-    norm is the last parametrised direct child of that trunk which is neither the list nor an embedding, or else a norm
-    without parameters.
+    The layers are the list of modules nearest to the input embedding that has the length the config gives; the final norm
+    is the last norm of the residual width beside that list, or beside what holds it. Vision and audio towers have lists
+    of their own, farther from the embedding.
 
     Raises:
-        ModelError: Naming the class when one of the parts cannot be found.
+        ModelError: Naming the class, what was found and what is wanted, when one of the parts is missing or ambiguous.
     """
-    name = type(model).__name__
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if head is None or embeddings is None:
-        raise ModelError(f"{name}: has no input embedding or output head; a causal language model is expected")
+    head, embeddings = _find_ends(model)
     paths = {module: path for path, module in model.named_modules()}
-    num_layers = _num_layers(model)
-    lists = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
-    ]
-    if not lists:
-        raise ModelError(f"{name}: no list of {num_layers} decoder layers found")
-    layers_path, layers = min(lists, key=lambda item: item[0].count("."))
-    trunk = model.get_submodule(layers_path.rpartition(".")[0])
-    norm = _find_final_norm(trunk, layers, embeddings)
-    if norm is None:
-        raise ModelError(f"{name}: no norm after {layers_path} found")
+    layers_path, layers = _find_layers(model, paths[embeddings])
+    norm_path = _find_final_norm(model, layers_path, width=head.weight.shape[-1])
     return DecoderParts(
         embeddings=embeddings,
         layers=layers,
-        final_norm=norm,
+        final_norm=model.get_submodule(norm_path) if norm_path else nn.Identity(),
         lm_head=head,
         embeddings_path=paths[embeddings],
         layers_path=layers_path,
-        final_norm_path=paths[norm],
+        final_norm_path=norm_path,
         lm_head_path=paths[head],
+        trunk_path=layers_path.partition(".")[0],
         is_tied=head.weight is embeddings.weight,
     )
 
@@ -73,24 +68,33 @@ def find_decoder_parts(model: nn.Module) -> DecoderParts:
 def load_causal_lm(
     name: str, *, revision: str = "main", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> nn.Module:
-    """Loads a causal language model in eval mode, from safetensors only.
+    """Loads a causal language model in eval mode, from safetensors only, every tensor accounted for.
 
     Raises:
-        ModelError: When config or weights are missing or of an unknown architecture.
+        ModelError: When config or weights are missing or of an unknown architecture, a tensor is missing, unexpected or
+            of another shape, the code needs a package that is not installed, or the model's own code is not allowed.
     """
     from transformers import AutoModelForCausalLM
 
-    load_hf_config(name, revision=revision)
+    values = load_hf_config(name, revision=revision)
+    refuse_other_tasks(name, values, trust_remote_code=trust_remote_code)
     folder = Path(name).expanduser()
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise ModelError(f"model.name={name}: the folder has no *.safetensors weights; other formats are not read")
+    if folder.is_dir():
+        refuse_adapter(name, folder)
+        read_stored_tensors(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else it raises without a name; what was mismatched is refused below
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model.name={name}: cannot be loaded ({first})") from None
+    except Exception as error:  # a model's code can raise anything
+        raise ModelError(explain_load_error(name, error)) from None
+    refuse_unaccounted(name, model, TensorAccount.from_loading_info(info))
     return model.eval()
 
 
@@ -101,26 +105,97 @@ def load_tokenizer(name: str, *, revision: str = "main", trust_remote_code: bool
     find_tokenizer_file(name, revision=revision)
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model.name={name}: the tokenizer cannot be loaded ({first})") from None
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"model.name={name}: the tokenizer cannot be loaded ({first_line(error)})") from None
 
 
-def _num_layers(model: nn.Module) -> int:
-    config = getattr(model, "config", None)
-    num_layers = getattr(config, "num_hidden_layers", None)
-    if not isinstance(num_layers, int):
-        raise ModelError(f"{type(model).__name__}: its config has no num_hidden_layers")
-    return num_layers
+def _find_ends(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The output head and the input embedding, both with a matrix of their own."""
+    name, inside = type(model).__name__, set(model.modules())
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for role, module in (("output head", head), ("input embedding", embeddings)):
+        weight = getattr(module, "weight", None)
+        if module not in inside or not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+            kind = "none" if module is None else type(module).__name__
+            raise ModelError(f"{name}: its {role} is {kind}; a causal language model with one matrix there is expected")
+    assert head is not None and embeddings is not None, "both were just looked at"
+    return head, embeddings
 
 
-def _find_final_norm(trunk: nn.Module, layers: nn.ModuleList, embeddings: nn.Module) -> nn.Module | None:
-    candidates = [
-        child
-        for child in trunk.children()
-        if child is not layers and child is not embeddings and not isinstance(child, nn.Embedding)
+def _find_layers(model: nn.Module, embeddings_path: str) -> tuple[str, nn.ModuleList]:
+    name, counts = type(model).__name__, _layer_counts(model)
+    lists = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(map(_has_parameters, module))
+    }
+    outermost = [path for path in lists if not any(path.startswith(other + ".") for other in lists)]
+    fitting = [path for path in outermost if len(lists[path]) in counts.values()]
+    nearest = min((_distance(path, embeddings_path) for path in fitting), default=0)
+    found = [path for path in fitting if _distance(path, embeddings_path) == nearest]
+    if len(found) != 1:
+        said = " and ".join(f"{key}={value}" for key, value in counts.items()) or "no num_hidden_layers"
+        seen = ", ".join(f"{path} ({len(lists[path])})" for path in outermost) or "none"
+        raise ModelError(
+            f"{name}: one list of decoder layers is expected, of the length its config gives; the config has {said},"
+            f" the lists of modules are {seen}"
+        )
+    return found[0], lists[found[0]]
+
+
+def _layer_counts(model: nn.Module) -> dict[str, int]:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    values = {name: getattr(text, name, None) for name in ("num_hidden_layers", "num_layers")}
+    return {name: value for name, value in values.items() if isinstance(value, int)}
+
+
+def _find_final_norm(model: nn.Module, layers_path: str, *, width: int) -> str:
+    """Path of the last norm beside the layers, or beside what holds them inside the trunk; empty when there is none."""
+    path = layers_path
+    while "." in path:
+        path = path.rpartition(".")[0]
+        norms = [
+            f"{path}.{child}"
+            for child, module in model.get_submodule(path).named_children()
+            if "norm" in type(module).__name__.lower() and _fits(module, width)
+        ]
+        # BART's `layernorm_embedding` stands before the layers, LFM2's `embedding_norm` after them
+        unclear = {norm for norm in norms if "emb" in norm.rpartition(".")[2]}
+        norms = [norm for norm in norms if norm not in unclear or _runs_after(model, norm, layers_path)]
+        if norms:
+            return norms[-1]
+    return ""
+
+
+@torch.no_grad()
+def _runs_after(model: nn.Module, norm_path: str, layers_path: str) -> bool:
+    """Whether a norm is called after the last layer, seen by running the model on one token."""
+    calls: list[str] = []
+    watched = {norm_path: model.get_submodule(norm_path), layers_path: model.get_submodule(layers_path)[-1]}
+    handles = [
+        module.register_forward_pre_hook(lambda *_, path=path: calls.append(path)) for path, module in watched.items()
     ]
-    parametrised = [child for child in candidates if any(True for _ in child.parameters(recurse=False))]
-    named = [child for child in parametrised if "norm" in type(child).__name__.lower()]
-    without_weights = [child for child in candidates if "norm" in type(child).__name__.lower()]  # OLMo's first norm
-    return (named or parametrised or without_weights or [None])[-1]
+    try:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return layers_path in calls and norm_path in calls[calls.index(layers_path) :]
+
+
+def _fits(norm: nn.Module, width: int) -> bool:
+    """Whether a norm is of the residual stream: of its width, or without weights, as OLMo's first."""
+    return all(parameter.shape[-1] == width for parameter in norm.parameters())
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _distance(path: str, other: str) -> int:
+    """Steps from one module to the other in the tree of modules."""
+    left, right = path.split("."), other.split(".")
+    common = next((depth for depth, pair in enumerate(zip(left, right)) if pair[0] != pair[1]), 0)
+    return len(left) + len(right) - 2 * common

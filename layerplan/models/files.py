@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from layerplan.errors import ModelError
+from layerplan.models.weight_files import INDEX_NAME, OTHER_FORMATS, WEIGHTS_NAME, read_index
 from layerplan.plan.layer_profile import ModelIdentity
+
+WEIGHT_SUFFIXES = (*OTHER_FORMATS, ".safetensors", ".onnx_data", ".tflite", ".ot", ".mlmodel", ".pkl", ".distcp")
+OWN_FILES = ("README.md", "freeze_plan.json")
+"""What an export writes itself; the base's own card and plan are about another model."""
 
 
 def load_hf_config(name: str, *, revision: str = "main") -> dict[str, Any]:
@@ -39,15 +45,69 @@ def find_model_file(name: str, filename: str, *, revision: str = "main") -> Path
         if not (folder / filename).is_file():
             raise ModelError(f"model.name={name}: the folder has no {filename}")
         return folder / filename
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise ModelError(f"model.name={name}: no such folder, and not a hub id of the form owner/name")
+    _check_hub_id(name)
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(name, filename, revision=revision))
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model.name={name}: {filename} cannot be fetched from the hub ({first})") from None
+        raise ModelError(
+            f"model.name={name}: {filename} cannot be fetched from the hub ({first_line(error)})"
+        ) from None
+
+
+def fetch_model_folder(name: str, *, revision: str = "main", with_weights: bool = False) -> Path:
+    """The model's folder; for a hub id its snapshot, downloaded without weights, or with those transformers reads.
+
+    Raises:
+        ModelError: When there is no such folder, or the hub cannot give it.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    _check_hub_id(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(name, revision=revision, ignore_patterns=[f"*{each}" for each in WEIGHT_SUFFIXES])
+        )
+        if with_weights:
+            wanted = sorted(set(read_index(folder).values())) if (folder / INDEX_NAME).is_file() else [WEIGHTS_NAME]
+            snapshot_download(name, revision=revision, allow_patterns=wanted)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"model.name={name}: cannot be fetched from the hub ({first_line(error)})") from None
+    return folder
+
+
+def list_companions(folder: Path) -> list[Path]:
+    """Files that belong to a model beside its weights, relative to its folder: tokenizer, templates, code, licence.
+
+    Left out are weights of every format with what lies in a subfolder of theirs, indices of weights, hidden files, and
+    what an export writes itself.
+    """
+    found: list[Path] = []
+    for where, folders, names in os.walk(folder):
+        here = Path(where).relative_to(folder)
+        holds_weights = any(name.lower().endswith(WEIGHT_SUFFIXES) for name in names)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        if holds_weights and here != Path():
+            folders.clear()
+            continue
+        found += [here / name for name in sorted(names) if _is_companion(here, name)]
+    return found
+
+
+def _is_companion(here: Path, name: str) -> bool:
+    is_ours = here == Path() and name in OWN_FILES
+    return not (name.startswith(".") or is_ours or name.lower().endswith((*WEIGHT_SUFFIXES, ".index.json")))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line with text of what an exception says, or its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def find_tokenizer_file(name: str, *, revision: str = "main") -> Path:
@@ -96,3 +156,8 @@ def hash_weight_files(folder: Path) -> str:
             while block := handle.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _check_hub_id(name: str) -> None:
+    if Path(name).expanduser().is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ModelError(f"model.name={name}: no such folder, and not a hub id of the form owner/name")

@@ -7,15 +7,20 @@ parameters that require gradients. Applying after sharding would leave FSDP unit
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layerplan.errors import PlanError, TrainingError
-from layerplan.models.causal_lm import DecoderParts, find_decoder_parts
+from layerplan.models.causal_lm import FOREIGN_ERRORS, DecoderParts, find_decoder_parts
 from layerplan.plan.freeze_plan import FreezePlan
+
+PROBE_TOKENS = (8, 256)
+"""Tokens run to see what they reach; more only where few do not reach everything, as keys compressed 128 to 1."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +29,18 @@ class AppliedPlan:
 
     trainable: frozenset[str]
     frozen: frozenset[str]
+    idle: frozenset[str] = frozenset()
+    """Those of the frozen that the plan would train, if text moved them: a vision tower's, for one."""
 
 
 def apply_plan(model: nn.Module, plan: FreezePlan) -> AppliedPlan:
     """Sets `requires_grad` of every parameter as the plan says.
 
+    A parameter that no logit of a text depends on can get no gradient and stays frozen under every plan.
+
     Raises:
-        PlanError: When the model has another layer count, or its embeddings are tied differently than the plan says.
+        PlanError: When the model has another layer count, its embeddings are tied differently than the plan says, or a
+            parameter belongs to a layer that trains and to one that does not.
     """
     parts = find_decoder_parts(model)
     if len(parts.layers) != plan.model.num_layers:
@@ -42,15 +52,39 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> AppliedPlan:
             f"freeze plan {plan.sha256[:12]}: tied={plan.tied!r}, but the model's embeddings are"
             f" {'tied' if parts.is_tied else 'not tied'}"
         )
-    chosen = _trainable_ids(parts, plan, model)
+    _check_sharing(parts, plan)
+    wanted = _trainable_ids(parts, plan, model)
+    reached = find_reached_parameters(model, parts)
     trainable: set[str] = set()
     frozen: set[str] = set()
+    idle: set[str] = set()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(id(parameter) in chosen)
-        (trainable if id(parameter) in chosen else frozen).add(name)
+        is_trained = id(parameter) in wanted and name in reached
+        parameter.requires_grad_(is_trained)
+        (trainable if is_trained else frozen).add(name)
+        if id(parameter) in wanted and not is_trained:
+            idle.add(name)
     if plan.tied == "head_only":
         parts.embeddings.register_forward_hook(_detach_output)
-    return AppliedPlan(frozenset(trainable), frozenset(frozen))
+    return AppliedPlan(frozenset(trainable), frozenset(frozen), frozenset(idle))
+
+
+def find_reached_parameters(model: nn.Module, parts: DecoderParts) -> frozenset[str]:
+    """Names of the parameters that the logits of a text depend on, read from autograd's graph of a few tokens.
+
+    An expert that these tokens were not routed to counts as reached when another of its list is. All do where the model
+    does not run on tokens alone.
+    """
+    everything = frozenset(name for name, _ in model.named_parameters())
+    reached: frozenset[str] = frozenset()
+    for num_tokens in PROBE_TOKENS:
+        try:
+            reached |= _reached_by(model, parts, num_tokens)
+        except FOREIGN_ERRORS:
+            return everything
+        if reached == everything:
+            break
+    return reached
 
 
 def check_gradient_coverage(model: nn.Module, applied: AppliedPlan) -> None:
@@ -82,6 +116,77 @@ def _trainable_ids(parts: DecoderParts, plan: FreezePlan, model: nn.Module) -> s
     if plan.train_lm_head:
         modules.append(parts.lm_head)
     return {id(parameter) for module in modules for parameter in module.parameters()}
+
+
+def _check_sharing(parts: DecoderParts, plan: FreezePlan) -> None:
+    """Refuses a plan that trains one of the layers a parameter is shared by and freezes another."""
+    owners: dict[int, list[int]] = {}
+    for index, layer in enumerate(parts.layers):
+        for parameter in layer.parameters():
+            owners.setdefault(id(parameter), []).append(index)
+    trained = set() if plan.trains_everything else set(plan.trainable_layers)
+    for layers in owners.values():
+        if 0 < len(trained & set(layers)) < len(layers):
+            raise PlanError(
+                f"freeze plan {plan.sha256[:12]}: layers {', '.join(map(str, layers))} of the model share parameters, so"
+                " they train together or not at all"
+            )
+
+
+def _reached_by(model: nn.Module, parts: DecoderParts, num_tokens: int) -> frozenset[str]:
+    ids = _collect_variables(_run_tokens(model, min(num_tokens, _longest_text(model))))
+    named = dict(model.named_parameters())
+    kinds = {_without_list_indices(name, parts) for name, value in named.items() if id(value) in ids}
+    return frozenset(name for name in named if _without_list_indices(name, parts) in kinds)
+
+
+def _longest_text(model: nn.Module) -> int:
+    config: Any = model.config
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else max(PROBE_TOKENS)
+
+
+def _run_tokens(model: nn.Module, num_tokens: int) -> Tensor:
+    """Logits of some tokens, with every parameter asking for a gradient; the model is left as it was found."""
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters() if parameter.is_floating_point()}
+    was_training = model.training
+    model.eval()
+    try:
+        for parameter in asked:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            ids = torch.arange(num_tokens, device=next(iter(asked)).device)[None] % 64
+            logits: Tensor = model(input_ids=ids).logits
+            return logits
+    finally:
+        model.train(was_training)
+        for parameter, flag in asked.items():
+            parameter.requires_grad_(flag)
+
+
+def _collect_variables(output: Tensor) -> set[int]:
+    """Ids of the leaves that a tensor's graph ends in."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    pending: list[Any] = [output.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        pending.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def _without_list_indices(name: str, parts: DecoderParts) -> str:
+    """A parameter's name with the indices inside its layer taken out; a layer keeps its own."""
+    prefix = parts.layers_path + "."
+    if not name.startswith(prefix):
+        return re.sub(r"\.\d+\.", ".*.", name)
+    index, _, rest = name.removeprefix(prefix).partition(".")
+    return f"{prefix}{index}." + re.sub(r"(^|\.)\d+\.", r"\1*.", rest)
 
 
 def _detach_output(module: nn.Module, args: object, output: Tensor) -> Tensor:

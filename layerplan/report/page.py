@@ -34,6 +34,8 @@ _PROOF_LABELS = {
     "frozen_tensors_identical_to_base": "exported tensors identical to the base, byte for byte",
     "trained_tensors": "exported tensors that trained",
     "trained_tensors_changed": "of those, changed",
+    "trained_tensors_dtype": "dtype they are written in",
+    "logits_moved_by_rounding": "largest change of a logit by rounding to it, as a share of the largest logit",
 }
 
 _STYLE = """
@@ -180,7 +182,7 @@ def _proof_section(export: dict[str, Any] | None, training: dict[str, Any] | Non
 
 
 def _proof_value(name: str, value: Any) -> str:
-    if name.endswith("_share_of_training"):
+    if name.endswith("_share_of_training") or name == "logits_moved_by_rounding":
         return f"{value:.3%}"
     return str(value) if name != "frozen_checksum" else f"{value[:28]}..."
 

@@ -1,7 +1,8 @@
 """One model, prepared for tracing: hooks on its layers, and the lens that reads a residual stream as a prediction.
 
-Nothing here knows a family by name: the layers are found by structure (`find_decoder_parts`), and the head is read
-through the model's own forward pass, so that every logit soft-cap, scale or bias it has is applied by its own code.
+Nothing here knows a family by name: the layers are found by structure (`find_decoder_parts`), and a residual stream is
+read by the model's own forward pass with its layers taken out, so that final norm, projection, head, soft-cap, scale and
+bias are applied by its own code.
 Batches hold probes of one length, so there is no padding and `last` is position T-1.
 
 Shapes: B probes, T tokens, D hidden, V vocabulary, L layers.
@@ -9,6 +10,7 @@ Shapes: B probes, T tokens, D hidden, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from layerplan.errors import ModelError
-from layerplan.models.causal_lm import find_decoder_parts
+from layerplan.models.causal_lm import FOREIGN_ERRORS, find_decoder_parts
 
 LENS_TOLERANCE = 1e-4
 
@@ -37,8 +39,9 @@ class LayerRunner:
             model.set_attn_implementation("eager")
         self.name = type(model).__name__
         self.parts = find_decoder_parts(model)
-        self.trunk = model.get_submodule(self.parts.layers_path.rpartition(".")[0])
+        self.trunk = model.get_submodule(self.parts.trunk_path)
         self.num_layers = len(self.parts.layers)
+        self._outputs: dict[int, Any] = {}
         if self.num_layers < 2:
             raise ModelError(f"{self.name}: has {self.num_layers} layer; tracing needs at least 2")
         for path, parameter in model.named_parameters():
@@ -51,16 +54,12 @@ class LayerRunner:
         return self.parts.lm_head.weight.device
 
     def lens(self, hidden: Tensor) -> Tensor:
-        """Logits of a residual stream: final norm, head, and whatever the family does to logits; (..., D) to (..., V)."""
-        return self.read_logits(self.parts.final_norm(hidden))
-
-    def read_logits(self, normed: Tensor) -> Tensor:
-        """Logits of already normed states, in float32, by the model's own code after its trunk."""
-        flat = normed.reshape(1, -1, normed.shape[-1])
+        """Float32 logits of a residual stream, by the model's own code after its last layer; (..., D) to (..., V)."""
+        flat = hidden.reshape(-1, 1, hidden.shape[-1])
         ids = torch.zeros(flat.shape[:2], dtype=torch.long, device=flat.device)
-        with self._trunk_returning(flat):
-            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits.reshape(*normed.shape[:-1], -1).float()
+        with self._layers_giving(flat):
+            logits: Tensor = self.model(input_ids=ids, **_accepted(self.model, use_cache=False)).logits
+        return logits.reshape(*hidden.shape[:-1], -1).float()
 
     def run(self, input_ids_BT: Tensor) -> Tensor:
         """Residual stream of every position around every block, l = 0..L: (L + 1, B, T, D)."""
@@ -81,7 +80,7 @@ class LayerRunner:
     def forward(self, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None) -> None:
         """Runs the trunk for its hooks; without positions the model counts from 0."""
         extra = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
-        self.trunk(input_ids=input_ids_BT, use_cache=False, **extra)
+        self.trunk(input_ids=input_ids_BT, **_accepted(self.trunk, use_cache=False), **extra)
 
     @contextmanager
     def intercepting(
@@ -103,58 +102,139 @@ class LayerRunner:
             yield
 
     def check_lens(self, input_ids_BT: Tensor) -> None:
-        """Self-test: the lens on h_L gives the model's own logits.
+        """Self-test: the lens on h_L gives the model's own logits, and a layer's input decides all that follows.
 
         Raises:
-            ModelError: Naming the class when it does not, or when its outputs are not finite.
+            ModelError: Naming the class and what was measured when one of them does not hold, the layers pass no
+                residual stream of shape (B, T, D) on, or outputs are not finite.
         """
+        try:
+            self._check_lens(input_ids_BT)
+        except FOREIGN_ERRORS as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(
+                f"{self.name}: cannot be traced, its code does not run with hooks around its layers ({first})"
+            ) from error
+
+    def _check_lens(self, input_ids_BT: Tensor) -> None:
         states = self.run(input_ids_BT)
-        own = self.model(input_ids=input_ids_BT, use_cache=False).logits[:, -1].float()
+        if len(states) != self.num_layers + 1:
+            raise ModelError(
+                f"{self.name}: on text alone {len(states) - 1} of its {self.num_layers} layers run; all are needed to trace it"
+            )
+        wanted = (*input_ids_BT.shape, states.shape[-1])
+        if states.shape[1:] != wanted:
+            raise ModelError(
+                f"{self.name}: its layers pass on states of shape {tuple(states.shape[1:])}; a residual stream of"
+                f" (rows, tokens, width) = {wanted} is needed to trace it"
+            )
+        own = self.model(input_ids=input_ids_BT, **_accepted(self.model, use_cache=False)).logits[:, -1].float()
         if not bool(torch.isfinite(own).all()):
             raise ModelError(f"{self.name}: its logits are not finite; the weights may hold NaN or overflow")
         error = float((self.lens(states[-1][:, -1]) - own).abs().max())
         if error > LENS_TOLERANCE * max(1.0, float(own.abs().max())):
             raise ModelError(
-                f"{self.name}: {self.parts.final_norm_path} and {self.parts.lm_head_path} do not reproduce its logits"
-                f" from {self.parts.layers_path} (largest error {error:.2g}); this architecture is not supported"
+                f"{self.name}: what follows {self.parts.layers_path} does not reproduce its logits from the last layer's"
+                f" output (largest error {error:.2g}); this architecture is not supported"
+            )
+        self._check_stream(input_ids_BT, states)
+
+    def _check_stream(self, input_ids_BT: Tensor, states: Tensor) -> None:
+        """A run on other tokens that is given these states before its middle layer must end as this run did.
+
+        Layers that read something else, such as embeddings of their own or keys of layers below, carry a masked context
+        past the mask, and what is then measured is not what the paper's equations say.
+        """
+        middle, final = self.num_layers // 2, list[Tensor]()
+
+        def enter(layer_idx: int, hidden: Tensor) -> Tensor:
+            return states[middle] if layer_idx == middle else hidden
+
+        def leave(hidden: Tensor) -> Tensor:
+            final.append(hidden)
+            return hidden
+
+        with self.intercepting(len(input_ids_BT), enter, leave):
+            self.forward(input_ids_BT.roll(1, dims=1))
+        error, scale = float((final[0] - states[-1]).abs().max()), float(states[-1].abs().max())
+        if error > LENS_TOLERANCE * max(1.0, scale):
+            raise ModelError(
+                f"{self.name}: its layers read more than the residual stream, so that masking it does not hide the context"
+                f" (other tokens below layer {middle} still move the end by {error:.2g}); it cannot be traced"
             )
 
     @contextmanager
-    def _trunk_returning(self, hidden: Tensor) -> Iterator[None]:
-        """Makes the trunk's forward return these states, so that a call of the model costs the head alone."""
-        instance = self.trunk.__dict__
-        kept = {"forward": instance["forward"]} if "forward" in instance else {}
-        instance["forward"] = lambda *args, **kwargs: _TrunkOutput(hidden)
-        try:
+    def _layers_giving(self, hidden: Tensor) -> Iterator[None]:
+        """Takes every layer out of the model: the last gives these states, the others what they are given."""
+        if not self._outputs:
+            self._see_outputs()
+        with ExitStack() as stack:
+            for layer_idx, layer in enumerate(self.parts.layers):
+                final = hidden if layer_idx == self.num_layers - 1 else None
+                stack.enter_context(_replacing_forward(layer, _giving(final, self._outputs.get(layer_idx))))
             yield
-        finally:
-            del instance["forward"]
-            instance.update(kept)
+
+    @torch.no_grad()
+    def _see_outputs(self) -> None:
+        """Runs the model on two tokens to see in what each layer wraps its output."""
+        with ExitStack() as stack:
+            for layer_idx, layer in enumerate(self.parts.layers):
+
+                def note(module: nn.Module, args: Any, output: Any, layer_idx: int = layer_idx) -> None:
+                    self._outputs[layer_idx] = _with_hidden(_emptied(output), None)
+
+                stack.callback(layer.register_forward_hook(note).remove)
+            self.forward(torch.zeros(1, 2, dtype=torch.long, device=self.device))
 
 
-class _TrunkOutput:
-    """Stands for any trunk output: the hidden states, and nothing under every other name."""
+def _accepted(module: nn.Module, **options: Any) -> dict[str, Any]:
+    """Those of the options that a forward pass has a parameter for."""
+    names = inspect.signature(module.forward).parameters
+    is_open = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
+    return {name: value for name, value in options.items() if is_open or name in names}
 
-    def __init__(self, hidden: Tensor) -> None:
-        self.last_hidden_state = hidden
 
-    def __getitem__(self, key: Any) -> Any:
-        return () if isinstance(key, slice) else self.last_hidden_state
+@contextmanager
+def _replacing_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    instance = module.__dict__
+    kept = {"forward": instance["forward"]} if "forward" in instance else {}
+    instance["forward"] = forward
+    try:
+        yield
+    finally:
+        del instance["forward"]
+        instance.update(kept)
 
-    def __getattr__(self, name: str) -> None:
-        return None
+
+def _giving(hidden: Tensor | None, wrapping: Any) -> Callable[..., Any]:
+    """A layer's forward pass that gives these states, or else its own input, wrapped as the layer's own output is."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _with_hidden(wrapping, _input_of(args, kwargs)[1] if hidden is None else hidden)
+
+    return forward
+
+
+def _emptied(output: Any) -> Any:
+    return type(output)([None] * len(output)) if isinstance(output, tuple | list) else None
+
+
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Tensor]:
+    """A layer's residual stream among its arguments, and its name when it is passed by name."""
+    if args:
+        return "", args[0]
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+    return name, kwargs[name]
 
 
 def _entering(layer_idx: int, num_rows: int, enter: Callable[[int, Tensor], Tensor]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        own_name, hidden = _input_of(args, kwargs)
         replaced = enter(layer_idx, hidden)
         times = replaced.shape[0] // num_rows
         rest = _repeat_rows(args[1:], num_rows, times)
-        named = {
-            name: _repeat_rows(value, num_rows, times) for name, value in kwargs.items() if name != "hidden_states"
-        }
-        return ((replaced, *rest), named) if args else (args, {**named, "hidden_states": replaced})
+        named = {name: _repeat_rows(value, num_rows, times) for name, value in kwargs.items() if name != own_name}
+        return ((replaced, *rest), named) if args else (args, {**named, own_name: replaced})
 
     return hook
 
@@ -174,9 +254,9 @@ def _repeat_rows(value: Any, num_rows: int, times: int) -> Any:
 
 
 def _hidden_of(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
 
 
-def _with_hidden(output: Any, hidden: Tensor) -> Any:
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+def _with_hidden(output: Any, hidden: Tensor | None) -> Any:
+    return type(output)([hidden, *output[1:]]) if isinstance(output, tuple | list) else hidden

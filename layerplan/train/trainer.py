@@ -156,11 +156,13 @@ def _export(request: TrainRequest, checkpoint: Path, step: int) -> Path:
         plan=request.plan,
         revision=request.revision,
         trust_remote_code=request.trust_remote_code,
+        export_dtype=request.config.export_dtype,
     )
     report.save(request.run_dir / EXPORT_NAME)
     print(
-        f"[train] exported {folder}: {report.num_frozen} frozen tensors byte-identical to the base,"
-        f" {report.num_trained_changed} of {report.num_trained} trained ones changed",
+        f"[train] exported {folder}: {report.num_frozen} frozen tensors have the base's dtype and bytes,"
+        f" {report.num_trained_changed} of {report.num_trained} trained ones changed"
+        f" (written in {' and '.join(report.trained_dtypes)})",
         flush=True,
     )
     return folder

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
+from tiny_families import make_config
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from layerplan.checkpoint import hf_export
 from layerplan.checkpoint.dcp import save_checkpoint
-from layerplan.checkpoint.hf_export import check_export, export_hf
+from layerplan.checkpoint.export_report import ExportReport
+from layerplan.checkpoint.hf_export import export_hf
 from layerplan.config.plan import FreezeDeepPlanConfig
 from layerplan.config.train import OptimizerConfig
 from layerplan.errors import CheckpointError
 from layerplan.models.causal_lm import load_causal_lm
 from layerplan.models.files import identify_model
-from layerplan.models.freezing import apply_plan, compute_tensor_hashes
+from layerplan.models.freezing import apply_plan
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape
-from layerplan.plan.policies import make_plan
+from layerplan.plan.policies import make_full_plan, make_plan
 from layerplan.train.optim import build_optimizer
-from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
+from tests.model_folders import edit_config, edit_weights, save_base_with_code, save_tiny_base
+from tests.qwen3 import TINY_QWEN3
 
 FROZEN, TRAINED = "model.layers.2.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"
 
@@ -36,26 +42,47 @@ class Run:
     plan: FreezePlan
     model: nn.Module
 
-    def export(self, out: Path) -> object:
-        return export_hf(base=str(self.base), checkpoint=self.checkpoint, out_dir=out, plan=self.plan)
+    def export(self, out: Path, **options: Any) -> ExportReport:
+        return export_hf(base=str(self.base), checkpoint=self.checkpoint, out_dir=out, plan=self.plan, **options)
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """A base, one optimizer step under a plan that trains layer 0 alone, and its checkpoint."""
-    base = tmp_path / "base"
-    build_tiny_qwen3().save_pretrained(base)
-    Tokenizer(models.BPE()).save(str(base / "tokenizer.json"))
-    shape = ModelShape.from_hf_config(TINY_QWEN3)
-    plan = make_plan(FreezeDeepPlanConfig(boundary=1), model=identify_model(str(base)), shape=shape)
-    model = load_causal_lm(str(base))
+def train_briefly(base: Path, out: Path, shape: dict[str, Any] = TINY_QWEN3, **options: Any) -> Run:
+    """One optimizer step of a base under a plan that trains layer 0 alone, and its checkpoint."""
+    plan = make_plan(
+        FreezeDeepPlanConfig(boundary=1), model=identify_model(str(base)), shape=ModelShape.from_hf_config(shape)
+    )
+    model = load_causal_lm(str(base), **options)
     apply_plan(model, plan)
     optimizer = build_optimizer(model, OptimizerConfig(learning_rate=0.1), masters={}, compiled=False)
     ids = torch.arange(24).reshape(2, 12)
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step(grad_scale=torch.ones(()))
-    save_checkpoint(tmp_path / "checkpoint", model, optimizer, None)
-    return Run(base, tmp_path / "checkpoint", plan, model)
+    save_checkpoint(out, model, optimizer, None)
+    return Run(base, out, plan, model)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return train_briefly(save_tiny_base(tmp_path / "base"), tmp_path / "checkpoint")
+
+
+def store_as(folder: Path, choose: Callable[[str], torch.dtype]) -> Path:
+    """Stores each tensor in the dtype chosen by its name, as a published base would be."""
+    edit_weights(folder, lambda tensors: tensors.update({k: v.to(choose(k)) for k, v in tensors.items()}))
+    return folder
+
+
+def read_raw(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Dtype, shape and bytes of every tensor, read by the format's own description rather than by our code."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        for name, item in json.loads(content[8 : 8 + size]).items():
+            if name != "__metadata__":
+                start, stop = (8 + size + at for at in item["data_offsets"])
+                found[name] = (item["dtype"], tuple(item["shape"]), content[start:stop])
+    return found
 
 
 def tamper(file: Path, name: str) -> None:
@@ -64,61 +91,213 @@ def tamper(file: Path, name: str) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def faulty(function: str, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the proof is for: a step of the export that does its work and then something else, to the folder."""
+    real = getattr(hf_export, function)
+
+    def wrapped(*arguments: Any) -> None:
+        real(*arguments)
+        damage(arguments[-1])
+
+    monkeypatch.setattr(hf_export, function, wrapped)
+
+
 def test_frozen_tensors_are_the_bases_and_trained_ones_the_checkpoints(run: Run, tmp_path: Path) -> None:
     report = run.export(tmp_path / "out")
-    base, out = load_file(run.base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    base, out = read_raw(run.base), read_raw(tmp_path / "out")
     trained = dict(run.model.named_parameters())
+    assert list(out) == list(base)
     for name in base:
         if name.startswith("model.layers.0."):
-            assert torch.equal(out[name], trained[name]) and not torch.equal(out[name], base[name])
+            assert out[name][2] == trained[name].detach().numpy().tobytes() != base[name][2]
         else:
-            assert out[name].numpy().tobytes() == base[name].numpy().tobytes()
+            assert out[name] == base[name]
     assert (report.num_frozen, report.num_trained, report.num_trained_changed) == (len(base) - 11, 11, 11)
+    assert (report.trained_dtypes, report.logits_moved_by_rounding) == (("float32",), 0.0)
+
+
+def test_a_base_of_bfloat16_is_exported_in_bfloat16_at_its_own_size(tmp_path: Path) -> None:
+    base = store_as(save_tiny_base(tmp_path / "base"), lambda name: torch.bfloat16)
+    run = train_briefly(base, tmp_path / "checkpoint")
+    report = run.export(tmp_path / "out")
+    before, after = read_raw(base), read_raw(tmp_path / "out")
+    masters = dict(run.model.named_parameters())
+    for name in before:
+        if name.startswith("model.layers.0."):
+            nearest = masters[name].detach().to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+            assert after[name] == ("BF16", before[name][1], nearest)
+        else:
+            assert after[name] == before[name]
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (base, tmp_path / "out")]
+    assert sizes[0] == sizes[1]
+    assert report.trained_dtypes == ("bfloat16",)
+    assert 0 < report.logits_moved_by_rounding < 0.05
+    assert (base / "config.json").read_bytes() == (tmp_path / "out" / "config.json").read_bytes()
+
+
+def test_float32_on_request_is_what_was_trained_and_the_config_says_so(tmp_path: Path) -> None:
+    base = store_as(save_tiny_base(tmp_path / "base"), lambda name: torch.bfloat16)
+    edit_config(base, dtype="bfloat16")
+    run = train_briefly(base, tmp_path / "checkpoint")
+    report = run.export(tmp_path / "out", export_dtype="float32")
+    before, after = read_raw(base), read_raw(tmp_path / "out")
+    masters = dict(run.model.named_parameters())
+    for name in before:
+        if name.startswith("model.layers.0."):
+            assert after[name] == ("F32", before[name][1], masters[name].detach().numpy().tobytes())
+        else:
+            assert after[name] == before[name]
+    assert (report.trained_dtypes, report.logits_moved_by_rounding) == (("float32",), 0.0)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # in the dtype of its config
+    assert torch.equal(dict(loaded.named_parameters())[TRAINED], masters[TRAINED])
+
+
+def test_a_base_of_several_dtypes_keeps_each(tmp_path: Path) -> None:
+    def choose(name: str) -> torch.dtype:
+        return torch.float32 if "norm" in name else torch.float16 if "mlp" in name else torch.bfloat16
+
+    base = store_as(save_tiny_base(tmp_path / "base"), choose)
+    report = train_briefly(base, tmp_path / "checkpoint").export(tmp_path / "out")
+    before, after = read_raw(base), read_raw(tmp_path / "out")
+    assert {name: item[0] for name, item in after.items()} == {name: item[0] for name, item in before.items()}
+    assert all(after[name] == before[name] for name in before if ".layers.0." not in name)
+    assert report.trained_dtypes == ("bfloat16", "float16", "float32")
+
+
+def test_a_value_the_bases_dtype_cannot_hold_is_not_written_as_infinity(tmp_path: Path) -> None:
+    base = store_as(save_tiny_base(tmp_path / "base"), lambda name: torch.float16)
+    run = train_briefly(base, tmp_path / "checkpoint")
+    with torch.no_grad():
+        dict(run.model.named_parameters())[TRAINED][0, 0] = 70_000.0  # float16 ends at 65,504
+    optimizer = build_optimizer(run.model, OptimizerConfig(), masters={}, compiled=False)
+    save_checkpoint(tmp_path / "large", run.model, optimizer, None)
+    run.checkpoint = tmp_path / "large"
+    with pytest.raises(CheckpointError, match=rf"{TRAINED}: .*float16 cannot hold; set train\.export_dtype: float32"):
+        run.export(tmp_path / "out")
+    run.export(tmp_path / "out", export_dtype="float32")
+
+
+def test_a_base_in_shards_is_exported_in_the_same_shards(tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base")
+    model = load_causal_lm(str(base))
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="20KB")
+    train_briefly(base, tmp_path / "checkpoint").export(tmp_path / "out")
+    indices = [json.loads((each / "model.safetensors.index.json").read_text()) for each in (base, tmp_path / "out")]
+    assert indices[0]["weight_map"] == indices[1]["weight_map"]
+    assert indices[0]["metadata"]["total_size"] == indices[1]["metadata"]["total_size"]
+    assert len(set(indices[1]["weight_map"].values())) > 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_next"])
+def test_stored_names_that_are_not_the_models_are_exported_as_they_were(family: str, tmp_path: Path) -> None:
+    """Names without prefix, as GPT-2 was published, and experts stored one by one which transformers merges."""
+    AutoModelForCausalLM.from_config(make_config(family)).save_pretrained(tmp_path / "base")
+
+    def publish(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name).to(torch.bfloat16)
+
+    edit_weights(tmp_path / "base", publish)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    report = train_briefly(tmp_path / "base", tmp_path / "checkpoint", config).export(tmp_path / "out")
+    before, after = read_raw(tmp_path / "base"), read_raw(tmp_path / "out")
+    assert sorted(before) == sorted(after)
+    moved = {name for name in before if after[name] != before[name]}
+    layer = "h.0." if family == "gpt2" else "model.layers.0."
+    assert moved and all(name.startswith(layer) for name in moved)
+    assert {item[0] for item in after.values()} == {"BF16"}
+    assert report.num_trained_changed == report.num_trained
+
+
+def test_a_head_stored_beside_the_embeddings_it_is_tied_to_trains_with_them(tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base")
+    head, embeddings = "lm_head.weight", "model.embed_tokens.weight"
+    edit_weights(base, lambda tensors: tensors.update({head: tensors[embeddings].clone()}))
+    shape = ModelShape.from_hf_config(TINY_QWEN3)
+    plan = make_full_plan(identify_model(str(base)), shape)
+    model = load_causal_lm(str(base))
+    apply_plan(model, plan)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2)
+    optimizer = build_optimizer(model, OptimizerConfig(), masters={}, compiled=False)
+    save_checkpoint(tmp_path / "checkpoint", model, optimizer, None)
+    Run(base, tmp_path / "checkpoint", plan, model).export(tmp_path / "out")
+    before, after = read_raw(base), read_raw(tmp_path / "out")
+    assert after[head] == after[embeddings] != before[embeddings]
+
+
+COMPANIONS = {
+    "LICENSE": "Apache",
+    "added_tokens.json": '{"<x>": 39}',
+    "chat_template.jinja": "{{ messages }}",
+    "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+    "generation_config.json": '{"do_sample": false, "temperature": 0.9, "top_p": 0.6}',
+    "tokenizer.model": "sentencepiece",
+    "vocab_of_any_name.txt": "a b",
+    "modeling_extra.py": "X = 1",
+}
+LEFT_BEHIND = {
+    ".cache/huggingface/download.lock": "",
+    "README.md": "the card of the base",
+    "freeze_plan.json": "{}",
+    "pytorch_model.bin": "",
+    "pytorch_model.bin.index.json": "{}",
+    "original/consolidated.00.pth": "",
+    "original/params.json": "{}",
+    "onnx/model.onnx": "",
+}
+
+
+def test_everything_of_the_base_but_weights_travels_as_it_is(run: Run, tmp_path: Path) -> None:
+    """The generation config is one that transformers refuses to save."""
+    for name, text in (COMPANIONS | LEFT_BEHIND).items():
+        (run.base / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.base / name).write_text(text)
+    run.export(tmp_path / "out")
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    ours = {"README.md", "freeze_plan.json", "model.safetensors"}
+    assert found == {*COMPANIONS, "config.json", "tokenizer.json", *ours}
+    assert all((tmp_path / "out" / name).read_text() == text for name, text in COMPANIONS.items())
+    assert "the card of the base" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_consent_to_the_bases_code_holds_for_the_check_of_its_export(tmp_path: Path) -> None:
+    base = save_base_with_code(tmp_path / "base")
+    run = train_briefly(base, tmp_path / "checkpoint", trust_remote_code=True)
+    run.export(tmp_path / "out", trust_remote_code=True)
+    again = load_causal_lm(str(tmp_path / "out"), trust_remote_code=True)
+    assert type(again).__name__ == "TidalForCausalLM"
+    assert torch.equal(dict(again.named_parameters())[TRAINED], dict(run.model.named_parameters())[TRAINED])
 
 
 @pytest.mark.parametrize(("name", "side"), [(FROZEN, "frozen"), (TRAINED, "trained")])
-def test_one_flipped_bit_in_the_export_is_found(run: Run, tmp_path: Path, name: str, side: str) -> None:
-    run.export(tmp_path / "out")
-    parameters = dict(load_causal_lm(str(tmp_path / "out")).named_parameters())
-    hashes = {
-        "frozen": compute_tensor_hashes({k: v for k, v in parameters.items() if ".layers.0." not in k}),
-        "trained": compute_tensor_hashes({k: v for k, v in parameters.items() if ".layers.0." in k}),
-    }
-    check_export(tmp_path / "out", **hashes)
-    tamper(tmp_path / "out" / "model.safetensors", name)
-    with pytest.raises(CheckpointError, match=f"1 {side} tensors are not what was expected; the first is {name}"):
-        check_export(tmp_path / "out", **hashes)
-
-
-def test_a_model_that_writes_another_frozen_tensor_fails_the_export(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_flipped_bit_in_the_export_is_found(
+    name: str, side: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A faulty `save_pretrained` is what the proof is for: it must leave nothing behind."""
-    save = type(run.model).save_pretrained
-
-    def faulty(self: nn.Module, folder: Path, **options: object) -> None:
-        save(self, folder, **options)
-        tamper(Path(folder) / "model.safetensors", FROZEN)
-
-    monkeypatch.setattr(type(run.model), "save_pretrained", faulty)
-    with pytest.raises(CheckpointError, match="1 frozen tensors are not what was expected"):
+    """It leaves nothing behind."""
+    faulty("write_weights", lambda folder: tamper(folder / "model.safetensors", name), monkeypatch)
+    with pytest.raises(CheckpointError, match=f"1 {side} tensors are not what was expected; the first is {name}"):
         run.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_frozen_tensor_of_equal_values_in_another_dtype_is_found(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def widen(folder: Path) -> None:
+        edit_weights(folder, lambda tensors: tensors.update({FROZEN: tensors[FROZEN].double()}))
+
+    faulty("write_weights", widen, monkeypatch)
+    with pytest.raises(CheckpointError, match=f"1 frozen tensors are not what was expected; the first is {FROZEN}"):
+        run.export(tmp_path / "out")
 
 
 def test_a_config_that_computes_something_else_fails_the_export(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All bytes of all tensors are right, and the model is still another one."""
-    save = type(run.model).save_pretrained
-
-    def faulty(self: nn.Module, folder: Path, **options: object) -> None:
-        save(self, folder, **options)
-        file = Path(folder) / "config.json"
-        values = json.loads(file.read_text())
-        file.write_text(json.dumps(values | {"rms_norm_eps": 0.5}))
-
-    monkeypatch.setattr(type(run.model), "save_pretrained", faulty)
+    faulty("copy_companions", lambda folder: edit_config(folder, rms_norm_eps=0.5), monkeypatch)
     with pytest.raises(CheckpointError, match="logits differ by up to"):
         run.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -133,7 +312,7 @@ def test_the_export_carries_its_plan_and_a_card_the_hub_can_read(run: Run, tmp_p
     assert card.data.base_model is None and "Base: `base`" in card.text
     assert card.data.library_name == "transformers"
     assert "layer-freezing" in card.data.tags
-    assert "frozen tensors, identical to the base byte for byte | 24 |" in card.text
+    assert "frozen tensors, dtype and bytes those of the base's files | 24 |" in card.text
     assert FreezePlan.load(tmp_path / "out" / "freeze_plan.json").sha256 in card.text
 
 

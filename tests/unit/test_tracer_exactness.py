@@ -307,7 +307,7 @@ class DoubledHead(nn.Module):
 def test_a_model_whose_lens_does_not_give_its_logits_is_refused_by_name() -> None:
     model = make_model("llama")
     model.lm_head = DoubledHead(model.lm_head)
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM: model\.norm and lm_head do not reproduce its logits"):
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM: what follows model\.layers does not reproduce its logits"):
         ProbeMeter(LayerRunner(model), TraceConfig()).measure(make_probes([(9, 5)]))
 
 

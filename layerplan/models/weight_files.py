@@ -1,0 +1,161 @@
+"""The safetensors files of a model folder: which ones count, whether they are whole, and what their headers say.
+
+A safetensors file is 8 bytes of header length, the header, and the bytes the header promises, so names, dtypes, shapes
+and the place of every byte are known without loading a weight.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerplan.errors import ModelError
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+HEADER_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+"""A safetensors header larger than this is no header (the format's own limit)."""
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".ggml", ".h5", ".msgpack", ".ckpt", ".onnx", ".npz")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor as a file's header describes it."""
+
+    file: Path
+    dtype: str
+    """The format's name of it: `F32`, `BF16`, `F8_E4M3`."""
+    shape: tuple[int, ...]
+    start: int
+    """First byte in the file."""
+    stop: int
+    """The byte after its last."""
+
+
+def find_weight_files(folder: Path) -> tuple[Path, ...]:
+    """The files that transformers reads: `model.safetensors`, else the shards of the index.
+
+    Raises:
+        ModelError: When there is neither, the index cannot be read, or a shard of it is missing.
+    """
+    there = {path.name for path in folder.glob("*.safetensors")}
+    if WEIGHTS_NAME in there:
+        return (folder / WEIGHTS_NAME,)
+    if (folder / INDEX_NAME).is_file():
+        wanted = sorted(set(read_index(folder).values()))
+        missing = [name for name in wanted if name not in there]
+        if missing:
+            raise ModelError(
+                f"model.name={folder}: {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} of {INDEX_NAME}"
+                f" is missing ({len(missing)} of {len(wanted)} files); half-written? Copy the folder again"
+            )
+        return tuple(folder / name for name in wanted)
+    raise ModelError(f"model.name={folder}: {_explain_absence(folder, there)}")
+
+
+def read_stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every stored tensor by name, from the headers alone.
+
+    Raises:
+        ModelError: Naming the file that is missing, damaged, or shorter than its own header says, or the tensor that
+            two files hold.
+    """
+    found: dict[str, StoredTensor] = {}
+    for path in find_weight_files(folder):
+        for name, tensor in read_header(path).items():
+            if name in found:
+                raise ModelError(f"model.name={folder}: {found[name].file.name} and {path.name} both hold {name}")
+            found[name] = tensor
+    if not found:
+        raise ModelError(f"model.name={folder}: its safetensors files hold no tensor")
+    return found
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file.
+
+    Raises:
+        ModelError: When the file is no safetensors file, or its length is not what its header promises.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as handle:
+            (header_bytes,) = struct.unpack("<Q", handle.read(HEADER_BYTES))
+            if header_bytes > min(size, MAX_HEADER_BYTES):
+                raise ValueError("the header is cut off")
+            header = json.loads(handle.read(header_bytes))
+        first = HEADER_BYTES + header_bytes
+        tensors = {
+            name: StoredTensor(
+                path, str(item["dtype"]), tuple(item["shape"]), *(first + at for at in item["data_offsets"])
+            )
+            for name, item in header.items()
+            if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ModelError(
+            f"model.name={path.parent}: {path.name} is not a whole safetensors file ({error}); copy it again"
+        ) from None
+    promised = max((tensor.stop for tensor in tensors.values()), default=first)
+    if promised != size:
+        raise ModelError(
+            f"model.name={path.parent}: {path.name} has {size:,} bytes, its header promises {promised:,};"
+            " the file is half-written, copy it again"
+        )
+    return tensors
+
+
+@contextmanager
+def reading_bytes(tensor: StoredTensor) -> Iterator[memoryview]:
+    """The tensor's bytes as they lie in the file, mapped and not copied."""
+    if tensor.start == tensor.stop:
+        yield memoryview(b"")
+        return
+    with tensor.file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        view = memoryview(mapped)[tensor.start : tensor.stop]
+        try:
+            yield view
+        finally:
+            view.release()
+
+
+def have_equal_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether dtype, shape and bytes are the same."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with reading_bytes(one) as mine, reading_bytes(other) as theirs:
+        return mine == theirs
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor to file of `model.safetensors.index.json`.
+
+    Raises:
+        ModelError: When it cannot be read.
+    """
+    path = folder / INDEX_NAME
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in found.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"model.name={folder}: {INDEX_NAME} cannot be read ({error})") from None
+
+
+def _explain_absence(folder: Path, safetensors: set[str]) -> str:
+    if safetensors:
+        names = ", ".join(sorted(safetensors)[:3])
+        return f"holds {names}, but neither {WEIGHTS_NAME} nor {INDEX_NAME}, which say what belongs together"
+    others = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in OTHER_FORMATS)
+    if not others:
+        return "the folder has no *.safetensors weights; it is not a whole checkpoint"
+    return (
+        f"the folder has no *.safetensors weights, only {others[0]}{' ...' if len(others) > 1 else ''}; other formats are"
+        " not read: load it with transformers and save it again with `save_pretrained`, which writes safetensors"
+    )
