@@ -28,12 +28,15 @@ from layerplan.corpus.manifest import Manifest, resolve_store
 from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
 from layerplan.models.files import find_tokenizer_file, identify_model, load_hf_config
+from layerplan.plan.boundary_choice import choose_boundary, find_options
 from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
-from layerplan.plan.explain import describe_certainty, describe_measurement, explain_plan, render_layer_map
+from layerplan.plan.describe import describe_certainty, describe_measurement
+from layerplan.plan.explain import describe_flops, describe_older_rule, explain_plan, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.policies import predict_beside_full
 from layerplan.report.page import write_report
 from layerplan.tracer.pool import trace_model
 from layerplan.tracking.callback import LineageCallback
@@ -138,7 +141,8 @@ def trace(context: RunContext, model_name: str) -> LayerProfile | None:
             out_dir=context.folder.root,
         )
         _log_profile(tracker, profile, context.folder)
-    for line in (*describe_measurement(profile), *describe_certainty(profile)):
+    options = find_options(context.config.plan).model_copy(update={"without_evidence": "midpoint"})
+    for line in (*describe_measurement(profile), *describe_certainty(profile, choose_boundary(profile, options))):
         say("trace", line)
     return profile
 
@@ -147,21 +151,28 @@ def decide_plan(context: RunContext, model_name: str, profile: LayerProfile | No
     """Makes the freeze plan, or reads the one that was made before."""
     config = context.config
     identity = identify_model(model_name, revision=revision_of(config))
+    seq_len = config.corpus.seq_len
+    shape = ModelShape.from_hf_config(load_hf_config(model_name, revision=revision_of(config)))
     if context.folder.plan.exists():
         plan = FreezePlan.load(context.folder.plan)
     else:
-        shape = ModelShape.from_hf_config(load_hf_config(model_name, revision=revision_of(config)))
-        plan = resolve_plan(config.plan, PlanContext(identity, shape, config.train, config.corpus.seq_len, profile))
+        plan = resolve_plan(config.plan, PlanContext(identity, shape, config.train, seq_len, profile))
     plan.check_model(identity)
+    cost_here = predict_beside_full(plan, shape, seq_len)
     if not context.folder.plan.exists():
         with tracked(context, "plan") as tracker:
-            context.folder.plan_text.write_text(explain_plan(plan, profile), encoding="utf-8")
+            context.folder.plan_text.write_text(explain_plan(plan, profile, cost_here), encoding="utf-8")
             plan.save(context.folder.plan)
             tracker.log_params({"plan_type": plan.plan_type, "trainable_layers": list(plan.trainable_layers)})
             tracker.log_artifact(context.folder.plan)
             tracker.log_artifact(context.folder.plan_text)
     say("plan", plan.reason)
+    if older := describe_older_rule(plan):
+        say("plan", older)
     say("plan", render_layer_map(plan))
+    if plan.predicted_cost and plan.predicted_cost["seq_len"] != seq_len:
+        say("plan", f"made for other rows: {describe_flops(plan.predicted_cost)}")
+    say("plan", describe_flops(cost_here))
     return plan
 
 

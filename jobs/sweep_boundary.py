@@ -94,7 +94,9 @@ def make_trials(context: RunContext, tracker: Tracker, model_name: str, sweep: S
         except PlanError as error:
             raise ConfigError(str(error)) from None
         name = f"boundary_{boundary:02d}"
-        plan = make_plan(kind(boundary=boundary, **ends), model=identity, shape=shape)
+        plan = make_plan(
+            kind(boundary=boundary, **ends), model=identity, shape=shape, seq_len=context.config.corpus.seq_len
+        )
         plan.save(context.folder.sweep / name / "freeze_plan.json")
         child = tracker.child(f"sweep_{name}")
         child.log_params({"boundary": boundary, "plan_sha256": plan.sha256})
