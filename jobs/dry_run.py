@@ -12,8 +12,11 @@ from layerplan.config.load import dump_config
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig, PlanOptions
 from layerplan.config.run import RunConfig
-from layerplan.models.files import load_hf_config
+from layerplan.corpus.joining import read_joining
+from layerplan.errors import ModelError
+from layerplan.models.files import find_tokenizer_file, load_hf_config
 from layerplan.models.scratch_config import make_hf_config
+from layerplan.models.tokenizer_facts import describe_tokenizer
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, PlanCost, explain_cost, predict_cost, render_cost_table
 from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
@@ -41,6 +44,7 @@ def print_dry_run(config: RunConfig) -> None:
     model = ModelIdentity(name=_model_name(config), model_type=str(values["model_type"]), num_layers=shape.num_layers)
     plan, note = _plan(config, model, shape)
     print(f"model  {model.name}: {shape.num_layers} layers, {shape.total_params:,} parameters")
+    print("text   " + "\n       ".join(_describe_text(config)))
     print(f"plan   {plan.plan_type}: {note}")
     print(f"       {render_layer_map(plan)}")
     print("".join(f"       {line}\n" for line in explain_changes(plan)))
@@ -54,6 +58,17 @@ def _hf_config(config: RunConfig) -> dict[str, object]:
     if isinstance(config.model, ScratchModelConfig):
         return make_hf_config(config.model, vocab_size=config.model.vocab_size)
     return load_hf_config(config.model.name, revision=revision_of(config))
+
+
+def _describe_text(config: RunConfig) -> list[str]:
+    """What the model's tokenizer is, and how documents are joined."""
+    if isinstance(config.model, ScratchModelConfig):
+        return ["tokenizer to be trained by the run"]
+    try:
+        joining = read_joining(config.corpus, find_tokenizer_file(config.model.name, revision=revision_of(config)))
+    except ModelError as error:
+        return [f"not known yet: {error}"]
+    return [f"documents are {joining}", *describe_tokenizer(joining.facts)]
 
 
 def _model_name(config: RunConfig) -> str:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from layerplan.config.load import dump_config
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError
@@ -29,6 +31,9 @@ MAY_CHANGE = (
     "corpus.num_cpus_per_worker",
     "corpus.max_bad_fraction",
     "corpus.tokenizer_library",
+    "corpus.end_of_text",
+    "corpus.begin_token",
+    "corpus.control_tokens",
     "train.num_workers",
     "train.num_cpus_per_worker",
     "train.use_gpu",
@@ -184,7 +189,7 @@ def _check_characters(root: Path) -> None:
 
 def _check_same_config(folder: RunFolder, config: RunConfig) -> None:
     try:
-        earlier = _flatten(json.loads(folder.config.read_text(encoding="utf-8")))
+        earlier = _flatten(_fill_defaults(json.loads(folder.config.read_text(encoding="utf-8"))))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"name: {folder.config} of an earlier run cannot be read ({error}); choose another name"
@@ -198,6 +203,14 @@ def _check_same_config(folder: RunFolder, config: RunConfig) -> None:
     ]
     if faults:
         raise ConfigError(*faults)
+
+
+def _fill_defaults(values: Any) -> Any:
+    """A resolved config as this version writes it: fields it did not have yet are at their defaults."""
+    try:
+        return RunConfig.model_validate(values).model_dump(mode="json")
+    except ValidationError:
+        return values
 
 
 def _may_change(key: str) -> bool:

@@ -22,8 +22,9 @@ from jobs.model_options import revision_of, trusts_remote_code
 from jobs.run_folder import RunFolder
 from layerplan.checkpoint.layout import name_step
 from layerplan.config.run import RunConfig
-from layerplan.corpus.build import build_token_store, hash_tokenizer, warn_of_held_out
+from layerplan.corpus.build import build_token_store, warn_of_held_out
 from layerplan.corpus.decontamination import BenchmarkText, hash_held_out
+from layerplan.corpus.joining import Joining, check_joining, describe_unknown, read_joining
 from layerplan.corpus.manifest import Manifest, resolve_store
 from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
@@ -79,7 +80,7 @@ def build_store(context: RunContext, model_name: str) -> Path | str:
     if corpus.store is not None:
         store = resolve_store(corpus.store)
         manifest = Manifest.load(store)
-        _check_store(manifest, store, corpus.seq_len, hash_tokenizer(tokenizer))
+        _check_store(manifest, store, corpus.seq_len, read_joining(corpus, tokenizer))
         looked_for = hash_held_out(list_held_out_texts(context.config), corpus.decontamination)
         warn_of_held_out(manifest, store, looked_for, lambda line: say("corpus", line))
         say("corpus", f"using {store}")
@@ -344,11 +345,15 @@ def _log_scores(tracker: Tracker, folder: Path, results: Results, step: int) -> 
         tracker.log_artifact(path)
 
 
-def _check_store(manifest: Manifest, store: Path | str, seq_len: int, tokenizer_sha256: str) -> None:
+def _check_store(manifest: Manifest, store: Path | str, seq_len: int, joining: Joining) -> None:
     if manifest.seq_len != seq_len:
         raise CorpusError(f"corpus.store={store}: has rows of {manifest.seq_len} tokens, corpus.seq_len={seq_len}")
-    if manifest.tokenizer_sha256 != tokenizer_sha256:
+    if manifest.tokenizer_sha256 != joining.facts.sha256:
         raise CorpusError(f"corpus.store={store}: was built with another tokenizer than the model's; build it again")
+    check_joining(manifest, joining, f"corpus.store={store}")
+    unknown = describe_unknown(manifest, store)
+    if unknown is not None:
+        say("corpus", unknown)
 
 
 def _log_result(tracker: Tracker, result: TrainResult, folder: RunFolder) -> None:

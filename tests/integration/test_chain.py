@@ -137,7 +137,17 @@ def test_the_lineage_is_one_parent_with_a_nested_run_per_stage(finished_run: Pat
     parent = runs[0].info.run_id
     nested = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent}'")
     stages = {run.data.tags["layerplan.stage"]: run for run in nested}
-    expected = {"base_model", "self_test", "corpus", "trace", "plan", "train", "evaluate_base", "evaluate_step_00000040", "verdict"}
+    expected = {
+        "base_model",
+        "self_test",
+        "corpus",
+        "trace",
+        "plan",
+        "train",
+        "evaluate_base",
+        "evaluate_step_00000040",
+        "verdict",
+    }
     assert set(stages) == expected
     losses = client.get_metric_history(stages["train"].info.run_id, "train/loss")
     assert [point.step for point in losses] == [1, *range(5, 41, 5)]
