@@ -7,14 +7,14 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from eval.items import load_benchmark
-from jobs.model_options import revision_of
+from jobs.model_options import revision_of, trusts_remote_code
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.run import RunConfig
 from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
-from layerplan.models.files import find_tokenizer_file, load_hf_config
+from layerplan.models.files import find_tokenizer_file
+from layerplan.models.model_sizes import load_model_shape
 from layerplan.plan.decide import wants_profile
-from layerplan.plan.model_shape import ModelShape
 from layerplan.tracer.pool import collect_probes
 
 
@@ -27,7 +27,7 @@ def check_model(config: RunConfig) -> None:
     if isinstance(config.model, ScratchModelConfig):
         return
     name, revision = config.model.name, revision_of(config)
-    vocab_size = ModelShape.from_hf_config(load_hf_config(name, revision=revision)).vocab_size
+    vocab_size = load_model_shape(name, revision=revision, trust_remote_code=trusts_remote_code(config)).vocab_size
     path = find_tokenizer_file(name, revision=revision)
     try:
         entries = Tokenizer.from_file(str(path)).get_vocab_size()

@@ -27,12 +27,12 @@ from layerplan.corpus.decontamination import BenchmarkText, hash_held_out
 from layerplan.corpus.manifest import Manifest, resolve_store
 from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
-from layerplan.models.files import find_tokenizer_file, identify_model, load_hf_config
+from layerplan.models.files import find_tokenizer_file, identify_model
+from layerplan.models.model_sizes import load_model_shape
 from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
 from layerplan.plan.explain import describe_certainty, describe_measurement, explain_plan, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
-from layerplan.plan.model_shape import ModelShape
 from layerplan.report.page import write_report
 from layerplan.tracer.pool import trace_model
 from layerplan.tracking.callback import LineageCallback
@@ -125,7 +125,7 @@ def decide_plan(context: RunContext, model_name: str, profile: LayerProfile | No
     if context.folder.plan.exists():
         plan = FreezePlan.load(context.folder.plan)
     else:
-        shape = ModelShape.from_hf_config(load_hf_config(model_name, revision=revision_of(config)))
+        shape = load_model_shape(model_name, revision=revision_of(config), trust_remote_code=trusts_remote_code(config))
         plan = resolve_plan(config.plan, PlanContext(identity, shape, config.train, config.corpus.seq_len, profile))
     plan.check_model(identity)
     if not context.folder.plan.exists():
