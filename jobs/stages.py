@@ -28,7 +28,7 @@ from layerplan.corpus.joining import Joining, check_joining, describe_unknown, r
 from layerplan.corpus.manifest import Manifest, resolve_store
 from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
-from layerplan.models.files import find_tokenizer_file, identify_model, load_hf_config
+from layerplan.models.files import find_tokenizer_file, identify_model
 from layerplan.plan.boundary_choice import choose_boundary, find_options
 from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
 from layerplan.plan.describe import describe_certainty, describe_measurement
@@ -36,7 +36,6 @@ from layerplan.plan.explain import describe_flops, describe_older_rule, explain_
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.loss_recipe import LossRecipe
-from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import predict_beside_full
 from layerplan.report.page import write_report
 from layerplan.tracer.pool import trace_model
@@ -153,7 +152,7 @@ def decide_plan(context: RunContext, model_name: str, profile: LayerProfile | No
     config = context.config
     identity = identify_model(model_name, revision=revision_of(config))
     seq_len = config.corpus.seq_len
-    shape = ModelShape.from_hf_config(load_hf_config(model_name, revision=revision_of(config)))
+    shape = load_model_shape(model_name, revision=revision_of(config), trust_remote_code=trusts_remote_code(config))
     if context.folder.plan.exists():
         plan = FreezePlan.load(context.folder.plan)
     else:

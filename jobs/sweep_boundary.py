@@ -15,7 +15,7 @@ from jobs.base_model import prepare_model
 from jobs.checks import check_corpus, check_model
 from jobs.dry_run import print_dry_run
 from jobs.entry import build_parser, run_job
-from jobs.model_options import revision_of
+from jobs.model_options import revision_of, trusts_remote_code
 from jobs.run_folder import locate_run_folder, open_run_folder
 from jobs.session import open_run
 from jobs.stages import RunContext, ask_loss, build_store, make_train_request, say, tracked, write_json
@@ -23,9 +23,9 @@ from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig
 from layerplan.config.run import RunConfig
 from layerplan.config.sweep import SweepConfig
 from layerplan.errors import ConfigError, PlanError
-from layerplan.models.files import identify_model, load_hf_config
+from layerplan.models.files import identify_model
+from layerplan.models.model_sizes import load_model_shape
 from layerplan.plan.boundary import check_boundary, compute_boundary
-from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
 from layerplan.sweep.objective import Trial
 from layerplan.sweep.search import check_search, save_search
@@ -74,7 +74,9 @@ def make_trials(context: RunContext, tracker: Tracker, model_name: str, sweep: S
         ConfigError: When a boundary does not fit the model.
     """
     identity = identify_model(model_name, revision=revision_of(context.config))
-    shape = ModelShape.from_hf_config(load_hf_config(model_name, revision=revision_of(context.config)))
+    shape = load_model_shape(
+        model_name, revision=revision_of(context.config), trust_remote_code=trusts_remote_code(context.config)
+    )
     ratios, given = sweep.split_ratios or [], sweep.boundaries or []
     boundaries = sorted({*(compute_boundary(ratio, shape.num_layers) for ratio in ratios), *given})
     ends: dict[str, Any] = {
