@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from layerplan.config.base import StrictModel
+from layerplan.config.base import StrictModel, describe_fault
 from layerplan.errors import PlanError
 from layerplan.plan.hashing import compute_sha256
 
@@ -142,9 +142,10 @@ def read_sealed(path: Path, cls: type[SealedT]) -> SealedT:
         value = cls.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PlanError(f"{path}: cannot be read ({error})") from None
-    except (ValidationError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()
-        raise PlanError(f"{path}: not a valid {cls.__name__}: {' '.join(first[:3])}") from None
+    except ValidationError as error:
+        raise PlanError(f"{path}: not a valid {cls.__name__} ({describe_fault(error)})") from None
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{path}: not a valid {cls.__name__} ({' '.join(str(error).split())[:200]})") from None
     expected = _content_hash(value)
     if getattr(value, "sha256", None) != expected:
         raise PlanError(
