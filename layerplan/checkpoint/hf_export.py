@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from layerplan.checkpoint.dcp import load_trained_tensors
+from layerplan.checkpoint.index import prove_checkpoint
 from layerplan.checkpoint.layout import STATE_NAME, read_train_state
 from layerplan.checkpoint.model_card import render_model_card
 from layerplan.errors import CheckpointError
@@ -77,6 +78,8 @@ def export_hf(
     applied = apply_plan(model, plan)
     parameters = dict(model.named_parameters())
     frozen_before = compute_tensor_hashes({name: parameters[name] for name in applied.frozen})
+    if warning := prove_checkpoint(checkpoint, plan.sealed().sha256):
+        print(f"[checkpoint] warning: {warning}", flush=True)
     trained = load_trained_tensors(checkpoint, {name: parameters[name] for name in applied.trainable})
     changed = 0
     with torch.no_grad():
