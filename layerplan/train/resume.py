@@ -66,6 +66,16 @@ def find_resume(folder: Path, expected: TrainState, rank: int) -> Resumed:
     return Resumed(choice.used.path, expected.check_same_run(choice.used.state), run_id)
 
 
+def check_resumable(folder: Path, expected: TrainState) -> None:
+    """Refuses, before workers are started, a folder whose checkpoints are all of another run or unreadable.
+
+    Raises:
+        CheckpointError: Naming each of them.
+    """
+    candidates = inspect_checkpoints(folder, expected.check_same_run, find_run_id(folder))
+    choose_checkpoint(candidates, prove=lambda candidate: "")
+
+
 def reset_ray_index(folder: Path) -> None:
     """Leaves Ray only what it must take up again: the checkpoints whose validation was interrupted."""
     waiting = [path for path in reversed(list_checkpoints(folder)) if (path / AWAITS_NAME).exists()]

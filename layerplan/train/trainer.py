@@ -24,7 +24,7 @@ from layerplan.plan.cost import predict_cost
 from layerplan.plan.model_shape import ModelShape
 from layerplan.train.feed import check_feed
 from layerplan.train.request import STOP_REQUEST, TrainRequest, TrainResult, load_result
-from layerplan.train.resume import reset_ray_index
+from layerplan.train.resume import check_resumable, reset_ray_index
 from layerplan.train.state import TrainState
 
 __all__ = ["TrainRequest", "TrainResult", "load_result", "run_training"]
@@ -97,7 +97,10 @@ def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Path:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     config = request.config
-    reset_ray_index(request.run_dir / CHECKPOINTS_NAME)
+    checkpoints = request.run_dir / CHECKPOINTS_NAME
+    corpus_sha256 = Manifest.load(request.store).content_sha256
+    check_resumable(checkpoints, TrainState(plan_sha256=request.plan.sha256, corpus_sha256=corpus_sha256))
+    reset_ray_index(checkpoints)
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"request": request},
@@ -127,7 +130,6 @@ def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Path:
         raise _explain_failure(error) from error
     if result.error is not None:
         raise _explain_failure(result.error) from result.error
-    checkpoints = request.run_dir / CHECKPOINTS_NAME
     prune_checkpoints(checkpoints, config.keep_checkpoints)
     finished = list_checkpoints(checkpoints)
     if not finished:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import xxhash
 
+from layerplan.checkpoint.dcp import load_trained_tensors, save_checkpoint
 from layerplan.checkpoint.index import (
     AWAITS_NAME,
     clear_checkpoint,
@@ -20,9 +22,9 @@ from layerplan.checkpoint.index import (
     prune_checkpoints,
 )
 from layerplan.checkpoint.layout import STATE_NAME, name_step, read_train_state
-from layerplan.checkpoint.seal import SEAL_NAME, read_seal
+from layerplan.checkpoint.seal import SEAL_NAME, mark_file, read_seal
 from layerplan.errors import CheckpointError
-from layerplan.train.resume import RAY_INDEX_NAME, find_resume, reset_ray_index
+from layerplan.train.resume import RAY_INDEX_NAME, check_resumable, find_resume, reset_ray_index
 from tests.tiny_checkpoint import FRESH, RUN_ID, build, load, make_old, save
 
 SHARD = "__0_0.distcp"
@@ -58,6 +60,21 @@ def test_a_seal_states_size_and_hash_of_every_file(folder: Path) -> None:
     for name, content in files.items():
         assert seal.files[name].size == len(content)
         assert seal.files[name].xxh3_128 == xxhash.xxh3_128_hexdigest(content)
+
+
+def test_a_save_in_the_background_keeps_the_values_of_its_step_and_marks_every_file(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, optimizer = build(20)
+        wanted = model.weight.detach().clone()
+        saving = save_checkpoint(tmp_path, model, optimizer, dist.new_group(backend="gloo"))
+        with torch.no_grad():
+            model.weight.zero_()
+        saving.wait()
+        assert torch.equal(load_trained_tensors(tmp_path, {"weight": wanted})["weight"], wanted)
+    finally:
+        dist.destroy_process_group()
+    assert saving.marks == {path.name: mark_file(path) for path in tmp_path.iterdir()}
 
 
 def test_the_newest_whole_checkpoint_is_used_without_a_word(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,9 +195,19 @@ def test_an_old_checkpoint_that_is_cut_is_set_aside_too(
 def test_without_one_good_checkpoint_training_does_not_begin_again(folder: Path) -> None:
     for step in (10, 20):
         (folder / name_step(step) / SHARD).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"none of 2 checkpoints .*step_00000020/__0_0.distcp: has 0 bytes.*move"):
+    words = r"none of 2 checkpoints .*step_00000020/__0_0.distcp: has 0 bytes.*move"
+    with pytest.raises(CheckpointError, match=words):
         find_resume(folder, FRESH, rank=0)
     assert len(list_checkpoints(folder)) == 2, "nothing was moved"
+
+
+def test_a_run_of_another_plan_is_refused_before_anything_is_started(folder: Path) -> None:
+    check_resumable(folder, FRESH)
+    check_resumable(folder / "nothing here", FRESH)
+    with pytest.raises(CheckpointError, match=r"none of 2 checkpoints .*its plan_sha256 is plan, this run has new"):
+        check_resumable(folder, FRESH.model_copy(update={"plan_sha256": "new"}))
+    (folder / "step_00000020" / SHARD).write_bytes(b"")
+    check_resumable(folder, FRESH)
 
 
 def test_pruning_keeps_the_newest_those_in_use_and_those_awaiting_validation(tmp_path: Path) -> None:
