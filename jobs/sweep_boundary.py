@@ -74,9 +74,8 @@ def make_trials(context: RunContext, tracker: Tracker, model_name: str, sweep: S
         ConfigError: When a boundary does not fit the model.
     """
     identity = identify_model(model_name, revision=revision_of(context.config))
-    shape = load_model_shape(
-        model_name, revision=revision_of(context.config), trust_remote_code=trusts_remote_code(context.config)
-    )
+    config = context.config
+    shape = load_model_shape(model_name, revision=revision_of(config), trust_remote_code=trusts_remote_code(config))
     ratios, given = sweep.split_ratios or [], sweep.boundaries or []
     boundaries = sorted({*(compute_boundary(ratio, shape.num_layers) for ratio in ratios), *given})
     ends: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field, ValidationError
 
-from layerplan.config.base import StrictModel
+from layerplan.config.base import StrictModel, describe_fault
 from layerplan.corpus.location import hide_keys, is_address, join_location, open_file
 from layerplan.errors import CorpusError
 
@@ -135,7 +135,9 @@ class Manifest(StrictModel):
             raise CorpusError(
                 f"corpus.store={hide_keys(store)}: no {MANIFEST_NAME}; not a token store, or its build did not finish"
             ) from None
-        except (OSError, ImportError, pa.ArrowException, ValidationError, ValueError) as error:
+        except ValidationError as error:
+            raise CorpusError(f"{hide_keys(path)}: not a readable manifest ({describe_fault(error)})") from None
+        except (OSError, ImportError, pa.ArrowException, ValueError, RecursionError) as error:
             raise CorpusError(
                 f"{hide_keys(path)}: not a readable manifest ({' '.join(str(error).split())[:200]})"
             ) from None

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from layerplan.config.base import StrictModel
+from layerplan.config.base import StrictModel, describe_fault
 from layerplan.errors import PlanError
 from layerplan.plan.hashing import compute_sha256
 
@@ -201,9 +201,10 @@ def read_sealed(path: Path, cls: type[SealedT]) -> SealedT:
         value = cls.model_validate_json(text)
     except OSError as error:
         raise PlanError(f"{path}: cannot be read ({error})") from None
-    except (ValidationError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()
-        raise PlanError(f"{path}: not a valid {cls.__name__}: {' '.join(first[:3])}") from None
+    except ValidationError as error:
+        raise PlanError(f"{path}: not a valid {cls.__name__} ({describe_fault(error)})") from None
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{path}: not a valid {cls.__name__} ({' '.join(str(error).split())[:200]})") from None
     content = json.loads(text)
     content.pop("sha256", None)
     expected = compute_sha256(content)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from layerplan.config.base import StrictModel
+from pydantic import ValidationError
+
+from layerplan.checkpoint.layout import STATE_NAME
+from layerplan.config.base import StrictModel, describe_fault
 from layerplan.errors import CheckpointError
 
 PROOF_FIELDS = (
@@ -94,9 +97,25 @@ class TrainState(StrictModel):
             proof["self_test_difference"] = float(f"{self.self_test_difference:.3g}")
         return proof
 
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> TrainState:
+        """Reads the state a checkpoint carries.
+
+        Raises:
+            CheckpointError: Naming the first field that is not of its type.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise CheckpointError(f"its {STATE_NAME} is not a training state ({describe_fault(error)})") from None
+
     def check_same_run(self, other: dict[str, Any]) -> TrainState:
-        """Returns the state a checkpoint carries; refuses one of another plan or corpus."""
-        loaded = TrainState.model_validate(other)
+        """Returns the state a checkpoint carries.
+
+        Raises:
+            CheckpointError: When it is none, or of another plan or corpus.
+        """
+        loaded = TrainState.parse(other)
         for field in ("plan_sha256", "corpus_sha256"):
             if getattr(loaded, field) != getattr(self, field):
                 raise CheckpointError(

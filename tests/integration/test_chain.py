@@ -32,6 +32,7 @@ def test_each_stage_leaves_its_artifact(finished_run: Path) -> None:
         "training.json",
         "export.json",
         "checkpoints/step_00000040/train_state.json",
+        "checkpoints/step_00000040/seal.json",
         "hf/step_00000040/model.safetensors",
         "hf/step_00000040/tokenizer.json",
         "evaluation/base/ceval.json",
