@@ -14,7 +14,7 @@ from layerplan.models.causal_lm import find_decoder_parts
 from layerplan.train.loss import IGNORED
 from layerplan.train.step import TensorBatch
 
-LENGTHS = (12, 20, 8)
+LENGTHS = (10, 16)
 """Tokens of the test's documents."""
 MAX_WINDOW_TOKENS = 4096 + 64
 """A longer window than this is not looked behind."""
