@@ -18,7 +18,8 @@ from eval.artifacts import Results, load_answers, load_results, write_text
 from eval.runner import evaluate_model, load_finished
 from eval.significance import ALPHA, Comparison, Verdict, judge_comparisons
 from layerplan.checkpoint.hf_export import export_hf
-from layerplan.checkpoint.layout import CHECKPOINTS_NAME, STATE_NAME, name_step, read_train_state
+from layerplan.checkpoint.index import list_checkpoints
+from layerplan.checkpoint.layout import CHECKPOINTS_NAME, STATE_NAME, name_step, parse_step, read_train_state
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import CheckpointError, EvaluationError
 from layerplan.plan.freeze_plan import FreezePlan
@@ -149,8 +150,8 @@ def find_scores(scoring: CheckpointScoring, step: int) -> Results | None:
 
 def find_checkpoints(run_dir: Path) -> dict[int, Path]:
     """Complete checkpoints of a run by step."""
-    found = (run_dir / CHECKPOINTS_NAME).glob("step_*")
-    return {int(path.name.removeprefix("step_")): path for path in sorted(found) if (path / STATE_NAME).exists()}
+    found = reversed(list_checkpoints(run_dir / CHECKPOINTS_NAME))
+    return {step: path for path in found if (step := parse_step(path)) is not None}
 
 
 def backfill(scoring: CheckpointScoring, steps: Iterable[int]) -> tuple[dict[int, Results], list[int]]:

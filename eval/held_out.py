@@ -29,7 +29,8 @@ from layerplan.corpus.readers import Document
 from layerplan.corpus.sources import iter_documents
 from layerplan.errors import EvaluationError, find_layerplan_error
 from layerplan.models.causal_lm import load_causal_lm, load_tokenizer
-from layerplan.models.files import identify_model, load_hf_config
+from layerplan.models.files import identify_model
+from layerplan.models.positions import find_max_positions
 from layerplan.plan.hashing import compute_sha256
 
 HELD_OUT_FOLDER = "held_out"
@@ -253,8 +254,7 @@ def _score_documents(
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise EvaluationError(f"{model}: its tokenizer has neither a beginning nor an end-of-text token")
-    positions = load_hf_config(model, revision=revision).get("max_position_embeddings", MAX_WINDOW)
-    window = min(int(positions), MAX_WINDOW)
+    window = min(find_max_positions(model, revision=revision) or MAX_WINDOW, MAX_WINDOW)
     encoded = encode_prompts(tokenizer, documents, add_special_tokens=False)
     rows = [
         {"document": index, "ids": [first, *ids][start : stop + 1]}

@@ -7,7 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.items import COLUMNS, LETTERS, load_official_subjects
+from eval.csv_table import COLUMNS, LETTERS
+from eval.items import load_official_subjects
 from layerplan.errors import EvaluationError
 
 REPOSITORIES = {"ceval": "ceval/ceval-exam", "cmmlu": "haonan-li/cmmlu"}

@@ -1,8 +1,9 @@
 """Benchmarks as values: questions with their subject, category, choices and key, read from CSV folders.
 
 A folder holds `subjects.json` (name, Chinese name, category of each subject; where it is missing the official map is
-used) and `<split>/<subject>.csv` with the columns id, question, A, B, C, D, answer. The project's own small set has the
-same layout, and what comes from the hub is cached in it (`eval/hub.py`).
+used) and `<split>/<subject>.csv`, or `<split>/<subject>_<split>.csv` as in C-Eval's archive, with the columns id, question, A, B,
+C, D, answer (`eval/csv_table.py`). The project's own small set has the same layout, and what comes from the hub is cached
+in it (`eval/hub.py`).
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from eval.csv_table import LETTERS, read_letter, read_table
 from layerplan.config.evaluation import BenchmarkConfig
 from layerplan.errors import EvaluationError
 from layerplan.plan.hashing import compute_sha256
 
-LETTERS = ("A", "B", "C", "D")
 CATEGORIES = ("STEM", "Social Science", "Humanities", "Other")
 DEFAULT_SPLIT = {"ceval": "val", "cmmlu": "test"}
 EXAMPLES_SPLIT = "dev"
-COLUMNS = ("id", "question", *LETTERS, "answer")
 DATA = Path(str(resources.files("eval").joinpath("data")))
 
 
@@ -108,7 +108,7 @@ def load_benchmark(config: BenchmarkConfig, *, num_few_shot: int = 0) -> Benchma
     subjects = _read_subjects(root, config.name)
     questions: list[Question] = []
     for subject in sorted(subjects):
-        found = _read_subject(root / split / f"{subject}.csv", subject, subjects[subject])
+        found = _read_subject(root / split, subject, subjects[subject])
         questions += found[: config.max_questions]
     examples = {subject: _read_examples(root, subject, subjects[subject], num_few_shot) for subject in sorted(subjects)}
     benchmark = Benchmark(
@@ -157,35 +157,26 @@ def _read_subjects(root: Path, name: str) -> dict[str, dict[str, Any]]:
     return dict(subjects)
 
 
-def _read_subject(path: Path, subject: str, values: dict[str, Any]) -> list[Question]:
-    try:
-        with path.open(encoding="utf-8", newline="") as handle:
-            rows = list(csv.DictReader(handle))
-    except FileNotFoundError:
-        raise EvaluationError(f"{path}: does not exist; every subject must have its file") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise EvaluationError(f"{path}: cannot be read ({error})") from None
-    if not rows:
-        raise EvaluationError(f"{path}: holds no question")
-    missing = [column for column in COLUMNS if column not in rows[0]]
-    if missing:
-        raise EvaluationError(f"{path}: has no column {', '.join(missing)}; an unlabelled split cannot be scored")
-    return [_make_question(row, path, subject, values) for row in rows]
+def _read_subject(folder: Path, subject: str, values: dict[str, Any]) -> list[Question]:
+    path, other = folder / f"{subject}.csv", folder / f"{subject}_{folder.name}.csv"
+    path = other if other.exists() and not path.exists() else path
+    return [_make_question(row, path, subject, values) for row in read_table(path)]
 
 
 def _read_examples(root: Path, subject: str, values: dict[str, Any], count: int) -> tuple[Question, ...]:
     """The first `count` solved questions of a subject's `dev` file."""
     if count == 0:
         return ()
-    path = root / EXAMPLES_SPLIT / f"{subject}.csv"
-    found = _read_subject(path, subject, values)
+    found = _read_subject(root / EXAMPLES_SPLIT, subject, values)
     if len(found) < count:
-        raise EvaluationError(f"{path}: has {len(found)} solved questions, evaluation.num_few_shot={count}")
+        raise EvaluationError(
+            f"{root / EXAMPLES_SPLIT}: {subject} has {len(found)} solved questions, evaluation.num_few_shot={count}"
+        )
     return tuple(found[:count])
 
 
 def _make_question(row: dict[str, str], path: Path, subject: str, values: dict[str, Any]) -> Question:
-    answer = (row["answer"] or "").strip()
+    answer = read_letter(row["answer"])
     if answer not in LETTERS:
         raise EvaluationError(f"{path}: question {row['id']}: answer {answer!r} is not one of {', '.join(LETTERS)}")
     return Question(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from layerplan.errors import EvaluationError
-from layerplan.models.files import load_hf_config
+from layerplan.models.positions import find_max_positions
 from layerplan.models.weight_files import read_stored_tensors
 
 
@@ -33,7 +33,7 @@ def check_lengths(model: str, revision: str, lengths: Sequence[int], names: Sequ
     Raises:
         EvaluationError: Naming the longest prompt.
     """
-    limit = load_hf_config(model, revision=revision).get("max_position_embeddings")
+    limit = find_max_positions(model, revision=revision)
     if limit is None or not lengths:
         return
     longest = max(range(len(lengths)), key=lambda index: lengths[index])

@@ -14,6 +14,7 @@ from eval.resampling import BOOTSTRAP_SAMPLES, bootstrap_means, estimate_pooled
 from eval.scoring import Answer, EvaluationResult
 from layerplan.config.base import StrictModel
 from layerplan.errors import EvaluationError
+from layerplan.plan.holm import correct_holm
 
 CHANCE = 0.25
 ALPHA = 0.05
@@ -86,17 +87,6 @@ def compute_mcnemar(only_first: int, only_second: int) -> float:
     if discordant == 0:
         return 1.0
     return float(min(1.0, 2 * binom.cdf(min(only_first, only_second), discordant, 0.5)))
-
-
-def correct_holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment: p-values that may be compared with alpha as they are."""
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    adjusted = [0.0] * len(p_values)
-    running = 0.0
-    for rank, index in enumerate(order):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = running
-    return adjusted
 
 
 def compare_runs(reference: Arm, runs: Sequence[Arm], *, seed: int = 0) -> list[Verdict]:

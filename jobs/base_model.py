@@ -11,9 +11,9 @@ from layerplan.config.model import ScratchModelConfig
 from layerplan.config.train import TrainConfig
 from layerplan.corpus.build import build_token_store
 from layerplan.corpus.sources import iter_documents
-from layerplan.models.files import identify_model, load_hf_config
+from layerplan.models.files import identify_model
+from layerplan.models.model_sizes import load_model_shape
 from layerplan.models.scratch import build_scratch_model, train_tokenizer
-from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan
 from layerplan.tracking.tracker import RunSinkFactory
 from layerplan.train.trainer import TrainRequest, load_result, run_training
@@ -44,7 +44,7 @@ def prepare_model(context: RunContext) -> str:
             seed=context.config.seed,
             report=lambda line: say("base", line),
         )
-        shape = ModelShape.from_hf_config(load_hf_config(str(untrained)))
+        shape = load_model_shape(str(untrained))
         plan = make_full_plan(identify_model(str(untrained)), shape)
         result = run_training(
             TrainRequest(

@@ -58,11 +58,15 @@ def render_manifest(manifest: Manifest, title: str) -> Table:
         ("tokens", "num_tokens"),
         ("padding", "num_padding_tokens"),
         ("validation rows", "num_validation_rows"),
+        ("with control tokens", "num_control_documents"),
+        ("control tokens", "num_control_tokens"),
     ):
         values = [*(getattr(source, field) for source in manifest.sources), getattr(manifest, field)]
-        table.add_row(name, *(f"{value:,}" for value in values[: len(columns)]))
+        table.add_row(name, *("not known" if value is None else f"{value:,}" for value in values[: len(columns)]))
+    policy = {"text": "kept as text", "token": "made tokens", "unknown": "made tokens, uncounted"}
     table.caption = (
-        f"{len(manifest.shards):,} shards of rows of {manifest.seq_len:,} tokens;"
+        f"{len(manifest.shards):,} shards of rows of {manifest.seq_len:,} tokens; control tokens spelled out"
+        f" {policy[manifest.control_tokens]};"
         f" {manifest.num_questions:,} questions and held-out documents looked for,"
         f" {manifest.num_questions_too_short:,} too short for it"
     )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer
-
 from eval.items import load_benchmark
 from jobs.model_options import revision_of, trusts_remote_code
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.run import RunConfig
+from layerplan.corpus.joining import read_joining
 from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
 from layerplan.models.base_check import check_base_model
-from layerplan.models.files import find_tokenizer_file, load_hf_config
+from layerplan.models.files import find_tokenizer_file
+from layerplan.models.model_sizes import load_model_shape
 from layerplan.plan.decide import wants_profile
-from layerplan.plan.model_shape import ModelShape
 from layerplan.tracer.pool import collect_probes
 
 
@@ -26,17 +25,14 @@ def check_model(config: RunConfig) -> None:
     if isinstance(config.model, ScratchModelConfig):
         return
     name, revision = config.model.name, revision_of(config)
-    check_base_model(name, revision=revision, trust_remote_code=trusts_remote_code(config))
-    vocab_size = ModelShape.from_hf_config(load_hf_config(name, revision=revision)).vocab_size
-    path = find_tokenizer_file(name, revision=revision)
-    try:
-        entries = Tokenizer.from_file(str(path)).get_vocab_size()
-    except Exception as error:
-        raise ModelError(f"model.name={name}: {path} is not a readable tokenizer ({error})") from None
-    if entries > vocab_size:
+    trusted = trusts_remote_code(config)
+    check_base_model(name, revision=revision, trust_remote_code=trusted)
+    vocab_size = load_model_shape(name, revision=revision, trust_remote_code=trusted).vocab_size
+    joining = read_joining(config.corpus, find_tokenizer_file(name, revision=revision))
+    if joining.num_ids > vocab_size:
         raise ModelError(
-            f"model.name={name}: the tokenizer has {entries:,} entries, the embedding {vocab_size:,} rows;"
-            " the tokenizer does not fit the model"
+            f"model.name={name}: documents can yield token {joining.facts.name(joining.num_ids - 1)}, the embedding has"
+            f" {vocab_size:,} rows; the tokenizer does not fit the model"
         )
 
 

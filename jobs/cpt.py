@@ -28,6 +28,7 @@ def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
     from jobs.checks import check_benchmarks, check_corpus, check_model, check_probes
     from jobs.session import open_run
     from jobs.stages import (
+        ask_loss,
         build_store,
         check_guardrail,
         decide_plan,
@@ -46,6 +47,7 @@ def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
         check(config)
     with open_run(config, open_run_folder(config)) as context:
         model = prepare_model(context)
+        recipe = ask_loss(context, model)
         store = build_store(context, model)
         profile = trace(context, model)
         plan = decide_plan(context, model, profile)
@@ -53,7 +55,7 @@ def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
         scoring = describe_scoring(context, model, plan)
         judges = config.evaluation.evaluate_base
         base = evaluate(context, model, "base", revision=revision_of(config)) if judges and scoring.due_steps else None
-        result = train(context, model, plan, store)
+        result = train(context, model, plan, store, recipe)
         check_guardrail(context)
         if result.stopped_early:
             raise SystemExit(143)

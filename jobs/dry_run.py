@@ -6,14 +6,17 @@ from pathlib import Path
 
 import psutil
 
-from jobs.model_options import revision_of
+from jobs.model_options import revision_of, trusts_remote_code
 from jobs.run_folder import RunFolder
 from layerplan.config.load import dump_config
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig, PlanOptions
 from layerplan.config.run import RunConfig
-from layerplan.models.files import load_hf_config
+from layerplan.corpus.joining import read_joining
+from layerplan.errors import ModelError
+from layerplan.models.files import find_tokenizer_file, load_hf_config
 from layerplan.models.scratch_config import make_hf_config
+from layerplan.models.tokenizer_facts import describe_tokenizer
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, PlanCost, explain_cost, predict_cost, render_cost_table
 from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
@@ -36,11 +39,11 @@ def print_dry_run(config: RunConfig) -> None:
         LayerplanError: When model, plan or profile do not fit together.
     """
     print(dump_config(config))
-    values = _hf_config(config)
-    shape = ModelShape.from_hf_config(values)
-    model = ModelIdentity(name=_model_name(config), model_type=str(values["model_type"]), num_layers=shape.num_layers)
+    shape, model_type = _shape(config)
+    model = ModelIdentity(name=_model_name(config), model_type=model_type, num_layers=shape.num_layers)
     plan, note = _plan(config, model, shape)
-    print(f"model  {model.name}: {shape.num_layers} layers, {shape.total_params:,} parameters")
+    print(f"model  {model.name}: {shape.num_layers} layers, {shape.total_params:,} parameters{_active(shape)}")
+    print("text   " + "\n       ".join(_describe_text(config)))
     print(f"plan   {plan.plan_type}: {note}")
     print(f"       {render_layer_map(plan)}")
     print("".join(f"       {line}\n" for line in explain_changes(plan)))
@@ -50,10 +53,27 @@ def print_dry_run(config: RunConfig) -> None:
     _print_totals(config, plan, shape, costs["this plan"])
 
 
-def _hf_config(config: RunConfig) -> dict[str, object]:
+def _shape(config: RunConfig) -> tuple[ModelShape, str]:
+    """Sizes and type of the model; one that is made on the spot need not be built to be known."""
     if isinstance(config.model, ScratchModelConfig):
-        return make_hf_config(config.model, vocab_size=config.model.vocab_size)
-    return load_hf_config(config.model.name, revision=revision_of(config))
+        values = make_hf_config(config.model, vocab_size=config.model.vocab_size)
+        return ModelShape.from_hf_config(values), str(values["model_type"])
+    from layerplan.models.model_sizes import load_model_shape
+
+    name, revision = config.model.name, revision_of(config)
+    shape = load_model_shape(name, revision=revision, trust_remote_code=trusts_remote_code(config))
+    return shape, str(load_hf_config(name, revision=revision)["model_type"])
+
+
+def _describe_text(config: RunConfig) -> list[str]:
+    """What the model's tokenizer is, and how documents are joined."""
+    if isinstance(config.model, ScratchModelConfig):
+        return ["tokenizer to be trained by the run"]
+    try:
+        joining = read_joining(config.corpus, find_tokenizer_file(config.model.name, revision=revision_of(config)))
+    except ModelError as error:
+        return [f"not known yet: {error}"]
+    return [f"documents are {joining}", *describe_tokenizer(joining.facts)]
 
 
 def _model_name(config: RunConfig) -> str:
@@ -72,6 +92,10 @@ def _plan(config: RunConfig, model: ModelIdentity, shape: ModelShape) -> tuple[F
     stand_in = FreezeShallowPlanConfig if freezes_shallow else FreezeDeepPlanConfig
     plan = make_plan(stand_in(boundary=max(1, shape.num_layers // 2), **options), model=model, shape=shape)
     return plan, f"`{config.plan.type}` is decided by tracing; shown at the middle boundary meanwhile"
+
+
+def _active(shape: ModelShape) -> str:
+    return f", {shape.active_params:,} at work for a token" if shape.active_params < shape.total_params else ""
 
 
 def _compare(config: RunConfig, plan: FreezePlan, model: ModelIdentity, shape: ModelShape) -> dict[str, PlanCost]:
@@ -104,7 +128,8 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
     placement, memory = chosen.placement, chosen.estimate
     phase = plan.at_step(chosen.start_step)
     sent = predict_communication(phase, shape, train, placement, world_size=train.num_workers)
-    approximate = "" if shape.is_exact else f"\nnote   {config.model.type} sizes of this family are approximated"
+    estimated = "\nnote   FLOPs and activations of this model are estimated from its sizes; parameters are counted"
+    approximate = "" if shape.is_exact else estimated
     print(f"tokens {tokens:,} in {train.max_steps:,} steps of {train.global_batch_size} x {seq_len:,}")
     print(f"FLOPs  {flops:.3g}; about {hours:.2g} hours on {train.num_workers} x {source}")
     print(

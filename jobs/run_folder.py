@@ -7,9 +7,12 @@ numbers has changed; where it runs, how it is logged and how often it is saved m
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from layerplan.config.load import dump_config
 from layerplan.config.run import RunConfig
@@ -28,6 +31,9 @@ MAY_CHANGE = (
     "corpus.num_cpus_per_worker",
     "corpus.max_bad_fraction",
     "corpus.tokenizer_library",
+    "corpus.end_of_text",
+    "corpus.begin_token",
+    "corpus.control_tokens",
     "train.num_workers",
     "train.num_cpus_per_worker",
     "train.use_gpu",
@@ -44,6 +50,9 @@ MAY_CHANGE = (
     "evaluation",
 )
 """Fields that decide where and how a run is carried out, not what it computes; scores carry their own protocol id."""
+
+
+_AWKWARD = re.compile(r"\?|%[0-9A-Fa-f]{2}|[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,11 @@ class RunFolder:
     def plan_text(self) -> Path:
         """The freeze plan, explained."""
         return self.root / "freeze_plan.md"
+
+    @property
+    def self_test(self) -> Path:
+        """How the model's loss is computed, as it answered."""
+        return self.root / "self_test.json"
 
     @property
     def token_store(self) -> Path:
@@ -127,9 +141,10 @@ def open_run_folder(config: RunConfig) -> RunFolder:
     """Creates or continues the run's folder and writes its resolved config.
 
     Raises:
-        ConfigError: When the name is taken by a run with another config, or the folder cannot be written.
+        ConfigError: When the name is taken by a run with another config, or the folder cannot be written or has a name
+            that cannot stand in an address.
     """
-    folder = RunFolder(Path(config.storage_path).expanduser().resolve() / config.name)
+    folder = locate_run_folder(config)
     if folder.config.exists():
         _check_same_config(folder, config)
     try:
@@ -142,9 +157,39 @@ def open_run_folder(config: RunConfig) -> RunFolder:
     return folder
 
 
+def locate_run_folder(config: RunConfig) -> RunFolder:
+    """Where the run's folder is or will be.
+
+    Raises:
+        ConfigError: When it is no local folder, or has a name that cannot stand in an address.
+    """
+    _check_address(config.storage_path)
+    folder = RunFolder(Path(config.storage_path).expanduser().resolve() / config.name)
+    _check_characters(folder.root)
+    return folder
+
+
+def _check_address(storage_path: str) -> None:
+    if "://" in storage_path:
+        raise ConfigError(
+            f"storage_path={storage_path}: a folder that every node sees is expected, not an address; mount the bucket,"
+            " or send the token store alone there with corpus.upload_to"
+        )
+
+
+def _check_characters(root: Path) -> None:
+    """The lineage's database and artifacts lie at addresses made of this path, where these mean something else."""
+    found = _AWKWARD.search(str(root))
+    if found is not None:
+        raise ConfigError(
+            f"storage_path: {str(root)!r} has {found.group()!r}, which ends or changes an address that is made of it;"
+            " choose a folder without question marks, percent escapes and control characters"
+        )
+
+
 def _check_same_config(folder: RunFolder, config: RunConfig) -> None:
     try:
-        earlier = _flatten(json.loads(folder.config.read_text(encoding="utf-8")))
+        earlier = _flatten(_fill_defaults(json.loads(folder.config.read_text(encoding="utf-8"))))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"name: {folder.config} of an earlier run cannot be read ({error}); choose another name"
@@ -158,6 +203,14 @@ def _check_same_config(folder: RunFolder, config: RunConfig) -> None:
     ]
     if faults:
         raise ConfigError(*faults)
+
+
+def _fill_defaults(values: Any) -> Any:
+    """A resolved config as this version writes it: fields it did not have yet are at their defaults."""
+    try:
+        return RunConfig.model_validate(values).model_dump(mode="json")
+    except ValidationError:
+        return values
 
 
 def _may_change(key: str) -> bool:

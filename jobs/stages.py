@@ -22,21 +22,27 @@ from jobs.model_options import revision_of, trusts_remote_code
 from jobs.run_folder import RunFolder
 from layerplan.checkpoint.layout import name_step
 from layerplan.config.run import RunConfig
-from layerplan.corpus.build import build_token_store, hash_tokenizer, warn_of_held_out
+from layerplan.corpus.build import build_token_store, warn_of_held_out
 from layerplan.corpus.decontamination import BenchmarkText, hash_held_out
+from layerplan.corpus.joining import Joining, check_joining, describe_unknown, read_joining
 from layerplan.corpus.manifest import Manifest, resolve_store
 from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
-from layerplan.models.files import find_tokenizer_file, identify_model, load_hf_config
+from layerplan.models.files import find_tokenizer_file, identify_model
+from layerplan.models.model_sizes import load_model_shape
+from layerplan.plan.boundary_choice import choose_boundary, find_options
 from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
-from layerplan.plan.explain import describe_certainty, describe_measurement, explain_plan, render_layer_map
+from layerplan.plan.describe import describe_certainty, describe_measurement
+from layerplan.plan.explain import describe_flops, describe_older_rule, explain_plan, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
-from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.loss_recipe import LossRecipe
+from layerplan.plan.policies import predict_beside_full
 from layerplan.report.page import write_report
 from layerplan.tracer.pool import trace_model
 from layerplan.tracking.callback import LineageCallback
 from layerplan.tracking.tracker import RunSinkFactory, Tracker
+from layerplan.train.asking import ask_in_task, read_recipe
 from layerplan.train.request import STOP_REQUEST, CheckpointValidation, TrainRequest, TrainResult, load_result
 from layerplan.train.trainer import run_training
 
@@ -74,7 +80,7 @@ def build_store(context: RunContext, model_name: str) -> Path | str:
     if corpus.store is not None:
         store = resolve_store(corpus.store)
         manifest = Manifest.load(store)
-        _check_store(manifest, store, corpus.seq_len, hash_tokenizer(tokenizer))
+        _check_store(manifest, store, corpus.seq_len, read_joining(corpus, tokenizer))
         looked_for = hash_held_out(list_held_out_texts(context.config), corpus.decontamination)
         warn_of_held_out(manifest, store, looked_for, lambda line: say("corpus", line))
         say("corpus", f"using {store}")
@@ -95,6 +101,29 @@ def build_store(context: RunContext, model_name: str) -> Path | str:
     return corpus.upload_to or context.folder.token_store
 
 
+def ask_loss(context: RunContext, model_name: str) -> LossRecipe | None:
+    """Asks the model how its loss over documents is computed; None when the training workers have to ask."""
+    path = context.folder.self_test
+    if path.exists():
+        return read_recipe(json.loads(path.read_text(encoding="utf-8")))
+    with tracked(context, "self_test") as tracker:
+        report = ask_in_task(
+            model_name,
+            revision=revision_of(context.config),
+            trust_remote_code=trusts_remote_code(context.config),
+            seq_len=context.config.corpus.seq_len,
+        )
+        if report is None:
+            say("self-test", "the model does not fit into this node's memory; the training workers ask it")
+            return None
+        recipe = read_recipe(report)
+        write_json(path, report)
+        tracker.log_params({"loss_recipe": recipe.text})
+        tracker.log_artifact(path)
+    say("self-test", report["sentence"])
+    return recipe
+
+
 def trace(context: RunContext, model_name: str) -> LayerProfile | None:
     """Measures the layers when the plan needs it; returns the profile, or None when nothing was measured."""
     if context.folder.profile.exists():
@@ -113,7 +142,8 @@ def trace(context: RunContext, model_name: str) -> LayerProfile | None:
             out_dir=context.folder.root,
         )
         _log_profile(tracker, profile, context.folder)
-    for line in (*describe_measurement(profile), *describe_certainty(profile)):
+    options = find_options(context.config.plan).model_copy(update={"without_evidence": "midpoint"})
+    for line in (*describe_measurement(profile), *describe_certainty(profile, choose_boundary(profile, options))):
         say("trace", line)
     return profile
 
@@ -122,25 +152,34 @@ def decide_plan(context: RunContext, model_name: str, profile: LayerProfile | No
     """Makes the freeze plan, or reads the one that was made before."""
     config = context.config
     identity = identify_model(model_name, revision=revision_of(config))
+    seq_len = config.corpus.seq_len
+    shape = load_model_shape(model_name, revision=revision_of(config), trust_remote_code=trusts_remote_code(config))
     if context.folder.plan.exists():
         plan = FreezePlan.load(context.folder.plan)
     else:
-        shape = ModelShape.from_hf_config(load_hf_config(model_name, revision=revision_of(config)))
-        plan = resolve_plan(config.plan, PlanContext(identity, shape, config.train, config.corpus.seq_len, profile))
+        plan = resolve_plan(config.plan, PlanContext(identity, shape, config.train, seq_len, profile))
     plan.check_model(identity)
+    cost_here = predict_beside_full(plan, shape, seq_len)
     if not context.folder.plan.exists():
         with tracked(context, "plan") as tracker:
-            context.folder.plan_text.write_text(explain_plan(plan, profile), encoding="utf-8")
+            context.folder.plan_text.write_text(explain_plan(plan, profile, cost_here), encoding="utf-8")
             plan.save(context.folder.plan)
             tracker.log_params({"plan_type": plan.plan_type, "trainable_layers": list(plan.trainable_layers)})
             tracker.log_artifact(context.folder.plan)
             tracker.log_artifact(context.folder.plan_text)
     say("plan", plan.reason)
+    if older := describe_older_rule(plan):
+        say("plan", older)
     say("plan", render_layer_map(plan))
+    if plan.predicted_cost and plan.predicted_cost["seq_len"] != seq_len:
+        say("plan", f"made for other rows: {describe_flops(plan.predicted_cost)}")
+    say("plan", describe_flops(cost_here))
     return plan
 
 
-def train(context: RunContext, model_name: str, plan: FreezePlan, store: Path | str) -> TrainResult:
+def train(
+    context: RunContext, model_name: str, plan: FreezePlan, store: Path | str, recipe: LossRecipe | None
+) -> TrainResult:
     """Trains exactly the plan; a finished training is read back, an interrupted one continues."""
     config = context.config
     with tracked(context, "train") as tracker:
@@ -149,6 +188,7 @@ def train(context: RunContext, model_name: str, plan: FreezePlan, store: Path | 
         result = run_training(
             replace(
                 make_train_request(context, model_name, plan, store, sinks),
+                recipe=recipe,
                 validation=_make_validation(describe_scoring(context, model_name, plan)),
             ),
             callbacks=[LineageCallback(tracker)],
@@ -305,11 +345,15 @@ def _log_scores(tracker: Tracker, folder: Path, results: Results, step: int) -> 
         tracker.log_artifact(path)
 
 
-def _check_store(manifest: Manifest, store: Path | str, seq_len: int, tokenizer_sha256: str) -> None:
+def _check_store(manifest: Manifest, store: Path | str, seq_len: int, joining: Joining) -> None:
     if manifest.seq_len != seq_len:
         raise CorpusError(f"corpus.store={store}: has rows of {manifest.seq_len} tokens, corpus.seq_len={seq_len}")
-    if manifest.tokenizer_sha256 != tokenizer_sha256:
+    if manifest.tokenizer_sha256 != joining.facts.sha256:
         raise CorpusError(f"corpus.store={store}: was built with another tokenizer than the model's; build it again")
+    check_joining(manifest, joining, f"corpus.store={store}")
+    unknown = describe_unknown(manifest, store)
+    if unknown is not None:
+        say("corpus", unknown)
 
 
 def _log_result(tracker: Tracker, result: TrainResult, folder: RunFolder) -> None:

@@ -15,19 +15,20 @@ from jobs.base_model import prepare_model
 from jobs.checks import check_corpus, check_model
 from jobs.dry_run import print_dry_run
 from jobs.entry import build_parser, run_job
-from jobs.model_options import revision_of
-from jobs.run_folder import open_run_folder
+from jobs.model_options import revision_of, trusts_remote_code
+from jobs.run_folder import locate_run_folder, open_run_folder
 from jobs.session import open_run
-from jobs.stages import RunContext, build_store, make_train_request, say, tracked, write_json
+from jobs.stages import RunContext, ask_loss, build_store, make_train_request, say, tracked, write_json
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig
 from layerplan.config.run import RunConfig
 from layerplan.config.sweep import SweepConfig
 from layerplan.errors import ConfigError, PlanError
-from layerplan.models.files import identify_model, load_hf_config
+from layerplan.models.files import identify_model
+from layerplan.models.model_sizes import load_model_shape
 from layerplan.plan.boundary import check_boundary, compute_boundary
-from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
 from layerplan.sweep.objective import Trial
+from layerplan.sweep.search import check_search, save_search
 from layerplan.sweep.tuner import TrialResult, run_sweep
 from layerplan.tracking.tracker import RunSinkFactory, Tracker
 
@@ -41,12 +42,15 @@ def sweep_boundary(config: RunConfig, args: argparse.Namespace) -> None:
         return
     for check in (check_model, check_corpus):
         check(config)
+    sweep = config.sweep or DEFAULT_SWEEP
+    check_search(sweep, locate_run_folder(config).sweep)
     with open_run(config, open_run_folder(config)) as context:
         model = prepare_model(context)
+        recipe = ask_loss(context, model)
         store = build_store(context, model)
-        sweep = config.sweep or DEFAULT_SWEEP
         with tracked(context, "sweep") as tracker:
             trials = make_trials(context, tracker, model, sweep)
+            save_search(sweep, context.folder.sweep)
             request = make_train_request(context, model, trials[0].plan, store, None)
             train = config.train.model_copy(
                 update={
@@ -55,7 +59,9 @@ def sweep_boundary(config: RunConfig, args: argparse.Namespace) -> None:
                     "validate_every_steps": min(config.train.validate_every_steps, sweep.max_steps),
                 }
             )
-            results = run_sweep(sweep, replace(request, run_dir=context.folder.sweep, config=train), trials)
+            results = run_sweep(
+                sweep, replace(request, run_dir=context.folder.sweep, config=train, recipe=recipe), trials
+            )
             write_json(context.folder.sweep / "results.json", [vars(result) for result in results])
             tracker.log_artifact(context.folder.sweep / "results.json")
         print_results(results)
@@ -68,7 +74,8 @@ def make_trials(context: RunContext, tracker: Tracker, model_name: str, sweep: S
         ConfigError: When a boundary does not fit the model.
     """
     identity = identify_model(model_name, revision=revision_of(context.config))
-    shape = ModelShape.from_hf_config(load_hf_config(model_name, revision=revision_of(context.config)))
+    config = context.config
+    shape = load_model_shape(model_name, revision=revision_of(config), trust_remote_code=trusts_remote_code(config))
     ratios, given = sweep.split_ratios or [], sweep.boundaries or []
     boundaries = sorted({*(compute_boundary(ratio, shape.num_layers) for ratio in ratios), *given})
     ends: dict[str, Any] = {
@@ -88,7 +95,9 @@ def make_trials(context: RunContext, tracker: Tracker, model_name: str, sweep: S
         except PlanError as error:
             raise ConfigError(str(error)) from None
         name = f"boundary_{boundary:02d}"
-        plan = make_plan(kind(boundary=boundary, **ends), model=identity, shape=shape)
+        plan = make_plan(
+            kind(boundary=boundary, **ends), model=identity, shape=shape, seq_len=context.config.corpus.seq_len
+        )
         plan.save(context.folder.sweep / name / "freeze_plan.json")
         child = tracker.child(f"sweep_{name}")
         child.log_params({"boundary": boundary, "plan_sha256": plan.sha256})

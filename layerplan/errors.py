@@ -88,3 +88,8 @@ def find_layerplan_error(error: BaseException) -> LayerplanError | None:
         context = None if current.__suppress_context__ else current.__context__
         pending = [*failures.values(), inner, current.__cause__, context, *pending]
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line with text of what an exception says, or its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

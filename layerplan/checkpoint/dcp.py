@@ -6,6 +6,7 @@ Frozen parameters are not saved: they are the base model's, and the export prove
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from layerplan.checkpoint.metadata import read_metadata
+from layerplan.checkpoint.seal import FileMark
+from layerplan.checkpoint.storage import DataReader, MarkingWriter
 from layerplan.errors import CheckpointError
 from layerplan.models.freezing import hf_name
 
@@ -33,10 +37,24 @@ class Parked:
     """Optimizer state kept for when the parameter thaws."""
 
 
+@dataclass(frozen=True)
+class Saving:
+    """A save that may still go on in the background."""
+
+    marks: dict[str, FileMark]
+    """Of every file, by name; whole on rank 0 after `wait`."""
+    _future: Future[Any] | None = None
+
+    def wait(self) -> None:
+        """Returns once the shards of all ranks and the metadata are on disk; raises what the save raised."""
+        if self._future is not None:
+            self._future.result()
+
+
 def save_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: Any, parked: Parked | None = None
-) -> Any:
-    """Starts saving; returns a future when a process group can save in the background, else None after saving.
+) -> Saving:
+    """Starts saving in the background when there is a process group for it, else saves.
 
     Args:
         path: Folder of the checkpoint, the same on every rank.
@@ -52,10 +70,11 @@ def save_checkpoint(
     if parked is not None:
         state["model"].update(parked.weights)
         state["optimizer"].update(parked.moments)
+    writer = MarkingWriter(path)
     if group is None:
-        dcp.save(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-        return None
-    return dcp.async_save(state, checkpoint_id=path, process_group=group)
+        dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
+        return Saving(writer.marks)
+    return Saving(writer.marks, dcp.async_save(state, storage_writer=writer, process_group=group))
 
 
 def load_checkpoint(
@@ -131,8 +150,7 @@ def load_trained_tensors(path: Path, like: dict[str, Tensor]) -> dict[str, Tenso
 def _list_moments(path: Path) -> dict[str, dict[str, torch.Size]]:
     """Parameters the checkpoint has optimizer state for, with the size of each part."""
     found: dict[str, dict[str, torch.Size]] = {}
-    metadata = dcp.FileSystemReader(path).read_metadata()
-    for flat, entry in metadata.state_dict_metadata.items():
+    for flat, entry in read_metadata(path).state_dict_metadata.items():
         if flat.startswith("optimizer.") and isinstance(entry, TensorStorageMetadata):
             name, _, key = flat.removeprefix("optimizer.").rpartition(".")
             found.setdefault(name, {})[key] = entry.size
@@ -143,9 +161,9 @@ def _load(state: dict[str, Any], path: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
-            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+            dcp.load(state, storage_reader=DataReader(path), no_dist=not dist.is_initialized())
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        if isinstance(error, KeyboardInterrupt | SystemExit | CheckpointError):
             raise
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise CheckpointError(

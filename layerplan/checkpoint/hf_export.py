@@ -13,6 +13,7 @@ from layerplan.checkpoint.dcp import load_trained_tensors
 from layerplan.checkpoint.export_proof import check_export, compute_logits, measure_rounding
 from layerplan.checkpoint.export_report import ExportReport
 from layerplan.checkpoint.export_weights import round_as_stored, sort_base_weights, write_weights
+from layerplan.checkpoint.index import prove_checkpoint
 from layerplan.checkpoint.layout import STATE_NAME, read_train_state
 from layerplan.checkpoint.model_card import render_model_card
 from layerplan.errors import CheckpointError
@@ -56,6 +57,8 @@ def export_hf(
     source = fetch_model_folder(base, revision=revision, with_weights=True)
     weights = sort_base_weights(model, source, applied.trainable, as_float32=export_dtype == "float32")
     parameters = dict(model.named_parameters())
+    if warning := prove_checkpoint(checkpoint, plan.sealed().sha256):
+        print(f"[checkpoint] warning: {warning}", flush=True)
     trained = load_trained_tensors(checkpoint, {name: parameters[name] for name in applied.trainable})
     rounded = {name: round_as_stored(weights, name, value) for name, value in trained.items()}
     changed = sum(not torch.equal(parameters[name], value) for name, value in rounded.items())

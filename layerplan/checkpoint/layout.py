@@ -1,8 +1,9 @@
-"""Where checkpoints lie, and which of them are complete."""
+"""Where checkpoints lie, and the small JSON files in them."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +11,81 @@ from layerplan.errors import CheckpointError
 
 STATE_NAME = "train_state.json"
 CHECKPOINTS_NAME = "checkpoints"
+STEP_PREFIX = "step_"
+FORMAT = 1
+"""Of checkpoints that end with a seal; a state file without a number is from before there were seals."""
+_FORMAT_KEY = "checkpoint_format"
 
 
 def name_step(step: int) -> str:
     """Folder name of a step: `step_00001000`."""
-    return f"step_{step:08d}"
+    return f"{STEP_PREFIX}{step:08d}"
+
+
+def parse_step(path: Path) -> int | None:
+    """The step a folder is named after, or None when it has another name."""
+    digits = path.name.removeprefix(STEP_PREFIX)
+    is_step = path.name.startswith(STEP_PREFIX) and digits.isascii() and digits.isdecimal() and len(digits) <= 18
+    return int(digits) if is_step else None
 
 
 def read_train_state(checkpoint: Path) -> dict[str, Any]:
-    """Reads the state written last into a checkpoint.
+    """Reads the state of a checkpoint; whether the files beside it belong to it is the seal's matter.
 
     Raises:
         CheckpointError: When the checkpoint is incomplete or its state unreadable.
     """
-    try:
-        state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{checkpoint}: no {STATE_NAME}; the checkpoint is incomplete") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint}/{STATE_NAME}: cannot be read ({error})") from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{checkpoint}/{STATE_NAME}: an object is expected")
+    state = _read_state(checkpoint)
+    state.pop(_FORMAT_KEY, None)
     return state
 
 
-def write_train_state(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Writes the state atomically; its presence marks the checkpoint as complete."""
-    partial = checkpoint / (STATE_NAME + ".partial")
-    partial.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    partial.replace(checkpoint / STATE_NAME)
+def promises_seal(checkpoint: Path) -> bool:
+    """Whether the state was written by a version that seals, so that a checkpoint without a seal is unfinished.
+
+    Raises:
+        CheckpointError: When there is no readable state.
+    """
+    return _FORMAT_KEY in _read_state(checkpoint)
+
+
+def write_train_state(checkpoint: Path, state: dict[str, Any]) -> bytes:
+    """Writes the state atomically, after the shards and before the seal; returns its bytes."""
+    return write_json(checkpoint / STATE_NAME, {_FORMAT_KEY: FORMAT, **state})
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return read_json(checkpoint / STATE_NAME)
+    except FileNotFoundError:
+        raise CheckpointError(f"{checkpoint}: no {STATE_NAME}; the checkpoint is incomplete") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        FileNotFoundError: When there is no such file.
+        CheckpointError: When it is anything else than an object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(path) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: an object is expected, not a {type(values).__name__}")
+    return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> bytes:
+    """Writes an object to the disk itself, then moves it into place; returns its bytes."""
+    content = (json.dumps(values, indent=2) + "\n").encode()
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.replace(path)
+    return content

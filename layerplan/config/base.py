@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class StrictModel(BaseModel):
@@ -15,3 +15,11 @@ class StrictModel(BaseModel):
         validate_default=True,
         protected_namespaces=(),
     )
+
+
+def describe_fault(error: ValidationError) -> str:
+    """The first fault of a file that is no such model, in one line."""
+    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    message = " ".join(str(fault["msg"]).removeprefix("Value error, ").split())[:200]
+    return f"{where[:100]}: {message}" if where else message

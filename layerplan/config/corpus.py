@@ -26,7 +26,7 @@ class SourceConfig(StrictModel):
     score_column: str | None = None
     """Column with a quality score, if there is one."""
     split: str = "train"
-    """Split of a `hub://` data set."""
+    """Split of a `hub://` data set, or of a folder that `datasets` saved with several splits."""
     subset: str | None = None
     """Subset (configuration) of a `hub://` data set; its default one when left out."""
     revision: str | None = None
@@ -84,6 +84,15 @@ class CorpusConfig(StrictModel):
     tokenizer_library: Literal["auto", "tokenizers"] = "auto"
     """`auto` encodes text with fastokens where it knows the kind of tokenizer (byte pairs), many times as fast as
     tokenizers, which it is held against on a sample; `tokenizers` always takes that."""
+    end_of_text: str | None = None
+    """The token that ends each document, by its name, such as `<|endoftext|>`; the one that the model's own files name
+    when left out (`--dry-run` shows it)."""
+    begin_token: Literal["auto", "none"] = "auto"
+    """`auto` begins each document with what the model's tokenizer itself puts before a text, as those of Llama and Gemma
+    do; `none` with nothing."""
+    control_tokens: Literal["text", "token"] = "text"
+    """What a control token that a document spells out (`<|endoftext|>`) becomes: `text`, as any other characters, or the
+    `token` itself. Both are counted."""
     filters: FilterConfig = FilterConfig()
     """Document filters."""
     deduplicate: bool = True

@@ -54,8 +54,8 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: cannot be read ({error}); a YAML or JSON file is expected") from None
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        where = " ".join(str(error).split())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        where = " ".join(str(error).split())[:300]
         raise ConfigError(f"--config {path}: not valid YAML ({where})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: holds {type(values).__name__}, a mapping of fields is expected")

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from layerplan.config.base import StrictModel
 
+BoundaryRule = Literal["paper", "change_point"]
+DEFAULT_MIN_SIDE = 2
+
 
 class PlanOptions(StrictModel):
     """What every plan type decides beside its decoder layers. The paper's partial plans freeze all three."""
@@ -58,8 +61,21 @@ class FreezeShallowPlanConfig(BoundaryPlanOptions):
     type: Literal["freeze_shallow"] = "freeze_shallow"
 
 
-class FromProfilePlanConfig(PlanOptions):
-    """The boundary with the best alignment score S (Eq. 7) of the layer profile; the deep side freezes."""
+class BoundaryOptions(StrictModel):
+    """How a measurement decides a boundary. The defaults were fixed before any model was looked at; see docs/tracer.md."""
+
+    rule: BoundaryRule = "change_point"
+    """What is largest at the boundary: S(k) itself (`paper`, Eq. 7), or S(k) sqrt(k (L - k)) / L (`change_point`), the
+    standardised difference of means, which does not favour the ends."""
+    min_side: int = Field(default=DEFAULT_MIN_SIDE, ge=1)
+    """Fewest layers on either side of the boundary, under `change_point`."""
+    without_evidence: Literal["midpoint", "best", "error"] = "midpoint"
+    """What happens when layers in other orders score as well (p of 0.05 or more): boundary L // 2, the best boundary all the
+    same, or an error."""
+
+
+class FromProfilePlanConfig(BoundaryOptions, PlanOptions):
+    """The boundary of the layer profile's alignment score S (Eq. 7), if the measurement supports one; the deep side freezes."""
 
     type: Literal["from_profile"] = "from_profile"
     freeze: Literal["deep", "shallow"] = "deep"
@@ -102,7 +118,7 @@ class RandomPlanConfig(PlanOptions):
     """Seed of the draw."""
 
 
-class ReversePlanConfig(PlanOptions):
+class ReversePlanConfig(BoundaryOptions, PlanOptions):
     """Control: as many layers as `from_profile` would train, taken from the other end."""
 
     type: Literal["reverse"] = "reverse"
@@ -124,7 +140,7 @@ class FilePlanConfig(StrictModel):
     """Path of the plan."""
 
 
-class BudgetPlanConfig(StrictModel):
+class BudgetPlanConfig(BoundaryOptions):
     """The plan with the best alignment score that keeps every limit; boundaries, sides and embeddings are searched."""
 
     type: Literal["budget"] = "budget"

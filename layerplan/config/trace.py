@@ -8,6 +8,8 @@ from pydantic import Field
 
 from layerplan.config.base import StrictModel
 
+Sensitivity = Literal["relative", "absolute"]
+
 
 class TraceConfig(StrictModel):
     """Options of the tracer; every one of them is recorded in the layer profile."""
@@ -35,6 +37,9 @@ class TraceConfig(StrictModel):
     """Added to that denominator."""
     sensitivity_eps: float = Field(default=1e-4, gt=0)
     """Added to the denominator of the layer sensitivity (Eq. 6); 1e-8 turns the rounding of deep layers into peaks."""
+    sensitivity: Sensitivity = "relative"
+    """Sensitivity that S(k) is made of: the paper's |JS(l) - JS(l-1)| / JS(l-1), or |JS(l) - JS(l-1)| itself. Both are
+    measured and reported; a choice that is not the default counts as a second try against p."""
     task_particle_threshold: float = Field(default=0.5, gt=0)
     """Theta: a layer whose ratio exceeds it is a task particle."""
     deviation_norm: Literal["hf", "all", "none"] = "hf"

@@ -7,21 +7,20 @@ input, config and tokenizer give the same bytes, whatever the number of actors a
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from tokenizers import Tokenizer
 
 from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.decontamination import BenchmarkText, fold_question, hash_held_out
 from layerplan.corpus.encoders import explain_fallback
+from layerplan.corpus.joining import Joining, check_joining, describe_unknown, read_joining
 from layerplan.corpus.journal import BuildJournal, remove_journal
 from layerplan.corpus.location import hide_keys
 from layerplan.corpus.manifest import CONTAMINATED_NAME, MANIFEST_NAME, QUARANTINE_NAME, VALIDATION_NAME, Manifest
@@ -33,23 +32,14 @@ from layerplan.corpus.writer import StoreWriter, check_shards, explain_disk_faul
 from layerplan.errors import CorpusError
 from layerplan.plan.hashing import compute_sha256
 
-END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 WORKERS_PER_INPUT_BYTES = 32 * 2**20
 """One actor per so much input at most; more would wait longer for their start than they work."""
 ITEMS_PER_PIPELINE = 1024
 """Items of up to `UNIT_BYTES` each that one Ray Data pipeline takes; a build is a row of pipelines."""
 NOT_CONTENT = {"store", "upload_to", "tokenizer_library", "num_workers", "num_cpus_per_worker", "max_bad_fraction"}
 """Fields that do not change the rows."""
-
-
-@dataclass(frozen=True)
-class LoadedTokenizer:
-    """A tokenizer file and what a build needs of it."""
-
-    json_text: str
-    sha256: str
-    vocab_size: int
-    end_of_text_id: int
+JOINING = {"end_of_text", "begin_token", "control_tokens"}
+"""Fields that do, by what they mean for the tokenizer at hand; the manifest says that itself."""
 
 
 def build_token_store(
@@ -75,15 +65,17 @@ def build_token_store(
 
     Raises:
         CorpusError: When a source is missing, nothing is kept, too much is malformed, or the store cannot be written.
+        ModelError: When the tokenizer cannot be read, or nothing says which token ends a text.
     """
-    loaded = load_tokenizer(tokenizer)
+    joining = read_joining(config, tokenizer)
+    facts = joining.facts
     config_sha256 = hash_config(config, questions, seed)
     held_out_sha256 = hash_held_out(questions, config.decontamination)
     upload = StoreUpload(config.upload_to) if config.upload_to is not None else None
     is_here, is_uploaded = (store / MANIFEST_NAME).exists(), upload is not None and _is_uploaded(upload)
     if is_here or is_uploaded:
         found = store if is_here or upload is None else upload.address
-        manifest = find_complete(found, loaded.sha256, config_sha256, report)
+        manifest = find_complete(found, joining, config_sha256, report)
         warn_of_held_out(manifest, found, held_out_sha256, report)
         if upload is not None and not is_uploaded:
             _upload_complete(store, manifest, upload, report)
@@ -91,22 +83,33 @@ def build_token_store(
             store.mkdir(parents=True, exist_ok=True)
             write_manifest(store, manifest)
         return manifest
-    units = list_units(config)
+    units = list_units(config, report=report)
     try:
         store.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CorpusError(f"{store}: cannot be written ({error})") from None
-    identity = [loaded.sha256, config_sha256, hash_units(units), held_out_sha256, config.tokenizer_library]
-    fallback = explain_fallback(loaded.json_text, config.tokenizer_library)
+    identity = [facts.sha256, config_sha256, hash_units(units), held_out_sha256, config.tokenizer_library]
+    fallback = explain_fallback(facts.json_text, config.tokenizer_library)
     if fallback is not None:
         report(fallback)
-    journal = BuildJournal(store, " ".join(identity))
+    for note in facts.notes:
+        report(note)
+    journal = BuildJournal(store, " ".join(identity), str(joining))
     try:
-        writer = StoreWriter(config, store, journal, end_of_text_id=loaded.end_of_text_id, seed=seed, upload=upload)
+        writer = StoreWriter(
+            config,
+            store,
+            journal,
+            end_of_text_id=joining.end_of_text_id,
+            begin_ids=joining.begin_ids,
+            num_ids=joining.num_ids,
+            seed=seed,
+            upload=upload,
+        )
         if writer.resumed:
             report(f"goes on after {len(writer.state.shards)} shards and {writer.counts['in']:,} documents")
-        _consume(config, units, writer, lambda rest: iter_records(config, rest, loaded.json_text, questions), report)
-        manifest = _finish(config, store, writer, loaded, config_sha256, held_out_sha256, questions)
+        _consume(config, units, writer, lambda rest: iter_records(config, rest, facts.json_text, questions), report)
+        manifest = _finish(config, store, writer, joining, config_sha256, held_out_sha256, questions)
         writer.close()
         write_manifest(store, manifest, upload)
         journal.remove()
@@ -115,31 +118,10 @@ def build_token_store(
     return manifest
 
 
-def load_tokenizer(path: Path) -> LoadedTokenizer:
-    """Reads `tokenizer.json`, or that of a folder.
-
-    Raises:
-        CorpusError: When it has no end-of-text token.
-    """
-    file = path / "tokenizer.json" if path.is_dir() else path
-    text = file.read_text(encoding="utf-8")
-    tokenizer = Tokenizer.from_str(text)
-    for name in END_OF_TEXT_NAMES:
-        token = tokenizer.token_to_id(name)
-        if token is not None:
-            return LoadedTokenizer(text, hash_tokenizer(file), tokenizer.get_vocab_size(), token)
-    raise CorpusError(f"{file}: has no end-of-text token; one of {', '.join(END_OF_TEXT_NAMES)} is expected")
-
-
-def hash_tokenizer(path: Path) -> str:
-    """Hash of a `tokenizer.json`, as a store's manifest keeps it."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def hash_config(config: CorpusConfig, questions: Sequence[BenchmarkText], seed: int) -> str:
     """Hash of all that decides the rows beside the input, the tokenizer and held-out documents."""
     asked = [[question.id, question.text] for question in questions if not question.is_held_out]
-    return compute_sha256([config.model_dump(mode="json", exclude=NOT_CONTENT), asked, seed])
+    return compute_sha256([config.model_dump(mode="json", exclude=NOT_CONTENT | JOINING), asked, seed])
 
 
 def hash_units(units: Sequence[Unit]) -> str:
@@ -165,17 +147,19 @@ def _upload_complete(store: Path, manifest: Manifest, upload: StoreUpload, repor
     write_manifest(store, manifest, upload)
 
 
-def find_complete(
-    store: Path | str, tokenizer_sha256: str, config_sha256: str, report: Callable[[str], None]
-) -> Manifest:
-    """The manifest of a complete store; refuses one of another config or tokenizer."""
+def find_complete(store: Path | str, joining: Joining, config_sha256: str, report: Callable[[str], None]) -> Manifest:
+    """The manifest of a complete store; refuses one of another config, tokenizer or joining of documents."""
     manifest = Manifest.load(store)
-    if (manifest.tokenizer_sha256, manifest.config_sha256) != (tokenizer_sha256, config_sha256):
+    if (manifest.tokenizer_sha256, manifest.config_sha256) != (joining.facts.sha256, config_sha256):
         raise CorpusError(
             f"{store}: was built from another corpus config or tokenizer; remove it or choose another name"
         )
+    check_joining(manifest, joining, store)
     if isinstance(store, Path):
         remove_journal(store)
+    unknown = describe_unknown(manifest, store)
+    if unknown is not None:
+        report(unknown)
     report(f"found {store}: {manifest.num_rows:,} rows of {manifest.seq_len:,} tokens")
     return manifest
 
@@ -317,7 +301,7 @@ def _finish(
     config: CorpusConfig,
     store: Path,
     writer: StoreWriter,
-    loaded: LoadedTokenizer,
+    joining: Joining,
     config_sha256: str,
     held_out_sha256: str,
     questions: Sequence[BenchmarkText],
@@ -333,9 +317,9 @@ def _finish(
         num_validation_rows=len(writer.validation),
         num_tokens=sum(source.num_tokens for source in sources),
         num_padding_tokens=sum(source.num_padding_tokens for source in sources),
-        vocab_size=loaded.vocab_size,
-        end_of_text_id=loaded.end_of_text_id,
-        tokenizer_sha256=loaded.sha256,
+        **joining.describe(),
+        num_control_documents=sum(source.num_control_documents or 0 for source in sources),
+        num_control_tokens=sum(source.num_control_tokens or 0 for source in sources),
         config_sha256=config_sha256,
         held_out_sha256=held_out_sha256,
         counts=dict(sorted(writer.counts.items())),

@@ -2,6 +2,8 @@
 
 `fastokens` is many times as fast as `tokenizers`. A sample of what it gives is held against `tokenizers` all the time: the
 first text, and one in `CHECK_EVERY` after it, chosen by what it says and not by when it comes.
+
+A control token that a text spells out stays text, unless the tokens are asked for.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import struct
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, Protocol
 
@@ -19,9 +22,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from layerplan.errors import CorpusError
+from layerplan.models.control_tokens import hide_control_tokens
 
 CHECK_EVERY = 128
 """Texts of which one is encoded by both libraries."""
+
+ControlPolicy = Literal["text", "token"]
+"""What a control token spelled out in a text becomes."""
 
 _FIELD = "corpus.tokenizer_library=auto"
 _REMEDY = "set it to tokenizers, and remove the unfinished store"
@@ -40,9 +47,10 @@ class Encoder(Protocol):
 class TokenizersEncoder:
     """The `tokenizers` library: every kind of tokenizer, and the ids all others are held against."""
 
-    def __init__(self, tokenizer_json: str) -> None:
+    def __init__(self, tokenizer_json: str, control_tokens: ControlPolicy = "text") -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per actor; the pool is the parallelism
-        self._tokenizer = Tokenizer.from_str(_strip_settings(tokenizer_json))
+        self._tokenizer = Tokenizer.from_str(_strip_settings(tokenizer_json, control_tokens))
+        self._tokenizer.encode_special_tokens = control_tokens == "text"
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """Encodes the texts one by one."""
@@ -57,10 +65,11 @@ class FastokensEncoder:
         ValueError: When it does not know the kind of tokenizer.
     """
 
-    def __init__(self, tokenizer_json: str) -> None:
+    def __init__(self, tokenizer_json: str, control_tokens: ControlPolicy = "text") -> None:
         os.environ["FASTOKENS_BPE_THREADS"] = "1"
-        self._tokenizer = fastokens.Tokenizer.from_json_str(_strip_settings(tokenizer_json))
-        self._reference = TokenizersEncoder(tokenizer_json)
+        self._tokenizer = fastokens.Tokenizer.from_json_str(_strip_settings(tokenizer_json, control_tokens))
+        self._reference = TokenizersEncoder(tokenizer_json, control_tokens)
+        self._as_text = control_tokens == "text"
         self._is_checked = False
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
@@ -70,7 +79,9 @@ class FastokensEncoder:
             CorpusError: When it cannot encode one of them, or `tokenizers` gives other ids.
         """
         try:
-            ids, offsets = self._tokenizer.encode_batch_flat(list(texts), add_special_tokens=False)
+            ids, offsets = self._tokenizer.encode_batch_flat(
+                list(texts), add_special_tokens=False, split_special_tokens=self._as_text
+            )
         except ValueError as error:
             raise CorpusError(f"{_FIELD}: fastokens cannot encode the text ({error}); {_REMEDY}") from None
         ends = (np.frombuffer(offsets, dtype=np.uint64) * 4).tolist()
@@ -100,28 +111,33 @@ def explain_fallback(tokenizer_json: str, library: Literal["auto", "tokenizers"]
     """Why `auto` takes the slow library, if it does."""
     if library == "auto":
         try:
-            fastokens.Tokenizer.from_json_str(_strip_settings(tokenizer_json))
+            fastokens.Tokenizer.from_json_str(_strip_settings(tokenizer_json, "token"))
         except ValueError as error:
             return f"encodes with tokenizers: fastokens does not know this kind ({error})"
     return None
 
 
-def load_encoder(tokenizer_json: str, library: Literal["auto", "tokenizers"]) -> Encoder:
+def load_encoder(
+    tokenizer_json: str, library: Literal["auto", "tokenizers"], control_tokens: ControlPolicy = "text"
+) -> Encoder:
     """The encoder for a tokenizer; `auto` takes the fastest library that knows its kind."""
     if library == "auto":
         try:
-            return FastokensEncoder(tokenizer_json)
+            return FastokensEncoder(tokenizer_json, control_tokens)
         except ValueError:
             pass
-    return TokenizersEncoder(tokenizer_json)
+    return TokenizersEncoder(tokenizer_json, control_tokens)
 
 
-def _strip_settings(tokenizer_json: str) -> str:
-    """Takes away what is meant for other uses of a tokenizer: truncation, padding and random merges."""
+@lru_cache(maxsize=2)
+def _strip_settings(tokenizer_json: str, control_tokens: ControlPolicy) -> str:
+    """Takes away what is meant for other uses of a tokenizer: truncation, padding, random merges, control tokens."""
     content = json.loads(tokenizer_json)
     content["truncation"] = content["padding"] = None
     if content["model"].get("dropout"):
         content["model"]["dropout"] = None
+    if control_tokens == "text":
+        content = hide_control_tokens(content)
     return json.dumps(content, ensure_ascii=False)
 
 

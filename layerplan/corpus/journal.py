@@ -30,7 +30,7 @@ class BuildJournal:
         CorpusError: When another build holds it, it is of another config, or the disk refuses.
     """
 
-    def __init__(self, store: Path, identity: str) -> None:
+    def __init__(self, store: Path, identity: str, joining: str = "") -> None:
         self._path = store / JOURNAL_NAME
         self._connection = _connect(self._path)
         try:
@@ -43,7 +43,7 @@ class BuildJournal:
                 "CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value BLOB)",
             ):
                 self._connection.execute(statement)
-            known = self._read("identity")
+            known, known_joining = self._read("identity"), self._read("joining")
         except sqlite3.Error as error:
             self._connection.close()
             if "locked" in str(error):
@@ -51,10 +51,17 @@ class BuildJournal:
             raise CorpusError(f"{self._path}: cannot be opened ({error})") from None
         if known is None:
             self._write("identity", identity.encode())
+            self._write("joining", joining.encode())
         elif known.decode() != identity:
             raise CorpusError(
                 f"{store}: an unfinished build with another corpus config, tokenizer or input files; remove it or choose"
                 " another name"
+            )
+        elif (known_joining or b"").decode() != joining:
+            before = known_joining.decode() if known_joining else "joined as an earlier version did, which is not noted"
+            raise CorpusError(
+                f"{store}: an unfinished build whose documents are {before}, now they would be {joining}; remove it or"
+                " choose another name"
             )
 
     def add_key(self, key: bytes) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,7 +49,7 @@ def split_options(path: str) -> tuple[str, str]:
 
 def is_compressed(path: str) -> bool:
     """Whether a file's name says that it is compressed."""
-    return split_options(path)[0].endswith(COMPRESSIONS)
+    return split_options(path)[0].lower().endswith(COMPRESSIONS)
 
 
 def join_location(folder: str | Path, name: str) -> str:
@@ -69,7 +70,7 @@ def open_filesystem(path: str | Path) -> tuple[pafs.FileSystem, str]:
         OSError: When the address has no known scheme or cannot be opened.
     """
     if not is_address(path):
-        return pafs.LocalFileSystem(), str(Path(path).expanduser().resolve())
+        return pafs.LocalFileSystem(), _resolve(Path(path).expanduser())
     name, options = split_options(str(path))
     scheme, _, inner = name.partition("://")
     if scheme in BUCKETS:
@@ -85,6 +86,12 @@ def open_filesystem(path: str | Path) -> tuple[pafs.FileSystem, str]:
         return _open_fsspec(scheme), inner
     except (ValueError, ImportError) as error:
         raise OSError(f"no file system for {scheme}:// ({error})") from None
+
+
+def _resolve(path: Path) -> str:
+    """A link to a file keeps its own name: the hub's cache keeps the bytes under names without an ending."""
+    full = path.resolve()
+    return str(full if full.is_dir() or not path.name else path.parent.resolve() / path.name)
 
 
 @lru_cache(maxsize=64)
@@ -115,6 +122,8 @@ def list_files(path: str) -> list[FileEntry]:
         if info.type == pafs.FileType.File:
             return [FileEntry(path if is_address(path) else root, info.size or 0)]
         infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            _check_links(root)
     except (pa.ArrowException, ValueError, OSError, ImportError) as error:
         raise CorpusError(f"{hide_keys(path)}: cannot be opened ({' '.join(str(error).split())[:300]})") from None
     prefix, options = _find_prefix(path), split_options(path)[1]
@@ -130,6 +139,14 @@ def list_files(path: str) -> list[FileEntry]:
         for item in sorted(infos, key=lambda item: str(item.path))
         if item.type == pafs.FileType.File and not _is_hidden(item.path[start:])
     ]
+
+
+def _check_links(root: str) -> None:
+    """A link to nothing is passed over by pyarrow; a cache that lost a file must not become a smaller corpus."""
+    for folder, _, names in os.walk(root):
+        for path in (Path(folder, name) for name in names):
+            if path.is_symlink() and not path.exists() and not _is_hidden(str(path.relative_to(root))):
+                raise CorpusError(f"{path}: is a link to {path.readlink()}, which is not there; fetch it again")
 
 
 def _find_prefix(path: str) -> str:
@@ -154,7 +171,7 @@ def open_stream(path: str) -> IO[bytes]:
     """Opens a file for reading from its beginning, decompressed by its ending (.gz, .zst)."""
     filesystem, inner = open_filesystem(path)
     raw: Any = filesystem.open_input_stream(inner, compression=None)
-    name = split_options(path)[0]
+    name = split_options(path)[0].lower()
     if name.endswith(".gz"):
         return gzip.open(raw)  # type: ignore[return-value]
     if name.endswith(".zst"):

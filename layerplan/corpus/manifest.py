@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field, ValidationError
 
-from layerplan.config.base import StrictModel
+from layerplan.config.base import StrictModel, describe_fault
 from layerplan.corpus.location import hide_keys, is_address, join_location, open_file
 from layerplan.errors import CorpusError
 
@@ -50,6 +50,10 @@ class SourceRows(StrictModel):
     """Tokens in those, padding left out."""
     counts: dict[str, int]
     """Documents: `in`, `kept`, `duplicate`, `contaminated`, `quarantined`, `filtered/<reason>`."""
+    num_control_documents: int | None = None
+    """Kept documents that spell out a control token; None where nobody counted."""
+    num_control_tokens: int | None = None
+    """Control tokens spelled out in them."""
 
 
 class Manifest(StrictModel):
@@ -72,9 +76,19 @@ class Manifest(StrictModel):
     num_padding_tokens: int
     """Padding of the sources' last rows."""
     vocab_size: int
-    """Entries of the tokenizer; ids lie below it."""
+    """One more than the highest id that the documents can yield; stores of earlier versions: entries of the tokenizer."""
     end_of_text_id: int
     """Token that ends each document."""
+    end_of_text: str = ""
+    """Its name."""
+    begin_ids: list[int] = Field(default_factory=list)
+    """Tokens that begin each document."""
+    control_tokens: Literal["text", "token", "unknown"] = "unknown"
+    """What a control token spelled out in a document became; `unknown` in stores of earlier versions: the token."""
+    num_control_documents: int | None = None
+    """Kept documents that spell out a control token; None where nobody counted."""
+    num_control_tokens: int | None = None
+    """Control tokens spelled out in them."""
     tokenizer_sha256: str
     """Hash of `tokenizer.json`."""
     config_sha256: str
@@ -102,6 +116,8 @@ class Manifest(StrictModel):
         )
         if self.mode == "store":
             fields.pop("config_sha256")
+        elif self.control_tokens != "unknown":
+            fields |= {"joining": [self.end_of_text_id, self.begin_ids, self.control_tokens]}
         return compute_sha256(fields | {"sources": [[source.num_rows, source.weight] for source in self.sources]})
 
     @classmethod
@@ -119,7 +135,9 @@ class Manifest(StrictModel):
             raise CorpusError(
                 f"corpus.store={hide_keys(store)}: no {MANIFEST_NAME}; not a token store, or its build did not finish"
             ) from None
-        except (OSError, ImportError, pa.ArrowException, ValidationError, ValueError) as error:
+        except ValidationError as error:
+            raise CorpusError(f"{hide_keys(path)}: not a readable manifest ({describe_fault(error)})") from None
+        except (OSError, ImportError, pa.ArrowException, ValueError, RecursionError) as error:
             raise CorpusError(
                 f"{hide_keys(path)}: not a readable manifest ({' '.join(str(error).split())[:200]})"
             ) from None

@@ -25,18 +25,18 @@ from layerplan.corpus.build import (
     find_complete,
     hash_config,
     hash_units,
-    load_tokenizer,
     warn_of_held_out,
     write_manifest,
 )
 from layerplan.corpus.decontamination import BenchmarkText, hash_held_out
+from layerplan.corpus.joining import read_joining
 from layerplan.corpus.location import join_location, open_file
 from layerplan.corpus.manifest import MANIFEST_NAME, Manifest, SourceRows
 from layerplan.corpus.pack import Packer, RawRow
 from layerplan.corpus.rows import PackedRows, make_rows
 from layerplan.corpus.sources import UNIT_BYTES, Unit, list_units
 from layerplan.corpus.tokenize import FILTERED, KEPT, QUARANTINED, UnitTokenizer
-from layerplan.corpus.writer import explain_disk_faults
+from layerplan.corpus.writer import check_ids, explain_disk_faults
 from layerplan.errors import CorpusError
 from layerplan.plan.hashing import compute_sha256
 
@@ -47,6 +47,8 @@ MAX_WHOLE_BYTES = 64 * 2**20
 """Largest file that can be a chunk as a whole."""
 ROW_BITS = 32
 """A row id is (position of its chunk << ROW_BITS) + its number within the chunk."""
+FORMER_POLICY = "token"
+"""What streams that name no `corpus.control_tokens` did with one."""
 JUDGED_DOCUMENTS = 1000
 """Documents after which a rank's share of malformed input is held against its limit."""
 
@@ -64,25 +66,30 @@ def write_stream(
 
     Raises:
         CorpusError: When a source is missing, a file is too large to be read as a whole, or the folder is taken.
+        ModelError: When the tokenizer cannot be read, or nothing says which token ends a text.
     """
-    loaded = load_tokenizer(tokenizer)
-    chunks = list_chunks(config)
+    joining = read_joining(config, tokenizer)
+    chunks = list_chunks(config, report)
     config_sha256 = compute_sha256([hash_config(config, questions, seed), *map(hash_units, chunks)])
     content = {
         "config": config.model_dump(mode="json"),
-        "tokenizer": loaded.json_text,
-        "end_of_text_id": loaded.end_of_text_id,
+        "tokenizer": joining.facts.json_text,
+        "end_of_text_id": joining.end_of_text_id,
+        "begin_ids": joining.begin_ids,
+        "num_ids": joining.num_ids,
         "questions": [asdict(question) for question in questions],
         "chunks": [[list(asdict(unit).values()) for unit in chunk] for chunk in chunks],
         "seed": seed,
     }
     held_out_sha256 = hash_held_out(questions, config.decontamination)
     if (store / MANIFEST_NAME).exists():
-        manifest = find_complete(store, loaded.sha256, config_sha256, report)
+        manifest = find_complete(store, joining, config_sha256, report)
         warn_of_held_out(manifest, store, held_out_sha256, report)
-        # fields that do not change the rows may have changed; what is looked for decides them, and stays
+        # fields that do not change the rows may have changed; what decides them stays
         known = json.loads((store / STREAM_NAME).read_text(encoding="utf-8"))
-        _write_content(store, content | {"questions": known["questions"]})
+        policy = {"control_tokens": known["config"].get("control_tokens", FORMER_POLICY)}
+        kept = {"questions": known["questions"], "config": config.model_dump(mode="json") | policy}
+        _write_content(store, content | kept)
         return manifest
     manifest = Manifest(
         mode="on_the_fly",
@@ -92,9 +99,7 @@ def write_stream(
         num_validation_rows=0,
         num_tokens=0,
         num_padding_tokens=0,
-        vocab_size=loaded.vocab_size,
-        end_of_text_id=loaded.end_of_text_id,
-        tokenizer_sha256=loaded.sha256,
+        **joining.describe(),
         config_sha256=config_sha256,
         held_out_sha256=held_out_sha256,
         counts={},
@@ -121,13 +126,13 @@ def _no_rows(path: str) -> SourceRows:
     return SourceRows(path=path, weight=None, counts={}, **dict.fromkeys(names, 0))
 
 
-def list_chunks(config: CorpusConfig) -> list[list[Unit]]:
+def list_chunks(config: CorpusConfig, report: Callable[[str], None] | None = None) -> list[list[Unit]]:
     """Consecutive units of the input, joined to chunks: some 4,096 of them, between 64 KiB and 8 MiB each."""
     total = sum(unit.num_bytes for unit in list_units(config))
     size = min(UNIT_BYTES, max(MIN_CHUNK_BYTES, total // CHUNKS_WANTED))
     chunks: list[list[Unit]] = []
     room = 0
-    for unit in list_units(config, unit_bytes=size):
+    for unit in list_units(config, unit_bytes=size, report=report):
         if unit.num_bytes > MAX_WHOLE_BYTES:
             raise CorpusError(
                 f"corpus.mode=on_the_fly: {unit.path} has {unit.num_bytes:,} bytes and can only be read as a whole, which is"
@@ -166,8 +171,10 @@ class Chunks:
     def __init__(self, store: Path | str) -> None:
         with open_file(join_location(store, STREAM_NAME)) as handle:
             content = json.loads(bytes(handle.read()))
-        self.config = CorpusConfig.model_validate(content["config"])
+        self.config = CorpusConfig.model_validate({"control_tokens": FORMER_POLICY} | content["config"])
         self._end_of_text_id = int(content["end_of_text_id"])
+        self._begin_ids = [int(number) for number in content.get("begin_ids", ())]
+        self._num_ids = content.get("num_ids")
         self._seed = int(content["seed"])
         self._chunks = content["chunks"]
         self._tokenizer_json = content["tokenizer"]
@@ -183,7 +190,7 @@ class Chunks:
             self._tokenizer = UnitTokenizer(self.config, self._tokenizer_json, self._questions)
         epoch, place = divmod(position, len(self))
         number = int(_permute_chunks(len(self), self._seed, epoch)[place])
-        packer = Packer(self.config.seq_len, self._end_of_text_id)
+        packer = Packer(self.config.seq_len, self._end_of_text_id, self._begin_ids)
         rows: list[RawRow] = []
         counts: Counter[str] = Counter()
         first_fault = ""
@@ -195,7 +202,9 @@ class Chunks:
                 if record.status == QUARANTINED:
                     first_fault = first_fault or f"{record.id}: {record.reason}"
                 if record.status == KEPT:
-                    rows += packer.add(np.frombuffer(record.ids, dtype=np.int32))
+                    ids = np.frombuffer(record.ids, dtype=np.int32)
+                    check_ids(ids, self._num_ids, record.id)
+                    rows += packer.add(ids)
         last = packer.finish()
         rows += [last] if last is not None else []
         return ChunkRows(

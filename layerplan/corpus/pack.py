@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,15 +19,17 @@ class RawRow:
 
 
 class Packer:
-    """Joins documents with the end-of-text token and cuts the stream every `seq_len` tokens.
+    """Joins documents, each begun and ended with its tokens, and cuts the stream every `seq_len` tokens.
 
     A document that crosses a cut continues in the next row as a piece of its own: attention never reaches back over
     the cut anyway. Only the last row of a corpus has padding.
     """
 
-    def __init__(self, seq_len: int, end_of_text_id: int) -> None:
+    def __init__(self, seq_len: int, end_of_text_id: int, begin_ids: Sequence[int] = ()) -> None:
         self._seq_len = seq_len
         self._end_of_text_id = end_of_text_id
+        self._begin = np.array(begin_ids, dtype=np.int32)
+        self._end = np.array([end_of_text_id], dtype=np.int32)
         self._row = np.full(seq_len, end_of_text_id, dtype=np.int32)
         self._starts: list[int] = []
         self._used = 0
@@ -34,7 +37,7 @@ class Packer:
     def add(self, ids: NDArray[np.int32]) -> list[RawRow]:
         """Adds a document; returns the rows it completed."""
         rows: list[RawRow] = []
-        document = np.append(ids, np.int32(self._end_of_text_id))
+        document = np.concatenate([self._begin, ids, self._end])
         position = 0
         while position < len(document):
             size = min(self._seq_len - self._used, len(document) - position)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from layerplan.config.corpus import SourceConfig
-from layerplan.corpus.location import is_compressed, open_file, open_stream
+from layerplan.corpus.json_values import HEAD_BYTES, JsonFault, begins_apart, iter_values
+from layerplan.corpus.location import is_compressed, open_file, open_stream, split_options
 from layerplan.corpus.machine_docs import read_machine_unit
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ MAX_DOCUMENT_BYTES = 256 * 2**20
 """A longer line or text file is not read into memory; it is malformed."""
 ROWS_PER_BATCH = 64
 BOM = b"\xef\xbb\xbf"
+_NO_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+"""Characters that no list, database or Arrow column takes as part of a name."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,14 @@ def _explain(error: Exception) -> str:
 def _read_jsonl(unit: Unit, source: SourceConfig) -> Iterator[Document | Malformed]:
     if is_compressed(unit.path):
         with open_stream(unit.path) as stream:
-            yield from _read_lines(stream, unit, source, position=0, stop=None)
+            if _may_be_apart(unit.path) and begins_apart(stream.peek(HEAD_BYTES)):  # type: ignore[attr-defined]
+                yield from _read_values(stream, unit, source, num_bytes=unit.num_bytes)
+            else:
+                yield from _read_lines(stream, unit, source, position=0, stop=None)
+        return
+    if unit.start == 0 and is_apart(unit.path):
+        with open_stream(unit.path) as stream:
+            yield from _read_values(stream, unit, source, num_bytes=unit.num_bytes)
         return
     with open_file(unit.path) as raw:
         raw.seek(max(0, unit.start - 1))
@@ -75,6 +86,31 @@ def _read_jsonl(unit: Unit, source: SourceConfig) -> Iterator[Document | Malform
         if unit.start:  # the line that began before the stretch belongs to the stretch before
             position += _skip_line(stream) - 1
         yield from _read_lines(stream, unit, source, position=position, stop=unit.stop)
+
+
+def is_apart(path: str) -> bool:
+    """Whether a plain file holds JSON that is not one value a line, which cannot be cut into stretches."""
+    if not _may_be_apart(path):
+        return False
+    with open_stream(path) as stream:
+        return begins_apart(stream.read(HEAD_BYTES))
+
+
+def _may_be_apart(path: str) -> bool:
+    name = split_options(path)[0].lower()
+    return name.endswith((".json", ".json.gz", ".json.zst"))
+
+
+def _read_values(
+    stream: IO[bytes], unit: Unit, source: SourceConfig, *, num_bytes: int
+) -> Iterator[Document | Malformed]:
+    number = 0
+    try:
+        for number, value in enumerate(iter_values(stream, max_bytes=MAX_DOCUMENT_BYTES), start=1):
+            yield _parse_record(value, f"{unit.path}:{number}", source)
+    except JsonFault as error:
+        lost = max(0, num_bytes - error.position) if not is_compressed(unit.path) else 0
+        yield Malformed(f"{unit.path}:{number + 1}", f"{error}; nothing after it can be read", lost_bytes=lost)
 
 
 def _read_lines(
@@ -113,6 +149,10 @@ def _parse_line(line: bytes, where: str, source: SourceConfig) -> Document | Mal
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         return Malformed(where, _explain(error))
+    return _parse_record(record, where, source)
+
+
+def _parse_record(record: Any, where: str, source: SourceConfig) -> Document | Malformed:
     if not isinstance(record, dict):
         return Malformed(where, f"a JSON object is expected, got {type(record).__name__}")
     return _make_document(
@@ -138,9 +178,13 @@ def _make_document(identifier: Any, text: Any, score: Any, where: str, source: S
         return Malformed(where, _explain(error))
     if score is not None and not isinstance(score, int | float):
         return Malformed(where, f"column {source.score_column!r} is {score!r}, a number is expected")
-    if isinstance(identifier, bytes):
-        identifier = identifier.decode("utf-8", "replace")
-    return Document(where if identifier is None else str(identifier), text, score, source.path)
+    return Document(where if identifier is None else _make_name(identifier), text, score, source.path)
+
+
+def _make_name(identifier: Any) -> str:
+    """The id as a name that can be listed: what is no text stands escaped, so that two ids do not become one."""
+    name = identifier.decode("utf-8", "backslashreplace") if isinstance(identifier, bytes) else str(identifier)
+    return _NO_NAME.sub(lambda found: found.group().encode("unicode_escape").decode(), name)
 
 
 def _read_parquet(unit: Unit, source: SourceConfig) -> Iterator[Document | Malformed]:

@@ -7,15 +7,16 @@ belongs to the stretch its first byte lies in. Other files are units as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.corpus.hub import HUB, list_hub_files
-from layerplan.corpus.location import COMPRESSIONS, FileEntry, is_compressed, list_files, split_options
+from layerplan.corpus.layout import Layout, choose_files
+from layerplan.corpus.location import COMPRESSIONS, FileEntry, hide_keys, is_compressed, list_files, split_options
 from layerplan.corpus.machine_docs import ALL_MACHINE_DOCS, iter_machine_units
-from layerplan.corpus.readers import Document, read_unit
+from layerplan.corpus.readers import Document, is_apart, read_unit
 from layerplan.errors import CorpusError
 
 FORMATS = {
@@ -60,8 +61,15 @@ class Unit:
         return self.stop - self.start
 
 
-def list_units(config: CorpusConfig, *, unit_bytes: int | None = None) -> list[Unit]:
+def list_units(
+    config: CorpusConfig, *, unit_bytes: int | None = None, report: Callable[[str], None] | None = None
+) -> list[Unit]:
     """Lists what the sources name, in a fixed order, cut into stretches of `unit_bytes` or `UNIT_BYTES`.
+
+    Args:
+        config: The sources.
+        unit_bytes: Bytes of a stretch.
+        report: Receives one line for each source that has files which are not read.
 
     Raises:
         CorpusError: When a source does not exist, cannot be reached or holds no readable file.
@@ -69,9 +77,11 @@ def list_units(config: CorpusConfig, *, unit_bytes: int | None = None) -> list[U
     units: list[Unit] = []
     for index, source in enumerate(config.sources):
         try:
-            found = list(_iter_units(index, source, unit_bytes or UNIT_BYTES))
+            found, note = _list_source(index, source, unit_bytes or UNIT_BYTES)
         except CorpusError as error:
             raise CorpusError(f"corpus.sources.{index}.path={error}") from None
+        if note is not None and report is not None:
+            report(f"corpus.sources.{index}.path={hide_keys(source.path)}: {note}")
         if not found:
             raise CorpusError(
                 f"corpus.sources.{index}.path={source.path}: no readable file;"
@@ -96,19 +106,34 @@ def iter_documents(config: CorpusConfig) -> Iterator[Document]:
                 break
 
 
-def _iter_units(index: int, source: SourceConfig, unit_bytes: int) -> Iterator[Unit]:
+def _list_source(index: int, source: SourceConfig, unit_bytes: int) -> tuple[list[Unit], str | None]:
+    """A source's units, and a line about the files that are not among them."""
     if source.path in ALL_MACHINE_DOCS:
-        yield from (Unit(index, name, MACHINE, 0, MACHINE_UNIT_BYTES) for name in iter_machine_units(source.path))
-        return
-    files = list_hub_files(source) if source.path.startswith(HUB) else list_files(source.path)
-    for file in files:
-        format_name = source.format if source.format != "auto" else _guess_format(file.path)
-        if format_name is not None:
-            yield from _cut(index, file, format_name, unit_bytes)
+        return [Unit(index, name, MACHINE, 0, MACHINE_UNIT_BYTES) for name in iter_machine_units(source.path)], None
+    layout = _lay_out(source)
+    units = [
+        unit
+        for file in layout.files
+        if (format_name := _find_format(source, file)) is not None
+        for unit in _cut(index, file, format_name, unit_bytes)
+    ]
+    return units, layout.explain()
+
+
+def _lay_out(source: SourceConfig) -> Layout:
+    if source.path.startswith(HUB):
+        return Layout(list_hub_files(source))
+    files = list_files(source.path)
+    return choose_files(source, files, [_find_format(source, file) for file in files])
+
+
+def _find_format(source: SourceConfig, file: FileEntry) -> str | None:
+    return source.format if source.format != "auto" else _guess_format(file.path)
 
 
 def _cut(index: int, file: FileEntry, format_name: str, unit_bytes: int) -> Iterator[Unit]:
-    if format_name not in ("jsonl", "parquet") or is_compressed(file.path):
+    is_whole = format_name not in ("jsonl", "parquet") or is_compressed(file.path)
+    if is_whole or (format_name == "jsonl" and file.size > unit_bytes and is_apart(file.path)):
         yield Unit(index, file.path, format_name, 0, file.size)
         return
     for start in range(0, max(file.size, 1), unit_bytes):
@@ -116,7 +141,7 @@ def _cut(index: int, file: FileEntry, format_name: str, unit_bytes: int) -> Iter
 
 
 def _guess_format(path: str) -> str | None:
-    name = split_options(path)[0]
+    name = split_options(path)[0].lower()
     for ending in COMPRESSIONS:
         name = name.removesuffix(ending)
-    return FORMATS.get(Path(name).suffix.lower())
+    return FORMATS.get(Path(name).suffix)

@@ -20,6 +20,7 @@ from layerplan.corpus.encoders import load_encoder
 from layerplan.corpus.readers import Document, Malformed, read_unit
 from layerplan.corpus.sources import Unit
 from layerplan.errors import CorpusError
+from layerplan.models.control_tokens import ControlTokens
 
 KEPT, FILTERED, CONTAMINATED, QUARANTINED = "kept", "filtered", "contaminated", "quarantined"
 FAULT = "fault"
@@ -45,6 +46,7 @@ class Record:
         num_documents: Documents it stands for; a lost row group is many.
         lost_bytes: Bytes of the input nobody could look at.
         key: De-duplication key of a kept document.
+        num_control_tokens: Control tokens that a kept document spells out.
         ids: Token ids of a kept document, int32.
     """
 
@@ -58,6 +60,7 @@ class Record:
     num_documents: int = 1
     lost_bytes: int = 0
     key: bytes = b""
+    num_control_tokens: int = 0
     ids: bytes = b""
 
 
@@ -73,6 +76,7 @@ _SCHEMA = pa.schema(
         ("num_documents", pa.int64()),
         ("lost_bytes", pa.int64()),
         ("key", pa.binary()),
+        ("num_control_tokens", pa.int64()),
         ("ids", pa.large_binary()),
     ]
 )
@@ -83,7 +87,8 @@ class UnitTokenizer:
 
     def __init__(self, config: CorpusConfig, tokenizer_json: str, questions: Sequence[BenchmarkText]) -> None:
         self._config = config
-        self._encoder = load_encoder(tokenizer_json, config.tokenizer_library)
+        self._encoder = load_encoder(tokenizer_json, config.tokenizer_library, config.control_tokens)
+        self._control = ControlTokens(tokenizer_json)
         self._index = QuestionIndex(questions, config.decontamination)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[pa.Table]:
@@ -133,7 +138,8 @@ class UnitTokenizer:
         if hit is not None:
             found = {"status": CONTAMINATED, "reason": hit.question, "share": hit.share}
             return Record(**fields | found), ""
-        return Record(**fields | {"key": compute_duplicate_key(text)}), text
+        kept = {"key": compute_duplicate_key(text), "num_control_tokens": self._control.count(text)}
+        return Record(**fields | kept), text
 
     def _encode(self, pending: list[tuple[Record, str]]) -> list[Record]:
         pieces = [split_text(text) for _, text in pending]

@@ -7,7 +7,7 @@ import json
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.journal import BuildJournal
@@ -43,6 +44,8 @@ class SourceProgress:
     num_padding_tokens: int = 0
     num_validation_rows: int = 0
     num_validation_tokens: int = 0
+    num_control_documents: int = 0
+    num_control_tokens: int = 0
 
 
 @dataclass
@@ -71,6 +74,8 @@ class StoreWriter:
         journal: BuildJournal,
         *,
         end_of_text_id: int,
+        begin_ids: Sequence[int] = (),
+        num_ids: int | None = None,
         seed: int,
         upload: StoreUpload | None = None,
     ) -> None:
@@ -79,7 +84,8 @@ class StoreWriter:
         self._store = store
         self._journal = journal
         self._seed = seed
-        self._packer = Packer(config.seq_len, end_of_text_id)
+        self._num_ids = num_ids
+        self._packer = Packer(config.seq_len, end_of_text_id, begin_ids)
         self._rows: list[RawRow] = []
         self.validation: list[RawRow] = []
         self.state = BuildState()
@@ -194,7 +200,11 @@ class StoreWriter:
             entry = {"question": record.reason, "document": record.id, "source": path, "share": round(record.share, 4)}
             self._note(CONTAMINATED_NAME, entry)
         if status == KEPT:
-            for row in self._packer.add(np.frombuffer(record.ids, dtype=np.int32)):
+            progress.num_control_documents += record.num_control_tokens > 0
+            progress.num_control_tokens += record.num_control_tokens
+            ids = np.frombuffer(record.ids, dtype=np.int32)
+            check_ids(ids, self._num_ids, record.id)
+            for row in self._packer.add(ids):
                 progress.num_full_rows += 1
                 self._add_row(row, record.source)
 
@@ -246,6 +256,19 @@ class StoreWriter:
         self._move_shards(self._num_committed_shards)
         self._committed = time.monotonic()
         self._num_committed_shards = len(self.state.shards)
+
+
+def check_ids(ids: NDArray[np.int32], num_ids: int | None, document: str) -> None:
+    """Refuses a document with an id that no text was thought to yield: the model may have no embedding for it.
+
+    Raises:
+        CorpusError: Naming the document and the id.
+    """
+    if num_ids is not None and len(ids) and ids.max() >= num_ids:
+        raise CorpusError(
+            f"document {document}: its text yields token {ids.max()}, and ids below {num_ids} are expected of this"
+            " tokenizer; leave the document out, or take the entry out of tokenizer.json"
+        )
 
 
 def check_shards(store: Path, names: Iterable[str], upload: StoreUpload | None) -> None:

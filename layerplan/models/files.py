@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from layerplan.plan.layer_profile import ModelIdentity
 WEIGHT_SUFFIXES = (*OTHER_FORMATS, ".safetensors", ".onnx_data", ".tflite", ".ot", ".mlmodel", ".pkl", ".distcp")
 OWN_FILES = ("README.md", "freeze_plan.json")
 """What an export writes itself; the base's own card and plan are about another model."""
+
+TOKENIZER_SIBLINGS = ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json")
+"""Files beside `tokenizer.json` that name its tokens; a model may lack any of them."""
 
 
 def load_hf_config(name: str, *, revision: str = "main") -> dict[str, Any]:
@@ -46,10 +50,23 @@ def find_model_file(name: str, filename: str, *, revision: str = "main") -> Path
             raise ModelError(f"model.name={name}: the folder has no {filename}")
         return folder / filename
     _check_hub_id(name)
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return _fetch(name, filename, revision)
+    except EntryNotFoundError as error:
+        raise ModelError(f"model.name={name}: the hub has no {filename} ({first_line(error)})") from None
+
+
+def _fetch(name: str, filename: str, revision: str) -> Path:
+    """One file from the hub; raises the hub's own `EntryNotFoundError` when the model has no such file."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         return Path(hf_hub_download(name, filename, revision=revision))
+    except EntryNotFoundError:
+        raise
     except Exception as error:
         raise ModelError(
             f"model.name={name}: {filename} cannot be fetched from the hub ({first_line(error)})"
@@ -111,8 +128,19 @@ def first_line(error: BaseException) -> str:
 
 
 def find_tokenizer_file(name: str, *, revision: str = "main") -> Path:
-    """Returns the model's `tokenizer.json`; raises `ModelError` when there is none."""
-    return find_model_file(name, "tokenizer.json", revision=revision)
+    """Returns the model's `tokenizer.json`; a hub id's lies beside what else the hub has of `TOKENIZER_SIBLINGS`.
+
+    Raises:
+        ModelError: When there is none.
+    """
+    path = find_model_file(name, "tokenizer.json", revision=revision)
+    if not Path(name).expanduser().is_dir():
+        from huggingface_hub.errors import EntryNotFoundError
+
+        for sibling in TOKENIZER_SIBLINGS:
+            with suppress(EntryNotFoundError):
+                _fetch(name, sibling, revision)
+    return path
 
 
 @lru_cache(maxsize=8)

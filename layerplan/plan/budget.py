@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from layerplan.config.plan import BudgetPlanConfig, FreezeDeepPlanConfig, FreezeShallowPlanConfig, PlanConfig
+from layerplan.config.plan import (
+    BoundaryOptions,
+    BudgetPlanConfig,
+    FreezeDeepPlanConfig,
+    FreezeShallowPlanConfig,
+    PlanConfig,
+)
 from layerplan.config.train import TrainConfig
 from layerplan.errors import PlanError
+from layerplan.plan.boundary import compute_alignment_scores, list_candidates, rate_boundaries
+from layerplan.plan.boundary_choice import DEFAULT_PAIR, choose_boundary, find_sensitivity, get_sensitivity
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, predict_cost
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.holm import correct_holm
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.memory import choose_placement
 from layerplan.plan.model_shape import ModelShape
-from layerplan.plan.policies import make_full_plan, make_plan
+from layerplan.plan.permutation import SIGNIFICANT, compare_with_other_orders
+from layerplan.plan.policies import make_full_plan, make_plan, name_evidence
+
+SIGNS = {"deep": 1.0, "shallow": -1.0}
+"""What S counts for the side that freezes."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +40,8 @@ class Candidate:
     boundary: int
     ends: str
     """What trains beside the layers: `none`, `tied`, `head`, or `embeddings and head`."""
-    score: float
-    """S(boundary) for freeze_deep, -S(boundary) for freeze_shallow (Eq. 7)."""
+    score: float | None
+    """The rule's form of S(boundary) (Eq. 7), its sign turned for freeze_shallow; None where the rule has none."""
     trainable_params: int
     flops_share: float
     """Of training everything."""
@@ -61,33 +75,84 @@ def search_budget(
     fitting = [pair for pair in pairs if pair[0].fits]
     if not fitting:
         raise PlanError(_explain_no_fit(config, candidates))
-    best, best_config = max(fitting, key=lambda pair: (pair[0].score, -pair[0].flops_share))
-    plan = make_plan(best_config, model=model, shape=shape, profile=profile)
+    p_values = measure_sides(config, profile)
+    ranked, why = _rank(config, shape.num_layers, p_values, [candidate for candidate, _ in fitting])
+    best, best_config = next(pair for pair in fitting if pair[0] == ranked)
+    plan = make_plan(best_config, model=model, shape=shape, profile=profile, seq_len=seq_len)
     reason = (
-        f"{best.side} at boundary {best.boundary} has the best score ({best.score:+.3f}) of {len(fitting)} plans within"
-        f" {_name_limits(config)}: {best.flops_share:.1%} of the FLOPs of full training, {best.memory_gib:.2f} GiB."
+        f"{best.side} at boundary {best.boundary} {why} of {len(fitting)} plans within {_name_limits(config)}:"
+        f" {best.flops_share:.1%} of the FLOPs of full training, {best.memory_gib:.2f} GiB."
     )
     evidence = {
         **plan.evidence,
-        "limits": config.model_dump(exclude={"type"}, exclude_none=True),
-        "alignment_score": profile.alignment_score,
+        "limits": config.model_dump(exclude={"type", *BoundaryOptions.model_fields}, exclude_none=True),
+        **name_evidence(choose_boundary(profile, BoundaryOptions(rule=config.rule, min_side=config.min_side))),
+        "side_p_values": p_values,
         "pareto": [asdict(item) | {"chosen": item == best} for item in _with_chosen(find_pareto(candidates), best)],
     }
     return plan.model_copy(update={"plan_type": "budget", "reason": reason, "evidence": evidence}).sealed()
 
 
+def measure_sides(config: BudgetPlanConfig, profile: LayerProfile) -> dict[str, float]:
+    """The p of each side that may freeze, by name: freezing shallow asks for the opposite of S.
+
+    Corrected by Holm for the sides, and for the default sensitivity and rule when the options name others.
+    """
+    sides = [side for side in SIGNS if config.freeze in (side, "either")]
+    own = (find_sensitivity(profile), config.rule)
+    pairs = list(dict.fromkeys([own, DEFAULT_PAIR]))
+    tested = [
+        compare_with_other_orders(
+            [SIGNS[side] * value for value in profile.task_particle],
+            [SIGNS[side] * value for value in get_sensitivity(profile, kind)],
+            rule,
+            config.min_side,
+        )
+        for kind, rule in pairs
+        for side in sides
+    ]
+    corrected = correct_holm([item.p_value for item in tested])
+    return {f"freeze_{side}": p for side, p in zip(sides, corrected)}
+
+
+def _rank(
+    config: BudgetPlanConfig, num_layers: int, p_values: Mapping[str, float], fitting: Sequence[Candidate]
+) -> tuple[Candidate, str]:
+    """The plan that wins among those that fit, and by what: its score where a side is supported, else the options say."""
+    scored = [item for item in fitting if item.score is not None]
+    supported = [item for item in scored if p_values[item.side] < SIGNIFICANT]
+    if not supported and config.without_evidence == "error":
+        raise PlanError(f"plan.without_evidence=error: {_explain_sides(p_values)}; set midpoint or best")
+    pool = supported or (scored if config.without_evidence == "best" else [])
+    if pool:
+        best = max(pool, key=lambda item: (item.score, -item.flops_share))
+        proof = f"p = {p_values[best.side]:.2g}" + ("" if supported else ", no evidence")
+        return best, f"has the best score ({best.score:+.3f}, {proof})"
+    middle = num_layers // 2
+    nearest = min(fitting, key=lambda item: (abs(item.boundary - middle), item.side != "freeze_deep", item.flops_share))
+    return nearest, f"is nearest to the middle, because {_explain_sides(p_values)},"
+
+
+def _explain_sides(p_values: Mapping[str, float]) -> str:
+    named = ", ".join(f"{side} p = {p:.2g}" for side, p in p_values.items())
+    return f"the measurement supports no boundary within the limits ({named})"
+
+
 def find_pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Plans no other one beats in score without costing more FLOPs, cheapest first."""
     front: list[Candidate] = []
-    for item in sorted(candidates, key=lambda item: (item.flops_share, -item.score)):
-        if not front or item.score > front[-1].score:
+    best = -math.inf
+    scored = [(item.score, item) for item in candidates if item.score is not None]
+    for score, item in sorted(scored, key=lambda pair: (pair[1].flops_share, -pair[0])):
+        if score > best:
             front.append(item)
+            best = score
     return front
 
 
 def _with_chosen(front: Sequence[Candidate], best: Candidate) -> list[Candidate]:
     """The front and the chosen plan, which a limit on memory or hours may have kept off it."""
-    return sorted({*front, best}, key=lambda item: (item.flops_share, item.score))
+    return sorted({*front, best}, key=lambda item: (item.flops_share, item.score or 0.0))
 
 
 def render_pareto(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -98,10 +163,14 @@ def render_pareto(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines.append("|---|---|---|---|---|---|---|---|")
     for row in rows:
         lines.append(
-            f"| {row['side']} | {row['boundary']} | {row['ends']} | {row['score']:+.3f} | {row['flops_share']:.1%}"
+            f"| {row['side']} | {row['boundary']} | {row['ends']} | {_score_label(row)} | {row['flops_share']:.1%}"
             f" | {row['memory_gib']:.2f} | {row['worker_hours']:.3g} | {_fit_label(row)} |"
         )
     return lines
+
+
+def _score_label(row: Mapping[str, Any]) -> str:
+    return "-" if row["score"] is None else f"{row['score']:+.3f}"
 
 
 def _fit_label(row: Mapping[str, Any]) -> str:
@@ -120,14 +189,15 @@ def _list_candidates(
     full = predict_cost(make_full_plan(model, shape), shape, seq_len=seq_len).total_flops
     tokens = train.max_steps * train.global_batch_size * seq_len
     rate = train.peak_tflops * 1e12 * 0.5 if train.peak_tflops else ASSUMED_FLOPS_PER_S[train.use_gpu]
-    kinds = {"deep": (FreezeDeepPlanConfig, 1.0), "shallow": (FreezeShallowPlanConfig, -1.0)}
-    for side, (kind, sign) in kinds.items():
+    rated = _rate(config, profile)
+    kinds = {"deep": FreezeDeepPlanConfig, "shallow": FreezeShallowPlanConfig}
+    for side, kind in kinds.items():
         if config.freeze not in (side, "either"):
             continue
         for boundary in range(1, shape.num_layers):
             for ends, options in _list_ends(shape):
                 choice = kind(boundary=boundary, train_final_norm=config.train_final_norm, **options)
-                plan = make_plan(choice, model=model, shape=shape, profile=profile)
+                plan = make_plan(choice, model=model, shape=shape, profile=profile, seq_len=seq_len)
                 cost = predict_cost(plan, shape, seq_len=seq_len)
                 memory = _predict_memory(plan, shape, config, train, seq_len)
                 hours = tokens * cost.total_flops / rate / 3600
@@ -135,7 +205,7 @@ def _list_candidates(
                     side=f"freeze_{side}",
                     boundary=boundary,
                     ends=ends,
-                    score=sign * profile.alignment_score[boundary - 1],
+                    score=SIGNS[side] * rated[boundary] if boundary in rated else None,
                     trainable_params=cost.trainable_params,
                     flops_share=cost.total_flops / full,
                     memory_gib=memory,
@@ -145,6 +215,14 @@ def _list_candidates(
                     and _keeps(config.max_worker_hours, hours),
                 )
                 yield candidate, choice
+
+
+def _rate(config: BudgetPlanConfig, profile: LayerProfile) -> dict[int, float]:
+    """The rule's form of S by boundary."""
+    num_layers = profile.model.num_layers
+    scores = compute_alignment_scores(profile.task_particle, get_sensitivity(profile, find_sensitivity(profile)))
+    rated = rate_boundaries(scores, num_layers, config.rule, config.min_side)
+    return dict(zip(list_candidates(num_layers, config.rule, config.min_side), rated.tolist()))
 
 
 def _list_ends(shape: ModelShape) -> list[tuple[str, dict[str, Any]]]:

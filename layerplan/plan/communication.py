@@ -54,8 +54,8 @@ def predict_communication(
         for layer in plan.frozen_layers:
             again = layer in path and layer < lowest
             gathered += shape.layer_params(layer) * (2 if again else 1)
-        layers = sum(shape.layer_params(layer) for layer in range(shape.num_layers))
-        trained_ends = trained - sum(shape.layer_params(layer) for layer in plan.trainable_layers)
+        layers = shape.count_layer_params(range(shape.num_layers))
+        trained_ends = trained - shape.count_layer_params(plan.trainable_layers)
         gathered += max(0, shape.total_params - layers - trained_ends)
     reduced = _ring(shards) * trained + 2 * _ring(config.num_replicas) * trained / shards
     return CommunicationCost(_ring(shards) * width * gathered * micro_steps, SHARDED_GRADIENT_BYTES * reduced)

@@ -3,8 +3,8 @@
 The direction of a plan matters. Backward stops at the lowest trainable parameter: a frozen *prefix* runs forward only.
 A frozen *suffix* still carries the gradient of its input down to what trains below it, so it saves only its weight
 gradients. A trained input embedding pulls the gradient through every layer. FLOPs count a multiply-add as two and
-attention causally, (T + 1) / 2 keys per query on average, unless told otherwise. A Mamba2 layer counts its projections,
-its convolution, and the dual form of its scan.
+attention causally, (T + 1) / 2 keys per query on average or those of its window, unless told otherwise. Of experts the
+active ones count in FLOPs and all of them in bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import Field
 
 from layerplan.config.base import StrictModel
 from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.model_shape import LayerShape, ModelShape
 
 BYTES_PER_TRAINED_PARAM = 14
 """bf16 weight and gradient, fp32 master and two moments, the gradient counted once."""
@@ -71,23 +71,25 @@ def predict_cost(
     if plan.phases:
         return _average_phases(plan, shape, seq_len=seq_len, causal=causal)
     trained = set(plan.trainable_layers)
-    head = 2.0 * shape.embedding_params
+    head, other = 2.0 * shape.head_matrix_params, 2.0 * shape.other_matrix_params
     first = 0 if input_requires_grad else _first_gradient_layer(plan, shape)
     forward = backward_activations = backward_weights = 0.0
     for layer in range(shape.num_layers):
-        matrices = 2.0 * shape.matrix_params(layer)
-        mixing = _mixing_flops(layer, shape, seq_len, causal=causal)
+        matrices = 2.0 * shape.layers[layer].matrix_params
+        mixing = _mixing_flops(shape.layers[layer], seq_len, causal=causal)
         forward += matrices + mixing
         if layer >= first:
             backward_activations += _input_gradient_flops(layer, first, plan, shape) + 2 * mixing
         if layer in trained:
             backward_weights += matrices
     reaches_below_head = first < shape.num_layers or plan.train_final_norm or plan.train_embeddings
+    if plan.trains_everything:
+        backward_activations, backward_weights = backward_activations + other, backward_weights + other
     trainable = count_trainable_params(plan, shape)
     return PlanCost(
         trainable_params=trainable,
         total_params=shape.total_params,
-        forward_flops=forward + head,
+        forward_flops=forward + head + other,
         backward_activation_flops=backward_activations + (head if reaches_below_head else 0.0),
         backward_weight_flops=backward_weights + (head if _trains_head(plan) else 0.0),
         optimizer_flops_per_step=OPTIMIZER_FLOPS_PER_PARAM * trainable,
@@ -103,9 +105,9 @@ def count_trainable_params(plan: FreezePlan, shape: ModelShape) -> int:
     if plan.trains_everything:
         return shape.total_params
     embeddings = shape.embedding_params if plan.train_embeddings or plan.tied == "head_only" else 0
-    head = shape.embedding_params if plan.train_lm_head and not shape.is_tied else 0
+    head = shape.head_params if plan.train_lm_head else 0
     norm = shape.final_norm_params if plan.train_final_norm else 0
-    return sum(shape.layer_params(layer) for layer in plan.trainable_layers) + embeddings + head + norm
+    return shape.count_layer_params(plan.trainable_layers) + embeddings + head + norm
 
 
 def explain_cost(plan: FreezePlan, shape: ModelShape, cost: PlanCost, full: PlanCost) -> str:
@@ -177,20 +179,9 @@ def _trains_head(plan: FreezePlan) -> bool:
     return plan.train_lm_head or plan.tied in ("trained", "head_only")
 
 
-def _mixing_flops(layer: int, shape: ModelShape, seq_len: int, *, causal: bool) -> float:
-    """What mixes positions: attention scores and values, or the scan of a Mamba2 layer in chunks."""
-    kind = shape.kind(layer)
-    if kind == "mlp":
-        return 0.0
-    if kind == "mamba2":
-        mamba = shape.mamba
-        assert mamba is not None, "checked when the shape was made"
-        chunk = min(mamba.chunk_size, seq_len)
-        keys = (chunk + 1) / 2 if causal else chunk
-        within = 2 * keys * (mamba.num_groups * mamba.state_size + mamba.inner_size)
-        return within + 4.0 * mamba.inner_size * mamba.state_size
-    keys = (seq_len + 1) / 2 if causal else seq_len
-    return 4.0 * shape.num_attention_heads * shape.head_dim * keys
+def _mixing_flops(layer: LayerShape, seq_len: int, *, causal: bool) -> float:
+    """What mixes positions: attention scores and values, and scans whose work does not grow with the row."""
+    return 2.0 * layer.attention_width * layer.mean_keys(seq_len, causal=causal) + layer.scan_flops
 
 
 def _input_gradient_flops(layer: int, first: int, plan: FreezePlan, shape: ModelShape) -> float:
@@ -199,8 +190,6 @@ def _input_gradient_flops(layer: int, first: int, plan: FreezePlan, shape: Model
     Below the lowest trained layer nothing needs a gradient, so its first matrices give none, unless a norm that trains
     stands before them.
     """
-    matrices = 2.0 * shape.matrix_params(layer)
+    sizes = shape.layers[layer]
     is_lowest = layer == first and first in plan.trainable_layers and not plan.train_embeddings
-    if is_lowest and not shape.has_input_norm:
-        return matrices - 2.0 * shape.first_matrix_params(layer)
-    return matrices
+    return 2.0 * (sizes.matrix_params - (sizes.first_matrix_params if is_lowest else 0))

@@ -61,7 +61,7 @@ def resolve_plan(config: PlanConfig, context: PlanContext) -> FreezePlan:
             return _rotate(config, context)
         case SampleBudgetPlanConfig():
             return _follow_budget(config, context)
-    return make_plan(config, model=context.model, shape=context.shape, profile=context.profile)
+    return _plan_of(config, context)
 
 
 def _read_plan(path: Path, context: PlanContext) -> FreezePlan:
@@ -116,7 +116,7 @@ def join_phases(
         rewarm_steps=config.rewarm_steps,
         evidence={} if context.profile is None else {"profile_sha256": context.profile.sha256},
     )
-    return seal_with_cost(joined, context.shape)
+    return seal_with_cost(joined, context.shape, context.seq_len)
 
 
 def _put_in_order(config: SchedulePlanConfig, context: PlanContext) -> FreezePlan:
@@ -127,7 +127,7 @@ def _put_in_order(config: SchedulePlanConfig, context: PlanContext) -> FreezePla
             raise PlanError(
                 f"plan.phases: phase {len(phases)} would start at step {start}, but train.max_steps={context.train.max_steps}"
             )
-        plan = make_plan(phase.plan, model=context.model, shape=context.shape, profile=context.profile)
+        plan = _plan_of(phase.plan, context)
         phases.append((start, plan))
         start += phase.steps or context.train.max_steps
     if start < context.train.max_steps:
@@ -172,7 +172,7 @@ def _follow_budget(config: SampleBudgetPlanConfig, context: PlanContext) -> Free
 
 
 def _plan_of(config: PlanConfig, context: PlanContext) -> FreezePlan:
-    return make_plan(config, model=context.model, shape=context.shape, profile=context.profile)
+    return make_plan(config, model=context.model, shape=context.shape, profile=context.profile, seq_len=context.seq_len)
 
 
 def _options(config: PlanOptions) -> dict[str, Any]:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from pydantic import ValidationError
+
+from layerplan.plan.boundary import compute_alignment_scores
+from layerplan.plan.boundary_choice import SENSITIVITIES, BoundaryChoice, choose_boundary, get_sensitivity
 from layerplan.plan.budget import render_pareto
 from layerplan.plan.cost import PlanCost
+from layerplan.plan.describe import (
+    PAIR_HEADINGS,
+    describe_certainty,
+    describe_measurement,
+    describe_sensitivities,
+    list_pairs,
+)
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 
 TRAINS, FROZEN = "■", "□"
-RIGHT_ENOUGH = 0.5
-"""Share of right answers below which a profile is called noise."""
-SURE_ENOUGH = 0.5
-"""Share of bootstrap resamples a boundary has to win to be called settled."""
 
 
 def render_layer_map(plan: FreezePlan) -> str:
@@ -29,26 +37,53 @@ def render_layer_map(plan: FreezePlan) -> str:
 
 
 def summarize_plan(plan: FreezePlan) -> list[str]:
-    """The reason and the layer map, as lines of Markdown."""
-    return [plan.reason, "", "```", render_layer_map(plan), "```", ""]
+    """The reason, the rule of an older plan, and the layer map, as lines of Markdown."""
+    older = describe_older_rule(plan)
+    return [plan.reason, "", *([older, ""] if older else []), "```", render_layer_map(plan), "```", ""]
 
 
-def explain_plan(plan: FreezePlan, profile: LayerProfile | None = None) -> str:
-    """Renders the plan as Markdown: the decision, what was measured, and what it costs."""
+def read_choice(plan: FreezePlan | None) -> BoundaryChoice | None:
+    """What decided a plan's boundary; None when no measurement did, or one of before there were rules to choose from."""
+    try:
+        return BoundaryChoice.model_validate(plan.evidence["boundary"]) if plan is not None else None
+    except (KeyError, ValidationError):
+        return None
+
+
+def describe_older_rule(plan: FreezePlan) -> str:
+    """A sentence on the rule of a plan that was made from a measurement before it named its rule; else empty."""
+    if "boundary" in plan.evidence or not {"best_boundary", "alignment_score"} & plan.evidence.keys():
+        return ""
+    return (
+        "This plan was made under the first rule: the largest S, with a side that has no layer counted as 0, and without a"
+        " test against noise."
+    )
+
+
+def explain_plan(
+    plan: FreezePlan, profile: LayerProfile | None = None, cost_here: Mapping[str, Any] | None = None
+) -> str:
+    """Renders the plan as Markdown: the decision, what was measured, and what it costs.
+
+    Args:
+        plan: The plan.
+        profile: The measurement of the model.
+        cost_here: The cost for the rows of the run at hand, shaped as `predicted_cost`, when the plan is from elsewhere.
+    """
     lines = [
         f"# Freeze plan `{plan.plan_type}` for {plan.model.name}",
         "",
         *summarize_plan(plan),
-        *_cost_lines(plan),
+        *_cost_lines(plan, cost_here),
         *_pareto_lines(plan),
         *_phase_lines(plan),
-        *(_profile_lines(profile) if profile is not None else []),
+        *(_profile_lines(profile, read_choice(plan)) if profile is not None else []),
         "## Layer by layer",
         "",
         "| layer | state |"
         if profile is None
-        else "| layer | state | task particle | sensitivity | S (boundary above) |",
-        "|---|---|" if profile is None else "|---|---|---|---|---|",
+        else "| layer | state | task particle | relative sensitivity | absolute | S (boundary above), relative | absolute |",
+        "|---|---|" if profile is None else "|---|---|---|---|---|---|---|",
         *_layer_lines(plan, profile),
         "",
         f"Embeddings {_state(plan.train_embeddings)}, final norm {_state(plan.train_final_norm)},"
@@ -59,21 +94,29 @@ def explain_plan(plan: FreezePlan, profile: LayerProfile | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cost_lines(plan: FreezePlan) -> list[str]:
+def _cost_lines(plan: FreezePlan, cost_here: Mapping[str, Any] | None) -> list[str]:
     if not plan.predicted_cost:
         return []
     cost = PlanCost.model_validate(plan.predicted_cost["plan"])
-    full = PlanCost.model_validate(plan.predicted_cost["full"])
-    return [
+    lines = [
         "## Predicted cost",
         "",
         f"- trains {cost.trainable_params:,} of {cost.total_params:,} parameters"
         f" ({cost.trainable_params / cost.total_params:.1%})",
-        f"- {cost.total_flops / 1e9:.3f} GFLOP per token at {plan.predicted_cost['seq_len']:,} tokens,"
-        f" {cost.total_flops / full.total_flops:.1%} of training everything",
-        f"- backward enters layer {cost.first_gradient_layer} and above",
-        "",
+        f"- {describe_flops(plan.predicted_cost)}",
     ]
+    if cost_here is not None and cost_here["seq_len"] != plan.predicted_cost["seq_len"]:
+        lines.append(f"- in this run {describe_flops(cost_here)}")
+    return [*lines, f"- backward enters layer {cost.first_gradient_layer} and above", ""]
+
+
+def describe_flops(predicted: Mapping[str, Any]) -> str:
+    """FLOPs per token, the row length they are for, and their share of training everything."""
+    cost, full = (PlanCost.model_validate(predicted[name]) for name in ("plan", "full"))
+    return (
+        f"{cost.total_flops / 1e9:.3f} GFLOP per token in rows of {predicted['seq_len']:,} tokens,"
+        f" {cost.total_flops / full.total_flops:.1%} of training everything"
+    )
 
 
 def _pareto_lines(plan: FreezePlan) -> list[str]:
@@ -125,90 +168,8 @@ def name_ranges(layers: Sequence[int]) -> str:
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts) or "none"
 
 
-def describe_measurement(profile: LayerProfile) -> list[str]:
-    """Sentences on what was measured: probes, answers, where the task happens, where the context stops to matter."""
-    answered = sum(profile.answered_share.values()) / max(len(profile.answered_share), 1)
-    lines = [
-        f"{profile.num_probes} probes in {len(profile.groups)} groups; the model answers {answered:.0%} of them rightly"
-        f" ({_extremes(profile.answered_share)})."
-    ]
-    if answered < RIGHT_ENOUGH:
-        lines.append("A profile of wrong answers is noise; read the boundary as a guess.")
-    start, end = profile.task_particle_interval
-    theta = profile.options.get("task_particle_threshold", 0.5)
-    where = f"layers {start} to {end - 1}" if end > start else "no layer"
-    strongest = profile.task_particle_argmax
-    lines.append(
-        f"Task evidence moves by more than {theta:g} of itself in {where} (task particle), most in layer {strongest}"
-        f" ({profile.task_particle[strongest]:.2f}{_interval(profile, 'task_particle', strongest)})."
-    )
-    sensitive = max(range(len(profile.layer_sensitivity)), key=lambda layer: profile.layer_sensitivity[layer])
-    lines.append(
-        f"Masking the context before layer 0 moves the answer by {profile.js[0]:.3f} nats of Jensen-Shannon divergence;"
-        f" the effect changes most at layer {sensitive}, by {profile.layer_sensitivity[sensitive]:.2f} of itself"
-        f"{_interval(profile, 'layer_sensitivity', sensitive)}."
-    )
-    for kind, values in profile.semantic.items():
-        if kind == "cosine":
-            lines.append(
-                f"The state gets nearest to the right answer's meaning in layer {values.eof_layer} (SALF, cosine)."
-            )
-    return lines
-
-
-def describe_certainty(profile: LayerProfile) -> list[str]:
-    """Sentences on how sure the chosen boundary is."""
-    best = profile.best_boundary
-    lines = [
-        f"The alignment score is highest at boundary {best}:"
-        f" {profile.alignment_score[best - 1]:+.2f}{_interval(profile, 'alignment_score', best - 1)}."
-    ]
-    if profile.boundary_win_share:
-        share = profile.boundary_win_share[best - 1]
-        rivals = sorted(range(1, len(profile.boundary_win_share) + 1), key=lambda k: -profile.boundary_win_share[k - 1])
-        rival = next((k for k in rivals if k != best and profile.boundary_win_share[k - 1] > 0), None)
-        beside = f"; next is {rival} with {profile.boundary_win_share[rival - 1]:.0%}" if rival is not None else ""
-        lines.append(f"It wins in {share:.0%} of bootstrap resamples of the probes{beside}.")
-        if share < SURE_ENOUGH:
-            lines.append(
-                "The probes do not settle the boundary: treat it as one of several, and sweep it when you can."
-            )
-    for name, said in (("top_k", "another top-k support"), ("mask", "another mask")):
-        values = profile.stability.get(name, {})
-        if "boundary" in values:
-            chosen, before = int(values["boundary"]), int(values["boundary"] - values["boundary_change"])
-            same = "the same boundary" if chosen == before else f"boundary {chosen} in place of {before}"
-            if chosen == before != best:
-                same = f"boundary {chosen}, as the measurement does on these probes"
-            count = int(values.get("num_probes", profile.num_probes))
-            some = f" (tried on {count} of {profile.num_probes} probes)" if count < profile.num_probes else ""
-            lines.append(
-                f"With {said}{some}, sensitivity ranks layers alike with {values['sensitivity_correlation']:.2f}, and S"
-                f" chooses {same}."
-            )
-    halves = profile.stability.get("halves", {})
-    if "same_boundary_share" in halves:
-        lines.append(
-            f"Two random halves of the probes choose the same boundary in {halves['same_boundary_share']:.0%} of halvings"
-            f" and differ by {halves['boundary_change']:.1f} layers on average."
-        )
-    return lines
-
-
-def _extremes(shares: dict[str, float]) -> str:
-    named = sorted(shares.items(), key=lambda item: item[1])
-    (low, lowest), (high, highest) = named[0], named[-1]
-    if lowest == highest:
-        return f"{lowest:.0%} in every group"
-    return f"from {lowest:.0%} in {low} to {highest:.0%} in {high}"
-
-
-def _interval(profile: LayerProfile, name: str, index: int) -> str:
-    intervals = profile.uncertainty.get(name, [])
-    return f", 95 % interval {intervals[index].low:.2f} to {intervals[index].high:.2f}" if intervals else ""
-
-
-def _profile_lines(profile: LayerProfile) -> list[str]:
+def _profile_lines(profile: LayerProfile, choice: BoundaryChoice | None) -> list[str]:
+    choice = choice or choose_boundary(profile)
     return [
         "## What was measured",
         "",
@@ -216,23 +177,33 @@ def _profile_lines(profile: LayerProfile) -> list[str]:
         "",
         "## How sure it is",
         "",
-        *(f"- {line}" for line in describe_certainty(profile)),
+        *(f"- {line}" for line in describe_certainty(profile, choice)),
+        "",
+        "## Relative and absolute sensitivity",
+        "",
+        *describe_sensitivities(profile),
+        "",
+        f"| {' | '.join(PAIR_HEADINGS)} |",
+        "|---" * len(PAIR_HEADINGS) + "|",
+        *(f"| {' | '.join(row)} |" for row in list_pairs(profile, choice.min_side)),
         "",
     ]
 
 
 def _layer_lines(plan: FreezePlan, profile: LayerProfile | None) -> list[str]:
     trained = set(plan.trainable_layers)
-    lines = []
-    for layer in range(plan.model.num_layers):
-        state = _state(layer in trained)
-        if profile is None:
-            lines.append(f"| {layer} | {state} |")
-            continue
-        sensitivity = f"{profile.layer_sensitivity[layer]:.3f}" if layer < len(profile.layer_sensitivity) else "-"
-        score = f"{profile.alignment_score[layer - 1]:+.3f}" if layer > 0 else "-"
-        lines.append(f"| {layer} | {state} | {profile.task_particle[layer]:.3f} | {sensitivity} | {score} |")
-    return lines
+    if profile is None:
+        return [f"| {layer} | {_state(layer in trained)} |" for layer in range(plan.model.num_layers)]
+    columns = [profile.task_particle, *(get_sensitivity(profile, kind) for kind in SENSITIVITIES)]
+    scores = [compute_alignment_scores(profile.task_particle, values) for values in columns[1:]]
+    return [
+        f"| {layer} | {_state(layer in trained)} | "
+        + " | ".join(f"{values[layer]:.3f}" if layer < len(values) else "-" for values in columns)
+        + " | "
+        + " | ".join(f"{values[layer - 1]:+.3f}" if 0 < layer <= len(values) else "-" for values in scores)
+        + " |"
+        for layer in range(plan.model.num_layers)
+    ]
 
 
 def _state(trains: bool) -> str:

@@ -6,18 +6,24 @@ l = i + 1. Rows are probe groups in the order of `groups`.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from layerplan.config.base import StrictModel
+from layerplan.config.base import StrictModel, describe_fault
 from layerplan.errors import PlanError
 from layerplan.plan.hashing import compute_sha256
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+EMPTY_SIDE_RULE = "empty_side_as_zero"
+"""Rule of layout 1: the largest S, a side without a layer counting as 0."""
 PROBES_NAME = "layer_probes.parquet"
 """Per-probe values, in the folder of the profile."""
+ENOUGH_ANSWERS = 30
+"""Fewest right and fewest wrong answers that are compared."""
 SealedT = TypeVar("SealedT", bound=StrictModel)
 
 
@@ -56,6 +62,25 @@ class Interval(StrictModel):
     """97.5 % quantile."""
 
 
+class AnswerComparison(StrictModel):
+    """Profiles of rightly and of wrongly answered probes, over the groups that hold both."""
+
+    num_right: int = Field(ge=1)
+    """Right answers in those groups."""
+    num_wrong: int = Field(ge=1)
+    """Wrong answers in those groups."""
+    task_particle_correlation: float
+    """Rank correlation of the two Ratio(l) over layers."""
+    sensitivity_correlation: float
+    """Rank correlation of the two LS(l) over layers."""
+    right_boundary: int | None
+    """Best boundary of the right answers alone, under `change_point`."""
+    wrong_boundary: int | None
+    """Best boundary of the wrong answers alone."""
+    p_value: float = Field(ge=0, le=1)
+    """Share of random assignments of right and wrong within the groups whose profiles differ at least as much."""
+
+
 class LayerProfile(StrictModel):
     """Everything the plan policies and the figures need, with the options and the probe set that gave it."""
 
@@ -73,6 +98,14 @@ class LayerProfile(StrictModel):
     """Probes measured."""
     answered_share: dict[str, float]
     """Per group: share of probes whose most likely token is the right answer's first token."""
+    num_right: int | None = None
+    """Probes answered rightly; None in layout 1."""
+    copied_share: dict[str, float] = Field(default_factory=dict)
+    """Per group: share of probes whose most likely token stands in their context; empty where it was not measured."""
+    answer_entropy: dict[str, float] = Field(default_factory=dict)
+    """Per group: mean entropy of the answer's distribution in nats; empty where it was not measured."""
+    right_and_wrong: AnswerComparison | None = None
+    """Right answers against wrong ones; None with too few of a kind."""
     task_particle: list[float]
     """Mean of the group rows of Ratio(l), L values."""
     task_particle_rows: list[list[float]]
@@ -94,21 +127,29 @@ class LayerProfile(StrictModel):
     absolute_sensitivity: list[float]
     """Mean |JS(l) - JS(l-1)|, l = 1..L (L values)."""
     alignment_score: list[float]
-    """S(k) for k = 1..L-1 (Eq. 7); entry i belongs to boundary i + 1."""
-    best_boundary: int = Field(ge=1)
-    """argmax of S."""
+    """S(k) for k = 1..L-2 (Eq. 7), from the sensitivity that `options` name; entry i belongs to boundary i + 1."""
+    best_boundary: int | None = Field(default=None, ge=1)
+    """argmax of S; None for a model of two layers, which has no S. A plan has a rule and evidence of its own."""
     semantic: dict[Literal["cosine", "ce", "rank"], SemanticProfile] = Field(default_factory=dict)
     """SALF deviations by kind."""
     uncertainty: dict[str, list[Interval]] = Field(default_factory=dict)
     """Bootstrap intervals over probes for `task_particle`, `layer_sensitivity` and `alignment_score`."""
-    boundary_win_share: list[float] = Field(default_factory=list)
-    """Share of bootstrap resamples in which boundary i + 1 has the best S; L - 1 values that add up to 1."""
+    probe_stability: dict[str, list[float]] = Field(default_factory=dict)
+    """Per rule: share of bootstrap resamples of the probes in which boundary i + 1 is chosen; L - 2 values that add up to 1.
+    Stability over probes, not evidence for a boundary."""
     stability: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Per check (`top_k`, `mask`, `halves`): rank correlations and what becomes of the boundary (`tracer/stability.py`)."""
     measured_by: dict[str, dict[str, int]] = Field(default_factory=dict)
     """Per mask, probes measured with it by the way their copies were computed (`tracer/masking.py`); all are exact."""
+    empty_side_boundary: int | None = None
+    """Of a profile in layout 1 alone: the boundary it chose, a side without a layer counting as 0."""
     sha256: str = ""
     """Hash over every other field."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_layout_1(cls, values: Any) -> Any:
+        return _convert_layout_1(values) if isinstance(values, dict) and values.get("schema_version") == 1 else values
 
     def sealed(self) -> LayerProfile:
         """Returns a copy whose hash matches its content."""
@@ -124,6 +165,20 @@ class LayerProfile(StrictModel):
         return read_sealed(path, cls)
 
 
+def _convert_layout_1(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Drops S(L-1), which only an empty side gave, and names what it decided; the measurement itself is as it was."""
+    found = dict(values)
+    scores = list(found["alignment_score"])[:-1]
+    found["alignment_score"] = scores
+    found["empty_side_boundary"] = found["best_boundary"]
+    found["best_boundary"] = 1 + scores.index(max(scores)) if scores else None
+    found["probe_stability"] = {EMPTY_SIDE_RULE: shares} if (shares := found.pop("boundary_win_share", [])) else {}
+    uncertainty = dict(found.get("uncertainty", {}))
+    if "alignment_score" in uncertainty:
+        uncertainty["alignment_score"] = uncertainty["alignment_score"][:-1]
+    return {**found, "uncertainty": uncertainty}
+
+
 def _content_hash(value: StrictModel) -> str:
     return compute_sha256(value.model_dump(mode="json", exclude={"sha256"}))
 
@@ -137,15 +192,22 @@ def write_sealed(path: Path, value: StrictModel) -> None:
 
 
 def read_sealed(path: Path, cls: type[SealedT]) -> SealedT:
-    """Reads a sealed artifact and checks its hash; raises `PlanError` naming the file."""
+    """Reads a sealed artifact and checks its hash; raises `PlanError` naming the file.
+
+    The hash is over the file as it stands, so that an artifact keeps it when later layouts add fields.
+    """
     try:
-        value = cls.model_validate_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = cls.model_validate_json(text)
     except OSError as error:
         raise PlanError(f"{path}: cannot be read ({error})") from None
-    except (ValidationError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()
-        raise PlanError(f"{path}: not a valid {cls.__name__}: {' '.join(first[:3])}") from None
-    expected = _content_hash(value)
+    except ValidationError as error:
+        raise PlanError(f"{path}: not a valid {cls.__name__} ({describe_fault(error)})") from None
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{path}: not a valid {cls.__name__} ({' '.join(str(error).split())[:200]})") from None
+    content = json.loads(text)
+    content.pop("sha256", None)
+    expected = compute_sha256(content)
     if getattr(value, "sha256", None) != expected:
         raise PlanError(
             f"{path}: its sha256 field is {getattr(value, 'sha256', None)!r} but the content hashes to {expected!r};"

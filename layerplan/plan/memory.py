@@ -61,16 +61,19 @@ def choose_chunk_rows(device_type: str, vocab_size: int) -> int:
 
 
 def layer_activation_bytes(shape: ModelShape, dtype: str, *, trained: bool, layer: int = 0) -> float:
-    """Bytes per token a layer on the gradient path stores. A Mamba2 layer is taken for a feed-forward one, unmeasured."""
+    """Bytes per token a layer on the gradient path stores.
+
+    A mixer without attention is taken for a feed-forward part of twice its width, unmeasured.
+    """
     residual, queries, keys_values, feed_forward = _ACTIVATION[(dtype, trained)]
-    kind = shape.kind(layer)
-    if kind == "mamba2" and shape.mamba is not None:
-        return residual / 2 * shape.hidden_size + feed_forward * (shape.mamba.inner_size + shape.mamba.conv_channels)
-    stored = (residual if kind == "decoder" else residual / 2) * shape.hidden_size
-    if kind in ("decoder", "attention"):
-        stored += queries * shape.num_attention_heads * shape.head_dim
-        stored += keys_values * 2 * shape.num_key_value_heads * shape.head_dim
-    return stored + (feed_forward * shape.intermediate_size if kind in ("decoder", "mlp") else 0.0)
+    sizes = shape.layers[layer]
+    has_both = sizes.kind in ("decoder", "recurrent_decoder")
+    return (
+        (residual if has_both else residual / 2) * shape.hidden_size
+        + queries * sizes.query_width
+        + keys_values * sizes.key_value_width
+        + feed_forward * sizes.feed_forward_width
+    )
 
 
 def estimate_memory(
@@ -100,7 +103,7 @@ def estimate_memory(
     trains_head = plan.train_lm_head or plan.tied in ("trained", "head_only")
     chunk_rows = min(choose_chunk_rows(device_type, shape.vocab_size), tokens)
     loss = chunk_rows * shape.vocab_size * (width + 8) + 3 * tokens * shape.hidden_size * width
-    loss += shape.embedding_params * 4 if trains_head else 0
+    loss += shape.head_matrix_params * 4 if trains_head else 0
     return MemoryEstimate(
         parameters=_parameter_bytes(trained, frozen, width, shape, config, placement, world_size, seq_len),
         activations=stored,

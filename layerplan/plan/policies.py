@@ -21,13 +21,15 @@ from layerplan.config.plan import (
 )
 from layerplan.errors import PlanError
 from layerplan.plan.boundary import check_boundary, compute_boundary
+from layerplan.plan.boundary_choice import BoundaryChoice, choose_boundary, explain_choice
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.freeze_plan import FreezePlan, Tied
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.selectors import select
 
-COST_SEQ_LEN = 4096
+DEFAULT_SEQ_LEN = 4096
+"""Row length the cost is predicted at when no run gives one."""
 
 
 def needs_profile(config: PlanConfig) -> bool:
@@ -40,13 +42,26 @@ def needs_profile(config: PlanConfig) -> bool:
 
 
 def make_plan(
-    config: PlanConfig, *, model: ModelIdentity, shape: ModelShape, profile: LayerProfile | None = None
+    config: PlanConfig,
+    *,
+    model: ModelIdentity,
+    shape: ModelShape,
+    profile: LayerProfile | None = None,
+    seq_len: int = DEFAULT_SEQ_LEN,
 ) -> FreezePlan:
     """Makes the sealed plan with its evidence and predicted cost.
 
+    Args:
+        config: The policy and its options.
+        model: The model the plan is for.
+        shape: Its sizes.
+        profile: What was measured, for policies that read it.
+        seq_len: Tokens in a row of the run, on which the cost depends.
+
     Raises:
         PlanError: When the policy needs a profile there is none of, the profile is of another model, a selector or
-            boundary does not fit, or the embedding choices contradict each other.
+            boundary does not fit, the measurement supports no boundary and that is an error, or the embedding choices
+            contradict each other.
     """
     if profile is not None and profile.model.num_layers != model.num_layers:
         raise PlanError(
@@ -63,17 +78,21 @@ def make_plan(
         evidence=evidence,
         **decide_ends(_with_selected_ends(config, shape, profile), shape),
     )
-    return seal_with_cost(plan, shape)
+    return seal_with_cost(plan, shape, seq_len)
 
 
-def seal_with_cost(plan: FreezePlan, shape: ModelShape) -> FreezePlan:
-    """The plan with its predicted cost beside that of training everything, sealed."""
+def seal_with_cost(plan: FreezePlan, shape: ModelShape, seq_len: int) -> FreezePlan:
+    """The plan with its predicted cost beside that of training everything, for rows of `seq_len` tokens, sealed."""
+    return plan.model_copy(update={"predicted_cost": predict_beside_full(plan, shape, seq_len)}).sealed()
+
+
+def predict_beside_full(plan: FreezePlan, shape: ModelShape, seq_len: int) -> dict[str, Any]:
+    """Cost of the plan and of training everything, for rows of `seq_len` tokens."""
     costs = {
-        "plan": predict_cost(plan, shape, seq_len=COST_SEQ_LEN),
-        "full": predict_cost(make_full_plan(plan.model, shape), shape, seq_len=COST_SEQ_LEN),
+        "plan": predict_cost(plan, shape, seq_len=seq_len),
+        "full": predict_cost(make_full_plan(plan.model, shape), shape, seq_len=seq_len),
     }
-    predicted = {"seq_len": COST_SEQ_LEN} | {name: cost.model_dump() for name, cost in costs.items()}
-    return plan.model_copy(update={"predicted_cost": predicted}).sealed()
+    return {"seq_len": seq_len} | {name: cost.model_dump() for name, cost in costs.items()}
 
 
 def make_full_plan(model: ModelIdentity, shape: ModelShape) -> FreezePlan:
@@ -162,15 +181,14 @@ def _choose_by_profile(
     num_layers = shape.num_layers
     match config:
         case FromProfilePlanConfig():
-            best = profile.best_boundary
-            score = profile.alignment_score[best - 1]
-            evidence = {"alignment_score": profile.alignment_score, "best_boundary": best}
-            reason = f"Boundary {best} has the best alignment score, S = {score:.3f}; the {config.freeze} side freezes."
-            return _one_side(best, num_layers, config.freeze), reason, evidence
+            choice = choose_boundary(profile, config)
+            reason = f"{explain_choice(choice)}; the {config.freeze} side freezes."
+            return _one_side(choice.boundary, num_layers, config.freeze), reason, name_evidence(choice)
         case ReversePlanConfig():
-            count = profile.best_boundary
+            choice = choose_boundary(profile, config)
+            count = choice.boundary
             reason = f"The {count} deepest layers: as many as from_profile trains, from the other end."
-            return tuple(range(num_layers - count, num_layers)), reason, {"best_boundary": count}
+            return tuple(range(num_layers - count, num_layers)), reason, name_evidence(choice)
         case TopKSensitivityPlanConfig():
             layers = select([f"top:{_check_k(config.k, num_layers - 1)}:sensitivity"], shape, profile).layers
             return layers, f"The {config.k} most sensitive layers.", {"layer_sensitivity": profile.layer_sensitivity}
@@ -181,6 +199,11 @@ def _choose_by_profile(
             reason = f"The largest semantic gain ({config.deviation}) is at layer {measured.eof_layer}; layers below it freeze."
             return tuple(range(measured.eof_layer, num_layers)), reason, {"gain": measured.gain}
     raise PlanError(f"plan.type={config.type}: is not made by a policy")
+
+
+def name_evidence(choice: BoundaryChoice) -> dict[str, Any]:
+    """What a plan keeps of a choice."""
+    return {"boundary": choice.model_dump(mode="json")}
 
 
 def _cut_by_config(

@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from layerplan.plan.boundary import normalize_min_max
+from layerplan.plan.boundary import compute_alignment_scores, normalize_min_max
+from layerplan.plan.boundary_choice import SENSITIVITIES, BoundaryChoice, choose_boundary, get_sensitivity
+from layerplan.plan.explain import read_choice
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 
@@ -32,9 +34,10 @@ def build_layer_figures(
         plan: Adds the layer map and shades the frozen layers.
         deviations: SALF deviations per probe by kind, (N, L + 1); adds the violins.
     """
+    choice = read_choice(plan) or choose_boundary(profile)
     figures = {
-        "profiles": draw_profiles(profile, plan),
-        "alignment_score": draw_alignment(profile),
+        "profiles": draw_profiles(profile, plan, choice),
+        "alignment_score": draw_alignment(profile, choice),
         "task_particle": draw_heat_map(
             profile.task_particle_rows, profile.groups, "Task particle, Ratio(l)", colours="Greens"
         ),
@@ -50,7 +53,7 @@ def build_layer_figures(
     return figures
 
 
-def draw_profiles(profile: LayerProfile, plan: FreezePlan | None) -> Figure:
+def draw_profiles(profile: LayerProfile, plan: FreezePlan | None, choice: BoundaryChoice) -> Figure:
     """Normalised task particle and sensitivity per layer with their intervals, the frozen layers shaded."""
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     axes = figure.subplots()
@@ -68,16 +71,17 @@ def draw_profiles(profile: LayerProfile, plan: FreezePlan | None) -> Figure:
             axes.fill_between(range(len(values)), lower, upper, color=colour, alpha=0.15, linewidth=0)
     for layer in plan.frozen_layers if plan is not None else ():
         axes.axvspan(layer - 0.5, layer + 0.5, color="#e5e7eb", zorder=0, linewidth=0)
-    axes.axvline(profile.best_boundary - 0.5, color=MUTED, linestyle="--", linewidth=1)
-    axes.annotate(
-        f"argmax S: {profile.best_boundary}",
-        (profile.best_boundary - 0.5, 1.0),
-        xycoords=("data", "axes fraction"),
-        xytext=(3, -9),
-        textcoords="offset points",
-        fontsize=7,
-        color=MUTED,
-    )
+    if (best := choice.best_boundary) is not None:
+        axes.axvline(best - 0.5, color=MUTED, linestyle="--", linewidth=1)
+        axes.annotate(
+            f"best: {best}, p = {choice.p_value:.2g}",
+            (best - 0.5, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -9),
+            textcoords="offset points",
+            fontsize=7,
+            color=MUTED,
+        )
     axes.set(xlabel="decoder layer (shaded: frozen)", ylabel="min-max normalised", xlim=(-0.5, num_layers - 0.5))
     # an interval can be far wider than the profile itself; the profile must stay readable
     axes.set_ylim(-0.25, 1.5)
@@ -86,21 +90,29 @@ def draw_profiles(profile: LayerProfile, plan: FreezePlan | None) -> Figure:
     return figure
 
 
-def draw_alignment(profile: LayerProfile) -> Figure:
-    """S(k) per boundary with its bootstrap interval, and how often each boundary wins."""
+def draw_alignment(profile: LayerProfile, choice: BoundaryChoice) -> Figure:
+    """S(k) with both sensitivities, where the boundary may lie, and how often resamples of the probes choose it."""
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     axes = figure.subplots()
-    boundaries = range(1, len(profile.alignment_score) + 1)
-    axes.plot(boundaries, profile.alignment_score, "o-", color=SCORE, label="S(k)")
+    boundaries = range(1, profile.model.num_layers - 1)
+    for kind, colour in zip(SENSITIVITIES, (SCORE, SENSITIVE)):
+        scores = compute_alignment_scores(profile.task_particle, get_sensitivity(profile, kind))
+        is_used = kind == choice.sensitivity
+        axes.plot(boundaries, scores, "o-" if is_used else ".--", color=colour, alpha=1 if is_used else 0.6, label=kind)
     intervals = profile.uncertainty.get("alignment_score", [])
     if intervals:
         low, high = [item.low for item in intervals], [item.high for item in intervals]
         axes.fill_between(boundaries, low, high, color=SCORE, alpha=0.15, linewidth=0)
+    if choice.boundary_range is not None:
+        first, last = choice.boundary_range
+        axes.axvspan(first - 0.5, last + 0.5, color=MUTED, alpha=0.12, zorder=0, linewidth=0)
     axes.set(xlabel="boundary k: layers [0, k) are shallow", ylabel="alignment score S(k)")
-    if profile.boundary_win_share:
-        wins = axes.twinx()
-        wins.bar(boundaries, profile.boundary_win_share, color=MUTED, alpha=0.3, width=0.5)
-        wins.set(ylim=(0, 1), ylabel="share of resamples won")
+    axes.legend(frameon=False, title="sensitivity", loc="upper left", bbox_to_anchor=(1.08, 1))
+    shares = profile.probe_stability.get(choice.rule)
+    if shares:
+        chosen = axes.twinx()
+        chosen.bar(boundaries, shares, color=MUTED, alpha=0.3, width=0.5)
+        chosen.set(ylim=(0, 1), ylabel="share of resamples")
     return figure
 
 

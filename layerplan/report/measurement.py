@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from layerplan.plan.explain import describe_certainty, describe_measurement
+from layerplan.plan.boundary_choice import choose_boundary
+from layerplan.plan.describe import (
+    PAIR_HEADINGS,
+    describe_certainty,
+    describe_measurement,
+    describe_sensitivities,
+    list_pairs,
+)
+from layerplan.plan.explain import read_choice
+from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import PROBES_NAME, LayerProfile
 from layerplan.report.figures import Deviations
 from layerplan.report.html_parts import embed_svg, render_table
@@ -19,8 +28,9 @@ SHOWN_DEVIATIONS = ("cosine", "ce")
 CAPTIONS = {
     "profiles": "Normalised profiles (the paper's Figure 10): where task evidence moves, and where a masked context"
     " still matters; bands are 95 % bootstrap intervals over probes.",
-    "alignment_score": "Alignment score of every boundary (Eq. 7) with its interval; bars: share of bootstrap resamples"
-    " in which the boundary wins.",
+    "alignment_score": "Alignment score (Eq. 7) with relative and with absolute sensitivity, the one in use with its"
+    " interval over probes; shaded: where the boundary may lie; bars: share of resamples of the probes that choose it, which"
+    " is stability and no evidence.",
     "task_particle": "Task particle by probe group (Figure 4, top row).",
     "layer_sensitivity": "Layer sensitivity by probe group (Figure 4, bottom row).",
     "semantic": "SALF: mean deviation from the right answer after each layer, and where freezing would end.",
@@ -42,18 +52,47 @@ def read_deviations(run_dir: Path) -> dict[str, Deviations]:
     return {kind: np.array(table[f"deviation_{kind}"].to_pylist()) for kind in SHOWN_DEVIATIONS}
 
 
-def render_measurement(profile: LayerProfile | None, figures: Mapping[str, Figure]) -> str:
-    """HTML of the measurement: sentences, figures, answers by group, stability."""
+def render_measurement(
+    profile: LayerProfile | None, figures: Mapping[str, Figure], plan: FreezePlan | None = None
+) -> str:
+    """HTML of the measurement: sentences, figures, both sensitivities, answers by group, stability.
+
+    Args:
+        profile: The measurement; None gives an empty text.
+        figures: Figures by name.
+        plan: Names the rule; the default one when left out.
+    """
     if profile is None:
         return ""
-    sentences = [*describe_measurement(profile), *describe_certainty(profile)]
-    text = "<h2>What was measured</h2><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in sentences) + "</ul>"
+    choice = read_choice(plan) or choose_boundary(profile)
+    text = "<h2>What was measured</h2>" + _list_sentences(
+        [*describe_measurement(profile), *describe_certainty(profile, choice)]
+    )
     for name, caption in CAPTIONS.items():
         if name in figures:
             text += f'<figure>{embed_svg(figures[name])}<figcaption class="soft">{html.escape(caption)}</figcaption></figure>'
-    rows = [[name.replace("_", " "), f"{share:.0%}"] for name, share in profile.answered_share.items()]
-    text += "<h2>Probes answered rightly</h2>" + render_table(["group", "share"], rows)
+    text += f"<h2>Relative and absolute sensitivity</h2><p>{html.escape(' '.join(describe_sensitivities(profile)))}</p>"
+    text += render_table(PAIR_HEADINGS, list_pairs(profile, choice.min_side))
+    text += "<h2>What the probes were answered</h2>" + _answer_table(profile)
     return text + "<h2>How stable the measurement is</h2>" + _stability_table(profile)
+
+
+def _list_sentences(sentences: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in sentences) + "</ul>"
+
+
+def _answer_table(profile: LayerProfile) -> str:
+    """Answers by group; a dash where an older tracer did not look."""
+    rows = [
+        [
+            name.replace("_", " "),
+            f"{share:.0%}",
+            f"{profile.copied_share[name]:.0%}" if name in profile.copied_share else "-",
+            f"{profile.answer_entropy[name]:.2f}" if name in profile.answer_entropy else "-",
+        ]
+        for name, share in profile.answered_share.items()
+    ]
+    return render_table(["group", "right", "first token copied from the context", "entropy, nats"], rows)
 
 
 def _stability_table(profile: LayerProfile) -> str:

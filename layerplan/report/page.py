@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from layerplan.plan.cost import PlanCost
+from layerplan.plan.explain import describe_older_rule
 from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.report.figures import build_layer_figures, draw_loss
@@ -25,6 +26,9 @@ _PROOF_LABELS = {
     "trainable_with_gradient": "tensors that train and have a gradient",
     "frozen_without": "frozen tensors without a gradient",
     "coverage_checks": "times gradients were compared with the plan",
+    "loss_recipe": "how the loss is computed, found by asking the model",
+    "self_tests": "times the placed model was asked",
+    "self_test_difference": "largest difference from the loss of documents one by one, nats per token",
     "frozen_checksum": "checksum of the frozen tensors in training",
     "frozen_checks": "times they were found unchanged",
     "frozen_check_share_of_training": "share of training time that took",
@@ -71,7 +75,7 @@ def write_report(run_dir: Path) -> Path:
         render_checkpoint_scores(run_dir / "evaluation"),
         render_continuations(run_dir / "evaluation"),
         _training_section(_read(run_dir / "training.json"), figures),
-        render_measurement(profile, figures),
+        render_measurement(profile, figures, plan),
         _proof_section(_read(run_dir / "export.json"), _read(run_dir / "training.json")),
         _corpus_section(_read(run_dir / "token_store" / "manifest.json")),
         _config_section(run_dir),
@@ -108,6 +112,8 @@ def _plan_section(plan: FreezePlan | None) -> str:
     cells += [("norm", plan.train_final_norm), ("head", plan.train_lm_head)]
     drawn = "".join(f'<div class="cell {"on" if trains else "off"}">{name}</div>' for name, trains in cells)
     text = f"<h2>The plan</h2><p>{html.escape(plan.reason)}</p><div class='map'>{drawn}</div>"
+    if older := describe_older_rule(plan):
+        text += f"<p>{html.escape(older)}</p>"
     text += '<p class="soft">Amber trains, blue is frozen; layer 0 is beside the embeddings.</p>'
     return text + _cost_table(plan)
 
@@ -123,7 +129,8 @@ def _cost_table(plan: FreezePlan) -> str:
         rows.append(
             [name, f"{cost.trainable_params:,}", f"{cost.total_flops / 1e9:.4g}", share, str(cost.first_gradient_layer)]
         )
-    headings = ["predicted", "trainable parameters", "GFLOP per token", "of full", "backward reaches layer"]
+    rate = f"GFLOP per token in rows of {plan.predicted_cost['seq_len']:,}"
+    headings = ["predicted", "trainable parameters", rate, "of full", "backward reaches layer"]
     return render_table(headings, rows)
 
 

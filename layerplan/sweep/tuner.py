@@ -10,6 +10,7 @@ from typing import Any
 
 from layerplan.config.sweep import SweepConfig
 from layerplan.errors import TrainingError
+from layerplan.plan.hashing import compute_sha256
 from layerplan.sweep.objective import Trial, run_trial
 from layerplan.train.trainer import TrainRequest
 
@@ -49,11 +50,21 @@ def run_sweep(config: SweepConfig, request: TrainRequest, trials: Sequence[Trial
     return sorted(results, key=lambda item: (item.validation_loss is None, item.validation_loss, item.name))
 
 
+def name_search(config: SweepConfig, trials: Sequence[str]) -> str:
+    """The name of Tune's own folder: another one for another search, since a restored search knows only its first trials.
+
+    A trial that was trained under an earlier search is read back or goes on from its checkpoint, as its folder stays.
+    """
+    content = [sorted(trials), config.scheduler, config.max_concurrent_trials]
+    return f"{TUNE_NAME}_{compute_sha256(content)[:12]}"
+
+
 def _make_tuner(config: SweepConfig, request: TrainRequest, trials: Mapping[str, Trial]) -> Any:
     from ray import tune
 
     trainable = tune.with_resources(partial(run_trial, request=request, trials=dict(trials)), {"CPU": DRIVER_CPUS})
-    path = Path(request.run_dir) / TUNE_NAME
+    name = name_search(config, list(trials))
+    path = Path(request.run_dir) / name
     if tune.Tuner.can_restore(str(path)):
         return tune.Tuner.restore(str(path), trainable=trainable, resume_unfinished=True, restart_errored=True)
     return tune.Tuner(
@@ -65,7 +76,7 @@ def _make_tuner(config: SweepConfig, request: TrainRequest, trials: Mapping[str,
             max_concurrent_trials=config.max_concurrent_trials,
             scheduler=_make_scheduler(config),
         ),
-        run_config=tune.RunConfig(name=TUNE_NAME, storage_path=str(request.run_dir), verbose=0),
+        run_config=tune.RunConfig(name=name, storage_path=str(request.run_dir), verbose=0),
     )
 
 

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from layerplan.config.plan import DEFAULT_MIN_SIDE
 from layerplan.config.trace import TraceConfig
-from layerplan.plan.boundary import compute_alignment_scores, find_best_boundary
+from layerplan.plan.boundary import RULES, compute_alignment_scores, find_best_boundary, list_candidates
 from layerplan.plan.layer_profile import Interval, LayerProfile, ModelIdentity, SemanticProfile
 from layerplan.tracer import measures
+from layerplan.tracer.answers import average_by_group, compare_answers
 from layerplan.tracer.stability import check_stability
 
 Array = NDArray[np.float64]
@@ -44,10 +46,11 @@ def build_profile(
     sensitivity = compute_sensitivity(js, config.sensitivity_eps)
     ratio_rows, sensitivity_rows = compute_group_means(ratio, group_of), compute_group_means(sensitivity, group_of)
     particle, layer_sensitivity = ratio_rows.mean(0), sensitivity_rows.mean(0)
-    scores = compute_alignment_scores(particle.tolist(), layer_sensitivity.tolist())
-    uncertainty, wins = _bootstrap(ratio, sensitivity, group_of, config)
+    scored = choose_sensitivity(js, config)
+    scores = compute_alignment_scores(particle, compute_group_means(scored, group_of).mean(0)).tolist()
+    uncertainty, stability = _bootstrap(ratio, sensitivity, scored, group_of, config)
     variants = {
-        name: compute_sensitivity(_stack(records, column), config.sensitivity_eps)
+        name: choose_sensitivity(_stack(records, column), config)
         for name, column in (("top_k", "js_top_k_check"), ("mask", "js_mask_check"))
     }
     return LayerProfile(
@@ -56,10 +59,13 @@ def build_profile(
         probe_set_sha256=probe_set_sha256,
         groups=groups,
         num_probes=len(records),
-        answered_share={
-            name: float(np.mean([record["is_right"] for record in records if record["group"] == name]))
-            for name in groups
-        },
+        answered_share=average_by_group(records, "is_right"),
+        num_right=sum(bool(record["is_right"]) for record in records),
+        copied_share=average_by_group(records, "is_copy"),
+        answer_entropy=average_by_group(records, "entropy"),
+        right_and_wrong=compare_answers(
+            ratio, scored, group_of, np.array([bool(record["is_right"]) for record in records]), seed=config.seed
+        ),
         task_particle=particle.tolist(),
         task_particle_rows=ratio_rows.tolist(),
         task_particle_median=np.median(ratio, axis=0).tolist(),
@@ -71,11 +77,11 @@ def build_profile(
         layer_sensitivity_rows=sensitivity_rows.tolist(),
         absolute_sensitivity=compute_group_means(np.abs(np.diff(js, axis=1)), group_of).mean(0).tolist(),
         alignment_score=scores,
-        best_boundary=find_best_boundary(scores),
+        best_boundary=1 + scores.index(max(scores)) if scores else None,
         semantic={kind: _semantic(_stack(records, f"deviation_{kind}")) for kind in measures.DEVIATIONS},
         uncertainty=uncertainty,
-        boundary_win_share=wins,
-        stability=check_stability(ratio, sensitivity, variants, group_of, seed=config.seed),
+        probe_stability=stability,
+        stability=check_stability(ratio, scored, variants, group_of, seed=config.seed),
         measured_by={
             mask: dict(sorted(Counter(way for record in records if (way := record[f"way_{mask}"])).items()))
             for mask in ("mean", "zero")
@@ -103,6 +109,13 @@ def compute_sensitivity(js: Array, eps: float = measures.SENSITIVITY_EPS) -> Arr
     return np.asarray(measures.compute_layer_sensitivity(torch.from_numpy(js.T.copy()), eps).T.numpy())[:, :-1]
 
 
+def choose_sensitivity(js: Array, config: TraceConfig) -> Array:
+    """The sensitivity that S(k) is made of, l = 1..L-1, per probe: (N, L + 1) to (N, L - 1)."""
+    if config.sensitivity == "absolute":
+        return np.abs(np.diff(js, axis=1))[:, :-1]
+    return compute_sensitivity(js, config.sensitivity_eps)
+
+
 def compute_group_means(values: Array, group_of: NDArray[Any]) -> Array:
     """Mean of the probes of each group: (N, ...) to (groups, ...)."""
     return np.stack([values[group_of == group].mean(0) for group in range(group_of.max() + 1)])
@@ -115,23 +128,28 @@ def _semantic(deviation: Array) -> SemanticProfile:
 
 
 def _bootstrap(
-    ratio: Array, sensitivity: Array, group_of: NDArray[Any], config: TraceConfig
-) -> tuple[dict[str, list[Interval]], list[float]]:
-    """Resamples probes within their groups: 95 % intervals, and how often each boundary wins."""
+    ratio: Array, sensitivity: Array, scored: Array, group_of: NDArray[Any], config: TraceConfig
+) -> tuple[dict[str, list[Interval]], dict[str, list[float]]]:
+    """Resamples probes within their groups: 95 % intervals, and how often each rule chooses each boundary."""
     rng = np.random.default_rng(config.seed)
-    samples: dict[str, list[Array]] = {"task_particle": [], "layer_sensitivity": [], "alignment_score": []}
-    wins = np.zeros(ratio.shape[1] - 1)
     members = [np.flatnonzero(group_of == group) for group in range(group_of.max() + 1)]
+    means: dict[str, list[Array]] = {"task_particle": [], "layer_sensitivity": [], "scored": []}
     for _ in range(config.bootstrap_samples):
         drawn = [rng.choice(indices, size=len(indices)) for indices in members]
-        particle = np.mean([ratio[indices].mean(0) for indices in drawn], axis=0)
-        sensitive = np.mean([sensitivity[indices].mean(0) for indices in drawn], axis=0)
-        scores = compute_alignment_scores(particle.tolist(), sensitive.tolist())
-        wins[find_best_boundary(scores) - 1] += 1
-        for name, values in zip(samples, (particle, sensitive, np.array(scores))):
-            samples[name].append(values)
-    intervals = {name: _intervals(np.stack(values)) for name, values in samples.items()}
-    return intervals, (wins / config.bootstrap_samples).tolist()
+        for name, values in zip(means, (ratio, sensitivity, scored)):
+            means[name].append(np.mean([values[indices].mean(0) for indices in drawn], axis=0))
+    samples = {name: np.stack(values) for name, values in means.items()}
+    scores = compute_alignment_scores(samples["task_particle"], samples.pop("scored"))
+    num_layers = ratio.shape[1]
+    shares: dict[str, list[float]] = {
+        rule: (
+            np.bincount(find_best_boundary(scores, num_layers, rule, DEFAULT_MIN_SIDE), minlength=num_layers - 1)[1:]
+            / len(scores)
+        ).tolist()
+        for rule in RULES
+        if list_candidates(num_layers, rule, DEFAULT_MIN_SIDE)
+    }
+    return {name: _intervals(values) for name, values in {**samples, "alignment_score": scores}.items()}, shares
 
 
 def _intervals(values: Array) -> list[Interval]:

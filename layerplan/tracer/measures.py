@@ -30,6 +30,12 @@ def compute_log_prob(logits_BV: Tensor, target_B: Tensor) -> Tensor:
     return (logits_BV.gather(-1, target_B[:, None]) - highest_B1)[:, 0].double() - total_B.log()
 
 
+def compute_entropy(logits_BV: Tensor) -> Tensor:
+    """Entropy of softmax(logits) in nats, float64: (B,)."""
+    log_prob = torch.log_softmax(logits_BV.double(), -1)
+    return -(log_prob.exp() * log_prob).nansum(-1)
+
+
 def compute_js(logits_BV: Tensor, perturbed_BV: Tensor, top_k: int) -> Tensor:
     """Jensen-Shannon divergence with natural logarithm on the union of both top-k sets, renormalised (Eq. 3-5): (B,).
 

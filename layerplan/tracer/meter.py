@@ -42,8 +42,9 @@ class ProbeMeter:
         """One record per probe, in order.
 
         A record holds `log_prob` of the model's own answer, `js` for the configured mask and support with its two
-        variants, the deviations by kind (L + 1 values each), the answers' ids, and the ways it was measured. A probe
-        that does not check the other mask has NaN for it, and no way.
+        variants, the deviations by kind (L + 1 values each), the answers' ids, whether the model's own answer stands in
+        the context, the entropy of its distribution in nats, and the ways it was measured. A probe that does not check the
+        other mask has NaN for it, and no way.
 
         Raises:
             ModelError: When the model fails its self-test.
@@ -82,6 +83,8 @@ class ProbeMeter:
         }
         values = {name: column.T.double().cpu().numpy() for name, column in columns.items()}
         is_right = (target_B == gold_B).tolist()
+        is_copy = ((ids_BT == target_B[:, None]) & context_BT).any(-1).tolist()
+        entropy = torch.cat([measures.compute_entropy(rows) for rows in intact_BV.split(HEAD_ROWS)]).tolist()
         return [
             {
                 "id": probe.id,
@@ -90,6 +93,8 @@ class ProbeMeter:
                 "target_id": target,
                 "gold_id": probe.gold_id,
                 "is_right": is_right[row],
+                "is_copy": is_copy[row],
+                "entropy": entropy[row],
                 f"way_{self._config.mask}": own_way,
                 f"way_{other}": other_way if probe.checks_mask else "",
                 **{name: np.ascontiguousarray(column[row]) for name, column in values.items()},

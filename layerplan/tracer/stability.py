@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from layerplan.plan.boundary import compute_alignment_scores, find_best_boundary
+from layerplan.config.plan import DEFAULT_MIN_SIDE
+from layerplan.plan.boundary import compute_alignment_scores, find_best_boundary, list_candidates
 
 Array = NDArray[np.float64]
 NUM_SPLITS = 100
@@ -35,7 +36,8 @@ def check_stability(
 
     Returns:
         Per variant `num_probes`, `sensitivity_correlation`, `score_correlation` (Spearman), `boundary` and
-        `boundary_change` in layers against the measurement on the same probes. For `halves` the means over the splits
+        `boundary_change` in layers against the measurement on the same probes, both boundaries by the `change_point` rule
+        and left out for models too small for it. For `halves` the means over the splits
         of `sensitivity_correlation`, `task_particle_correlation`, `score_correlation` and `boundary_change`, and
         `same_boundary_share`. Without two probes in some group there is no `halves`.
     """
@@ -50,8 +52,7 @@ def check_stability(
             "num_probes": float(len(chosen)),
             "sensitivity_correlation": correlate(whole[1], other[1]),
             "score_correlation": correlate(whole[2], other[2]),
-            "boundary": float(other[3]),
-            "boundary_change": float(other[3] - whole[3]),
+            **_compare_boundaries(whole[3], other[3]),
         }
     splits = [_split(group_of, np.random.default_rng([seed, number])) for number in range(NUM_SPLITS)]
     pairs = [
@@ -64,10 +65,20 @@ def check_stability(
             "sensitivity_correlation": float(np.mean([correlate(a[1], b[1]) for a, b in pairs])),
             "task_particle_correlation": float(np.mean([correlate(a[0], b[0]) for a, b in pairs])),
             "score_correlation": float(np.mean([correlate(a[2], b[2]) for a, b in pairs])),
-            "boundary_change": float(np.mean([abs(a[3] - b[3]) for a, b in pairs])),
-            "same_boundary_share": float(np.mean([a[3] == b[3] for a, b in pairs])),
         }
+        chosen_pairs = [(a[3], b[3]) for a, b in pairs if a[3] is not None and b[3] is not None]
+        if chosen_pairs:
+            checks["halves"] |= {
+                "boundary_change": float(np.mean([abs(a - b) for a, b in chosen_pairs])),
+                "same_boundary_share": float(np.mean([a == b for a, b in chosen_pairs])),
+            }
     return checks
+
+
+def _compare_boundaries(whole: int | None, other: int | None) -> dict[str, float]:
+    if whole is None or other is None:
+        return {}
+    return {"boundary": float(other), "boundary_change": float(other - whole)}
 
 
 def correlate(first: Array, second: Array) -> float:
@@ -79,13 +90,15 @@ def correlate(first: Array, second: Array) -> float:
 
 def _summarise(
     ratio: Array, sensitivity: Array, group_of: NDArray[Any], chosen: NDArray[Any]
-) -> tuple[Array, Array, Array, int]:
+) -> tuple[Array, Array, Array, int | None]:
     """Task particle, sensitivity, scores and boundary of some probes: group means first, as in the profile."""
     groups = [chosen[group_of[chosen] == group] for group in np.unique(group_of[chosen])]
     particle = np.mean([ratio[indices].mean(0) for indices in groups], axis=0)
     sensitive = np.mean([sensitivity[indices].mean(0) for indices in groups], axis=0)
-    scores = compute_alignment_scores(particle.tolist(), sensitive.tolist())
-    return particle, sensitive, np.array(scores), find_best_boundary(scores)
+    scores = compute_alignment_scores(particle, sensitive)
+    if not list_candidates(len(particle), "change_point", DEFAULT_MIN_SIDE):
+        return particle, sensitive, scores, None
+    return particle, sensitive, scores, int(find_best_boundary(scores, len(particle), "change_point", DEFAULT_MIN_SIDE))
 
 
 def _split(group_of: NDArray[Any], rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[Any]]:

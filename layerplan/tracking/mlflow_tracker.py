@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import Metric, Param
+from mlflow.entities import Experiment, LifecycleStage, Metric, Param
 from mlflow.exceptions import MlflowException
 
 from layerplan.errors import TrackingError
@@ -33,7 +33,7 @@ def open_mlflow_run(uri: str, experiment: str, run_dir: Path, run_name: str) -> 
     """Opens or continues the parent run of a run folder.
 
     Raises:
-        TrackingError: When the store cannot be opened.
+        TrackingError: When the store cannot be opened, or the experiment was deleted in it.
     """
     try:
         client = mlflow.MlflowClient(tracking_uri=uri)
@@ -42,13 +42,25 @@ def open_mlflow_run(uri: str, experiment: str, run_dir: Path, run_name: str) -> 
             location = (run_dir.parent / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
             experiment_id = client.create_experiment(experiment, artifact_location=location)
         else:
+            _check_active(found, uri)
             experiment_id = found.experiment_id
         book = _RunBook(run_dir / RUNS_NAME)
         run_id = _open_run(client, book, experiment_id, run_name, "parent", {})
+    except TrackingError:
+        raise
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TrackingError(f"tracking.uri={uri}: cannot be opened ({first})") from error
     return MlflowTracker(client, uri, experiment_id, run_id, book)
+
+
+def _check_active(experiment: Experiment, uri: str) -> None:
+    """Refuses an experiment in MLflow's trash: it takes no run, its name is taken, and it may lie there on purpose."""
+    if experiment.lifecycle_stage == LifecycleStage.DELETED:
+        raise TrackingError(
+            f"tracking.experiment={experiment.name}: was deleted in {uri}; restore it with `MLFLOW_TRACKING_URI={uri} mlflow"
+            f" experiments restore --experiment-id {experiment.experiment_id}`, or set tracking.experiment to another name"
+        )
 
 
 class MlflowTracker:

@@ -1,9 +1,11 @@
-"""Which attention runs on packed rows, and the mask it is given.
+"""Which attention runs on packed rows.
 
-A row made of one document needs no mask: the plain causal kernel runs. With several documents, `sdpa` takes a boolean
-mask, and `flex` (FlexAttention, GPU) a block mask whose empty blocks are skipped, so cost falls with document length.
-`eager` spells the products out for the compiler: on a CPU, over rows of 512, a whole training step took 0.89 of the
-step with PyTorch's CPU flash kernel.
+The masks are made by `transformers`, as each layer means them, from positions that restart. A row made of one document
+needs none: the plain causal kernel runs. With several documents, `sdpa` takes a boolean mask, and `flex` (FlexAttention,
+GPU) a block mask whose empty blocks are skipped, so cost falls with document length. `eager` spells the products out
+for the compiler: on a CPU, over rows of 512, a whole training step took 0.89 of the step with PyTorch's CPU flash
+kernel. A model whose own attention does more than those kernels, such as capping its scores, gets `eager` from its loss
+recipe.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from layerplan.config.train import TrainConfig
+from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.model_shape import ModelShape
 
 CPU_EAGER_TOKENS = 1024
@@ -23,37 +26,12 @@ IMPLEMENTATIONS = {"sdpa": "sdpa", "flex": "flex_attention", "eager": "eager"}
 """Our name to transformers' name."""
 
 
-def make_document_mask(document_ids_BT: Tensor, attention: str = "sdpa") -> Any:
-    """Returns the mask, True where a query may see a key: same document, not later.
-
-    Args:
-        document_ids_BT: Document of each position within its row.
-        attention: `sdpa` gives a (B, 1, T, T) boolean tensor, `eager` one of float32 to add to the scores, `flex` a
-            BlockMask of that shape.
-
-    Returns:
-        None when every row is one document and the plain causal kernel does (not for `flex`).
-    """
-    if attention == "flex":
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (query >= key) & (document_ids_BT[batch, query] == document_ids_BT[batch, key])
-
-        num_rows, seq_len = document_ids_BT.shape
-        return create_block_mask(allowed, num_rows, None, seq_len, seq_len, device=document_ids_BT.device)
-    if bool((document_ids_BT == document_ids_BT[:, :1]).all()):
-        return None
-    same = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
-    allowed_BTT = torch.tril(same)[:, None]
-    if attention == "eager":
-        lowest = torch.finfo(torch.float32).min
-        return torch.zeros(allowed_BTT.shape, device=same.device).masked_fill_(~allowed_BTT, lowest)
-    return allowed_BTT
-
-
-def choose_attention(config: TrainConfig, shape: ModelShape, seq_len: int, device: torch.device) -> str:
-    """Returns `sdpa`, `flex` or `eager`: what the config says, or the faster one in a short test on a GPU."""
+def choose_attention(
+    config: TrainConfig, shape: ModelShape, seq_len: int, device: torch.device, recipe: LossRecipe
+) -> str:
+    """Returns `sdpa`, `flex` or `eager`: what the model needs, what the config says, or the faster one on a GPU."""
+    if recipe.attention == "eager":
+        return "eager"
     if config.attention != "auto":
         return config.attention
     if device.type != "cuda":
@@ -70,7 +48,7 @@ def choose_attention(config: TrainConfig, shape: ModelShape, seq_len: int, devic
 def time_attention(name: str, shape: ModelShape, seq_len: int, num_rows: int, device: torch.device) -> float:
     """Seconds of one forward and backward pass over rows of four documents, the best of five."""
     document_ids = (torch.arange(seq_len, device=device) * 4 // seq_len).expand(num_rows, seq_len)
-    mask = make_document_mask(document_ids, name)
+    mask = _make_mask(document_ids, name)
 
     def random(num_heads: int) -> Tensor:
         size = (num_rows, num_heads, seq_len, shape.head_dim)
@@ -87,6 +65,19 @@ def time_attention(name: str, shape: ModelShape, seq_len: int, num_rows: int, de
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - started)
     return best
+
+
+def _make_mask(document_ids_BT: Tensor, name: str) -> Any:
+    """True where a query may see a key: same document, not later."""
+    if name == "flex":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query >= key) & (document_ids_BT[batch, query] == document_ids_BT[batch, key])
+
+        num_rows, seq_len = document_ids_BT.shape
+        return create_block_mask(allowed, num_rows, None, seq_len, seq_len, device=document_ids_BT.device)
+    return torch.tril(document_ids_BT[:, :, None] == document_ids_BT[:, None, :])[:, None]
 
 
 def _attend(name: str, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:

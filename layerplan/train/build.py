@@ -15,12 +15,15 @@ from layerplan.models.causal_lm import load_causal_lm
 from layerplan.models.freezing import AppliedPlan, apply_plan
 from layerplan.plan.cost import GIB
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.memory import MemoryEstimate, choose_placement, choose_placements, explain_shortage
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.train.attention import IMPLEMENTATIONS, choose_attention
+from layerplan.train.loss_proof import agree_on_recipe
 from layerplan.train.optim import build_optimizer
 from layerplan.train.request import TrainRequest
+from layerplan.train.self_test import try_set_attention
 from layerplan.train.sharding import PlacedModel, place_model
 
 
@@ -36,6 +39,8 @@ class BuiltModel:
     available_bytes: float
     parked: Parked
     """What other phases of the plan train."""
+    recipe: LossRecipe
+    """How its loss is computed."""
 
 
 def build_model(
@@ -78,21 +83,22 @@ def build_model(
             f"the run does not fit into memory{where}. {explain_shortage(largest.estimate, available, config)}"
         )
     placement, estimate = choose_placement(plan, shape, config, **limits)
-    placement = replace(placement, attention=choose_attention(config, shape, seq_len, device))
     torch.manual_seed(request.seed)
     causal_lm = load_causal_lm(
         request.model_path, revision=request.revision, trust_remote_code=request.trust_remote_code
     )
-    causal_lm.set_attn_implementation(IMPLEMENTATIONS[placement.attention])
+    recipe = request.recipe or agree_on_recipe(causal_lm, seq_len=seq_len, rank=rank, world_size=world_size)
+    placement = replace(placement, attention=choose_attention(config, shape, seq_len, device, recipe))
+    try_set_attention(causal_lm, IMPLEMENTATIONS[placement.attention])
     parked = park_other_phases(causal_lm, request.plan, plan, checkpoint)
     applied = apply_plan(causal_lm, plan)
     causal_lm.train()
-    placed = place_model(causal_lm, plan, config, placement, world_size=world_size, device=device)
+    placed = place_model(causal_lm, plan, config, placement, world_size=world_size, device=device, recipe=recipe)
     optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters, compiled=config.compile)
     placed.masters.clear()
     if rank == 0:
         print(render_placement(placement, estimate, available, applied), flush=True)
-    return BuiltModel(placed, applied, optimizer, placement, estimate, available, parked)
+    return BuiltModel(placed, applied, optimizer, placement, estimate, available, parked, recipe)
 
 
 def park_other_phases(causal_lm: nn.Module, whole: FreezePlan, plan: FreezePlan, checkpoint: Path | None) -> Parked:

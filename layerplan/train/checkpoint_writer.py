@@ -1,40 +1,52 @@
-"""Checkpoints of a running training: saved in the background, committed through Ray, restored in place."""
+"""Checkpoints of a running training: saved and sealed in the background, reported to Ray, restored in place."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
-import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import nn
 
-from layerplan.checkpoint.dcp import Parked, load_checkpoint, save_checkpoint
-from layerplan.checkpoint.layout import CHECKPOINTS_NAME, STATE_NAME, name_step, read_train_state, write_train_state
+from layerplan.checkpoint.dcp import Parked, Saving, load_checkpoint, save_checkpoint
+from layerplan.checkpoint.index import AWAITS_NAME, clear_checkpoint, prune_checkpoints
+from layerplan.checkpoint.layout import CHECKPOINTS_NAME, STATE_NAME, name_step, write_train_state
+from layerplan.checkpoint.seal import SEAL_NAME, Seal, mark_bytes, write_seal
+from layerplan.errors import CheckpointError
+from layerplan.train.resume import Resumed, find_resume
 from layerplan.train.state import TrainState
+
+_SEAL_TIMEOUT_S = 60
 
 
 @dataclass
 class CheckpointWriter:
-    """Saves in the background and commits through Ray: complete, or ignored."""
+    """Saves in the background; a checkpoint is sealed, or it does not count."""
 
     run_dir: Path
     model: nn.Module
     optimizer: torch.optim.Optimizer
     group: Any
     rank: int
+    resumed: Resumed
+    """What the run goes on from; its checkpoint is proven."""
+    keep: int = 2
+    """Newest checkpoints kept."""
     validated_steps: range = range(0)
     """Steps whose checkpoints Ray Train hands to the validation function."""
-    newest: Path | None = None
-    """Newest checkpoint this run has, restored or saved."""
     parked: Parked = field(default_factory=Parked)
     """What other phases of the plan train."""
     fresh_moments: bool = False
     """Whether parameters may come without moments, as after a change of plan."""
-    _pending: Any = None
+    _newest: Path | None = None
+    _pending: Saving | None = None
+
+    def __post_init__(self) -> None:
+        self._newest = self.resumed.checkpoint
 
     def save(self, state: TrainState) -> None:
         """Starts saving and hands the end of it to Ray's upload thread.
@@ -44,18 +56,19 @@ class CheckpointWriter:
         self._wait()
         name = name_step(state.step)
         folder = self.run_dir / CHECKPOINTS_NAME / name
+        is_validated = state.step in self.validated_steps
         if self.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / STATE_NAME).unlink(missing_ok=True)
-        future = save_checkpoint(folder, self.model, self.optimizer, self.group, self.parked)
-        self._pending = future
-        self.newest = folder
+            clear_checkpoint(folder)
+            if is_validated:
+                (folder / AWAITS_NAME).touch()
+        saving = save_checkpoint(folder, self.model, self.optimizer, self.group, self.parked)
+        self._pending, self._newest = saving, folder
 
         def finish(checkpoint: Checkpoint, checkpoint_dir_name: str) -> Checkpoint:
-            if future is not None:
-                future.result()
+            saving.wait()
             if self.rank == 0:
-                write_train_state(folder, state.model_dump(mode="json"))
+                seal_checkpoint(folder, state, saving, self.resumed.run_id)
+                prune_checkpoints(folder.parent, self.keep, in_use=(folder,))
             return Checkpoint(str(folder))
 
         ray.train.report(
@@ -65,37 +78,65 @@ class CheckpointWriter:
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=finish,
             delete_local_checkpoint_after_upload=False,
-            validation=state.step in self.validated_steps,
+            validation=is_validated,
         )
 
-    def restore(self, expected: TrainState) -> TrainState | None:
-        """Loads the newest checkpoint into model and optimizer; None when there is none."""
-        if self.newest is None:
+    def restore(self) -> TrainState | None:
+        """Loads the newest checkpoint that proves itself into model and optimizer; None when there is none."""
+        if self._newest is None:
             return None
-        self._wait()
-        dist.barrier()
-        load_checkpoint(self.newest, self.model, self.optimizer, fresh_moments=self.fresh_moments)
-        return expected.check_same_run(self._read_state())
+        found = self._prove_newest()
+        if found.checkpoint is None:
+            raise CheckpointError(f"{self._newest}: gone while it was needed")
+        load_checkpoint(found.checkpoint, self.model, self.optimizer, fresh_moments=self.fresh_moments)
+        self.resumed, self._newest = found, found.checkpoint
+        return found.state
 
-    def finish(self) -> None:
-        """Returns once the newest checkpoint is whole on disk, its state file included."""
+    def finish(self) -> Resumed:
+        """Returns the newest checkpoint once it is sealed and proven.
+
+        Raises:
+            CheckpointError: When it is not what was saved; the next attempt goes on from an older one.
+        """
+        found = self._prove_newest()
+        if found.checkpoint != self._newest:
+            raise CheckpointError(f"{self._newest}: damaged since it was written")
+        return found
+
+    def _prove_newest(self) -> Resumed:
         self._wait()
-        if self.newest is not None:
-            self._read_state()
-        dist.barrier()
+        if self._newest == self.resumed.checkpoint:
+            return self.resumed
+        if self.rank == 0:
+            self._wait_for_seal()
+        return find_resume(self.run_dir / CHECKPOINTS_NAME, self.resumed.state, self.rank)
 
     def _wait(self) -> None:
         if self._pending is not None:
-            self._pending.result()
+            self._pending.wait()
             self._pending = None
 
-    def _read_state(self) -> dict[str, Any]:
-        """Rank 0 writes the state in its upload thread, a moment after the shards are done."""
-        import time
+    def _wait_for_seal(self) -> None:
+        """The upload thread seals a moment after the shards are done."""
+        assert self._newest is not None
+        deadline = time.monotonic() + _SEAL_TIMEOUT_S
+        while not (self._newest / SEAL_NAME).exists():
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"{self._newest}: no {SEAL_NAME} {_SEAL_TIMEOUT_S} s after its shards were written"
+                )
+            time.sleep(0.05)
 
-        assert self.newest is not None
-        for _ in range(100):
-            if (self.newest / STATE_NAME).exists():
-                break
-            time.sleep(0.1)
-        return read_train_state(self.newest)
+
+def seal_checkpoint(folder: Path, state: TrainState, saving: Saving, run_id: str) -> None:
+    """Writes the state, then the seal over it and all that was saved; rank 0 does."""
+    content = write_train_state(folder, state.model_dump(mode="json"))
+    seal = Seal(
+        step=state.step,
+        tokens_seen=state.tokens_seen,
+        plan_sha256=state.plan_sha256,
+        corpus_sha256=state.corpus_sha256,
+        run_id=run_id,
+        files={**saving.marks, STATE_NAME: mark_bytes(content)},
+    )
+    write_seal(folder, seal)

@@ -27,7 +27,7 @@ from layerplan.train.schedule import compute_lr_scale, compute_rewarm_scale
 from layerplan.train.sharding import PlacedModel
 from layerplan.train.stability import StabilityMonitor, Verdict
 from layerplan.train.state import PROOF_FIELDS, TrainState
-from layerplan.train.step import TensorBatch, accumulate_gradients, make_batch
+from layerplan.train.step import TensorBatch, accumulate_gradients, equalise, make_batches
 from layerplan.train.throughput import Window, compute_mfu, peak_memory_gib, render_progress
 from layerplan.train.validation import compute_validation_loss
 
@@ -158,7 +158,8 @@ def _forward_backward(
     # dropout, where a model has any, is a function of the step, so that a resume repeats it
     torch.manual_seed(state.step * setup.world_size + setup.rank)
     placed = setup.placed
-    batches = [make_batch(piece, setup.device) for piece in rows.split(setup.config.micro_batch_size)]
+    batches = make_batches(rows, setup.config.micro_batch_size, placed.model.recipe, setup.device)
+    batches = equalise(batches, placed.model.recipe, setup.device, setup.world_size)
     labels, tokens, wants_stop = _agree(setup, batches, rows, hooks)
     try:
         with window.phase("forward_backward"):

@@ -36,30 +36,41 @@ class LossOptions:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of `hidden_ND @ weight_VD.T` against labels_N, ignoring IGNORED."""
+    """Sum of the cross-entropies of `hidden_ND @ weight_VD.T + bias_V` against labels_N, ignoring IGNORED."""
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, scale: float, options: LossOptions
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        scale: float,
+        options: LossOptions,
     ) -> Tensor:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         core = _compiled_core() if options.compiled else _chunk
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight: Tensor | None = None
+        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and needs_bias else None
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         num_rows, size = len(hidden_ND), choose_chunk_rows(hidden_ND.device.type, len(weight_VD))
         buffer_CV = hidden_ND.new_empty(min(size, num_rows), len(weight_VD))
         for start in range(0, num_rows, size):
             piece = slice(start, min(start + size, num_rows))
             logits = torch.mm(hidden_ND[piece], weight_VD.T, out=buffer_CV[: piece.stop - start])
+            if bias_V is not None:
+                logits += bias_V
             loss, grad_logits = core(logits, labels_N[piece], scale, options.softcap, options.z_weight)
             total += loss
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight_VD, out=grad_hidden[piece])
             if needs_weight:
                 grad_weight = _add_product(grad_weight, grad_logits.T, hidden_ND[piece])
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.scale, ctx.weight_dtype = scale, weight_VD.dtype
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(dim=0, dtype=torch.float32)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.scale, ctx.dtypes = scale, (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         return total
 
     @staticmethod
@@ -69,12 +80,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         if grad_output.device.type != "cpu" or float(grad_output) != ctx.scale:
             rest = grad_output / ctx.scale
             grads = [None if grad is None else grad * rest.to(grad.dtype) for grad in grads]
-        grad_hidden, grad_weight = grads
-        return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.weight_dtype), None, None, None
+        grads = [None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes)]
+        return *grads, None, None, None
 
 
 def compute_loss_sum(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, scale: float = 1.0, options: LossOptions | None = None
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    bias_V: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    options: LossOptions | None = None,
 ) -> Tensor:
     """Returns the summed cross-entropy as a float32 scalar.
 
@@ -82,11 +99,14 @@ def compute_loss_sum(
         hidden_ND: Hidden states after the final norm.
         weight_VD: Head, in the dtype of the hidden states.
         labels_N: Token ids or IGNORED.
+        bias_V: Bias of the head, where it has one.
         scale: What the caller is going to multiply the sum by before `backward`; knowing it here saves a pass over the
             gradients. Another factor is still right, only slower.
         options: Soft-cap, z-loss, compilation.
     """
-    loss: Tensor = LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, float(scale), options or LossOptions())
+    loss: Tensor = LinearCrossEntropy.apply(
+        hidden_ND, weight_VD, bias_V, labels_N, float(scale), options or LossOptions()
+    )
     return loss
 
 

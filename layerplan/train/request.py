@@ -9,9 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from layerplan.config.base import describe_fault
 from layerplan.config.train import TrainConfig
 from layerplan.errors import CheckpointError
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.train.metrics import MetricSink
 
 RESULT_NAME = "training.json"
@@ -42,6 +46,8 @@ class TrainRequest:
     seed: int
     sink_factory: Callable[[int], MetricSink] | None = None
     """(start step) to the sink of rank 0."""
+    recipe: LossRecipe | None = None
+    """How the model's loss is computed; None lets the workers ask it."""
     revision: str = "main"
     trust_remote_code: bool = False
     validation: CheckpointValidation | None = None
@@ -98,6 +104,9 @@ def load_result(run_dir: Path) -> TrainResult | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         for key in ("final_checkpoint", "hf_dir"):
             values[key] = None if values[key] is None else run_dir / values[key]
-        return TrainResult(**values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); delete it to continue from the checkpoints") from None
+        return TypeAdapter(TrainResult).validate_python(values)
+    except ValidationError as error:
+        fault = describe_fault(error)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        fault = " ".join(str(error).split())[:200]
+    raise CheckpointError(f"{path}: cannot be read ({fault}); delete it to continue from the checkpoints")

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from layerplan.config.train import TrainConfig
 from layerplan.models.causal_lm import DecoderParts, find_decoder_parts
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.placement import Placement
 from layerplan.train.activation import checkpoint_layers
 from layerplan.train.replicate import GradientReducer
@@ -26,8 +27,7 @@ from layerplan.train.step import LossModel
 class PlacedModel:
     """A model ready for its optimizer."""
 
-    model: nn.Module
-    """A `LossModel`."""
+    model: LossModel
     masters: dict[int, Tensor] = field(default_factory=dict)
     """id of a low-precision trained parameter to its float32 original."""
     set_sync: Callable[[bool], None] | None = None
@@ -53,6 +53,7 @@ def place_model(
     *,
     world_size: int,
     device: torch.device,
+    recipe: LossRecipe | None = None,
 ) -> PlacedModel:
     """Casts, compiles, checkpoints and distributes the model the plan was applied to."""
     parts = find_decoder_parts(causal_lm)
@@ -65,7 +66,7 @@ def place_model(
     if config.compile:
         compile_layers(parts)
     checkpoint_layers(parts.layers, placement.checkpointed_layers)
-    model = LossModel(causal_lm, attention=placement.attention, z_weight=config.z_loss, compiled=config.compile)
+    model = LossModel(causal_lm, recipe, z_weight=config.z_loss, compiled=config.compile)
     if placement.parallelism == "replicate":
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if config.global_batch_size > world_size * config.micro_batch_size:

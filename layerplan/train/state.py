@@ -5,10 +5,22 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from layerplan.config.base import StrictModel
+from pydantic import ValidationError
+
+from layerplan.checkpoint.layout import STATE_NAME
+from layerplan.config.base import StrictModel, describe_fault
 from layerplan.errors import CheckpointError
 
-PROOF_FIELDS = ("gradient_coverage", "coverage_checks", "frozen_checksum", "frozen_checks", "frozen_check_s")
+PROOF_FIELDS = (
+    "gradient_coverage",
+    "coverage_checks",
+    "frozen_checksum",
+    "frozen_checks",
+    "frozen_check_s",
+    "loss_recipe",
+    "self_tests",
+    "self_test_difference",
+)
 """What shows that the plan is obeyed."""
 
 
@@ -41,6 +53,12 @@ class TrainState(StrictModel):
     """Times the frozen tensors were found unchanged."""
     frozen_check_s: float = 0.0
     """Seconds spent on it, over all attempts."""
+    loss_recipe: str = ""
+    """How the loss is computed; empty in states of versions that did not ask the model."""
+    self_tests: int = 0
+    """Times the placed model's loss was compared with that of documents one by one."""
+    self_test_difference: float = 0.0
+    """Largest difference found then, nats per token."""
     first_loss: float | None = None
     """First logged training loss, nats per token."""
     last_loss: float | None = None
@@ -73,11 +91,31 @@ class TrainState(StrictModel):
             proof["frozen_checksum"] = self.frozen_checksum
             proof["frozen_checks"] = self.frozen_checks
             proof["frozen_check_share_of_training"] = round(self.frozen_check_s / max(self.train_s, 1e-9), 6)
+        if self.loss_recipe:
+            proof["loss_recipe"] = self.loss_recipe
+            proof["self_tests"] = self.self_tests
+            proof["self_test_difference"] = float(f"{self.self_test_difference:.3g}")
         return proof
 
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> TrainState:
+        """Reads the state a checkpoint carries.
+
+        Raises:
+            CheckpointError: Naming the first field that is not of its type.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise CheckpointError(f"its {STATE_NAME} is not a training state ({describe_fault(error)})") from None
+
     def check_same_run(self, other: dict[str, Any]) -> TrainState:
-        """Returns the state a checkpoint carries; refuses one of another plan or corpus."""
-        loaded = TrainState.model_validate(other)
+        """Returns the state a checkpoint carries.
+
+        Raises:
+            CheckpointError: When it is none, or of another plan or corpus.
+        """
+        loaded = TrainState.parse(other)
         for field in ("plan_sha256", "corpus_sha256"):
             if getattr(loaded, field) != getattr(self, field):
                 raise CheckpointError(

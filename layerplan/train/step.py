@@ -1,8 +1,10 @@
-"""The pure training step: a model that returns its loss on packed rows, and the gradients of one optimizer step.
+"""The pure training step: a model that returns its loss on documents, and the gradients of one optimizer step.
 
 No Ray here: one process on a CPU or a GPU can run and measure it. A frozen prefix needs no `no_grad` of its own: with
 neither its input nor its weights asking for gradients, autograd records nothing and the compiler builds a forward-only
-graph. Shapes: B rows, T tokens, D hidden.
+graph. Documents of a packed row are told apart by positions that restart: from those, with no mask and no cache given,
+`transformers` makes the masks that each of its layers means, windows and chunks included. Shapes: B rows, T tokens,
+D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from layerplan.corpus.rows import PackedRows
 from layerplan.models.causal_lm import find_decoder_parts
-from layerplan.train.attention import make_document_mask
+from layerplan.models.head import make_inputs, run_to_head
+from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.train.loss import IGNORED, LossOptions, compute_loss_sum, make_labels
 
 PREFIX = "causal_lm."
@@ -29,31 +34,48 @@ class LossModel(nn.Module):
     """A transformers model whose forward pass returns the summed loss, so that FSDP's root sees one module."""
 
     def __init__(
-        self, causal_lm: nn.Module, *, attention: str = "sdpa", z_weight: float = 0.0, compiled: bool = False
+        self,
+        causal_lm: nn.Module,
+        recipe: LossRecipe | None = None,
+        *,
+        z_weight: float = 0.0,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self.recipe = recipe or LossRecipe()
         self._head_path = find_decoder_parts(causal_lm).lm_head_path
-        self._attention = attention
-        softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
-        self._loss_options = LossOptions(softcap, z_weight, compiled)
-        self._logit_scale = float(getattr(causal_lm.config, "logit_scale", None) or 1.0)
-        self._logit_scale /= float(getattr(causal_lm.config, "logits_scaling", None) or 1.0)
+        self._loss_options = LossOptions(self.recipe.head.softcap, z_weight, compiled)
 
-    def forward(self, batch: TensorBatch, scale: float = 1.0) -> Tensor:
-        """Returns the sum of the next-token losses, float32; `scale` as in `compute_loss_sum`."""
-        output = self.causal_lm.base_model(
-            input_ids=batch.input_ids_BT,
-            position_ids=batch.position_ids_BT,
-            attention_mask=make_document_mask(batch.document_ids_BT, self._attention),
-            use_cache=False,
-        )
-        hidden_ND = output.last_hidden_state.flatten(0, 1)
-        if self._logit_scale != 1.0:
-            hidden_ND = hidden_ND * self._logit_scale
-        weight_VD = self.causal_lm.get_submodule(self._head_path).weight.to(hidden_ND.dtype)
+    def forward(self, batch: TensorBatch, scale: float = 1.0, *, naive: bool = False) -> Tensor:
+        """Returns the sum of the next-token losses, float32.
+
+        Args:
+            batch: Micro-batch.
+            scale: As in `compute_loss_sum`.
+            naive: Through the model's own logits, all of them at once: what the self-test compares with.
+        """
+        inputs = make_inputs(self.causal_lm, batch.input_ids_BT, batch.position_ids_BT)
         labels_N = batch.labels_BT.flatten()
-        return compute_loss_sum(hidden_ND, weight_VD, labels_N, scale=scale, options=self._loss_options)
+        if naive or self.recipe.head.kind == "own":
+            return _sum_plain_loss(self.causal_lm(**inputs).logits.flatten(0, 1), labels_N, self._loss_options.z_weight)
+        head = self.causal_lm.get_submodule(self._head_path)
+        hidden_ND = run_to_head(self.causal_lm, head, inputs).flatten(0, 1)
+        factor = self.recipe.head.factor
+        bias_V = head.bias
+        if factor != 1.0:
+            hidden_ND = hidden_ND * factor
+            bias_V = None if bias_V is None else bias_V * factor
+        weight_VD = head.weight.to(hidden_ND.dtype)
+        return compute_loss_sum(hidden_ND, weight_VD, labels_N, bias_V, scale=scale, options=self._loss_options)
+
+
+def _sum_plain_loss(logits_NV: Tensor, labels_N: Tensor, z_weight: float) -> Tensor:
+    logits_NV = logits_NV.float()
+    total = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED, reduction="sum")
+    if z_weight:
+        total = total + z_weight * (logits_NV.logsumexp(-1).square() * (labels_N != IGNORED)).sum()
+    return total
 
 
 @dataclass(frozen=True)
@@ -61,8 +83,8 @@ class TensorBatch:
     """One micro-batch on its device, all (B, T) int64."""
 
     input_ids_BT: Tensor
-    position_ids_BT: Tensor
-    document_ids_BT: Tensor
+    position_ids_BT: Tensor | None
+    """They restart at every document of a packed row; None where every row is one document."""
     labels_BT: Tensor
     num_labels: int
     """Positions that have a label."""
@@ -70,16 +92,74 @@ class TensorBatch:
 
 def make_batch(rows: PackedRows, device: torch.device) -> TensorBatch:
     """Moves packed rows to a device and gives them labels."""
+    input_ids, document_ids = _load(rows.input_ids), _load(rows.document_ids)
+    return _finish_batch(input_ids, _load(rows.position_ids), make_labels(input_ids, document_ids), device)
 
-    def load(values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
 
-    input_ids, document_ids = load(rows.input_ids), load(rows.document_ids)
-    labels = make_labels(input_ids, document_ids)
-    tensors = (input_ids, load(rows.position_ids), document_ids, labels)
+def make_batches(rows: PackedRows, size: int, recipe: LossRecipe, device: torch.device) -> list[TensorBatch]:
+    """Cuts a rank's rows into micro-batches of at most `size` rows, or of as many tokens where documents stand alone."""
+    if recipe.rows == "packed":
+        return [make_batch(piece, device) for piece in rows.split(size)]
+    documents = sorted(_split_documents(rows), key=len, reverse=True)
+    limit = size * rows.input_ids.shape[1]
+    batches, start = [], 0
+    while start < len(documents):
+        stop = start + max(1, limit // len(documents[start]))
+        batches.append(_make_alone(documents[start:stop], device))
+        start = stop
+    return batches or [make_blank_batch(device)]
+
+
+def make_blank_batch(device: torch.device) -> TensorBatch:
+    """One token without a label: what a rank runs while others have more micro-batches than it."""
+    one = torch.zeros((1, 1), dtype=torch.int64)
+    return _finish_batch(one, None, torch.full_like(one, IGNORED), device)
+
+
+def equalise(
+    batches: list[TensorBatch], recipe: LossRecipe, device: torch.device, world_size: int
+) -> list[TensorBatch]:
+    """As many micro-batches on every rank: sharded layers are gathered together. Packed rows are that already."""
+    if recipe.rows == "packed" or world_size == 1:
+        return batches
+    most = torch.tensor([len(batches)], device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return batches + [make_blank_batch(device)] * (int(most) - len(batches))
+
+
+def _split_documents(rows: PackedRows) -> list[NDArray[np.int32]]:
+    """Every document of every row that has something to predict, in order."""
+    documents = []
+    for ids, marks in zip(rows.input_ids, rows.document_ids):
+        starts = np.flatnonzero(np.diff(marks, prepend=marks[0] - 1))
+        for start, stop in zip(starts, [*starts[1:], len(ids)]):
+            if marks[start] >= 0 and stop - start > 1:
+                documents.append(ids[start:stop])
+    return documents
+
+
+def _make_alone(documents: list[NDArray[np.int32]], device: torch.device) -> TensorBatch:
+    """Documents as rows of the length of the first, the longest; what is behind the end of one is never looked at."""
+    ids = torch.zeros((len(documents), len(documents[0])), dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORED)
+    for row, document in enumerate(documents):
+        tokens = _load(document)
+        ids[row, : len(tokens)] = tokens
+        labels[row, : len(tokens) - 1] = tokens[1:]
+    return _finish_batch(ids, None, labels, device)
+
+
+def _load(values: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
+
+
+def _finish_batch(input_ids: Tensor, position_ids: Tensor | None, labels: Tensor, device: torch.device) -> TensorBatch:
+    num_labels = int((labels != IGNORED).sum())
+    tensors = [input_ids, position_ids, labels]
     if device.type == "cuda":
-        tensors = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
-    return TensorBatch(*tensors, num_labels=int((labels != IGNORED).sum()))
+        tensors = [None if each is None else each.pin_memory().to(device, non_blocking=True) for each in tensors]
+    input_ids, position_ids, labels = tensors
+    return TensorBatch(input_ids, position_ids, labels, num_labels)
 
 
 def accumulate_gradients(

@@ -1,7 +1,7 @@
 """A plan trained on Ray: checks before launch, the Ray Train run, and the result.
 
-Ray Train keeps the run under `<run_dir>/checkpoints`; a checkpoint exists once Ray has committed it, so the newest
-complete one is Ray's answer and never the newest folder. Calling `run_training` again on the same folder continues.
+Ray Train keeps the run under `<run_dir>/checkpoints`; a checkpoint exists once it is sealed, and the workers go on from the
+newest one that proves itself. Calling `run_training` again on the same folder continues.
 """
 
 from __future__ import annotations
@@ -9,19 +9,22 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerplan.checkpoint.index import AWAITS_NAME, list_checkpoints, prune_checkpoints
 from layerplan.checkpoint.layout import CHECKPOINTS_NAME, name_step, read_train_state
 from layerplan.corpus.manifest import Manifest
 from layerplan.errors import LayerplanError, TrainingError, find_layerplan_error
-from layerplan.models.files import identify_model, load_hf_config
+from layerplan.models.files import identify_model
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.model_shape import ModelShape
 from layerplan.train.feed import check_feed
 from layerplan.train.request import STOP_REQUEST, TrainRequest, TrainResult, load_result
+from layerplan.train.resume import check_resumable, reset_ray_index
 from layerplan.train.state import TrainState
 
 __all__ = ["TrainRequest", "TrainResult", "load_result", "run_training"]
@@ -54,7 +57,7 @@ def run_training(request: TrainRequest, *, callbacks: Sequence[Any] = ()) -> Tra
     request.run_dir.mkdir(parents=True, exist_ok=True)
     with _stop_on_sigterm(request.run_dir):
         checkpoint = _fit(request, callbacks)
-    state = TrainState.model_validate(read_train_state(checkpoint))
+    state = TrainState.parse(read_train_state(checkpoint))
     hf_dir = None
     if state.step >= request.config.max_steps:
         hf_dir = _export(request, checkpoint, state.step)
@@ -86,7 +89,9 @@ def check_training_fits(request: TrainRequest) -> None:
 
 
 def _shape(request: TrainRequest) -> ModelShape:
-    return ModelShape.from_hf_config(load_hf_config(request.model_path, revision=request.revision))
+    from layerplan.models.model_sizes import load_model_shape
+
+    return load_model_shape(request.model_path, revision=request.revision, trust_remote_code=request.trust_remote_code)
 
 
 def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Path:
@@ -94,6 +99,10 @@ def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Path:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     config = request.config
+    checkpoints = request.run_dir / CHECKPOINTS_NAME
+    corpus_sha256 = Manifest.load(request.store).content_sha256
+    check_resumable(checkpoints, TrainState(plan_sha256=request.plan.sha256, corpus_sha256=corpus_sha256))
+    reset_ray_index(checkpoints)
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"request": request},
@@ -107,14 +116,15 @@ def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Path:
             name=CHECKPOINTS_NAME,
             storage_path=str(request.run_dir.resolve()),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
             callbacks=list(callbacks),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", **request.env}},
         ),
         validation_config=None
         if request.validation is None
-        else ray.train.ValidationConfig(fn=request.validation.fn, ray_remote_kwargs={"num_cpus": 0}),
+        else ray.train.ValidationConfig(
+            fn=_ReleasingValidation(request.validation.fn), ray_remote_kwargs={"num_cpus": 0}
+        ),
     )
     try:
         result = trainer.fit()
@@ -122,9 +132,23 @@ def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Path:
         raise _explain_failure(error) from error
     if result.error is not None:
         raise _explain_failure(result.error) from result.error
-    if result.checkpoint is None:
+    prune_checkpoints(checkpoints, config.keep_checkpoints)
+    finished = list_checkpoints(checkpoints)
+    if not finished:
         raise TrainingError("training ended without a checkpoint")
-    return Path(result.checkpoint.path)
+    return finished[0].resolve()
+
+
+@dataclass(frozen=True)
+class _ReleasingValidation:
+    """Validates a checkpoint, which may be removed from then on; one whose validation was interrupted stays."""
+
+    fn: Callable[[Any], dict[str, Any]]
+
+    def __call__(self, checkpoint: Any) -> dict[str, Any]:
+        values = self.fn(checkpoint)
+        (Path(checkpoint.path) / AWAITS_NAME).unlink(missing_ok=True)
+        return values
 
 
 def _train_worker(loop_config: dict[str, Any]) -> None:

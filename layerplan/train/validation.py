@@ -5,15 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from layerplan.corpus.rows import PADDING, PackedRows
 from layerplan.train.sharding import reshard
-from layerplan.train.step import make_batch
+from layerplan.train.step import LossModel, equalise, make_batches
 
 
 def compute_validation_loss(
-    model: nn.Module,
+    model: LossModel,
     rows: PackedRows,
     *,
     micro_batch_size: int,
@@ -32,9 +31,11 @@ def compute_validation_loss(
     with torch.no_grad():
         for start in range(0, len(rows), size):
             mine = rows.take(start + rank, min(start + size, len(rows)))
-            batch = make_batch(_every(mine, world_size) if len(mine) else _blank(rows), device)
-            total[0] += model(batch).double()
-            total[1] += batch.num_labels
+            mine = _every(mine, world_size) if len(mine) else _blank(rows)
+            batches = make_batches(mine, micro_batch_size, model.recipe, device)
+            for batch in equalise(batches, model.recipe, device, world_size):
+                total[0] += model(batch).double()
+                total[1] += batch.num_labels
     model.train()
     reshard(model)
     if world_size > 1:

@@ -6,23 +6,21 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import ray
 import ray.train
 import torch
 import torch.distributed as dist
 
-from layerplan.checkpoint.layout import read_train_state
+from layerplan.checkpoint.layout import CHECKPOINTS_NAME
 from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.store import load_validation_rows
-from layerplan.models.files import load_hf_config
+from layerplan.models.model_sizes import load_model_shape
 from layerplan.plan.cost import GIB, predict_cost
 from layerplan.plan.explain import explain_changes
 from layerplan.plan.freeze_plan import FreezePlan, PlanPhase
 from layerplan.plan.memory import explain_shortage
-from layerplan.plan.model_shape import ModelShape
 from layerplan.ray_session import quiet_engines
 from layerplan.train.build import BuiltModel, build_model
 from layerplan.train.checkpoint_writer import CheckpointWriter
@@ -30,8 +28,10 @@ from layerplan.train.feed import open_feed
 from layerplan.train.frozen_check import FrozenTensors
 from layerplan.train.ledger import LEDGER_NAME, LedgerWriter
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
+from layerplan.train.loss_proof import prove_loss
 from layerplan.train.metrics import MetricSink
 from layerplan.train.request import STOP_REQUEST, TrainRequest
+from layerplan.train.resume import find_resume
 from layerplan.train.sharding import reset_compiled
 from layerplan.train.state import TrainState
 from layerplan.train.throughput import find_peak_flops
@@ -44,15 +44,13 @@ def run_worker(request: TrainRequest) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     manifest = Manifest.load(request.store)
-    shape = ModelShape.from_hf_config(load_hf_config(request.model_path, revision=request.revision))
+    shape = load_model_shape(request.model_path, revision=request.revision, trust_remote_code=request.trust_remote_code)
     num_nodes = count_ray_nodes(world_size)
     if rank == 0:
         print(f"[train] workers: {world_size} on {num_nodes} Ray node{'s' if num_nodes > 1 else ''}", flush=True)
-    restored = ray.train.get_checkpoint()
-    newest = Path(restored.path) if restored is not None else None
-    state = TrainState(plan_sha256=request.plan.sha256, corpus_sha256=manifest.content_sha256)
-    if newest is not None:
-        state = state.check_same_run(read_train_state(newest))
+    fresh = TrainState(plan_sha256=request.plan.sha256, corpus_sha256=manifest.content_sha256)
+    resumed = find_resume(request.run_dir / CHECKPOINTS_NAME, fresh, rank)
+    state = resumed.state
     group = dist.new_group(backend="gloo")
     with open_recorders(request, state, rank, world_size) as recorders:
         while True:
@@ -67,7 +65,7 @@ def run_worker(request: TrainRequest) -> None:
                 rank=rank,
                 world_size=world_size,
                 local_world_size=context.get_local_world_size(),
-                checkpoint=newest,
+                checkpoint=resumed.checkpoint,
             )
             writer = CheckpointWriter(
                 request.run_dir,
@@ -75,12 +73,21 @@ def run_worker(request: TrainRequest) -> None:
                 built.optimizer,
                 group,
                 rank,
-                newest=newest,
+                resumed=resumed,
+                keep=request.config.keep_checkpoints,
                 parked=built.parked,
                 fresh_moments=bool(request.plan.phases),
                 validated_steps=range(0) if request.validation is None else request.validation.steps,
             )
-            state = writer.restore(state) or state
+            state = writer.restore() or state
+            request = replace(request, recipe=built.recipe)
+            state = prove_loss(
+                built.placed.model,
+                state,
+                seq_len=manifest.seq_len,
+                dtype=getattr(torch, request.config.compute_dtype),
+                world_size=world_size,
+            )
             frozen, state = prove_frozen(request, built, state, world_size)
             setup = LoopSetup(
                 built.placed,
@@ -101,8 +108,7 @@ def run_worker(request: TrainRequest) -> None:
             state = run_loop(setup, state, make_hooks(request, setup, state, writer, recorders), stop_step=end)
             if state.step < end or state.step >= request.config.max_steps or is_asked_to_stop(request, rank):
                 return
-            writer.finish()
-            newest = writer.newest
+            resumed = writer.finish()
             recorders.note_change(request.plan, state.step)
             built.placed.release()
             del built, setup, writer, frozen
@@ -194,7 +200,7 @@ def make_hooks(
     ledger = recorders.ledger
 
     def restore() -> TrainState | None:
-        restored = writer.restore(state)
+        restored = writer.restore()
         if restored is not None and ledger is not None and setup.rank == 0:
             ledger.drop_after(restored.step)
         return restored

@@ -24,6 +24,7 @@ def test_each_stage_leaves_its_artifact(finished_run: Path) -> None:
         "resolved_config.json",
         "layer_profile.json",
         "layer_probes.parquet",
+        "self_test.json",
         "freeze_plan.json",
         "freeze_plan.md",
         "token_store/manifest.json",
@@ -31,6 +32,7 @@ def test_each_stage_leaves_its_artifact(finished_run: Path) -> None:
         "training.json",
         "export.json",
         "checkpoints/step_00000040/train_state.json",
+        "checkpoints/step_00000040/seal.json",
         "hf/step_00000040/model.safetensors",
         "hf/step_00000040/tokenizer.json",
         "evaluation/base/ceval.json",
@@ -56,6 +58,14 @@ def test_corpus_counts_add_up(finished_run: Path) -> None:
         pq.read_metadata(finished_run / "token_store" / shard["name"]).num_rows for shard in manifest["shards"]
     )
     assert stored == manifest["num_rows"]
+
+
+def test_the_model_was_asked_before_training_and_once_more_when_it_was_placed(finished_run: Path) -> None:
+    asked, proof = read(finished_run / "self_test.json"), read(finished_run / "training.json")["proof"]
+    assert asked["recipe"]["rows"] == "packed" and not asked["refused"]
+    assert asked["loss"] == pytest.approx(asked["loss_alone"], rel=1e-4) and asked["gradient_error"] < 1e-4
+    assert proof["loss_recipe"] == "packed rows, any attention, linear head"
+    assert proof["self_tests"] >= 1 and proof["self_test_difference"] < 2e-2
 
 
 def test_the_plan_carries_the_profile_it_was_made_from(finished_run: Path) -> None:
@@ -128,7 +138,17 @@ def test_the_lineage_is_one_parent_with_a_nested_run_per_stage(finished_run: Pat
     parent = runs[0].info.run_id
     nested = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent}'")
     stages = {run.data.tags["layerplan.stage"]: run for run in nested}
-    expected = {"base_model", "corpus", "trace", "plan", "train", "evaluate_base", "evaluate_step_00000040", "verdict"}
+    expected = {
+        "base_model",
+        "self_test",
+        "corpus",
+        "trace",
+        "plan",
+        "train",
+        "evaluate_base",
+        "evaluate_step_00000040",
+        "verdict",
+    }
     assert set(stages) == expected
     losses = client.get_metric_history(stages["train"].info.run_id, "train/loss")
     assert [point.step for point in losses] == [1, *range(5, 41, 5)]

@@ -105,14 +105,21 @@ def test_a_sweep_trains_three_boundaries_as_nested_runs(
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     values = yaml.safe_load(tiny_config.read_text(encoding="utf-8"))
     values |= {"model": {"type": "pretrained", "name": str(folder)}}
-    values |= {"sweep": {"boundaries": [1, 2, 3], "max_steps": 4}}
+    values |= {"sweep": {"boundaries": [1, 3], "max_steps": 4}}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     command = ("jobs/sweep_boundary.py", "--config", tmp_path / "sweep.yaml")
+    job = run_job(*command, *settings(storage_path=tmp_path, name="sweep"), env=two_nodes)
+    assert job.returncode == 0, job.output[-5000:]
+    first = {item["boundary"]: item for item in read(tmp_path / "sweep" / "sweep" / "results.json")}
+    assert sorted(first) == [1, 3]
+    values["sweep"]["boundaries"] = [1, 2, 3]
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     job = run_job(*command, *settings(storage_path=tmp_path, name="sweep"), env=two_nodes)
     assert job.returncode == 0, job.output[-5000:]
     results = read(tmp_path / "sweep" / "sweep" / "results.json")
     assert sorted(item["boundary"] for item in results) == [1, 2, 3]
     assert [item["step"] for item in results] == [4, 4, 4]
+    assert {item["boundary"]: item for item in results if item["boundary"] != 2} == first, "a trial was trained again"
     losses = [item["validation_loss"] for item in results]
     assert losses == sorted(losses)
     shares = {item["boundary"]: item["flops_share"] for item in results}

@@ -1,4 +1,4 @@
-"""A run on Ray that is stopped, killed, and loses a worker ends bit for bit like one that never was interrupted.
+"""A run on Ray that is stopped, killed, damaged and loses a worker ends bit for bit like one that never was interrupted.
 
 The file is also the program the test starts: `python test_train_resume.py FOLDER RUN...` trains the named runs.
 """
@@ -24,20 +24,30 @@ MAX_STEPS = 10
 
 
 @pytest.mark.long
-def test_a_stopped_killed_and_crashed_run_ends_bit_exact(tmp_path: Path) -> None:
-    """SIGTERM to the driver at step 2, SIGKILL of the driver at step 5, SIGKILL of a worker at step 8."""
+def test_a_stopped_killed_damaged_and_crashed_run_ends_bit_exact(tmp_path: Path) -> None:
+    """SIGTERM to the driver at step 2, SIGKILL of the driver at step 5, SIGKILL of a worker at step 8.
+
+    In between, Ray's own index is deleted, then cut, and the newest checkpoint gets one bit flipped.
+    """
     make_inputs(tmp_path)
     stopped = run_script(__file__, tmp_path, "interrupted", timeout_s=280)
     assert stopped.returncode == 143, stopped.stdout[-3000:]
     assert "SIGTERM: saving a checkpoint" in stopped.stdout
     saved = sorted(path.name for path in (tmp_path / "interrupted" / "checkpoints").glob("step_*"))
     assert saved, "the stopped run left no checkpoint"
+    ray_index = tmp_path / "interrupted" / "checkpoints" / "checkpoint_manager_snapshot.json"
+    ray_index.unlink()
     killed = run_script(__file__, tmp_path, "interrupted", timeout_s=280)
     assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
+    assert f"step 1/{MAX_STEPS}" not in killed.stdout, "training began again from nothing"
+    ray_index.write_bytes(ray_index.read_bytes()[:-20])
+    damaged = flip_a_bit_of_the_newest(ray_index.parent)
     finished = run_script(__file__, tmp_path, "interrupted", "quiet", timeout_s=280)
     assert finished.returncode == 0, finished.stdout[-5000:]
     assert "Reporting training result" not in finished.stdout, "Ray's line for every report of every rank"
     assert (tmp_path / "interrupted" / "worker.done").exists(), "the worker was never killed"
+    said = [line for line in finished.stdout.splitlines() if f"{damaged.parent.name} is set aside" in line]
+    assert len(said) == 1 and str(damaged) in said[0] and "going on from step_" in said[0], finished.stdout[-3000:]
     results = {name: json.loads((tmp_path / name / "training.json").read_text()) for name in ("interrupted", "quiet")}
     for field in ("final_loss", "first_loss", "validation_loss", "tokens_seen", "final_step"):
         assert results["interrupted"][field] == results["quiet"][field], field
@@ -54,6 +64,17 @@ def test_a_stopped_killed_and_crashed_run_ends_bit_exact(tmp_path: Path) -> None
     assert ledgers[0] == ledgers[1]
     assert len(ledgers[0].splitlines()) == MAX_STEPS
     assert not list((tmp_path / "quiet" / "checkpoints").glob("step_00000002")), "old checkpoints are removed"
+
+
+def flip_a_bit_of_the_newest(checkpoints: Path) -> Path:
+    """Returns the file: the second worker's shards."""
+    sealed = sorted(path.parent for path in checkpoints.glob("step_*/seal.json"))
+    assert len(sealed) > 1, "there is no older one to go back to"
+    shard = sealed[-1] / "__1_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    return shard
 
 
 @dataclass

@@ -68,3 +68,24 @@ def test_a_run_goes_on_with_the_other_tokenizer_library(tmp_path: Path):
     open_run_folder(config(tokenizer_library="tokenizers"))
     with pytest.raises(ConfigError, match=r"corpus\.deduplicate"):
         open_run_folder(config(deduplicate=False))
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("what?", r"storage_path: '.*what\?/r' has '\?'"),
+        ("a%20b", "has '%20', which ends or changes an address"),
+        ("a\nb", r"has '\\n'"),
+        (
+            "s3://bucket/runs",
+            "storage_path=s3://bucket/runs: a folder that every node sees is expected, not an address",
+        ),
+    ],
+)
+def test_a_folder_that_cannot_stand_in_an_address_is_refused_by_the_character(tmp_path: Path, folder: str, words: str):
+    path = folder if "://" in folder else str(tmp_path / folder)
+    values = {"name": "r", "storage_path": path, "model": {"type": "scratch"}, "corpus": {"seq_len": 64}}
+    with pytest.raises(ConfigError, match=words):
+        open_run_folder(RunConfig.model_validate(values))
+    assert not list(tmp_path.iterdir())
+    open_run_folder(RunConfig.model_validate(values | {"storage_path": str(tmp_path / "50 % & #1 [文]")}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import shutil
@@ -92,6 +94,86 @@ def test_a_malformed_folder_is_one_clear_error(tmp_path: Path, rows: str, option
     root = write_benchmark(tmp_path / "bench", rows, **options)
     with pytest.raises(EvaluationError, match=words):
         load(root, max_questions=1)
+
+
+ROW = ("1", '甲乙，\n"丙"；丁', "a,b", "c;d", "e\tf", "g ", "B")
+PLAIN = "id,question,A,B,C,D,answer"
+
+
+def write_row(separator: str, row: tuple[str, ...], *, ends: str) -> str:
+    made = io.StringIO(newline="")
+    csv.writer(made, delimiter=separator, lineterminator=ends).writerow(row)
+    return made.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("header", "separator", "encoding", "ends", "key"),
+    [
+        (PLAIN, ",", "utf-8", "\n", "B"),
+        (",Question,A,B,C,D,Answer", ",", "utf-8", "\n", "B"),  # CMMLU's own archive
+        ("Unnamed: 0,Question,A,B,C,D,Answer", ",", "utf-8", "\n", "b"),
+        (PLAIN, ",", "utf-8-sig", "\r\n", "B"),  # Excel
+        (PLAIN, ";", "utf-8-sig", "\r\n", "Ｂ"),
+        (PLAIN, "\t", "utf-16", "\r\n", " Ｂ\u3000"),
+        ("answer,id,ＱUESTION, a ,b,c,d", ",", "utf-8", "\n", "ｂ"),
+    ],
+)
+def test_a_file_is_read_as_its_authors_pandas_or_excel_wrote_it(
+    tmp_path: Path, header: str, separator: str, encoding: str, ends: str, key: str
+) -> None:
+    row = (*ROW[:-1], key) if not header.startswith("answer") else (key, *ROW[:-1])
+    root = write_benchmark(tmp_path, "")
+    content = header.replace(",", separator) + ends + write_row(separator, row, ends=ends) + separator * 6 + ends
+    (root / "val" / "law.csv").write_bytes(content.encode(encoding))
+    [question] = load(root, max_questions=9).questions
+    assert (question.id, question.answer) == ("law/1", "B")
+    assert (question.question, *question.choices) == ROW[1:-1]
+
+
+def test_ids_left_out_are_the_numbers_of_the_rows(tmp_path: Path) -> None:
+    root = write_benchmark(tmp_path, "q,a,b,c,d,A\nr,a,b,c,d,B\n", header="question,A,B,C,D,answer")
+    assert [item.id for item in load(root, max_questions=9).questions] == ["law/0", "law/1"]
+
+
+@pytest.mark.parametrize(("folder", "name"), [("val", "law_val.csv"), ("val", "law.csv")])
+def test_the_files_of_cevals_own_archive_are_found_by_their_names(tmp_path: Path, folder: str, name: str) -> None:
+    root = write_benchmark(tmp_path, "1,q,a,b,c,d,A\n")
+    (root / folder / "law.csv").rename(root / folder / name)
+    assert len(load(root, max_questions=9).questions) == 1
+
+
+def test_the_real_questions_saved_by_excel_are_the_same_questions(data_dir: Path, tmp_path: Path) -> None:
+    """Byte-order mark, semicolons and carriage returns: the content hash of C-Eval stays its authors' own."""
+    (tmp_path / "val").mkdir()
+    shutil.copy(data_dir / "ceval" / "subjects.json", tmp_path)
+    for source in (data_dir / "ceval" / "val").glob("*.csv"):
+        with (
+            source.open(encoding="utf-8", newline="") as handle,
+            (tmp_path / "val" / source.name).open("w", encoding="utf-8-sig", newline="") as made,
+        ):
+            csv.writer(made, delimiter=";").writerows(csv.reader(handle))
+    assert len(load(tmp_path).questions) == 1346
+
+
+def test_a_header_that_is_not_wanted_is_shown_with_the_one_that_is(tmp_path: Path) -> None:
+    root = write_benchmark(tmp_path, "1,q,a,b,c,d,A\n", header="no,text,A,B,C,D,key")
+    with pytest.raises(EvaluationError) as caught:
+        load(root)
+    words = str(caught.value)
+    assert "has no column question, answer" in words
+    assert "'no', 'text', 'A', 'B', 'C', 'D', 'key'" in words and "id, question, A, B, C, D, answer" in words
+
+
+def test_rows_that_do_not_fit_and_other_encodings_are_named(tmp_path: Path) -> None:
+    root = write_benchmark(tmp_path, "1,q,a,b,c,d,A\n2,q, with a comma,a,b,c,d,A\n")
+    with pytest.raises(EvaluationError, match=r"law\.csv: question 1 has 8 cells, the header 7; quote cells"):
+        load(root)
+    (root / "val" / "law.csv").write_text(f"{PLAIN}\n1,q,a,b\n")
+    with pytest.raises(EvaluationError, match="question 0 has 4 cells, the header 7"):
+        load(root)
+    (root / "val" / "law.csv").write_text(f"{PLAIN}\n1,题目,a,b,c,d,A\n", encoding="gb18030")
+    with pytest.raises(EvaluationError, match=r"is not UTF-8 .* at byte 29\); save it as `CSV UTF-8`.*GB18030"):
+        load(root)
 
 
 def test_a_folder_without_subjects_is_one_clear_error(tmp_path: Path) -> None:

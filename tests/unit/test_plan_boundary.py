@@ -1,11 +1,20 @@
-"""Boundaries and alignment scores, with numbers computed by hand."""
+"""Boundaries and alignment scores, with numbers computed by hand and by loops over the formulas."""
 
 from __future__ import annotations
 
+import naive_boundary
+import numpy as np
 import pytest
 
 from layerplan.errors import PlanError
-from layerplan.plan.boundary import check_boundary, compute_alignment_scores, compute_boundary, find_best_boundary
+from layerplan.plan.boundary import (
+    check_boundary,
+    compute_alignment_scores,
+    compute_boundary,
+    find_best_boundary,
+    list_candidates,
+    rate_boundaries,
+)
 
 
 def test_28_layers_give_9_14_19():
@@ -28,19 +37,58 @@ def test_a_boundary_outside_the_model_is_refused(boundary: int):
         check_boundary(boundary, 8)
 
 
-def test_alignment_score_by_hand():
-    # TP~ = [0, 0, 1/2, 1], LS~ = [1, 1/2, 0] (layers 1..3)
+def test_alignment_score_by_hand_where_both_sides_have_both_profiles():
+    # TP~ = [0, 0, 1/2, 1], LS~ = [1, 1/2, 0] (layers 1..3); at k = 3 the deep side has no LS, so S ends at 2
     scores = compute_alignment_scores([1, 1, 2, 3], [4, 2, 0])
-    assert scores[0] == pytest.approx((1 - 1 / 4) + (1 / 2 - 0))
-    assert scores[1] == pytest.approx((3 / 4 - 0) + (3 / 4 - 0))
-    assert scores[2] == pytest.approx((1 / 2 - 0) + (1 - 1 / 6))
-    assert find_best_boundary(scores) == 2
+    assert scores.tolist() == pytest.approx([(1 - 1 / 4) + (1 / 2 - 0), (3 / 4 - 0) + (3 / 4 - 0)])
+    assert find_best_boundary(scores, 4, "paper", 1) == 2
+    # a profile whose last layer alone is a peak: with the empty side as 0, S(3) = 1/3 + 1 would have won
+    assert find_best_boundary(compute_alignment_scores([0, 0, 0, 1], [0, 0, 1]), 4, "paper", 1) == 1
+
+
+def test_the_standardised_form_by_hand():
+    scores = np.array([0.5, 0.6, 0.4])
+    # sqrt(k (5 - k)) / 5 = 0.4, sqrt(6)/5, sqrt(6)/5
+    rated = rate_boundaries(scores, 5, "change_point", 1)
+    assert rated.tolist() == pytest.approx([0.2, 0.6 * 6**0.5 / 5, 0.4 * 6**0.5 / 5])
+    assert rate_boundaries(scores, 5, "change_point", 2).tolist() == pytest.approx(rated[1:].tolist())
+    assert rate_boundaries(scores, 5, "paper", 2).tolist() == scores.tolist()
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "rule", "min_side", "expected"),
+    [
+        (28, "change_point", 2, range(2, 27)),
+        (28, "change_point", 1, range(1, 27)),
+        (28, "paper", 5, range(1, 27)),
+        (4, "change_point", 2, range(2, 3)),
+        (3, "change_point", 2, range(2, 2)),
+        (2, "paper", 1, range(1, 1)),
+    ],
+)
+def test_a_boundary_needs_layers_and_both_profiles_on_either_side(num_layers, rule, min_side, expected):
+    assert list_candidates(num_layers, rule, min_side) == expected
+
+
+def test_scores_and_choices_are_those_of_loops_over_the_formulas():
+    rng = np.random.default_rng(0)
+    for num_layers in (3, 5, 8, 28):
+        particle, sensitivity = rng.exponential(size=(20, num_layers)), rng.exponential(size=(20, num_layers - 1))
+        scores = compute_alignment_scores(particle, sensitivity)
+        assert scores.shape == (20, num_layers - 2)
+        for rule in ("paper", "change_point"):
+            found = find_best_boundary(scores, num_layers, rule, 1)
+            for row in range(20):
+                lists = particle[row].tolist(), sensitivity[row].tolist()
+                rated = naive_boundary.rate(*lists, rule, 1)
+                assert rate_boundaries(scores[row], num_layers, rule, 1) == pytest.approx(list(rated.values()))
+                assert found[row] == naive_boundary.best(*lists, rule, 1)
 
 
 def test_a_constant_profile_prefers_no_boundary_and_a_tie_takes_the_smallest():
     scores = compute_alignment_scores([2.0] * 4, [1.0] * 3)
-    assert scores == [0, 0, 0]
-    assert find_best_boundary(scores) == 1
+    assert scores.tolist() == [0, 0]
+    assert find_best_boundary(scores, 4, "paper", 1) == 1
 
 
 @pytest.mark.parametrize("sensitivity", [[1.0, 2.0], [1.0, 2.0, float("nan")]])

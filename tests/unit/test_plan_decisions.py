@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import naive_boundary
 import pytest
 from pydantic import ValidationError
 
@@ -30,6 +31,7 @@ from layerplan.plan.memory import choose_placement, choose_placements
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan, make_plan
 from layerplan.plan.sample_budget import allocate_start_layers
+from tests.layer_profiles import make_step_profile
 from tests.qwen3 import QWEN3_0P6B, QWEN3_0P6B_IDENTITY
 
 SHAPE = ModelShape.from_hf_config(QWEN3_0P6B)
@@ -38,29 +40,8 @@ TRAIN = TrainConfig(max_steps=100, global_batch_size=8, micro_batch_size=1, num_
 
 
 def make_profile() -> LayerProfile:
-    """Best boundary 20 for freezing deep, and clearly negative scores at the shallow boundaries."""
-    scores = [1.0 - abs(boundary - 20) / 10 for boundary in range(1, 28)]
-    zeros = [0.0] * 28
-    return LayerProfile(
-        model=MODEL,
-        options={},
-        probe_set_sha256="0",
-        groups=["g"],
-        num_probes=1,
-        answered_share={"g": 1.0},
-        task_particle=zeros,
-        task_particle_rows=[zeros],
-        task_particle_median=zeros,
-        task_particle_log=zeros,
-        task_particle_interval=(0, 0),
-        task_particle_argmax=0,
-        js=[0.0] * 29,
-        layer_sensitivity=zeros[1:],
-        layer_sensitivity_rows=[zeros[1:]],
-        absolute_sensitivity=zeros,
-        alignment_score=scores,
-        best_boundary=20,
-    ).sealed()
+    """A clear step at 20: freezing deep from there is supported, freezing shallow the opposite."""
+    return make_step_profile(MODEL, 20)
 
 
 def context(profile: LayerProfile | None = None, **train: Any) -> PlanContext:
@@ -72,18 +53,21 @@ def test_a_budgeted_plan_is_the_best_a_plain_search_finds(share: float) -> None:
     profile = make_profile()
     plan = resolve_plan(BudgetPlanConfig(max_flops_share=share), context(profile))
     full = predict_cost(make_full_plan(MODEL, SHAPE), SHAPE, seq_len=4096).total_flops
-    best = -9.0
-    for boundary in range(1, 28):
-        for kind, sign in ((FreezeDeepPlanConfig, 1), (FreezeShallowPlanConfig, -1)):
-            candidate = make_plan(kind(boundary=boundary), model=MODEL, shape=SHAPE)
-            if predict_cost(candidate, SHAPE, seq_len=4096).total_flops <= share * full:
-                best = max(best, sign * profile.alignment_score[boundary - 1])
-    kept = predict_cost(plan, SHAPE, seq_len=4096).total_flops / full
-    assert kept <= share
-    is_deep = plan.trainable_layers[0] == 0
-    boundary = len(plan.trainable_layers) if is_deep else plan.trainable_layers[0]
-    assert (1 if is_deep else -1) * profile.alignment_score[boundary - 1] == best
-    front = plan.evidence["pareto"]
+    rated = naive_boundary.rate(profile.task_particle, profile.layer_sensitivity, "change_point", 2)
+    fits = [
+        boundary
+        for boundary in rated
+        if predict_cost(
+            make_plan(FreezeDeepPlanConfig(boundary=boundary), model=MODEL, shape=SHAPE), SHAPE, seq_len=4096
+        ).total_flops
+        <= share * full
+    ]
+    assert predict_cost(plan, SHAPE, seq_len=4096).total_flops / full <= share
+    if fits:
+        assert plan.trainable_layers == tuple(range(max(fits, key=lambda boundary: rated[boundary])))
+    else:  # no plan of the supported side fits: the one nearest to the middle that does
+        assert plan.trainable_layers[-1] == 27 and "supports no boundary within the limits" in plan.reason
+    front = [row for row in plan.evidence["pareto"] if row["side"] == "freeze_deep" or not row["chosen"]]
     assert [row["score"] for row in front] == sorted(row["score"] for row in front)
     assert [row["flops_share"] for row in front] == sorted(row["flops_share"] for row in front)
     assert "| within limits |" in explain_plan(plan, profile)

@@ -26,6 +26,7 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile, SemanticProfile
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan, make_plan
+from tests.layer_profiles import make_profile
 from tests.qwen3 import QWEN3_0P6B, QWEN3_0P6B_IDENTITY
 
 SHAPE = ModelShape.from_hf_config(QWEN3_0P6B)
@@ -34,30 +35,13 @@ MODEL = QWEN3_0P6B_IDENTITY
 
 @pytest.fixture
 def profile() -> LayerProfile:
-    scores = [0.0] * 27
-    scores[4] = 1.0
-    sensitivity = [float(27 - layer) for layer in range(27)]
-    return LayerProfile(
-        model=MODEL,
-        options={},
-        probe_set_sha256="0",
-        groups=["g"],
-        num_probes=1,
-        answered_share={"g": 1.0},
-        task_particle=[0.0] * 28,
-        task_particle_rows=[[0.0] * 28],
-        task_particle_median=[0.0] * 28,
-        task_particle_log=[0.0] * 28,
-        task_particle_interval=(0, 0),
-        task_particle_argmax=0,
-        js=[0.0] * 29,
-        layer_sensitivity=sensitivity,
-        layer_sensitivity_rows=[sensitivity],
-        absolute_sensitivity=[0.0] * 28,
-        alignment_score=scores,
-        best_boundary=5,
+    """A clear step at 5; the three most sensitive layers are 0, 1 and 2."""
+    return make_profile(
+        MODEL,
+        [0.0] * 5 + [1.0] * 23,
+        [5.0, 4.8, 4.6, 4.4, 4.2] + [0.0] * 22,
         semantic={"cosine": SemanticProfile(deviation=[0.0] * 29, gain=[0.0] * 28, eof_layer=20)},
-    ).sealed()
+    )
 
 
 def layers_of(config: Any, profile: LayerProfile | None = None) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from analytic_decoder import CONTEXT_TOKEN, QUERY_TOKEN, AnalyticForCausalLM
 
 from layerplan.config.trace import TraceConfig
 from layerplan.plan.boundary import compute_alignment_scores
-from layerplan.plan.explain import describe_certainty, describe_measurement
+from layerplan.plan.describe import describe_certainty, describe_measurement
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.tracer.aggregate import build_profile
 from layerplan.tracer.encode import EncodedProbe
@@ -61,7 +61,7 @@ def test_every_profile_has_its_closed_form(weights: tuple[float, ...]) -> None:
     assert profile.task_particle == pytest.approx(np.mean(particle, 0).tolist(), abs=1e-6)
     assert profile.js == pytest.approx(np.mean(divergences, 0).tolist(), abs=1e-7)
     assert profile.layer_sensitivity == pytest.approx(np.mean(sensitivity, 0).tolist(), abs=1e-4)
-    expected = compute_alignment_scores(np.mean(particle, 0).tolist(), np.mean(sensitivity, 0).tolist())
+    expected = compute_alignment_scores(np.mean(particle, 0), np.mean(sensitivity, 0)).tolist()
     assert profile.alignment_score == pytest.approx(expected, abs=1e-3)
     assert profile.answered_share == {"a": 1.0, "b": 1.0}
     assert profile.task_particle_argmax == particle[0].index(max(particle[0]))
@@ -93,19 +93,37 @@ def test_the_options_change_what_they_name() -> None:
     assert "num_actors" not in plain.options, "where a measurement ran is not part of what was measured"
 
 
-def test_equal_probes_leave_no_doubt_and_the_words_say_so() -> None:
+def test_equal_probes_are_stable_and_four_layers_are_no_evidence_all_the_same() -> None:
     profile = measure(DEEP_READER, [make_probe("a", 3), make_probe("b", 3)])
-    best = profile.best_boundary
-    assert profile.boundary_win_share[best - 1] == 1.0
+    assert profile.probe_stability == {"change_point": [0.0, 1.0], "paper": profile.probe_stability["paper"]}
+    assert sorted(profile.probe_stability["paper"]) == [0.0, 1.0]
     for interval in profile.uncertainty["alignment_score"]:
         assert interval.high - interval.low < 1e-9
     words = " ".join([*describe_measurement(profile), *describe_certainty(profile)])
     assert "2 probes in 2 groups; the model answers 100% of them rightly" in words
-    assert f"highest at boundary {best}" in words and "wins in 100% of bootstrap resamples" in words
-    assert "do not settle" not in words and "noise" not in words
+    assert "The best boundary is 2" in words and "chosen in 100% of bootstrap resamples of the probes" in words
+    assert "the measurement supports no boundary" in words
 
 
-def test_wrong_answers_are_called_noise() -> None:
-    profile = measure(DEEP_READER, [make_probe("a", 3, gold_id=1)])
-    assert profile.answered_share == {"a": 0.0}
-    assert "A profile of wrong answers is noise" in " ".join(describe_measurement(profile))
+def test_the_answers_are_described_by_group() -> None:
+    # the answer is token 0 with p = 1 / (1 + 2 / e^(3 * 0.73)), the other two share the rest; it stands in no context
+    profile = measure(DEEP_READER, [make_probe("a", 3), make_probe("b", 3, gold_id=1)])
+    assert profile.answered_share == {"a": 1.0, "b": 0.0} and profile.num_right == 1
+    assert profile.copied_share == {"a": 0.0, "b": 0.0}
+    p = prob(DEEP_READER, 3)[-1]
+    expected = -p * math.log(p) - (1 - p) * math.log((1 - p) / 2)
+    assert profile.answer_entropy["a"] == pytest.approx(expected, abs=1e-6)
+    words = " ".join(describe_measurement(profile))
+    assert "Too few right answers (1 of 2; 30 are needed) and too few wrong answers (1 of 2; 30 are needed)" in words
+
+
+def test_absolute_sensitivity_is_the_change_of_the_divergence_itself() -> None:
+    profile = measure(DEEP_READER, [make_probe("a", 3)], sensitivity="absolute")
+    js = [divergence(prob(DEEP_READER, 3)[-1], value) for value in prob(DEEP_READER, 3)]
+    absolute = [abs(js[i + 1] - js[i]) for i in range(4)]
+    assert profile.absolute_sensitivity == pytest.approx(absolute, abs=1e-7)
+    relative = measure(DEEP_READER, [make_probe("a", 3)])
+    assert relative.layer_sensitivity == profile.layer_sensitivity
+    expected = compute_alignment_scores(profile.task_particle, absolute[:3])
+    assert profile.alignment_score == pytest.approx(expected.tolist(), abs=1e-4)
+    assert profile.alignment_score != relative.alignment_score

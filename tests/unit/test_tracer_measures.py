@@ -159,9 +159,10 @@ def test_a_profile_is_the_mean_of_group_means_in_any_order() -> None:
     assert profile.task_particle_argmax == 2
     assert profile.task_particle_interval == (2, 3)
     assert profile.semantic["cosine"].eof_layer == 0
-    # S(1) = [0 - 1] + [mean(4/9, 1) - 0]; S(2) = [1/2 - 0] + [1 - (0 + 4/9)/2]
-    assert profile.alignment_score == pytest.approx([-1 + (4 / 9 + 1) / 2, 0.5 + 1 - 2 / 9])
-    assert profile.best_boundary == 2
+    # S(1) = [0 - 1] + [mean(4/9, 1) - 0]; at k = 2 the deep side has no LS
+    assert profile.alignment_score == pytest.approx([-1 + (4 / 9 + 1) / 2])
+    assert profile.best_boundary == 1 and profile.probe_stability == {"paper": [1.0]}
+    assert profile.copied_share == {} and profile.answer_entropy == {}, "records of an older tracer do not say"
     shuffled = build_profile(records[::-1], model=identity, config=config, probe_set_sha256="0")
     assert shuffled.sha256 == profile.sha256
 

@@ -95,6 +95,22 @@ def test_an_unreachable_store_is_one_clear_error(tmp_path: Path):
         open_tracker(TrackingConfig(uri=f"sqlite:///{tmp_path}/file/x.db"), tmp_path, "run")
 
 
+def test_a_deleted_experiment_is_named_with_the_way_to_restore_it(tmp_path: Path):
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    number = client.create_experiment("layerplan", artifact_location=tmp_path.as_uri())
+    client.delete_experiment(number)
+    with pytest.raises(TrackingError) as caught:
+        open_tracker(TrackingConfig(uri=uri), tmp_path, "run")
+    words = str(caught.value)
+    assert words.startswith("tracking.experiment=layerplan: was deleted in sqlite:///") and "\n" not in words
+    assert f"mlflow experiments restore --experiment-id {number}`, or set tracking.experiment to another name" in words
+    client.restore_experiment(number)
+    open_tracker(TrackingConfig(uri=uri), tmp_path, "run").close()
+
+
 def test_no_backend_keeps_nothing(tmp_path: Path):
     tracker = open_tracker(TrackingConfig(backend="jsonl"), tmp_path, "run")
     assert isinstance(tracker.child("x"), NoopTracker) and tracker.make_sink_factory() is None

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3ForCausalLM
 
 from layerplan.corpus.rows import PackedRows
+from layerplan.plan.loss_recipe import HeadForm, LossRecipe
 from layerplan.train import loss as loss_module
 from layerplan.train.loss import IGNORED, LossOptions, compute_loss_sum, make_labels
 from layerplan.train.step import LossModel, accumulate_gradients, make_batch
@@ -144,7 +145,7 @@ def test_a_softcapped_family_keeps_its_loss() -> None:
     )
     model = Gemma2ForCausalLM(config).float().train()
     batch = make_batch(make_rows([16]), CPU)
-    found = LossModel(model)(batch) / batch.num_labels
+    found = LossModel(model, LossRecipe(head=HeadForm(softcap=5.0)))(batch) / batch.num_labels
     wanted = model(input_ids=batch.input_ids_BT, labels=batch.input_ids_BT).loss
     assert abs(float(found - wanted)) < 1e-5
 
@@ -170,12 +171,8 @@ def test_one_document_never_changes_the_loss_of_another() -> None:
     hidden = []
     for each in (rows, changed):
         batch = make_batch(each, CPU)
-        from layerplan.train.attention import make_document_mask
-
         output = model.causal_lm.base_model(
-            input_ids=batch.input_ids_BT,
-            position_ids=batch.position_ids_BT,
-            attention_mask=make_document_mask(batch.document_ids_BT),
+            input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
         )
         hidden.append(output.last_hidden_state[:, 5:12])
     assert torch.equal(*hidden)
@@ -187,7 +184,7 @@ def test_attention_variants_agree_on_packed_rows(attention: str) -> None:
     model = make_model()
     wanted = float(LossModel(model)(batch))
     model.set_attn_implementation(attention)
-    assert abs(float(LossModel(model, attention=attention)(batch)) - wanted) < 1e-4
+    assert abs(float(LossModel(model)(batch)) - wanted) < 1e-4
 
 
 def test_micro_batches_add_up_to_the_whole_batch() -> None:

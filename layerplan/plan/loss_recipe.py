@@ -1,0 +1,51 @@
+"""How a model's loss over documents is computed exactly: what its self-test found, and what a run's checkpoints are bound to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class HeadForm:
+    """How logits come from the states that enter the head."""
+
+    kind: Literal["linear", "own"] = "linear"
+    """`linear`: softcap * tanh(factor * (states @ weight.T + bias) / softcap); `own`: only the model's own code knows."""
+    factor: float = 1.0
+    """What the head's output is multiplied by."""
+    softcap: float | None = None
+    """Bound of the logits; None where there is none."""
+
+
+@dataclass(frozen=True)
+class LossRecipe:
+    """One rung of the ladder of `the self-test`."""
+
+    rows: Literal["packed", "alone"] = "packed"
+    """`packed`: documents share rows, told apart by positions that restart; `alone`: one document per row, padded at its end."""
+    attention: Literal["any", "eager"] = "any"
+    """`eager`: only the model's own attention code computes what the model means."""
+    head: HeadForm = field(default_factory=HeadForm)
+    """How logits come from hidden states."""
+
+    @property
+    def text(self) -> str:
+        """The recipe in one line; equal for equal losses."""
+        rows = "packed rows" if self.rows == "packed" else "one document per row"
+        attention = "any attention" if self.attention == "any" else "plain attention"
+        parts = [rows, attention, "linear head" if self.head.kind == "linear" else "its own head"]
+        if self.head.factor != 1.0:
+            parts.append(f"logits times {self.head.factor:g}")
+        if self.head.softcap is not None:
+            parts.append(f"logits capped at {self.head.softcap:g}")
+        return ", ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> LossRecipe:
+        """The recipe that `to_json` wrote."""
+        return cls(values["rows"], values["attention"], HeadForm(**values["head"]))

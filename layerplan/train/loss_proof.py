@@ -1,0 +1,133 @@
+"""When the model is asked about its loss, and what a run's checkpoints are bound to by the answer.
+
+Before workers start (`layerplan.train.asking`); in the workers, when nobody asked before; and on the placed model before
+its first step, whatever was said before. Rank 0 tells, all obey.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from layerplan.errors import CheckpointError, ModelError
+from layerplan.models.causal_lm import find_decoder_parts, load_causal_lm
+from layerplan.plan.loss_recipe import LossRecipe
+from layerplan.train.sample_documents import find_shortest_window
+from layerplan.train.self_test import SelfTestReport, ask_model, confirm_recipe
+from layerplan.train.state import TrainState
+from layerplan.train.step import LossModel
+
+_BYTES_PER_PARAMETER = 4
+
+
+def ask_by_name(name: str, *, revision: str, trust_remote_code: bool, seq_len: int) -> SelfTestReport | None:
+    """Loads a model and asks it; None when its float32 weights do not fit into memory."""
+    stored = sum(path.stat().st_size for path in Path(name).expanduser().glob("*.safetensors"))  # nothing for a hub id
+    if 2 * stored > _free_bytes():
+        return None
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = load_causal_lm(name, revision=revision, trust_remote_code=trust_remote_code)
+    return ask_model(model, seq_len=seq_len, with_gradients=has_room_for_gradients(model))
+
+
+def has_room_for_gradients(model: nn.Module) -> bool:
+    """Whether another float32 copy of the parameters fits into memory, with as much again to work in."""
+    return sum(value.numel() for value in model.parameters()) * 2 * _BYTES_PER_PARAMETER < _free_bytes()
+
+
+def agree_on_recipe(causal_lm: nn.Module, *, seq_len: int, rank: int, world_size: int) -> LossRecipe:
+    """Rank 0 asks its whole model, before a plan or a placement touches it; all ranks get the answer.
+
+    Raises:
+        ModelError: On every rank, when the model's loss cannot be computed exactly.
+    """
+
+    def ask() -> LossRecipe:
+        report = ask_model(
+            causal_lm, seq_len=seq_len, with_gradients=world_size == 1 and has_room_for_gradients(causal_lm)
+        )
+        print(f"[train] self-test: {report.sentence}", flush=True)
+        return report.recipe
+
+    return _told_by_rank_0(ask if rank == 0 else None, world_size)
+
+
+def prove_loss(model: LossModel, state: TrainState, *, seq_len: int, dtype: torch.dtype, world_size: int) -> TrainState:
+    """Asks the placed model, and binds the run to the recipe.
+
+    Raises:
+        ModelError: On every rank, when the recipe is not exact on the placed model.
+        CheckpointError: When the checkpoint at hand was trained by another loss.
+    """
+    check_same_recipe(state, model, seq_len)
+    fault, difference = None, 0.0
+    try:
+        alone, found = confirm_recipe(model, seq_len=seq_len, dtype=dtype)
+        difference = abs(found - alone)
+    except ModelError as error:
+        fault = error
+    fault = _told_by_rank_0(lambda: fault, world_size)
+    if fault is not None:
+        raise ModelError(*fault.args)
+    return state.model_copy(
+        update={
+            "loss_recipe": model.recipe.text,
+            "self_tests": state.self_tests + 1,
+            "self_test_difference": max(state.self_test_difference, difference),
+        }
+    )
+
+
+def check_same_recipe(state: TrainState, model: LossModel, seq_len: int) -> None:
+    """Raises `CheckpointError` when a checkpoint was trained by another loss than the model's recipe."""
+    if state.step == 0 or state.loss_recipe == model.recipe.text:
+        return
+    if not state.loss_recipe and computes_as_before(model, seq_len):
+        return
+    earlier = state.loss_recipe or "one dense mask over packed rows and no more than the head's weight"
+    raise CheckpointError(
+        f"checkpoint at step {state.step}: it was trained by another loss ({earlier}) than the one that is exact for"
+        f" this model ({model.recipe.text}); start anew under another name"
+    )
+
+
+def computes_as_before(model: LossModel, seq_len: int) -> bool:
+    """Whether versions that asked nothing gave this model's loss: full attention in each document, a head without bias."""
+    recipe, config = model.recipe, model.causal_lm.config
+    head = find_decoder_parts(model.causal_lm).lm_head
+    window = find_shortest_window(config.get_text_config().to_dict())
+    factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return (
+        (recipe.rows, recipe.attention, recipe.head.kind) == ("packed", "any", "linear")
+        and getattr(head, "bias", None) is None
+        and (window is None or window >= seq_len)
+        and abs(recipe.head.factor - factor) <= 1e-5 * abs(factor)
+        and recipe.head.softcap == getattr(config, "final_logit_softcapping", None)
+    )
+
+
+def _told_by_rank_0(ask: Callable[[], Any] | None, world_size: int) -> Any:
+    """What rank 0 finds, on every rank; an error of ours is raised on every rank."""
+    answer: list[Any] = [None, None]
+    if ask is not None and (world_size == 1 or dist.get_rank() == 0):
+        try:
+            answer[0] = ask()
+        except ModelError as error:
+            answer[1] = error.args
+    if world_size > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise ModelError(*answer[1])
+    return answer[0]
+
+
+def _free_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,72 @@
+"""What is looked at before anything is built: here, whether the tokenizer fits the model, and a run's earlier config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.checks import check_model
+from jobs.dry_run import print_dry_run
+from jobs.run_folder import open_run_folder
+from layerplan.config.load import dump_config
+from layerplan.config.run import RunConfig
+from layerplan.errors import ConfigError, ModelError
+from tests.qwen3 import TINY_QWEN3
+from tests.tiny_tokenizer import make_bytes, save_tokenizer
+
+ROWS = 257
+
+
+def make_model(folder: Path, *, control: tuple[str, ...], ordinary: tuple[str, ...] = ()) -> RunConfig:
+    """A model with an embedding of 257 rows, one for each byte and one more; the weights are not looked into."""
+    files = {"config": TINY_QWEN3 | {"vocab_size": ROWS, "eos_token_id": 256}}
+    save_tokenizer(folder / "model", make_bytes(), control=control, ordinary=ordinary, **files)
+    (folder / "model" / "model.safetensors").touch()
+    return make_config(folder)
+
+
+def make_config(folder: Path, **corpus: Any) -> RunConfig:
+    model = {"type": "pretrained", "name": str(folder / "model")}
+    values = {"name": "run", "storage_path": str(folder / "runs"), "model": model, "corpus": corpus}
+    return RunConfig.model_validate(values | {"plan": {"type": "full"}})
+
+
+def test_only_an_id_that_text_can_yield_must_have_a_row_in_the_embedding(tmp_path: Path) -> None:
+    """A control token one past the embedding never occurs in text; when it is asked for, it may."""
+    check_model(make_model(tmp_path, control=("<eos>", "<late>")))
+    words = (
+        r"documents can yield token '<late>' \(257\), the embedding has 257 rows; the tokenizer does not fit the model"
+    )
+    with pytest.raises(ModelError, match=words):
+        check_model(make_config(tmp_path, control_tokens="token"))
+    with pytest.raises(ModelError, match=words.replace("<late>", "<tool>")):
+        check_model(make_model(tmp_path / "other", control=("<eos>",), ordinary=("<tool>",)))
+
+
+def test_a_dry_run_shows_what_is_known_of_the_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_model(tmp_path, control=("<eos>", "<late>"))
+    print_dry_run(config)
+    shown = capsys.readouterr().out
+    assert "text   documents are ended with '<eos>' (256), control tokens in them as text" in shown
+    assert "258 entries; text yields ids below 257, control tokens 1 more" in shown
+    assert "end of text '<eos>' (256), named by config.json; before a text nothing; padding none" in shown
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    print_dry_run(config)
+    assert "text   not known yet: model.name=" in capsys.readouterr().out
+
+
+def test_a_run_of_a_version_without_a_field_has_its_default(tmp_path: Path) -> None:
+    """And one whose field was there and differs is another run."""
+    config = make_model(tmp_path, control=("<eos>",))
+    folder = open_run_folder(config)
+    content = json.loads(dump_config(config))
+    del content["corpus"]["control_tokens"], content["corpus"]["deduplicate"]
+    folder.config.write_text(json.dumps(content), encoding="utf-8")
+    assert open_run_folder(config) == folder
+    content["corpus"]["seq_len"] = 32
+    folder.config.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"exists with corpus.seq_len=32"):
+        open_run_folder(config)

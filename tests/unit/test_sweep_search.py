@@ -1,0 +1,75 @@
+"""A sweep that goes on: new boundaries are tried, and what would change the trials that are there is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from layerplan.config.plan import FreezeDeepPlanConfig
+from layerplan.config.sweep import SweepConfig
+from layerplan.errors import ConfigError
+from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.policies import make_plan
+from layerplan.sweep.search import check_search, save_search
+from layerplan.sweep.tuner import name_search
+from layerplan.train.request import TrainResult
+from tests.qwen3 import QWEN3_0P6B, QWEN3_0P6B_IDENTITY
+
+SWEEP = SweepConfig(boundaries=[1], max_steps=4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"boundaries": [1, 2]},
+        {"boundaries": None, "split_ratios": [0.5]},
+        {"max_concurrent_trials": 2},
+        {"scheduler": "asha"},
+    ],
+)
+def test_what_does_not_decide_a_trial_may_change(tmp_path: Path, change: dict[str, object]) -> None:
+    save_search(SWEEP, tmp_path)
+    check_search(SWEEP.model_copy(update=change), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"freeze": "shallow"}, r"sweep\.freeze='shallow': .* has trials with 'deep'; choose another name"),
+        ({"max_steps": 8}, r"sweep\.max_steps=8: .* has trials with 4"),
+    ],
+)
+def test_what_decides_a_trial_is_refused_by_its_field(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    check_search(SWEEP, tmp_path / "nothing yet")
+    save_search(SWEEP, tmp_path)
+    check_search(SWEEP, tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        check_search(SWEEP.model_copy(update=change), tmp_path)
+
+
+def test_a_sweep_of_an_earlier_version_is_known_by_its_trials(tmp_path: Path) -> None:
+    folder = tmp_path / "boundary_01"
+    folder.mkdir()
+    shape = ModelShape.from_hf_config(QWEN3_0P6B)
+    make_plan(FreezeDeepPlanConfig(boundary=1), model=QWEN3_0P6B_IDENTITY, shape=shape).save(
+        folder / "freeze_plan.json"
+    )
+    done = folder / "checkpoints"
+    TrainResult(4, done, 2.0, 1.0, None, 64, 1.0, 1.0, 1.0, 0.1, 0, 0, {}, False, done).save(folder)
+    check_search(SWEEP, tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        check_search(SweepConfig(boundaries=[1], freeze="shallow", max_steps=8), tmp_path)
+    assert [fault.partition("=")[0] for fault in caught.value.faults] == ["sweep.freeze", "sweep.max_steps"]
+
+
+def test_another_search_is_another_experiment_of_tunes_and_the_same_one_goes_on() -> None:
+    names = [
+        name_search(SWEEP, ["boundary_01"]),
+        name_search(SWEEP, ["boundary_01", "boundary_02"]),
+        name_search(SWEEP, ["boundary_02"]),
+        name_search(SWEEP.model_copy(update={"scheduler": "asha"}), ["boundary_01"]),
+        name_search(SWEEP.model_copy(update={"max_concurrent_trials": 2}), ["boundary_01"]),
+    ]
+    assert len(set(names)) == 5
+    assert name_search(SWEEP, ["boundary_02", "boundary_01"]) == names[1]
