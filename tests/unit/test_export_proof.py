@@ -25,6 +25,7 @@ from layerplan.errors import CheckpointError
 from layerplan.models.causal_lm import load_causal_lm
 from layerplan.models.files import identify_model
 from layerplan.models.freezing import apply_plan
+from layerplan.models.model_sizes import make_model_shape
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan, make_plan
@@ -48,9 +49,7 @@ class Run:
 
 def train_briefly(base: Path, out: Path, shape: dict[str, Any] = TINY_QWEN3, **options: Any) -> Run:
     """One optimizer step of a base under a plan that trains layer 0 alone, and its checkpoint."""
-    plan = make_plan(
-        FreezeDeepPlanConfig(boundary=1), model=identify_model(str(base)), shape=ModelShape.from_hf_config(shape)
-    )
+    plan = make_plan(FreezeDeepPlanConfig(boundary=1), model=identify_model(str(base)), shape=make_model_shape(shape))
     model = load_causal_lm(str(base), **options)
     apply_plan(model, plan)
     optimizer = build_optimizer(model, OptimizerConfig(learning_rate=0.1), masters={}, compiled=False)
