@@ -14,7 +14,7 @@ from eval.extraction import EXTRACTION_VERSION, extract_answer
 from eval.held_out import is_held_out_scored, score_held_out
 from eval.items import Benchmark, Question, load_benchmark
 from eval.pool import Ask, ask_all, clear_ledger
-from eval.preflight import check_lengths, check_weight_files
+from eval.preflight import check_lengths, check_model_files
 from eval.prompts import TEMPLATES, describe_template, format_prompts
 from eval.scoring import Answer, EvaluationResult, Protocol, ScoreOrigin, pick_letter, score_answers
 from layerplan.config.evaluation import EvaluationConfig
@@ -47,7 +47,7 @@ def evaluate_model(
         EvaluationError: When a benchmark, prompt or engine cannot give a trustworthy score.
         ModelError: When the model's files are not whole.
     """
-    check_weight_files(model)
+    check_model_files(model, revision, trust_remote_code=trust_remote_code)
     origin = _describe_origin(model, revision, config)
     benchmarks = _load_benchmarks(config)
     finished = load_results(out_dir)
