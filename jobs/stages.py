@@ -96,6 +96,8 @@ def build_store(context: RunContext, model_name: str) -> Path | str:
             report=lambda line: say("corpus", line),
         )
         tracker.log_params({"num_rows": manifest.num_rows, "seq_len": manifest.seq_len})
+        joining = {"end_of_text": manifest.end_of_text or manifest.end_of_text_id, "begin_ids": manifest.begin_ids}
+        tracker.log_params(joining | {"control_tokens": manifest.control_tokens})
         tracker.log_metrics({f"corpus/{name}": float(count) for name, count in manifest.counts.items()}, step=0)
         tracker.log_artifact(context.folder.token_store / "manifest.json")
     return corpus.upload_to or context.folder.token_store
