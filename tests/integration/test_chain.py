@@ -61,7 +61,7 @@ def test_corpus_counts_add_up(finished_run: Path) -> None:
 def test_the_plan_carries_the_profile_it_was_made_from(finished_run: Path) -> None:
     plan, profile = read(finished_run / "freeze_plan.json"), read(finished_run / "layer_profile.json")
     assert plan["evidence"]["profile_sha256"] == profile["sha256"]
-    assert plan["trainable_layers"] == list(range(profile["best_boundary"]))
+    assert plan["trainable_layers"] == list(range(plan["evidence"]["boundary"]["boundary"]))
     assert profile["num_probes"] == 20
 
 
