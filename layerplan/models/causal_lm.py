@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,13 @@ def load_tokenizer(name: str, *, revision: str = "main", trust_remote_code: bool
         raise ModelError(f"model.name={name}: the tokenizer cannot be loaded ({first_line(error)})") from None
 
 
+def accepted_options(module: nn.Module, **options: Any) -> dict[str, Any]:
+    """Those of the options that a module's forward pass has a parameter for."""
+    names = inspect.signature(module.forward).parameters
+    is_open = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
+    return {name: value for name, value in options.items() if is_open or name in names}
+
+
 def _find_ends(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The output head and the input embedding, both with a matrix of their own."""
     name, inside = type(model).__name__, set(model.modules())
@@ -186,8 +194,11 @@ def _runs_after(model: nn.Module, norm_path: str, layers_path: str) -> bool:
     handles = [
         module.register_forward_pre_hook(lambda *_, path=path: calls.append(path)) for path, module in watched.items()
     ]
+    ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
     try:
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+        model(input_ids=ids, **accepted_options(model, use_cache=False))
+    except FOREIGN_ERRORS:
+        return False
     finally:
         for handle in handles:
             handle.remove()

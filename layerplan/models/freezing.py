@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from layerplan.errors import PlanError, TrainingError
-from layerplan.models.causal_lm import FOREIGN_ERRORS, DecoderParts, find_decoder_parts
+from layerplan.models.causal_lm import FOREIGN_ERRORS, DecoderParts, accepted_options, find_decoder_parts
 from layerplan.plan.freeze_plan import FreezePlan
 
 PROBE_TOKENS = (8, 256)
@@ -156,7 +156,7 @@ def _run_tokens(model: nn.Module, num_tokens: int) -> Tensor:
             parameter.requires_grad_(True)
         with torch.enable_grad():
             ids = torch.arange(num_tokens, device=next(iter(asked)).device)[None] % 64
-            logits: Tensor = model(input_ids=ids).logits
+            logits: Tensor = model(input_ids=ids, **accepted_options(model, use_cache=False)).logits
             return logits
     finally:
         model.train(was_training)

@@ -10,7 +10,6 @@ Shapes: B probes, T tokens, D hidden, V vocabulary, L layers.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from layerplan.errors import ModelError
-from layerplan.models.causal_lm import FOREIGN_ERRORS, find_decoder_parts
+from layerplan.models.causal_lm import FOREIGN_ERRORS, accepted_options, find_decoder_parts
 
 LENS_TOLERANCE = 1e-4
 
@@ -58,7 +57,7 @@ class LayerRunner:
         flat = hidden.reshape(-1, 1, hidden.shape[-1])
         ids = torch.zeros(flat.shape[:2], dtype=torch.long, device=flat.device)
         with self._layers_giving(flat):
-            logits: Tensor = self.model(input_ids=ids, **_accepted(self.model, use_cache=False)).logits
+            logits: Tensor = self.model(input_ids=ids, **accepted_options(self.model, use_cache=False)).logits
         return logits.reshape(*hidden.shape[:-1], -1).float()
 
     def run(self, input_ids_BT: Tensor) -> Tensor:
@@ -80,7 +79,7 @@ class LayerRunner:
     def forward(self, input_ids_BT: Tensor, position_ids_BT: Tensor | None = None) -> None:
         """Runs the trunk for its hooks; without positions the model counts from 0."""
         extra = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
-        self.trunk(input_ids=input_ids_BT, **_accepted(self.trunk, use_cache=False), **extra)
+        self.trunk(input_ids=input_ids_BT, **accepted_options(self.trunk, use_cache=False), **extra)
 
     @contextmanager
     def intercepting(
@@ -128,7 +127,7 @@ class LayerRunner:
                 f"{self.name}: its layers pass on states of shape {tuple(states.shape[1:])}; a residual stream of"
                 f" (rows, tokens, width) = {wanted} is needed to trace it"
             )
-        own = self.model(input_ids=input_ids_BT, **_accepted(self.model, use_cache=False)).logits[:, -1].float()
+        own = self.model(input_ids=input_ids_BT, **accepted_options(self.model, use_cache=False)).logits[:, -1].float()
         if not bool(torch.isfinite(own).all()):
             raise ModelError(f"{self.name}: its logits are not finite; the weights may hold NaN or overflow")
         error = float((self.lens(states[-1][:, -1]) - own).abs().max())
@@ -185,13 +184,6 @@ class LayerRunner:
 
                 stack.callback(layer.register_forward_hook(note).remove)
             self.forward(torch.zeros(1, 2, dtype=torch.long, device=self.device))
-
-
-def _accepted(module: nn.Module, **options: Any) -> dict[str, Any]:
-    """Those of the options that a forward pass has a parameter for."""
-    names = inspect.signature(module.forward).parameters
-    is_open = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
-    return {name: value for name, value in options.items() if is_open or name in names}
 
 
 @contextmanager
