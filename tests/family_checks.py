@@ -14,9 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from layerplan.models.model_sizes import load_model_shape
-from layerplan.plan.loss_recipe import LossRecipe
-from layerplan.train.self_test import ask_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -29,11 +26,14 @@ from layerplan.errors import LayerplanError
 from layerplan.models.causal_lm import load_causal_lm
 from layerplan.models.files import identify_model
 from layerplan.models.freezing import apply_plan, check_gradient_coverage
+from layerplan.models.model_sizes import load_model_shape
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
 from layerplan.tracer.model_runner import LayerRunner
 from layerplan.train.optim import build_optimizer
+from layerplan.train.self_test import ask_model
 from layerplan.train.step import LossModel, make_batches
 from tests import families, family_oracle
 
