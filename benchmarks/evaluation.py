@@ -91,7 +91,8 @@ def score_ours(model: str, data: Path, out: Path, few_shot: int, max_questions: 
     prompts = [prompt for benchmark in benchmarks for prompt in format_prompts(benchmark, style="lm_eval")]
     template = TEMPLATES["lm_eval", "ceval"]
     tokens = find_answer_tokens(tokenizer, model, cue="\n" + template.cue, prefix=template.answer_prefix)
-    ids = [[*found, *tokens.appended] for found in encode_prompts(tokenizer, prompts, add_special_tokens=False)]
+    encoded = encode_prompts(tokenizer, prompts, add_special_tokens=True, control_tokens="token")
+    ids = [[*found, *tokens.appended] for found in encoded]
     spec = EngineSpec(model, "main", "transformers", "float32", 0, tokens.letters, POSITIONS)
     answers = open_engine(spec).ask(ids, [1] * len(ids))
     questions = [question for benchmark in benchmarks for question in benchmark.questions]

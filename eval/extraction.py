@@ -26,6 +26,7 @@ from eval.items import LETTERS
 
 EXTRACTION_VERSION = 2
 
+NEAR_CHARS = 60
 UNDECIDED = ""
 """A rule's finding that the output gives several answers, which no later rule may mend."""
 
@@ -127,6 +128,11 @@ def _as_words(option: str) -> str:
     return before + re.escape(option) + after
 
 
+def _before(text: str, position: int) -> str:
+    """The words right before a position: looking further back would take a long output the square of its length."""
+    return text[max(0, position - NEAR_CHARS) : position]
+
+
 def _iter_runs(text: str) -> Iterator[_Run]:
     """Upper-case letters and lists of them, articles aside."""
     for match in _RUN.finditer(text):
@@ -134,11 +140,11 @@ def _iter_runs(text: str) -> Iterator[_Run]:
         start, end = match.span()
         if letters == ("A",) and _ARTICLE.match(text, end):
             continue
-        is_wrong = _WRONG.match(text[end:]) is not None
+        is_wrong = _WRONG.match(text[end : end + NEAR_CHARS]) is not None
         if is_wrong and len(letters) == 2 and re.fullmatch(r"\w\s*,\s*\w", match.group(0)):
             yield _Run(start, start + 1, letters[:1], False)  # `B，A错` is two clauses, not a list
             start, letters = end - 1, letters[1:]
-        yield _Run(start, end, letters, is_wrong or _DENIED.search(text[:start]) is not None)
+        yield _Run(start, end, letters, is_wrong or _DENIED.search(_before(text, start)) is not None)
 
 
 def _leading_letter(text: str, options: Sequence[str]) -> str | None:
@@ -146,7 +152,7 @@ def _leading_letter(text: str, options: Sequence[str]) -> str | None:
     runs = list(_iter_runs(text))
     if not runs or re.search(r"[^\W_]|\\", text[: runs[0].start]) or _ECHO.match(text):
         return None
-    if any(_RIGHT_TOO.match(text[run.end :]) for run in runs[1:]):
+    if any(_RIGHT_TOO.match(text[run.end : run.end + NEAR_CHARS]) for run in runs[1:]):
         return UNDECIDED
     first = runs[0]
     return first.letters[0] if len(first.letters) == 1 and not first.is_rejected else None
@@ -156,7 +162,7 @@ def _named_answer(text: str, options: Sequence[str]) -> str | None:
     return _agree(_find_after(_ANSWER, text, options)) or _agree(
         _starts_with_option(text[match.end() :], options)
         for match in _ANSWER_TEXT.finditer(text)
-        if not _NEGATION.search(text[: match.start()])
+        if not _NEGATION.search(_before(text, match.start()))
     )
 
 
@@ -183,15 +189,17 @@ def _find_after(cue: re.Pattern[str], text: str, options: Sequence[str]) -> Iter
 
 def _is_doubted(match: re.Match[str], text: str) -> bool:
     """Whether the text denies what the cue says, or asks for it."""
-    return bool(_NEGATION.search(text[: match.start()]) or _ASKED.match(text[match.end() :]))
+    return bool(
+        _NEGATION.search(_before(text, match.start())) or _ASKED.match(text[match.end() : match.end() + NEAR_CHARS])
+    )
 
 
 def _read_letter(match: re.Match[str], text: str, runs: dict[int, _Run]) -> str | None:
-    letter, rest = match.group(1), text[match.end() :]
+    letter, rest = match.group(1), text[match.end() : match.end() + NEAR_CHARS]
     if letter.isupper():
         run = runs.get(match.start(1))
         if run is None:  # `answer is A big city`: only after a colon can a capital be an article
-            return None if re.search(r":\W*$", text[: match.start(1)]) else letter
+            return None if re.search(r":\W*$", _before(text, match.start(1))) else letter
         return None if run.is_rejected or len(run.letters) > 1 else letter
     if letter == "a" and _ARTICLE_LOWER.match(rest):
         return None
@@ -222,6 +230,6 @@ def _only_option(text: str, options: Sequence[str]) -> str | None:
         for index in found
         if not any(options[index] != options[other] and options[index] in options[other] for other in found)
     ]
-    if len(outer) != 1 or _DENIED.search(text[: found[outer[0]].start()]):
+    if len(outer) != 1 or _DENIED.search(_before(text, found[outer[0]].start())):
         return None
     return LETTERS[outer[0]]

@@ -44,7 +44,8 @@ class VllmEngine:
         except Exception as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise EvaluationError(
-                f"vLLM cannot start on {spec.model}: {lines[-1] if lines else type(error).__name__}"
+                f"vLLM cannot start on {spec.model}: {lines[-1][:300] if lines else type(error).__name__};"
+                " evaluation.backend: transformers scores whatever was trained"
             ) from error
         self._letter_ids = spec.letter_ids
         self._tokenizer = load_tokenizer(spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code)

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from eval.artifacts import write_text
-from eval.encoding import encode_prompts
+from eval.encoding import count_control_tokens, encode_prompts
 from eval.logits import choose_dtype
 from eval.resampling import BOOTSTRAP_SAMPLES
 from eval.significance import ALPHA, correct_holm
@@ -60,6 +60,8 @@ class HeldOutResult(StrictModel):
     """Over all documents."""
     num_tokens: int = Field(ge=1)
     """Tokens predicted."""
+    num_control_tokens: int = 0
+    """Control tokens that the documents spell out; they are text."""
     document_nats: list[float]
     """Negative log-likelihood of each document, natural log."""
     document_bytes: list[int]
@@ -137,6 +139,7 @@ def score_held_out(
     if not config.held_out:
         return {}
     identity = identify_model(model, revision=revision)
+    tokenizer = load_tokenizer(model, revision=revision)
     stored = load_held_out(out_dir)
     found: dict[str, HeldOutResult] = {}
     for item in config.held_out:
@@ -147,6 +150,7 @@ def score_held_out(
             "model": identity.name,
             "weights_sha256": identity.weights_sha256,
             "dtype": config.dtype,
+            "num_control_tokens": count_control_tokens(tokenizer, documents),
         }
         before = stored.get(item.name)
         if before is None or before.model_dump(include=set(origin)) != origin:

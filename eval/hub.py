@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eval.csv_table import COLUMNS, LETTERS
 from eval.items import load_official_subjects
-from layerplan.errors import EvaluationError
+from layerplan.errors import EvaluationError, first_line
 
 REPOSITORIES = {"ceval": "ceval/ceval-exam", "cmmlu": "haonan-li/cmmlu"}
 
@@ -44,7 +44,7 @@ def _fetch_rows(source: str, subject: str, split: str) -> list[dict[str, str]]:
     try:
         table = datasets.load_dataset(source, subject, split=split)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = first_line(error)
         raise EvaluationError(
             f"evaluation.benchmarks: {source}, subject {subject}, split {split} cannot be fetched from the hub ({first})"
         ) from None

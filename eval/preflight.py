@@ -6,16 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from layerplan.errors import EvaluationError
+from layerplan.models.base_check import refuse_code_without_consent
+from layerplan.models.files import load_hf_config
 from layerplan.models.positions import find_max_positions
 from layerplan.models.weight_files import read_stored_tensors
 
 
-def check_weight_files(model: str) -> None:
-    """Refuses a model folder whose weights were not written to the end; hub ids are left to the hub.
+def check_model_files(model: str, revision: str, *, trust_remote_code: bool = False) -> None:
+    """Refuses a model whose own code is not allowed, and a folder whose weights were not written to the end.
 
     Raises:
-        ModelError: Naming the file that is missing or shorter than its own header says.
+        ModelError: Naming the code, or the file that is missing or shorter than its own header says.
     """
+    config = load_hf_config(model, revision=revision)
+    refuse_code_without_consent(model, config, trust_remote_code=trust_remote_code)
     folder = Path(model).expanduser()
     if folder.is_dir():
         read_stored_tensors(folder)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from eval.artifacts import Results, load_continued, load_results, write_continuations, write_results
-from eval.encoding import AnswerTokens, encode_prompts, find_answer_tokens
+from eval.encoding import AnswerTokens, describe_encoding, encode_prompts, find_answer_tokens
 from eval.engine import EngineAnswer, EngineSpec
 from eval.extraction import EXTRACTION_VERSION, extract_answer
 from eval.held_out import is_held_out_scored, score_held_out
 from eval.items import Benchmark, Question, load_benchmark
 from eval.pool import Ask, ask_all, clear_ledger
-from eval.preflight import check_lengths, check_weight_files
+from eval.preflight import check_lengths, check_model_files
 from eval.prompts import TEMPLATES, describe_template, format_prompts
 from eval.scoring import Answer, EvaluationResult, Protocol, ScoreOrigin, pick_letter, score_answers
 from layerplan.config.evaluation import EvaluationConfig
@@ -47,11 +47,11 @@ def evaluate_model(
         EvaluationError: When a benchmark, prompt or engine cannot give a trustworthy score.
         ModelError: When the model's files are not whole.
     """
-    check_weight_files(model)
-    origin = _describe_origin(model, revision, config)
+    check_model_files(model, revision, trust_remote_code=trust_remote_code)
     benchmarks = _load_benchmarks(config)
+    origins = _describe_origins(model, revision, benchmarks, config)
     finished = load_results(out_dir)
-    done = {benchmark.name: _read_finished(finished, benchmark, config, origin) for benchmark in benchmarks}
+    done = {item.name: _read_finished(finished, item, config, origins[item.name]) for item in benchmarks}
     todo = [benchmark for benchmark in benchmarks if done[benchmark.name] is None]
     if todo or load_continued(out_dir) != _describe_continuations(config):
         report(f"asking {sum(len(benchmark.questions) for benchmark in todo):,} questions with {config.backend}")
@@ -65,7 +65,11 @@ def evaluate_model(
             }
             done[benchmark.name] = {
                 f"{benchmark.name}/{protocol}": score_answers(
-                    benchmark, protocol, make_protocol_id(benchmark, protocol, config), answers[protocol], origin=origin
+                    benchmark,
+                    protocol,
+                    make_protocol_id(benchmark, protocol, config),
+                    answers[protocol],
+                    origin=origins[benchmark.name],
                 )
                 for protocol in config.protocols
             }
@@ -93,7 +97,8 @@ def load_finished(model: str, config: EvaluationConfig, out_dir: Path, *, revisi
         first = stored.get(f"{benchmark.name}/{config.protocols[0]}")
         if first is None or first.origin is None:
             return None
-        origin = _make_origin(name_folder(Path(model)), revision, first.origin.weights_sha256, config)
+        known = {"weights_sha256": first.origin.weights_sha256, "encoding": first.origin.encoding}
+        origin = _make_origin(name_folder(Path(model)), revision, config, **known)
         results = _read_finished(stored, benchmark, config, origin)
         if results is None:
             return None
@@ -126,16 +131,27 @@ def make_protocol_id(benchmark: Benchmark, protocol: Protocol, config: Evaluatio
     return compute_sha256(parts)
 
 
-def _describe_origin(model: str, revision: str, config: EvaluationConfig) -> ScoreOrigin:
+def _describe_origins(
+    model: str, revision: str, benchmarks: Sequence[Benchmark], config: EvaluationConfig
+) -> dict[str, ScoreOrigin]:
+    """Of each benchmark, what its scores come from."""
     identity = identify_model(model, revision=revision)
-    return _make_origin(identity.name, revision, identity.weights_sha256, config)
+    tokenizer = load_tokenizer(model, revision=revision)
+    origins = {}
+    for benchmark in benchmarks:
+        tokens = _answer_tokens(tokenizer, model, benchmark, config)
+        prompts = format_prompts(benchmark, style=config.style)
+        encoding = describe_encoding(tokenizer, prompts, tokens, style=config.style)
+        known = {"weights_sha256": identity.weights_sha256, "encoding": encoding}
+        origins[benchmark.name] = _make_origin(identity.name, revision, config, **known)
+    return origins
 
 
-def _make_origin(name: str, revision: str, weights_sha256: str | None, config: EvaluationConfig) -> ScoreOrigin:
+def _make_origin(name: str, revision: str, config: EvaluationConfig, **known: Any) -> ScoreOrigin:
     return ScoreOrigin(
         model=name,
         revision=revision,
-        weights_sha256=weights_sha256,
+        **known,
         style=config.style,
         num_few_shot=config.num_few_shot,
         backend=config.backend,
@@ -170,9 +186,10 @@ def _ask_benchmarks(
     asks: list[Ask] = []
     for benchmark in asked:
         prompts = format_prompts(benchmark, style=config.style)
-        encoded = encode_prompts(tokenizer, prompts, add_special_tokens=config.style == "official")
+        policy: Literal["text", "token"] = "text" if config.style == "official" else "token"
+        encoded = encode_prompts(tokenizer, prompts, add_special_tokens=True, control_tokens=policy)
         asks += [Ask([*ids, *tokens[benchmark.name].appended], limit) for ids in encoded]
-    continued = encode_prompts(tokenizer, config.continuation_prompts, add_special_tokens=True)
+    continued = encode_prompts(tokenizer, config.continuation_prompts, add_special_tokens=True, control_tokens="token")
     names = [question.id for benchmark in asked for question in benchmark.questions]
     names += [f"continuation {index + 1}" for index in range(len(continued))]
     num_questions = len(asks)

@@ -54,6 +54,8 @@ class ScoreOrigin(StrictModel):
     """Engine."""
     dtype: str
     """Precision asked for."""
+    encoding: str = ""
+    """Begin token, letters' tokens and control tokens, where prompts are encoded otherwise than by earlier versions."""
 
 
 class EvaluationResult(StrictModel):

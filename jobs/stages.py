@@ -33,7 +33,7 @@ from layerplan.models.model_sizes import load_model_shape
 from layerplan.plan.boundary_choice import choose_boundary, find_options
 from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
 from layerplan.plan.describe import describe_certainty, describe_measurement
-from layerplan.plan.explain import describe_flops, describe_older_rule, explain_plan, render_layer_map
+from layerplan.plan.explain import describe_flops, describe_older_rule, explain_plan, read_choice, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.loss_recipe import LossRecipe
@@ -96,6 +96,8 @@ def build_store(context: RunContext, model_name: str) -> Path | str:
             report=lambda line: say("corpus", line),
         )
         tracker.log_params({"num_rows": manifest.num_rows, "seq_len": manifest.seq_len})
+        joining = {"end_of_text": manifest.end_of_text or manifest.end_of_text_id, "begin_ids": manifest.begin_ids}
+        tracker.log_params(joining | {"control_tokens": manifest.control_tokens})
         tracker.log_metrics({f"corpus/{name}": float(count) for name, count in manifest.counts.items()}, step=0)
         tracker.log_artifact(context.folder.token_store / "manifest.json")
     return corpus.upload_to or context.folder.token_store
@@ -165,6 +167,8 @@ def decide_plan(context: RunContext, model_name: str, profile: LayerProfile | No
             context.folder.plan_text.write_text(explain_plan(plan, profile, cost_here), encoding="utf-8")
             plan.save(context.folder.plan)
             tracker.log_params({"plan_type": plan.plan_type, "trainable_layers": list(plan.trainable_layers)})
+            if choice := read_choice(plan):
+                tracker.log_params({"boundary_p": choice.p_value, "boundary_decided_by": choice.decided_by})
             tracker.log_artifact(context.folder.plan)
             tracker.log_artifact(context.folder.plan_text)
     say("plan", plan.reason)

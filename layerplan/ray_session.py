@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from layerplan.config.cluster import ClusterConfig
-from layerplan.errors import ClusterError
+from layerplan.errors import ClusterError, first_line
 from layerplan.telemetry import QUIET_VARIABLES
 
 WORKER_VARIABLES = {
@@ -51,7 +51,7 @@ def connect(config: ClusterConfig, *, min_cpus: float, min_gpus: float = 0) -> N
             with _own_sigterm():
                 _init(address, config)
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            first = first_line(error)
             where = f"cluster.address={address}" if address else "a local Ray cluster"
             raise ClusterError(f"{where}: cannot be reached or started ({first})") from error
     quiet_engines()

@@ -37,7 +37,7 @@ def make_profile(
         "layer_sensitivity_rows": [list(layer_sensitivity)],
         "absolute_sensitivity": zeros,
         "alignment_score": scores,
-        "best_boundary": 1 + scores.index(max(scores)),
+        "best_boundary": 1 + scores.index(max(scores)) if scores else None,
     }
     return LayerProfile(**{**values, **fields}).sealed()
 

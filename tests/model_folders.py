@@ -14,11 +14,15 @@ from tokenizers import Tokenizer, models
 from tests.qwen3 import build_tiny_qwen3
 
 OWN_CODE = """
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 
 class TidalConfig(Qwen3Config):
     model_type = "tidal"
+
+
+class TidalModel(Qwen3Model):
+    config_class = TidalConfig
 
 
 class TidalForCausalLM(Qwen3ForCausalLM):
@@ -35,9 +39,14 @@ def save_tiny_base(folder: Path, **changes: Any) -> Path:
 
 def save_base_with_code(folder: Path, code: str = OWN_CODE) -> Path:
     """The same weights under a model type that transformers does not know, with the file that defines it."""
-    save_tiny_base(folder)
+    return give_code(save_tiny_base(folder), code)
+
+
+def give_code(folder: Path, code: str = OWN_CODE) -> Path:
+    """Turns a Qwen3 folder into one whose architecture is the code beside it."""
     (folder / "modeling_tidal.py").write_text(code)
-    auto_map = {"AutoConfig": "modeling_tidal.TidalConfig", "AutoModelForCausalLM": "modeling_tidal.TidalForCausalLM"}
+    classes = {"AutoConfig": "TidalConfig", "AutoModel": "TidalModel", "AutoModelForCausalLM": "TidalForCausalLM"}
+    auto_map = {auto: f"modeling_tidal.{name}" for auto, name in classes.items()}
     edit_config(folder, model_type="tidal", architectures=["TidalForCausalLM"], auto_map=auto_map)
     return folder
 

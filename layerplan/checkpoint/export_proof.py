@@ -48,10 +48,14 @@ def check_export(folder: Path, weights: BaseWeights, model: nn.Module, *, trust_
 
 @torch.no_grad()
 def compute_logits(model: Any) -> Tensor:
-    """Logits (1, at most 32 tokens, vocabulary) of one fixed row."""
-    positions = int(getattr(model.config, "max_position_embeddings", None) or 32)
-    ids = (torch.arange(min(32, positions)) * 7919 % int(model.config.vocab_size))[None]
-    logits: Tensor = model.eval()(input_ids=ids).logits
+    """Logits (1, at most 32 tokens, vocabulary) of one fixed row; a model that hashes at random does so alike each time."""
+    config = model.config.get_text_config()
+    positions = int(getattr(config, "max_position_embeddings", None) or 32)
+    ids = (torch.arange(min(32, positions)) * 7919 % int(config.vocab_size))[None]
+    model.config.use_cache = config.use_cache = False  # some hybrids cannot start one without attention layers
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        logits: Tensor = model.eval()(input_ids=ids).logits
     return logits.float()
 
 

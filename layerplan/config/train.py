@@ -85,7 +85,8 @@ class TrainConfig(StrictModel):
     """Compile each decoder layer, the loss and the optimizer pass with torch.compile."""
     attention: Literal["auto", "sdpa", "flex", "eager"] = "auto"
     """Attention over packed documents; `auto` measures the candidates at start on a GPU; on a
-    CPU it is `eager` for short rows under `compile`, else `sdpa`."""
+    CPU it is `eager` for short rows under `compile`, else `sdpa`. A model whose own attention does more than those
+    kernels, as capping its scores, is given its own whatever this says; the self-test tells."""
     frozen_fp8: bool = False
     """Keep frozen layers' matrices in FP8 (torchao, GPU only)."""
     z_loss: float = Field(default=0.0, ge=0)

@@ -17,13 +17,13 @@ from typing import Any
 import yaml
 
 from layerplan.config.corpus import SourceConfig
-from layerplan.corpus.location import FileEntry, open_stream, split_options
+from layerplan.corpus.location import FileEntry, hide_keys, open_stream, split_options
 from layerplan.errors import CorpusError
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 RECORDS = ("dataset_info.json", "dataset_infos.json", STATE, SPLITS)
 """What `datasets` keeps about a data set (`datasets.config`)."""
-MAX_CARD_BYTES = 2**20
+MAX_CARD_BYTES = 2**24
 CARD_FIELDS = {
     *("configs", "dataset_info", "task_categories", "task_ids", "size_categories", "source_datasets", "config_names"),
     *("annotations_creators", "language_creators", "multilinguality", "train-eval-index", "paperswithcode_id"),
@@ -43,9 +43,9 @@ class Layout:
 
     def leave_out(self, why: str, files: Iterable[FileEntry]) -> None:
         """Takes files away and remembers why."""
-        gone = list(files)
-        self.left_out.setdefault(why, []).extend(_name(file.path) for file in gone)
-        self.files = [file for file in self.files if file not in set(gone)]
+        gone = set(files)
+        self.left_out.setdefault(why, []).extend(_name(file.path) for file in self.files if file in gone)
+        self.files = [file for file in self.files if file not in gone]
 
     def explain(self) -> str | None:
         """One line with the number of files that are not read, or None when all are."""
@@ -125,9 +125,7 @@ def _is_data_set(files: Sequence[FileEntry], format_of: dict[str, str | None]) -
 
 
 def _is_card(path: str) -> bool:
-    with open_stream(path) as stream:
-        head = stream.read(MAX_CARD_BYTES).decode("utf-8", "replace")
-    found = _FRONT_MATTER.match(head)
+    found = _FRONT_MATTER.match(_read_head(path).decode("utf-8", "replace"))
     try:
         values = yaml.safe_load(found.group(1)) if found else None
     except yaml.YAMLError:
@@ -138,11 +136,18 @@ def _is_card(path: str) -> bool:
 def _read_json(file: FileEntry) -> dict[str, Any]:
     """A small JSON object; anything else is no record of a data set."""
     try:
-        with open_stream(file.path) as stream:
-            values = json.loads(stream.read(MAX_CARD_BYTES))
+        values = json.loads(_read_head(file.path))
     except ValueError:
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def _read_head(path: str) -> bytes:
+    try:
+        with open_stream(path) as stream:
+            return stream.read(MAX_CARD_BYTES)
+    except OSError as error:
+        raise CorpusError(f"{hide_keys(path)}: cannot be read ({error})") from None
 
 
 def _name(path: str) -> str:

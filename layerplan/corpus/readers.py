@@ -92,8 +92,11 @@ def is_apart(path: str) -> bool:
     """Whether a plain file holds JSON that is not one value a line, which cannot be cut into stretches."""
     if not _may_be_apart(path):
         return False
-    with open_stream(path) as stream:
-        return begins_apart(stream.read(HEAD_BYTES))
+    try:
+        with open_stream(path) as stream:
+            return begins_apart(stream.read(HEAD_BYTES))
+    except OSError:  # whoever reads the file says so
+        return False
 
 
 def _may_be_apart(path: str) -> bool:

@@ -88,7 +88,7 @@ class UnitTokenizer:
     def __init__(self, config: CorpusConfig, tokenizer_json: str, questions: Sequence[BenchmarkText]) -> None:
         self._config = config
         self._encoder = load_encoder(tokenizer_json, config.tokenizer_library, config.control_tokens)
-        self._control = ControlTokens(tokenizer_json)
+        self._control = ControlTokens.from_json(tokenizer_json)
         self._index = QuestionIndex(questions, config.decontamination)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[pa.Table]:

@@ -19,7 +19,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def check_base_model(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> None:
     """Refuses what is no base model: config, kind of checkpoint, and every tensor by name, dtype and shape.
 
-    The weights of a hub id are left to loading; its other files are looked at.
+    A hub id is downloaded for it: first the small files, then the weights, which the export needs here anyway.
 
     Raises:
         ModelError: In one line, with what was found and the remedy.
@@ -28,10 +28,11 @@ def check_base_model(name: str, *, revision: str = "main", trust_remote_code: bo
     refuse_adapter(name, folder)
     values = load_hf_config(name, revision=revision)
     refuse_quantized(name, values)
-    refuse_other_tasks(name, values, trust_remote_code=trust_remote_code)
+    refuse_code_without_consent(name, values, trust_remote_code=trust_remote_code)
+    refuse_other_tasks(name, values)
     model = build_without_data(name, folder, trust_remote_code=trust_remote_code)
-    if Path(name).expanduser().is_dir():
-        check_tensors(name, model, read_stored_tensors(folder))
+    folder = fetch_model_folder(name, revision=revision, with_weights=True)
+    check_tensors(name, model, read_stored_tensors(folder))
 
 
 def refuse_adapter(name: str, folder: Path) -> None:
@@ -57,21 +58,26 @@ def refuse_quantized(name: str, config: dict[str, Any]) -> None:
             )
 
 
-def refuse_other_tasks(name: str, config: dict[str, Any], *, trust_remote_code: bool) -> None:
-    """Raises `ModelError` when neither transformers nor allowed code of the model's own has a causal LM for the config."""
+def refuse_code_without_consent(name: str, config: dict[str, Any], *, trust_remote_code: bool) -> None:
+    """Raises `ModelError` when only code that comes with the model can build it, and the user did not allow that."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    code = _find_own_code(config)
+    if code and not trust_remote_code and config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"model.name={name}: is made by Python code that comes with it ({code}), which is not run unless asked;"
+            " read it, then set model.trust_remote_code: true"
+        )
+
+
+def refuse_other_tasks(name: str, config: dict[str, Any]) -> None:
+    """Raises `ModelError` when neither transformers nor code of the model's own has a causal LM for the config."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
     kind, classes = config["model_type"], config.get("architectures") or []
-    brings_code = "AutoModelForCausalLM" in (config.get("auto_map") or {})
     known = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if brings_code and (trust_remote_code or kind not in known):
-        if not trust_remote_code:
-            raise ModelError(
-                f"model.name={name}: is made by Python code that comes with it"
-                f" ({config['auto_map']['AutoModelForCausalLM']}), which is not run unless asked; read it, then set"
-                " model.trust_remote_code: true"
-            )
+    if _find_own_code(config):
         return
     described = f"model_type {kind!r}" + (f", {classes[0]}" if classes else "")
     if kind not in known:
@@ -161,6 +167,12 @@ def _refuse_untied(name: str, owner: str, tensors: list[tuple[str, StoredTensor]
                 " other values for the one than for the other; set tie_word_embeddings to false in config.json, or"
                 " remove the one that is not meant"
             )
+
+
+def _find_own_code(config: dict[str, Any]) -> str | None:
+    """`module.Class` of the causal language model that the folder's own code defines."""
+    found = (config.get("auto_map") or {}).get("AutoModelForCausalLM")
+    return None if found is None else str(found)
 
 
 def _list_classes(mapping: Any) -> set[str]:

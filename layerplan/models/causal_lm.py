@@ -11,9 +11,15 @@ import torch
 from torch import nn
 
 from layerplan.errors import ModelError
-from layerplan.models.base_check import explain_load_error, refuse_adapter, refuse_other_tasks, refuse_unaccounted
+from layerplan.models.base_check import (
+    explain_load_error,
+    refuse_adapter,
+    refuse_code_without_consent,
+    refuse_other_tasks,
+    refuse_unaccounted,
+)
 from layerplan.models.files import find_tokenizer_file, first_line, load_hf_config
-from layerplan.models.tensor_map import TensorAccount
+from layerplan.models.tensor_map import TensorAccount, find_unfed
 from layerplan.models.weight_files import read_stored_tensors
 
 FOREIGN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
@@ -78,11 +84,13 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     values = load_hf_config(name, revision=revision)
-    refuse_other_tasks(name, values, trust_remote_code=trust_remote_code)
+    refuse_code_without_consent(name, values, trust_remote_code=trust_remote_code)
+    refuse_other_tasks(name, values)
     folder = Path(name).expanduser()
+    stored = None
     if folder.is_dir():
         refuse_adapter(name, folder)
-        read_stored_tensors(folder)
+        stored = read_stored_tensors(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
@@ -95,7 +103,8 @@ def load_causal_lm(
         )
     except Exception as error:  # a model's code can raise anything
         raise ModelError(explain_load_error(name, error)) from None
-    refuse_unaccounted(name, model, TensorAccount.from_loading_info(info))
+    unfed = () if stored is None else find_unfed(model, stored)
+    refuse_unaccounted(name, model, TensorAccount.from_loading_info(info).with_missing(unfed))
     return model.eval()
 
 

@@ -136,12 +136,18 @@ def find_tokenizer_file(name: str, *, revision: str = "main") -> Path:
     """
     path = find_model_file(name, "tokenizer.json", revision=revision)
     if not Path(name).expanduser().is_dir():
-        from huggingface_hub.errors import EntryNotFoundError
-
-        for sibling in TOKENIZER_SIBLINGS:
-            with suppress(EntryNotFoundError):
-                _fetch(name, sibling, revision)
+        _fetch_siblings(name, revision)
     return path
+
+
+@lru_cache(maxsize=8)
+def _fetch_siblings(name: str, revision: str) -> None:
+    """Fetches `TOKENIZER_SIBLINGS`, as far as the hub has them; once in a process, as each asks the hub anew."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for sibling in TOKENIZER_SIBLINGS:
+        with suppress(EntryNotFoundError):
+            _fetch(name, sibling, revision)
 
 
 @lru_cache(maxsize=8)

@@ -8,7 +8,7 @@ would be at loading, and an export knows which stored tensors a parameter is mad
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,11 @@ class TensorAccount:
             tuple(sorted(info["unexpected_keys"])),
             tuple(sorted((name, tuple(found), tuple(wanted)) for name, found, wanted in info["mismatched_keys"])),
         )
+
+    def with_missing(self, names: Iterable[str]) -> TensorAccount:
+        """The same with these missing too; a tensor of another shape is counted once."""
+        surely = {*self.missing, *names} - {name for name, *_ in self.misshaped}
+        return replace(self, missing=tuple(sorted(surely)))
 
     def describe(self) -> str | None:
         """The faults in one line, each kind with its first tensor and how many more; None when there is none."""
@@ -104,6 +109,12 @@ def map_tensors(model: Any, stored: Iterable[str]) -> TensorMap:
     return TensorMap(owners, frozenset(converted))
 
 
+def find_unfed(model: Any, stored: Iterable[str]) -> list[str]:
+    """Parameters that no stored tensor feeds; a model's code may let that pass, and they are random then."""
+    fed = set(map_tensors(model, stored).stored_of())
+    return [name for name, _ in model.named_parameters() if name not in fed]
+
+
 def account_for_tensors(model: Any, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> TensorAccount:
     """Lets transformers' loader place tensors of these dtypes and shapes, without data, into a model on the meta device.
 
@@ -114,29 +125,25 @@ def account_for_tensors(model: Any, stored: Mapping[str, tuple[torch.dtype, tupl
         stored: Name to dtype and shape.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.core_model_loading import WeightConverter, convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
-    fed = set(map_tensors(model, stored).stored_of())
-    unfed = [name for name, _ in model.named_parameters() if name not in fed]
+    unfed = find_unfed(model, stored)
     tensors: dict[str, Tensor] = {
         name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in stored.items()
     }
-    loading = LoadStateDictConfig(
-        device_map={"": torch.device("meta")}, weight_mapping=get_model_conversion_mapping(model), dtype=torch.float32
-    )
+    transforms = get_model_conversion_mapping(model)
+    for each in transforms:
+        if isinstance(each, WeightConverter):
+            each.force_cpu = False  # for tensors too large to convert on a device; without data none is
+    loading = LoadStateDictConfig(device_map={"": torch.device("meta")}, weight_mapping=transforms, dtype=torch.float32)
     info, _ = convert_and_load_state_dict_in_model(
         model=model, state_dict=tensors, load_config=loading, disk_offload_index=None
     )
     model.mark_tied_weights_as_initialized(info)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
-    account = TensorAccount.from_loading_info(info.to_dict())
-    return TensorAccount(
-        tuple(sorted({*account.missing, *unfed, *info.conversion_errors} - {name for name, *_ in account.misshaped})),
-        account.unexpected,
-        account.misshaped,
-    )
+    return TensorAccount.from_loading_info(info.to_dict()).with_missing([*unfed, *info.conversion_errors])
 
 
 def restore_stored_form(model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -133,7 +133,7 @@ def _read(file: Path, end_of_text: str | None, changed: tuple[tuple[int, int], .
     text = content.decode("utf-8")
     tokenizer = _parse(file, text)
     added = sorted(tokenizer.get_added_tokens_decoder().items())
-    begin_ids, after_ids = _ask_surroundings(tokenizer)
+    begin_ids, after_ids = find_surroundings(tokenizer)
     ends = _list_claims(file.parent, tokenizer, "eos")
     end_id, end_source = _choose_end(file, tokenizer, ends, after_ids, end_of_text)
     control_ids = {number for number, token in added if token.special}
@@ -176,8 +176,8 @@ def _parse(file: Path, text: str) -> Tokenizer:
     return tokenizer
 
 
-def _ask_surroundings(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids the tokenizer puts before and after a text."""
+def find_surroundings(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that a tokenizer itself puts before and after a text, found by encoding one with and without."""
     for probe in _PROBES:
         bare = tokenizer.encode(probe, add_special_tokens=False).ids
         whole = tokenizer.encode(probe).ids

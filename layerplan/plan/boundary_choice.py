@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from layerplan.config.base import StrictModel
-from layerplan.config.plan import BoundaryOptions, BoundaryRule, PlanConfig, SchedulePlanConfig
+from layerplan.config.plan import DEFAULT_MIN_SIDE, BoundaryOptions, BoundaryRule, PlanConfig, SchedulePlanConfig
 from layerplan.config.trace import Sensitivity
 from layerplan.errors import PlanError
 from layerplan.plan.boundary import (
@@ -91,11 +91,12 @@ def choose_boundary(profile: LayerProfile, options: BoundaryOptions | None = Non
         The boundary with its evidence, and what decided it.
 
     Raises:
-        PlanError: When the measurement supports no boundary and the options call that an error, or ask for the best one
-            of a model that is too small to have any.
+        PlanError: When `min_side` is more than half of the layers, when the measurement supports no boundary and the
+            options call that an error, or when they ask for the best one of a model that is too small to have any.
     """
     options = options or BoundaryOptions()
     num_layers = profile.model.num_layers
+    check_min_side(options.min_side, num_layers)
     sensitivity = find_sensitivity(profile)
     particle, values = profile.task_particle, get_sensitivity(profile, sensitivity)
     scores = compute_alignment_scores(particle, values)
@@ -123,6 +124,14 @@ def choose_boundary(profile: LayerProfile, options: BoundaryOptions | None = Non
         decided_by=decided_by,
         boundary=boundary,
     )
+
+
+def check_min_side(min_side: int, num_layers: int) -> None:
+    """Raises `PlanError` when layers were asked for on either side that the model does not have."""
+    if min_side > max(DEFAULT_MIN_SIDE, num_layers // 2):
+        raise PlanError(
+            f"plan.min_side={min_side}: must lie in 1..{num_layers // 2} for a model of {num_layers} layers"
+        )
 
 
 def find_options(config: PlanConfig) -> BoundaryOptions:

@@ -17,7 +17,13 @@ from layerplan.config.plan import (
 from layerplan.config.train import TrainConfig
 from layerplan.errors import PlanError
 from layerplan.plan.boundary import compute_alignment_scores, list_candidates, rate_boundaries
-from layerplan.plan.boundary_choice import DEFAULT_PAIR, choose_boundary, find_sensitivity, get_sensitivity
+from layerplan.plan.boundary_choice import (
+    DEFAULT_PAIR,
+    check_min_side,
+    choose_boundary,
+    find_sensitivity,
+    get_sensitivity,
+)
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, predict_cost
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.holm import correct_holm
@@ -70,6 +76,7 @@ def search_budget(
     Raises:
         PlanError: When no plan keeps the limits; the message names the cheapest.
     """
+    check_min_side(config.min_side, shape.num_layers)
     pairs = list(_list_candidates(config, model, shape, profile, train=train, seq_len=seq_len))
     candidates = [candidate for candidate, _ in pairs]
     fitting = [pair for pair in pairs if pair[0].fits]

@@ -17,7 +17,7 @@ import mlflow
 from mlflow.entities import Experiment, LifecycleStage, Metric, Param
 from mlflow.exceptions import MlflowException
 
-from layerplan.errors import TrackingError
+from layerplan.errors import TrackingError, first_line
 from layerplan.tracking.sink import MlflowSinkFactory, SinkFactory
 from layerplan.tracking.tracker import Status
 
@@ -49,7 +49,7 @@ def open_mlflow_run(uri: str, experiment: str, run_dir: Path, run_name: str) -> 
     except TrackingError:
         raise
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = first_line(error)
         raise TrackingError(f"tracking.uri={uri}: cannot be opened ({first})") from error
     return MlflowTracker(client, uri, experiment_id, run_id, book)
 

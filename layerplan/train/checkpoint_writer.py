@@ -43,6 +43,8 @@ class CheckpointWriter:
     fresh_moments: bool = False
     """Whether parameters may come without moments, as after a change of plan."""
     _newest: Path | None = None
+    _is_proven: bool = True
+    """Whether the newest one was proved a moment ago: true of the first restore only."""
     _pending: Saving | None = None
 
     def __post_init__(self) -> None:
@@ -105,9 +107,11 @@ class CheckpointWriter:
 
     def _prove_newest(self) -> Resumed:
         self._wait()
-        if self._newest == self.resumed.checkpoint:
+        is_resumed = self._newest == self.resumed.checkpoint
+        if is_resumed and self._is_proven:
+            self._is_proven = False
             return self.resumed
-        if self.rank == 0:
+        if self.rank == 0 and not is_resumed:
             self._wait_for_seal()
         return find_resume(self.run_dir / CHECKPOINTS_NAME, self.resumed.state, self.rank)
 

@@ -71,7 +71,7 @@ def test_the_model_was_asked_before_training_and_once_more_when_it_was_placed(fi
 def test_the_plan_carries_the_profile_it_was_made_from(finished_run: Path) -> None:
     plan, profile = read(finished_run / "freeze_plan.json"), read(finished_run / "layer_profile.json")
     assert plan["evidence"]["profile_sha256"] == profile["sha256"]
-    assert plan["trainable_layers"] == list(range(profile["best_boundary"]))
+    assert plan["trainable_layers"] == list(range(plan["evidence"]["boundary"]["boundary"]))
     assert profile["num_probes"] == 20
 
 

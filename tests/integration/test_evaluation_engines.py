@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ import pytest
 
 from eval.artifacts import load_answers
 from eval.engine import EngineSpec
+from eval.held_out import load_held_out
 from eval.pool import LEDGER_NAME, Ask, ask_all
 from eval.runner import evaluate_model
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError, ModelError
+from tests.model_folders import give_code
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -161,9 +164,28 @@ def test_vllm_and_transformers_agree_token_for_token(ray_local: None, model: str
     assert left == (tmp_path / "transformers" / "continuations.jsonl").read_text(encoding="utf-8")
 
 
-def test_what_cannot_be_scored_is_one_clear_error(ray_local: None, model: str, tmp_path: Path) -> None:
-    import shutil
+@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+def test_a_model_of_its_own_code_is_scored_once_that_is_allowed(
+    backend: str, ray_local: None, model: str, tmp_path: Path
+) -> None:
+    """The same weights without the code, by the same engine, are the oracle."""
+    coded = give_code(Path(shutil.copytree(model, tmp_path / "coded")))
+    (tmp_path / "text.txt").write_text("The tide turns twice a day.\n\nAnd once more.", encoding="utf-8")
+    held_out = [{"name": "tides", "source": {"path": str(tmp_path / "text.txt")}}]
+    config = make_config(backend=backend, protocols=["logit"], held_out=held_out, batch_size=64)
+    with pytest.raises(ModelError, match=r"modeling_tidal\.TidalForCausalLM.*model\.trust_remote_code: true"):
+        evaluate_model(str(coded), config, tmp_path / "refused")
+    evaluate_model(str(coded), config, tmp_path / "allowed", trust_remote_code=True)
+    evaluate_model(model, make_config(protocols=["logit"], held_out=held_out, batch_size=64), tmp_path / "plain")
+    mine, theirs = (load_answers(tmp_path / name, "ceval", "logit") for name in ("allowed", "plain"))
+    assert len(mine) == 64
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.letter_logprobs == pytest.approx(other.letter_logprobs, abs=1e-4)
+    texts = [load_held_out(tmp_path / name)["tides"] for name in ("allowed", "plain")]
+    assert texts[0].bits_per_byte == pytest.approx(texts[1].bits_per_byte, abs=1e-6)
 
+
+def test_what_cannot_be_scored_is_one_clear_error(ray_local: None, model: str, tmp_path: Path) -> None:
     half = tmp_path / "half"
     shutil.copytree(model, half)
     weights = half / "model.safetensors"

@@ -175,11 +175,11 @@ def test_a_model_trained_on_the_tasks_shows_what_it_shows(
         print(
             f"  TP {np.round(profile.task_particle, 3).tolist()} LS {np.round(profile.layer_sensitivity, 3).tolist()}"
         )
-        print(f"  S {np.round(profile.alignment_score, 3).tolist()} wins {profile.boundary_win_share}")
+        print(f"  S {np.round(profile.alignment_score, 3).tolist()} stability {profile.probe_stability}")
         print(f"  stability {json.dumps(profile.stability)}")
     assert answered > 0.5, "it learned some of the tasks, so its answers are not noise"
     assert profile.js[0] > 0 and profile.js[-1] == 0
-    assert abs(sum(profile.boundary_win_share) - 1) < 1e-9
+    assert all(abs(sum(shares) - 1) < 1e-9 for shares in profile.probe_stability.values())
     assert profile.measured_by == {"mean": {"equal_rows": 20}, "zero": {"query_rows": 60}}, "two of six check"
     assert {"top_k", "mask", "halves"} == set(profile.stability)
 

@@ -103,8 +103,9 @@ class TidalForCausalLM(Qwen3ForCausalLM):
         self.gauge = nn.Linear(4, 4)
 """
     save_base_with_code(tmp_path, code)
-    with pytest.raises(ModelError, match=r"2 tensors are missing \(gauge\.bias and 1 more\)"):
-        check_base_model(str(tmp_path), trust_remote_code=True)
+    for look in (check_base_model, load_causal_lm):
+        with pytest.raises(ModelError, match=r"2 tensors are missing \(gauge\.bias and 1 more\)"):
+            look(str(tmp_path), trust_remote_code=True)
 
 
 def cut_off(folder: Path) -> None:

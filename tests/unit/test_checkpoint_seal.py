@@ -24,6 +24,7 @@ from layerplan.checkpoint.index import (
 from layerplan.checkpoint.layout import STATE_NAME, name_step, read_train_state
 from layerplan.checkpoint.seal import SEAL_NAME, mark_file, read_seal
 from layerplan.errors import CheckpointError
+from layerplan.train.checkpoint_writer import CheckpointWriter
 from layerplan.train.resume import RAY_INDEX_NAME, check_resumable, find_resume, reset_ray_index
 from tests.tiny_checkpoint import FRESH, RUN_ID, build, load, make_old, save
 
@@ -127,6 +128,17 @@ def test_shards_of_another_step_are_found(folder: Path, capsys: pytest.CaptureFi
     shutil.copyfile(folder / "step_00000010" / SHARD, folder / "step_00000020" / SHARD)
     used, line = resume(folder, capsys)
     assert used == "step_00000010" and f"step_00000020/{SHARD}: not the bytes that were written" in line
+
+
+def test_going_back_in_a_running_training_proves_the_checkpoint_again(folder: Path) -> None:
+    model, optimizer = build(999)
+    writer = CheckpointWriter(folder.parent, model, optimizer, None, 0, find_resume(folder, FRESH, rank=0))
+    for step in (20, 20, 10):
+        if step == 10:
+            shutil.copyfile(folder / "step_00000010" / SHARD, folder / "step_00000020" / SHARD)
+        state = writer.restore()
+        assert state is not None and state.step == step
+        assert torch.equal(model.weight, build(step)[0].weight)
 
 
 @pytest.mark.parametrize(

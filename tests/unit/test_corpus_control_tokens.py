@@ -101,10 +101,10 @@ def test_the_libraries_agree_when_merges_make_a_control_token(tmp_path: Path) ->
 
 def test_control_tokens_are_counted_the_longest_at_each_place(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, make_bytes(), control=("<s>", "<s>[INST]", "[MASK]"), ordinary=("<tool>",))
-    control = ControlTokens((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    control = ControlTokens.from_json((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     assert [control.count(text) for text in ("", "<s", "a<s>b<s>", "<s>[INST]", "[MASK]<tool>[MASK")] == [0, 0, 2, 1, 1]
     save_tokenizer(tmp_path / "none", make_bytes(), ordinary=("<tool>",))
-    none = ControlTokens((tmp_path / "none" / "tokenizer.json").read_text(encoding="utf-8"))
+    none = ControlTokens.from_json((tmp_path / "none" / "tokenizer.json").read_text(encoding="utf-8"))
     assert none.count("<tool><s>") == 0
 
 

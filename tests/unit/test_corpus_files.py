@@ -65,6 +65,15 @@ def test_a_saved_data_set_is_its_documents_in_the_order_its_state_names(tmp_path
     assert read_ids(folder) == loaded["id"][:] != [str(number) for number in range(30)]
 
 
+def test_a_saved_data_set_at_an_address_is_read_too(tmp_path: Path) -> None:
+    import fsspec
+
+    folder = save(tmp_path / "saved", num_shards=2)
+    for path in folder.iterdir():
+        fsspec.filesystem("memory").pipe(f"/saved_set/{path.name}", path.read_bytes())
+    assert read_ids("memory://saved_set") == read_ids(f"file://{folder}") == [str(number) for number in range(30)]
+
+
 def test_the_arrow_files_of_a_saved_data_set_can_be_named_themselves(tmp_path: Path) -> None:
     folder = save(tmp_path / "saved", num_shards=3)
     assert read_ids(folder / "data-00001-of-00003.arrow") == [str(number) for number in range(10, 20)]

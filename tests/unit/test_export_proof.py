@@ -21,10 +21,12 @@ from layerplan.checkpoint.export_report import ExportReport
 from layerplan.checkpoint.hf_export import export_hf
 from layerplan.config.plan import FreezeDeepPlanConfig
 from layerplan.config.train import OptimizerConfig
-from layerplan.errors import CheckpointError
+from layerplan.errors import CheckpointError, ModelError
+from layerplan.models.base_check import check_base_model
 from layerplan.models.causal_lm import load_causal_lm
 from layerplan.models.files import identify_model
 from layerplan.models.freezing import apply_plan
+from layerplan.models.model_sizes import make_model_shape
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan, make_plan
@@ -48,9 +50,7 @@ class Run:
 
 def train_briefly(base: Path, out: Path, shape: dict[str, Any] = TINY_QWEN3, **options: Any) -> Run:
     """One optimizer step of a base under a plan that trains layer 0 alone, and its checkpoint."""
-    plan = make_plan(
-        FreezeDeepPlanConfig(boundary=1), model=identify_model(str(base)), shape=ModelShape.from_hf_config(shape)
-    )
+    plan = make_plan(FreezeDeepPlanConfig(boundary=1), model=identify_model(str(base)), shape=make_model_shape(shape))
     model = load_causal_lm(str(base), **options)
     apply_plan(model, plan)
     optimizer = build_optimizer(model, OptimizerConfig(learning_rate=0.1), masters={}, compiled=False)
@@ -269,6 +269,32 @@ def test_consent_to_the_bases_code_holds_for_the_check_of_its_export(tmp_path: P
     again = load_causal_lm(str(tmp_path / "out"), trust_remote_code=True)
     assert type(again).__name__ == "TidalForCausalLM"
     assert torch.equal(dict(again.named_parameters())[TRAINED], dict(run.model.named_parameters())[TRAINED])
+
+
+def test_a_hub_id_is_checked_and_exported_from_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own cache, without a network: the layout its client writes, links into a folder of blobs."""
+    import huggingface_hub
+
+    stored = tmp_path / "cache" / "models--owner--tides"
+    snapshot = stored / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("a" * 40)
+    for number, path in enumerate(sorted(save_tiny_base(stored / "blobs").iterdir())):
+        path.rename(stored / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(stored / "blobs" / str(number))
+    (snapshot / "LICENSE").write_text("Apache")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    check_base_model("owner/tides")
+    run = train_briefly(Path("owner/tides"), tmp_path / "checkpoint")
+    run.export(tmp_path / "out")
+    before, after = read_raw(snapshot), read_raw(tmp_path / "out")
+    assert {name for name in before if after[name] != before[name]} == {k for k in before if ".layers.0." in k}
+    assert (tmp_path / "out" / "LICENSE").read_text() == "Apache"
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"owner--tides.*: the folder has no \*\.safetensors weights"):
+        check_base_model("owner/tides")
 
 
 @pytest.mark.parametrize(("name", "side"), [(FROZEN, "frozen"), (TRAINED, "trained")])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_model
 
 from jobs.checks import check_model
 from jobs.dry_run import print_dry_run
@@ -14,17 +15,17 @@ from jobs.run_folder import open_run_folder
 from layerplan.config.load import dump_config
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError, ModelError
-from tests.qwen3 import TINY_QWEN3
+from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
 from tests.tiny_tokenizer import make_bytes, save_tokenizer
 
 ROWS = 257
 
 
 def make_model(folder: Path, *, control: tuple[str, ...], ordinary: tuple[str, ...] = ()) -> RunConfig:
-    """A model with an embedding of 257 rows, one for each byte and one more; the weights are not looked into."""
+    """A model with an embedding of 257 rows, one for each byte and one more."""
     files = {"config": TINY_QWEN3 | {"vocab_size": ROWS, "eos_token_id": 256}}
     save_tokenizer(folder / "model", make_bytes(), control=control, ordinary=ordinary, **files)
-    (folder / "model" / "model.safetensors").touch()
+    save_model(build_tiny_qwen3(vocab_size=ROWS), str(folder / "model" / "model.safetensors"))
     return make_config(folder)
 
 

@@ -1,0 +1,81 @@
+"""A profile and a plan written before boundaries had rules: they load, keep their hashes, and say what decided them.
+
+`data/layout_1` was made by that code from random numbers: eight layers, boundary 7 = L - 1 "in every resample".
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from layerplan.config.plan import FromProfilePlanConfig
+from layerplan.errors import PlanError
+from layerplan.plan.boundary_choice import choose_boundary
+from layerplan.plan.describe import describe_certainty, describe_measurement
+from layerplan.plan.explain import describe_older_rule, explain_plan
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.layer_profile import LayerProfile
+from layerplan.report.figures import draw_alignment, draw_profiles
+from layerplan.report.measurement import render_measurement
+from layerplan.report.page import _plan_section
+
+FOLDER = Path(__file__).parent / "data/layout_1"
+PROFILE = FOLDER / "layer_profile.json"
+
+
+def test_an_old_profile_keeps_its_measurement_and_loses_what_an_empty_side_gave() -> None:
+    written = json.loads(PROFILE.read_text())
+    profile = LayerProfile.load(PROFILE)
+    assert profile.sha256 == written["sha256"] and profile.schema_version == 1
+    assert profile.task_particle == written["task_particle"] and profile.js == written["js"]
+    assert len(written["alignment_score"]) == 7 and profile.alignment_score == written["alignment_score"][:6]
+    assert written["best_boundary"] == 7 and profile.empty_side_boundary == 7
+    assert profile.best_boundary == 1
+    assert profile.probe_stability == {"empty_side_as_zero": written["boundary_win_share"]}
+    words = " ".join([*describe_measurement(profile), *describe_certainty(profile)])
+    assert "of layout 1, whose rule counted an empty side as 0 and chose boundary 7" in words
+    assert "older than the comparison" in words and "supports no boundary" in words
+
+
+def test_an_old_profile_is_asked_under_any_rule() -> None:
+    profile = LayerProfile.load(PROFILE)
+    assert choose_boundary(profile).decided_by == "midpoint"
+    assert choose_boundary(profile, FromProfilePlanConfig(rule="paper", without_evidence="best")).boundary == 1
+
+
+def test_an_old_plan_verifies_and_says_under_which_rule_it_was_made() -> None:
+    plan = FreezePlan.load(FOLDER / "freeze_plan.json")
+    assert plan.trainable_layers == tuple(range(7)) and plan == plan.sealed()
+    text = explain_plan(plan, LayerProfile.load(PROFILE))
+    assert "made under the first rule: the largest S, with a side that has no layer counted as 0" in text
+    assert describe_older_rule(plan) in text and describe_older_rule(plan) in _plan_section(plan)
+
+
+def test_the_report_shows_an_old_measurement() -> None:
+    profile, plan = LayerProfile.load(PROFILE), FreezePlan.load(FOLDER / "freeze_plan.json")
+    html = render_measurement(profile, {}, plan)
+    assert "of layout 1" in html and "<td>absolute</td><td>paper</td>" in html
+    # no group was asked what its answers are made of
+    assert "<td>a</td><td>33%</td><td>-</td><td>-</td>" in html
+    for figure in (
+        draw_alignment(profile, choose_boundary(profile)),
+        draw_profiles(profile, plan, choose_boundary(profile)),
+    ):
+        figure.draw_without_rendering()
+
+
+def test_a_changed_byte_of_an_old_profile_is_noticed(tmp_path: Path) -> None:
+    text = PROFILE.read_text()
+    changed = text.replace('"best_boundary": 7', '"best_boundary": 6')
+    assert changed != text
+    (tmp_path / "layer_profile.json").write_text(changed)
+    with pytest.raises(PlanError, match="was changed after it was made"):
+        LayerProfile.load(tmp_path / "layer_profile.json")
+
+
+def test_a_profile_of_today_survives_its_file(tmp_path: Path) -> None:
+    profile = LayerProfile.load(PROFILE).model_copy(update={"schema_version": 2, "empty_side_boundary": None}).sealed()
+    profile.save(tmp_path / "layer_profile.json")
+    assert LayerProfile.load(tmp_path / "layer_profile.json") == profile
