@@ -116,7 +116,7 @@ FITTED: dict[str, dict[str, Any]] = {
     "longcat_flash": MLA,
     "minicpm3": MLA,
     "youtu": MLA,
-    "bamba": {"mamba_n_heads": 8},
+    "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1, 3]},
     "blt": {
         "encoder_config": {"hidden_size_global": 32}, "decoder_config": {"hidden_size_global": 32},
         "patch_in_forward": False,

@@ -140,8 +140,14 @@ def _check_lens(family: Family) -> str:
     runner = LayerRunner(family.model)
     ids = family.documents[0]
     runner.check_lens(ids)
+    normed: list[Tensor] = []
+    handle = runner.parts.final_norm.register_forward_pre_hook(lambda module, args: normed.append(args[0]))
     own = family_oracle.run_alone(family.model, ids).logits[:, -1].float()
-    error = float((runner.lens(runner.run(ids)[-1][:, -1]) - own).abs().max())
+    handle.remove()
+    final = runner.run(ids)[-1]
+    if normed and not torch.equal(normed[-1], final):
+        return f"WRONG: {runner.parts.final_norm_path} is not what follows the last layer"
+    error = float((runner.lens(final[:, -1]) - own).abs().max())
     return "exact" if error <= TOLERANCE * max(1.0, float(own.abs().max())) else f"WRONG: off by {error:.2g}"
 
 

@@ -116,17 +116,8 @@ class LayerRunner:
             ) from error
 
     def _check_lens(self, input_ids_BT: Tensor) -> None:
+        self._check_shapes(input_ids_BT)
         states = self.run(input_ids_BT)
-        if len(states) != self.num_layers + 1:
-            raise ModelError(
-                f"{self.name}: on text alone {len(states) - 1} of its {self.num_layers} layers run; all are needed to trace it"
-            )
-        wanted = (*input_ids_BT.shape, states.shape[-1])
-        if states.shape[1:] != wanted:
-            raise ModelError(
-                f"{self.name}: its layers pass on states of shape {tuple(states.shape[1:])}; a residual stream of"
-                f" (rows, tokens, width) = {wanted} is needed to trace it"
-            )
         own = self.model(input_ids=input_ids_BT, **accepted_options(self.model, use_cache=False)).logits[:, -1].float()
         if not bool(torch.isfinite(own).all()):
             raise ModelError(f"{self.name}: its logits are not finite; the weights may hold NaN or overflow")
@@ -137,6 +128,28 @@ class LayerRunner:
                 f" output (largest error {error:.2g}); this architecture is not supported"
             )
         self._check_stream(input_ids_BT, states)
+
+    def _check_shapes(self, input_ids_BT: Tensor) -> None:
+        shapes: list[tuple[int, ...]] = []
+        with ExitStack() as stack:
+            for layer in self.parts.layers:
+
+                def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                    shapes.append(tuple(_input_of(args, kwargs)[1].shape))
+
+                stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
+            self.forward(input_ids_BT)
+        if len(shapes) != self.num_layers:
+            raise ModelError(
+                f"{self.name}: on text alone {len(shapes)} of its {self.num_layers} layers run; all are needed to trace it"
+            )
+        wanted = (*input_ids_BT.shape, shapes[0][-1])
+        found = next((shape for shape in shapes if shape != wanted), wanted)
+        if found != wanted:
+            raise ModelError(
+                f"{self.name}: its layers pass on states of shape {found}; a residual stream of (rows, tokens, width) ="
+                f" {wanted} is needed to trace it"
+            )
 
     def _check_stream(self, input_ids_BT: Tensor, states: Tensor) -> None:
         """A run on other tokens that is given these states before its middle layer must end as this run did.
