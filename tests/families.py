@@ -47,7 +47,7 @@ KINDS: list[tuple[int | float, str]] = [
         "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size"
         " shared_intermediate_size expert_ffn_hidden_size hidden_size_per_layer_input q_lora_rank kv_lora_rank o_lora_rank"
         " index_head_dim ple_embed_dim attention_head_dim router_hidden_size pronunciation_embed_dim shape_embed_dim"
-        " prompt_mid_dim qk_head_dim num_mel_bins classifier_proj_size",
+        " index_n_heads prompt_mid_dim qk_head_dim num_mel_bins classifier_proj_size",
     ),
     (
         NUM_LAYERS,
@@ -56,7 +56,7 @@ KINDS: list[tuple[int | float, str]] = [
         " encoder_attention_heads decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads"
         " num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num linear_num_value_heads"
         " swa_num_attention_heads mamba_num_heads mamba_n_heads index_topk block_size num_centroids swa_attention_heads"
-        " index_n_heads patch_size linear_num_heads num_mem_heads n_mamba_heads hc_lowrank laurel_rank adapter_rank d_rel"
+        " patch_size linear_num_heads num_mem_heads n_mamba_heads hc_lowrank laurel_rank adapter_rank d_rel"
         " time_step_rank mamba_dt_rank rotary_dim lora_rank num_query_groups index_block_size prompt_length gated_norm_rank",
     ),
     (
@@ -102,7 +102,7 @@ MUSIC = {
     "audio_encoder": {"model_type": "encodec", "codebook_size": 64, "hidden_size": 32, "num_filters": 4},
 }
 QWEN4 = {
-    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+    "indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
     "indexer_compress_ratio": 4, "eos_token_id": 2, "ple_layer_ids": [1], "ple_embed_dim": 32, "split_ngram_parts": 8,
 }  # fmt: skip
 FITTED: dict[str, dict[str, Any]] = {

@@ -132,6 +132,7 @@ def _save(model_type: str, base: Path) -> nn.Module | None:
         save_file({"weight": torch.zeros(1)}, base / "model.safetensors", metadata={"format": "pt"})
         return None
     model.save_pretrained(base)
+    families.make_config(model_type).save_pretrained(base)  # the whole one, where the class keeps its text part alone
     return model
 
 

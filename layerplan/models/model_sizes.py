@@ -79,13 +79,13 @@ def measure_shape(model: nn.Module) -> ModelShape:
     """Returns the sizes of a model on the meta device.
 
     Raises:
-        ModelError: When the model's parts cannot be found.
+        ModelError: When the model's parts cannot be found, or its work neither be followed nor estimated.
     """
     parts = find_decoder_parts(model)
     try:
         work, is_exact = measure_work(model, parts), True
     except Exception:  # the model's own code, asking for values that are not there
-        work, is_exact = estimate_work(model, parts), False
+        work, is_exact = _estimate(model, parts), False
     hidden_size = work.hidden_size
     layers = tuple(
         _layer_shape(layer, done, hidden_size) for layer, done in zip(parts.layers, work.layers, strict=True)
@@ -108,6 +108,16 @@ def measure_shape(model: nn.Module) -> ModelShape:
         "every parameter has a place"
     )
     return shape
+
+
+def _estimate(model: nn.Module, parts: DecoderParts) -> Any:
+    try:
+        return estimate_work(model, parts)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__}: cannot be run on token ids alone, and its config does not tell its work"
+            f" ({_first_line(error)})"
+        ) from None
 
 
 def find_positions(config: Any) -> int:
