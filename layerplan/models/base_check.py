@@ -132,7 +132,7 @@ def check_tensors(name: str, model: Any, stored: dict[str, StoredTensor]) -> Non
         if len(names) > 1 and not placed.converted & set(names):
             _refuse_untied(name, owner, [(each, stored[each]) for each in names])
     shapes = {each: (DTYPES.get(item.dtype, torch.uint8), item.shape) for each, item in stored.items()}
-    refuse_unaccounted(name, model, account_for_tensors(model, shapes))
+    refuse_unaccounted(name, model, account_for_tensors(model, shapes, placed))
 
 
 def refuse_unaccounted(name: str, model: Any, account: TensorAccount) -> None:

@@ -19,7 +19,7 @@ from layerplan.models.base_check import (
     refuse_unaccounted,
 )
 from layerplan.models.files import find_tokenizer_file, first_line, load_hf_config
-from layerplan.models.tensor_map import TensorAccount, find_unfed
+from layerplan.models.tensor_map import TensorAccount, find_unfed, map_tensors
 from layerplan.models.weight_files import read_stored_tensors
 
 FOREIGN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
@@ -103,7 +103,7 @@ def load_causal_lm(
         )
     except Exception as error:  # a model's code can raise anything
         raise ModelError(explain_load_error(name, error)) from None
-    unfed = () if stored is None else find_unfed(model, stored)
+    unfed = () if stored is None else find_unfed(model, map_tensors(model, stored))
     refuse_unaccounted(name, model, TensorAccount.from_loading_info(info).with_missing(unfed))
     return model.eval()
 
