@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -159,8 +160,8 @@ def identify_model(name: str, *, revision: str = "main") -> ModelIdentity:
     config = load_hf_config(name, revision=revision)
     folder = Path(name).expanduser()
     weights = hash_weight_files(folder) if folder.is_dir() else None
-    num_layers = config.get("num_hidden_layers", config.get("n_layer", len(config.get("layers_block_type", ()))))
-    if not isinstance(num_layers, int) or num_layers < 1:
+    num_layers = count_layers(config)
+    if num_layers < 1:
         raise ModelError(f"model.name={name}: config.json has no num_hidden_layers")
     return ModelIdentity(
         name=name_folder(folder) if folder.is_dir() else name,
@@ -169,6 +170,18 @@ def identify_model(name: str, *, revision: str = "main") -> ModelIdentity:
         num_layers=num_layers,
         weights_sha256=weights,
     )
+
+
+def count_layers(config: Mapping[str, Any]) -> int:
+    """Decoder layers that a config gives, as its class reads it: under any name, in a text part or at the top; 0 for none."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        text = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).get_text_config(decoder=True)
+        counts = [getattr(text, key, None) for key in ("num_layers", "num_hidden_layers")]
+    except Exception:  # a class that transformers lacks, or values that the class does not take: said when it is loaded
+        counts = [config.get("num_hidden_layers", config.get("n_layer"))]
+    return next((count for count in counts if isinstance(count, int)), len(config.get("layers_block_type", ())))
 
 
 def name_folder(folder: Path) -> str:
