@@ -12,6 +12,7 @@ from layerplan.checkpoint.export_weights import BaseWeights
 from layerplan.errors import CheckpointError
 from layerplan.models.causal_lm import load_causal_lm
 from layerplan.models.freezing import compute_tensor_hashes
+from layerplan.models.positions import positions_of
 from layerplan.models.weight_files import have_equal_bytes, read_stored_tensors
 
 LOGIT_BOUND = 1e-3
@@ -50,8 +51,7 @@ def check_export(folder: Path, weights: BaseWeights, model: nn.Module, *, trust_
 def compute_logits(model: Any) -> Tensor:
     """Logits (1, at most 32 tokens, vocabulary) of one fixed row; a model that hashes at random does so alike each time."""
     config = model.config.get_text_config()
-    positions = int(getattr(config, "max_position_embeddings", None) or 32)
-    ids = (torch.arange(min(32, positions)) * 7919 % int(config.vocab_size))[None]
+    ids = (torch.arange(min(32, positions_of(config) or 32)) * 7919 % int(config.vocab_size))[None]
     model.config.use_cache = config.use_cache = False  # some hybrids cannot start one without attention layers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -109,6 +109,8 @@ def write_stream(
     )
     _write_content(store, content)
     write_manifest(store, manifest)
+    for note in joining.facts.notes:
+        report(note)
     report(f"{store}: {len(chunks):,} chunks of text to tokenize while training")
     return manifest
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from layerplan.errors import ModelError
-from layerplan.models.files import fetch_model_folder, first_line, load_hf_config
+from layerplan.models.files import fetch_model_folder, load_hf_config
+from layerplan.models.meta import build_without_memory, explain_load_error
 from layerplan.models.tensor_map import TensorAccount, account_for_tensors, map_tensors
 from layerplan.models.weight_files import StoredTensor, read_stored_tensors
 
@@ -30,7 +31,9 @@ def check_base_model(name: str, *, revision: str = "main", trust_remote_code: bo
     refuse_quantized(name, values)
     refuse_code_without_consent(name, values, trust_remote_code=trust_remote_code)
     refuse_other_tasks(name, values)
-    model = build_without_data(name, folder, trust_remote_code=trust_remote_code)
+    model = build_without_memory(
+        _load_config(name, folder, trust_remote_code), name=name, trust_remote_code=trust_remote_code
+    )
     folder = fetch_model_folder(name, revision=revision, with_weights=True)
     check_tensors(name, model, read_stored_tensors(folder))
 
@@ -95,24 +98,6 @@ def refuse_other_tasks(name: str, config: dict[str, Any]) -> None:
         )
 
 
-def build_without_data(name: str, folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The model on the meta device, as transformers builds it from the config.
-
-    Raises:
-        ModelError: When it cannot be built, naming the package when one is missing.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, initialization
-
-    try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        with torch.device("meta"), initialization.no_init_weights(), initialization.meta_device_safe_creation_ops():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-            model.tie_weights(recompute_mapping=False)
-        return model
-    except Exception as error:  # the model's code, or its config's: anything can be raised
-        raise ModelError(explain_load_error(name, error)) from None
-
-
 def check_tensors(name: str, model: Any, stored: dict[str, StoredTensor]) -> None:
     """Accounts for every stored tensor and every parameter of a model on the meta device.
 
@@ -132,7 +117,7 @@ def check_tensors(name: str, model: Any, stored: dict[str, StoredTensor]) -> Non
         if len(names) > 1 and not placed.converted & set(names):
             _refuse_untied(name, owner, [(each, stored[each]) for each in names])
     shapes = {each: (DTYPES.get(item.dtype, torch.uint8), item.shape) for each, item in stored.items()}
-    refuse_unaccounted(name, model, account_for_tensors(model, shapes))
+    refuse_unaccounted(name, model, account_for_tensors(model, shapes, placed))
 
 
 def refuse_unaccounted(name: str, model: Any, account: TensorAccount) -> None:
@@ -145,10 +130,13 @@ def refuse_unaccounted(name: str, model: Any, account: TensorAccount) -> None:
         )
 
 
-def explain_load_error(name: str, error: Exception) -> str:
-    """One line for what a library raised while building or loading a model."""
-    what = "needs a package that is not installed" if isinstance(error, ImportError) else "cannot be loaded"
-    return f"model.name={name}: {what} ({first_line(error)})"
+def _load_config(name: str, folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except Exception as error:  # the code of the config's own class: anything can be raised
+        raise ModelError(explain_load_error(name, error)) from None
 
 
 def _refuse_untied(name: str, owner: str, tensors: list[tuple[str, StoredTensor]]) -> None:

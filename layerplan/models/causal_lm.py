@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerplan.errors import ModelError
+from layerplan.errors import ModelError, first_line
 from layerplan.models.base_check import (
-    explain_load_error,
     refuse_adapter,
     refuse_code_without_consent,
     refuse_other_tasks,
     refuse_unaccounted,
 )
-from layerplan.models.files import find_tokenizer_file, first_line, load_hf_config
-from layerplan.models.tensor_map import TensorAccount, find_unfed
+from layerplan.models.files import find_tokenizer_file, load_hf_config
+from layerplan.models.meta import explain_load_error
+from layerplan.models.tensor_map import TensorAccount, find_unfed, map_tensors
 from layerplan.models.weight_files import read_stored_tensors
 
 FOREIGN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
@@ -103,7 +103,7 @@ def load_causal_lm(
         )
     except Exception as error:  # a model's code can raise anything
         raise ModelError(explain_load_error(name, error)) from None
-    unfed = () if stored is None else find_unfed(model, stored)
+    unfed = () if stored is None else find_unfed(model, map_tensors(model, stored))
     refuse_unaccounted(name, model, TensorAccount.from_loading_info(info).with_missing(unfed))
     return model.eval()
 

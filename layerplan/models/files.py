@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from layerplan.errors import ModelError
+from layerplan.errors import ModelError, first_line
 from layerplan.models.weight_files import INDEX_NAME, OTHER_FORMATS, WEIGHTS_NAME, read_index
 from layerplan.plan.layer_profile import ModelIdentity
 
@@ -121,11 +121,6 @@ def list_companions(folder: Path) -> list[Path]:
 def _is_companion(here: Path, name: str) -> bool:
     is_ours = here == Path() and name in OWN_FILES
     return not (name.startswith(".") or is_ours or name.lower().endswith((*WEIGHT_SUFFIXES, ".index.json")))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line with text of what an exception says, or its class."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def find_tokenizer_file(name: str, *, revision: str = "main") -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from layerplan.errors import PlanError, TrainingError
 from layerplan.models.causal_lm import FOREIGN_ERRORS, DecoderParts, accepted_options, find_decoder_parts
-from layerplan.models.positions import read_max_positions
+from layerplan.models.positions import positions_of
 from layerplan.plan.freeze_plan import FreezePlan
 
 PROBE_TOKENS = (8, 256)
@@ -136,7 +136,7 @@ def _check_sharing(parts: DecoderParts, plan: FreezePlan) -> None:
 
 def _reached_by(model: nn.Module, parts: DecoderParts, num_tokens: int) -> frozenset[str]:
     config: Any = model.config
-    ids = _collect_variables(_run_tokens(model, min(num_tokens, read_max_positions(config.to_dict()) or num_tokens)))
+    ids = _collect_variables(_run_tokens(model, min(num_tokens, positions_of(config.get_text_config()) or num_tokens)))
     named = dict(model.named_parameters())
     kinds = {_without_list_indices(name, parts) for name, value in named.items() if id(value) in ids}
     return frozenset(name for name in named if _without_list_indices(name, parts) in kinds)

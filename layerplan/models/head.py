@@ -7,7 +7,6 @@ outcome tells.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerplan.models.causal_lm import accepted_options
 from layerplan.plan.loss_recipe import HeadForm
 
 _HUGE = 1e30
@@ -63,15 +63,12 @@ def make_inputs(model: nn.Module, input_ids_BT: Tensor, position_ids_BT: Tensor 
     Raises:
         TypeError: When positions are given to a model that takes none.
     """
-    known = inspect.signature(type(model).forward).parameters
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
-    inputs: dict[str, Any] = {"input_ids": input_ids_BT}
-    if "use_cache" in known or takes_any:
-        inputs["use_cache"] = False
+    inputs: dict[str, Any] = {"input_ids": input_ids_BT, **accepted_options(model, use_cache=False)}
     if position_ids_BT is not None:
-        if "position_ids" not in known and not takes_any:
+        positions = accepted_options(model, position_ids=position_ids_BT)
+        if not positions:
             raise TypeError(f"{type(model).__name__} takes no position_ids")
-        inputs["position_ids"] = position_ids_BT
+        inputs |= positions
     return inputs
 
 

@@ -249,10 +249,9 @@ def _is_place(name: str) -> bool:
 
 
 def _choose_implementations(model: nn.Module) -> None:
-    for setter, names in (
-        ("set_attn_implementation", (attention_probe.NAME, "eager")),
-        ("set_experts_implementation", ("batched_mm",)),
-    ):
+    """Our attention where the model lets it be chosen, and experts without loops over values."""
+    attentions = (attention_probe.NAME, "eager") if getattr(model, "_can_set_attn_implementation", bool)() else ()
+    for setter, names in (("set_attn_implementation", attentions), ("set_experts_implementation", ("batched_mm",))):
         for name in names:
             try:
                 getattr(model, setter)(name)

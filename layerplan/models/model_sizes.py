@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerplan.errors import ModelError
+from layerplan.errors import ModelError, first_line
 from layerplan.models.causal_lm import DecoderParts, find_decoder_parts
 from layerplan.models.estimated_work import estimate_work
 from layerplan.models.files import load_hf_config
 from layerplan.models.layer_work import LayerWork, is_expert_stack, measure_work
+from layerplan.models.meta import build_without_memory
+from layerplan.models.positions import positions_of
 from layerplan.plan.model_shape import UNBOUNDED, LayerKind, LayerShape, ModelShape, SharedParams
-
-_POSITION_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
 
 
 @lru_cache(maxsize=8)
@@ -37,7 +37,7 @@ def load_model_shape(name: str, *, revision: str = "main", trust_remote_code: bo
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ModelError(f"model.name={name}: its config cannot be read ({_first_line(error)})") from None
+        raise ModelError(f"model.name={name}: its config cannot be read ({first_line(error)})") from None
     return measure_shape(build_without_memory(config, name=name, trust_remote_code=trust_remote_code))
 
 
@@ -53,26 +53,8 @@ def make_model_shape(config: Mapping[str, Any]) -> ModelShape:
     try:
         values = AutoConfig.for_model(**config)
     except Exception as error:
-        raise ModelError(f"model_type={name}: the config cannot be read ({_first_line(error)})") from None
+        raise ModelError(f"model_type={name}: the config cannot be read ({first_line(error)})") from None
     return measure_shape(build_without_memory(values, name=name))
-
-
-def build_without_memory(config: Any, *, name: str, trust_remote_code: bool = False) -> nn.Module:
-    """Builds a config's model on the meta device: every module and shape, no value.
-
-    Raises:
-        ModelError: When no causal language model can be built from it.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:
-        raise ModelError(f"model.name={name}: cannot be built from its config ({_first_line(error)})") from None
-    return model.eval()
 
 
 def measure_shape(model: nn.Module) -> ModelShape:
@@ -99,7 +81,7 @@ def measure_shape(model: nn.Module) -> ModelShape:
         num_attention_heads=heads,
         num_key_value_heads=attention.num_key_value_heads if attention else heads,
         head_dim=attention.query_head_dim if attention else max(1, hidden_size // heads),
-        max_position_embeddings=find_positions(config),
+        max_position_embeddings=positions_of(config) or UNBOUNDED,
         shared=find_shared(parts),
         is_exact=is_exact,
         **_count_ends(model, parts, work.outside_flops),
@@ -118,15 +100,6 @@ def _estimate(model: nn.Module, parts: DecoderParts) -> Any:
             f"{type(model).__name__}: cannot be run on token ids alone, and its config does not tell its work"
             f" ({_first_line(error)})"
         ) from None
-
-
-def find_positions(config: Any) -> int:
-    """The longest sequence by a model's config, under the names families have for it."""
-    for name in _POSITION_NAMES:
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return UNBOUNDED
 
 
 def find_shared(parts: DecoderParts) -> tuple[SharedParams, ...]:
@@ -238,7 +211,3 @@ def _matrix(module: nn.Module) -> torch.Tensor:
 def _text_config(model: nn.Module) -> Any:
     config: Any = model.config
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

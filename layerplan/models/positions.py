@@ -33,11 +33,15 @@ def find_max_positions(name: str, *, revision: str = "main") -> int | None:
 
 
 def read_max_positions(config: Mapping[str, Any]) -> int | None:
-    """The same out of the content of `config.json`: recurrent models and ALiBi have no bound."""
-    known = _as_class(config)
-    if _uses_alibi(known):
+    """The same out of the content of `config.json`."""
+    return positions_of(_as_class(config))
+
+
+def positions_of(config: Any) -> int | None:
+    """The same of a config's class, its text part: recurrent models and ALiBi have no bound."""
+    if _uses_alibi(config):
         return None
-    values = (_read(known, name) for name in NAMES)
+    values = (_read(config, name) for name in NAMES)
     return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 

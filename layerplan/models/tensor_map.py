@@ -109,13 +109,15 @@ def map_tensors(model: Any, stored: Iterable[str]) -> TensorMap:
     return TensorMap(owners, frozenset(converted))
 
 
-def find_unfed(model: Any, stored: Iterable[str]) -> list[str]:
+def find_unfed(model: nn.Module, placed: TensorMap) -> list[str]:
     """Parameters that no stored tensor feeds; a model's code may let that pass, and they are random then."""
-    fed = set(map_tensors(model, stored).stored_of())
+    fed = placed.stored_of()
     return [name for name, _ in model.named_parameters() if name not in fed]
 
 
-def account_for_tensors(model: Any, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> TensorAccount:
+def account_for_tensors(
+    model: Any, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], placed: TensorMap
+) -> TensorAccount:
     """Lets transformers' loader place tensors of these dtypes and shapes, without data, into a model on the meta device.
 
     A parameter that a model's code would silently leave as it was initialised counts as missing too.
@@ -123,12 +125,13 @@ def account_for_tensors(model: Any, stored: Mapping[str, tuple[torch.dtype, tupl
     Args:
         model: The model on the meta device; its parameters are replaced.
         stored: Name to dtype and shape.
+        placed: Which parameters they feed.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
-    unfed = find_unfed(model, stored)
+    unfed = find_unfed(model, placed)
     tensors: dict[str, Tensor] = {
         name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in stored.items()
     }

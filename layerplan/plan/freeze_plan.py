@@ -71,7 +71,8 @@ class FreezePlan(StrictModel):
     rewarm_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises again after a change."""
     evidence: dict[str, Any] = Field(default_factory=dict)
-    """Profile hash and the scores behind the choice."""
+    """Profile hash and what is behind the choice; `boundary` holds rule, scores, p and range of a measured boundary. A plan
+    with `best_boundary` in its place was made under the first rule, which counted an empty side as 0."""
     predicted_cost: dict[str, Any] = Field(default_factory=dict)
     """Output of the cost model for this plan beside `full`."""
     sha256: str = ""

@@ -30,6 +30,9 @@ _ACTIVATION = {
     ("float32", True): (24.0, 16.25, 8.0, 16.0),
     ("float32", False): (8.0, 12.25, 6.0, 12.0),
 }
+_WIDTH = {"bfloat16": 2, "float32": 4}
+# hidden states kept per expert that a token is sent to, of a trained layer and of a frozen one
+_COPIES = {True: 2, False: 1}
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,16 @@ def choose_chunk_rows(device_type: str, vocab_size: int) -> int:
 def layer_activation_bytes(shape: ModelShape, dtype: str, *, trained: bool, layer: int = 0) -> float:
     """Bytes per token a layer on the gradient path stores.
 
-    A mixer without attention is taken for a feed-forward part of twice its width, unmeasured.
+    A layer with experts also keeps what they were given and what they gave back, once for each that a token is sent to;
+    a mixer without attention is taken for a feed-forward part of twice its width, unmeasured.
     """
     residual, queries, keys_values, feed_forward = _ACTIVATION[(dtype, trained)]
     sizes = shape.layers[layer]
     has_both = sizes.kind in ("decoder", "recurrent_decoder")
+    routed = _COPIES[trained] * sizes.routed_copies + (1 if trained and sizes.routed_copies else 0)
     return (
-        (residual if has_both else residual / 2) * shape.hidden_size
+        routed * _WIDTH[dtype] * shape.hidden_size
+        + (residual if has_both else residual / 2) * shape.hidden_size
         + queries * sizes.query_width
         + keys_values * sizes.key_value_width
         + feed_forward * sizes.feed_forward_width
@@ -87,19 +93,13 @@ def estimate_memory(
     device_type: str,
 ) -> MemoryEstimate:
     """Predicts one worker's memory under a placement."""
-    width = 2 if config.compute_dtype == "bfloat16" else 4
+    width = _WIDTH[config.compute_dtype]
     trained = count_trainable_params(plan, shape)
     frozen = shape.total_params - trained
     tokens = config.micro_batch_size * seq_len
-    checkpointed, trainable = set(placement.checkpointed_layers), set(plan.trainable_layers)
-    stored = 0.0
-    for layer in gradient_path(plan):
-        kept = float(width * shape.hidden_size)
-        if layer not in checkpointed:
-            kept = layer_activation_bytes(shape, config.compute_dtype, trained=layer in trainable, layer=layer)
-        stored += tokens * kept
-    if checkpointed:
-        stored += tokens * layer_activation_bytes(shape, config.compute_dtype, trained=True)
+    checkpointed, whole = set(placement.checkpointed_layers), _path_bytes(plan, shape, config.compute_dtype)
+    kept = {layer: float(width * shape.hidden_size) if layer in checkpointed else whole[layer] for layer in whole}
+    stored = tokens * (sum(kept.values()) + max((whole[layer] for layer in checkpointed), default=0.0))
     trains_head = plan.train_lm_head or plan.tied in ("trained", "head_only")
     chunk_rows = min(choose_chunk_rows(device_type, shape.vocab_size), tokens)
     loss = chunk_rows * shape.vocab_size * (width + 8) + 3 * tokens * shape.hidden_size * width
@@ -147,17 +147,13 @@ def choose_placement(
             mode = config.activation_checkpointing
             tokens = config.micro_batch_size * seq_len
             # a recomputed layer still keeps its input
-            kept = (2 if config.compute_dtype == "bfloat16" else 4) * shape.hidden_size
-            per_layer = [
-                tokens * (layer_activation_bytes(shape, config.compute_dtype, trained=trained) - kept)
-                for trained in (True, False)
-            ]
+            kept = _WIDTH[config.compute_dtype] * shape.hidden_size
+            whole = _path_bytes(plan, shape, config.compute_dtype)
             layers = choose_layers(
                 plan,
                 mode if mode != "auto" or excess > 0 else "none",
-                bytes_to_save=excess + per_layer[0] + tokens * kept,
-                trained_layer_bytes=per_layer[0],
-                frozen_layer_bytes=per_layer[1],
+                bytes_to_save=excess + tokens * max(whole.values(), default=0.0),
+                layer_bytes={layer: tokens * (stored - kept) for layer, stored in whole.items()},
             )
             placement = Placement(parallelism, frozen_sharding, attention, layers)
             best = placement, estimate(placement)
@@ -205,6 +201,15 @@ def explain_shortage(estimate: MemoryEstimate, available_bytes: float, config: T
     )
 
 
+def _path_bytes(plan: FreezePlan, shape: ModelShape, dtype: str) -> dict[int, float]:
+    """Bytes per token that each layer on the gradient path stores when it is not recomputed."""
+    trained = set(plan.trainable_layers)
+    return {
+        layer: layer_activation_bytes(shape, dtype, trained=layer in trained, layer=layer)
+        for layer in gradient_path(plan)
+    }
+
+
 def _parameter_bytes(
     trained: int,
     frozen: int,
@@ -224,5 +229,5 @@ def _parameter_bytes(
     shards = world_size // config.num_replicas
     frozen_shards = shards if placement.frozen_sharding == "shard" else 1
     # two layers and the root are gathered at a time
-    gathered = width * (2 * shape.largest_layer_params + shape.embedding_params)
+    gathered = width * (2 * shape.largest_layer_params + shape.embedding_params + shape.other_params)
     return trained * (4 + 4 + moments) / shards + frozen * width / frozen_shards + gathered

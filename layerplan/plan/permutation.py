@@ -14,7 +14,7 @@ than a block holds. The larger p counts. Shifting both profiles together would h
 A small p says that shallow and deep layers differ, not where: a steady trend differs too. Where is answered by weighting
 the layers at random (exponential weights, one for each block, the blocks' start drawn as well) and choosing again: a step
 keeps its place under any weights, the middle of a trend moves with them. 1 % of the choices lie outside the range on
-either side; for planted steps of 1.5 standard deviations it holds the true boundary in about 95 %.
+either side, so that it holds the true boundary of planted steps of 1.5 standard deviations in 93 to 95 %.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
 A layer stores activations when gradients pass through it, trained or not; a frozen prefix stores none. Recomputing a
 layer costs one forward pass of it whatever the plan says, so the layers that store most are the cheapest to recompute
-per byte: trained layers, which also keep the inputs of their matrices, come before frozen ones on the path.
+per byte: among equals trained layers, which also keep the inputs of their matrices, come before frozen ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from layerplan.plan.freeze_plan import FreezePlan
@@ -27,7 +28,7 @@ class Placement:
 
 
 def choose_layers(
-    plan: FreezePlan, mode: str, *, bytes_to_save: float, trained_layer_bytes: float, frozen_layer_bytes: float
+    plan: FreezePlan, mode: str, *, bytes_to_save: float, layer_bytes: Mapping[int, float]
 ) -> tuple[int, ...]:
     """Returns the layers to recompute.
 
@@ -35,22 +36,20 @@ def choose_layers(
         plan: Its gradient path starts at the lowest trained layer, or at 0 when the input embedding trains.
         mode: `none`, `full` (the whole path) or `auto`.
         bytes_to_save: With `auto`, how many bytes the stored activations exceed the memory by.
-        trained_layer_bytes: What a trained layer stores.
-        frozen_layer_bytes: What a frozen layer on the path stores.
+        layer_bytes: What recomputing saves of each layer on the path.
     """
     path = gradient_path(plan)
     if mode == "none":
         return ()
     if mode == "full":
         return path
-    trained = set(plan.trainable_layers)
-    by_saving = sorted(path, key=lambda layer: (layer not in trained, layer))
+    by_saving = sorted(path, key=lambda layer: (-layer_bytes[layer], layer))
     chosen, saved = [], 0.0
     for layer in by_saving:
         if saved >= bytes_to_save:
             break
         chosen.append(layer)
-        saved += trained_layer_bytes if layer in trained else frozen_layer_bytes
+        saved += layer_bytes[layer]
     return tuple(sorted(chosen))
 
 

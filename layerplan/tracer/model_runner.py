@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from layerplan.errors import ModelError
 from layerplan.models.causal_lm import FOREIGN_ERRORS, accepted_options, find_decoder_parts
+from layerplan.models.head import replaced_forward
 
 LENS_TOLERANCE = 1e-4
 
@@ -183,7 +184,7 @@ class LayerRunner:
         with ExitStack() as stack:
             for layer_idx, layer in enumerate(self.parts.layers):
                 final = hidden if layer_idx == self.num_layers - 1 else None
-                stack.enter_context(_replacing_forward(layer, _giving(final, self._outputs.get(layer_idx))))
+                stack.enter_context(replaced_forward(layer, _giving(final, self._outputs.get(layer_idx))))
             yield
 
     @torch.no_grad()
@@ -197,18 +198,6 @@ class LayerRunner:
 
                 stack.callback(layer.register_forward_hook(note).remove)
             self.forward(torch.zeros(1, 2, dtype=torch.long, device=self.device))
-
-
-@contextmanager
-def _replacing_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    instance = module.__dict__
-    kept = {"forward": instance["forward"]} if "forward" in instance else {}
-    instance["forward"] = forward
-    try:
-        yield
-    finally:
-        del instance["forward"]
-        instance.update(kept)
 
 
 def _giving(hidden: Tensor | None, wrapping: Any) -> Callable[..., Any]:

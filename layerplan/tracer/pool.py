@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import ModelError, ProbeError
 from layerplan.models.causal_lm import load_tokenizer
-from layerplan.models.files import identify_model, load_hf_config
+from layerplan.models.files import identify_model
+from layerplan.models.positions import find_max_positions
 from layerplan.plan.layer_profile import PROBES_NAME, LayerProfile
 from layerplan.tracer.actor import FAULT, TracerActor, encode_batch
 from layerplan.tracer.aggregate import build_profile
@@ -22,7 +23,6 @@ from layerplan.tracer.lexicon import load_antsynnet, load_builtin_lexicon
 from layerplan.tracer.probes import Probe, hash_probes, load_probes, make_probes
 
 PROFILE_NAME = "layer_profile.json"
-POSITION_FIELDS = ("max_position_embeddings", "n_positions")
 
 
 def trace_model(
@@ -48,7 +48,7 @@ def trace_model(
     if model.num_layers < 2:
         raise ModelError(f"model.name={model_name}: has {model.num_layers} layer; tracing needs at least 2")
     tokenizer = load_tokenizer(model_name, revision=revision, trust_remote_code=trust_remote_code)
-    max_tokens = _find_max_tokens(load_hf_config(model_name, revision=revision))
+    max_tokens = find_max_positions(model_name, revision=revision)
     encoded = encode_probes(probes, tokenizer, max_tokens, mask_check_every=config.mask_check_every)
     records = _measure(encoded, model_name, revision, trust_remote_code, config)
     check_complete([probe.id for probe in probes], [record["id"] for record in records])
@@ -109,14 +109,6 @@ def _measure(
             raise pickle.loads(record[FAULT])
         records.append(record)
     return sorted(records, key=lambda record: record["id"])
-
-
-def _find_max_tokens(hf_config: dict[str, Any]) -> int | None:
-    for values in (hf_config, hf_config.get("text_config") or {}):
-        for name in POSITION_FIELDS:
-            if isinstance(values.get(name), int):
-                return int(values[name])
-    return None
 
 
 def _write_records(path: Path, records: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from layerplan.models.causal_lm import find_decoder_parts
+from layerplan.models.positions import positions_of
 from layerplan.train.loss import IGNORED
 from layerplan.train.step import TensorBatch
 
@@ -83,7 +84,7 @@ def make_documents(model: nn.Module, seq_len: int, *, with_window: bool = True) 
     parts = find_decoder_parts(model)
     device = parts.embeddings.weight.device
     config = model.config.get_text_config()
-    longest = min(seq_len, getattr(config, "max_position_embeddings", None) or seq_len)
+    longest = min(seq_len, positions_of(config) or seq_len)
     lengths = [min(length, longest) for length in LENGTHS]
     if with_window:
         window = find_shortest_window(config.to_dict())

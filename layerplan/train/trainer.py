@@ -83,8 +83,8 @@ def check_training_fits(request: TrainRequest) -> None:
         )
     if manifest.vocab_size > shape.vocab_size:
         raise TrainingError(
-            f"tokenizer: has {manifest.vocab_size} entries, the model's embedding only {shape.vocab_size};"
-            " the tokenizer does not fit the model"
+            f"corpus: its documents may hold token {manifest.vocab_size - 1} of their tokenizer, the model's embedding has"
+            f" {shape.vocab_size} rows; the tokenizer does not fit the model"
         )
 
 

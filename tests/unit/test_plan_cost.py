@@ -245,3 +245,16 @@ def test_communication_counts_rings_and_only_what_trains() -> None:
     everything = predict_communication(plan, shape, config, Placement("shard", "shard"), world_size=8)
     frozen = shape.total_params - trained  # below the trained layers: gathered for forward only
     assert everything.gathered == pytest.approx(7 / 8 * 2 * (2 * trained + frozen))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_keep_what_they_are_given_once_for_each_that_is_active(dtype: torch.dtype) -> None:
+    values = QWEN3_0P6B | {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 384, "vocab_size": 256}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "model_type": "qwen3_moe"}
+    values |= {"num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 96}
+    name = str(dtype).removeprefix("torch.")
+    for config in (FullPlanConfig(), DEEP(boundary=1)):
+        plan, shape = plan_of(config, values)
+        trained = set(plan.trainable_layers)
+        predicted = sum(layer_activation_bytes(shape, name, trained=layer in trained) for layer in gradient_path(plan))
+        assert 256 * predicted == pytest.approx(saved_bytes(values, plan, dtype), rel=0.06)

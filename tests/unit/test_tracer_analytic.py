@@ -113,6 +113,8 @@ def test_the_answers_are_described_by_group() -> None:
     p = prob(DEEP_READER, 3)[-1]
     expected = -p * math.log(p) - (1 - p) * math.log((1 - p) / 2)
     assert profile.answer_entropy["a"] == pytest.approx(expected, abs=1e-6)
+    # a context that speaks against label 0 leaves label 1 first, whose token is the one the context is made of
+    assert measure((-0.5, -0.2, -0.1, -0.1), [make_probe("a", 3)]).copied_share == {"a": 1.0}
     words = " ".join(describe_measurement(profile))
     assert "Too few right answers (1 of 2; 30 are needed) and too few wrong answers (1 of 2; 30 are needed)" in words
 

@@ -73,12 +73,17 @@ def test_gradient_path_starts_at_the_lowest_trained_layer() -> None:
     assert gradient_path(shallow()) == tuple(range(14, 28))
 
 
+def stored(plan: FreezePlan) -> dict[int, float]:
+    """A trained layer stores 10 bytes, a frozen one 5."""
+    return {layer: 10.0 if layer in plan.trainable_layers else 5.0 for layer in gradient_path(plan)}
+
+
 def test_auto_checkpointing_recomputes_only_what_memory_asks_for() -> None:
-    chosen = choose_layers(deep(), "auto", bytes_to_save=25.0, trained_layer_bytes=10.0, frozen_layer_bytes=5.0)
+    chosen = choose_layers(deep(), "auto", bytes_to_save=25.0, layer_bytes=stored(deep()))
     assert chosen == (0, 1, 2)
-    many = choose_layers(deep(), "auto", bytes_to_save=145.0, trained_layer_bytes=10.0, frozen_layer_bytes=5.0)
+    many = choose_layers(deep(), "auto", bytes_to_save=145.0, layer_bytes=stored(deep()))
     assert many == tuple(range(15)), "frozen layers on the path follow once the trained ones are used up"
-    everything = choose_layers(shallow(), "full", bytes_to_save=0, trained_layer_bytes=1, frozen_layer_bytes=1)
+    everything = choose_layers(shallow(), "full", bytes_to_save=0, layer_bytes=stored(shallow()))
     assert everything == tuple(range(14, 28))
 
 
