@@ -98,7 +98,7 @@ def _estimate(model: nn.Module, parts: DecoderParts) -> Any:
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__}: cannot be run on token ids alone, and its config does not tell its work"
-            f" ({_first_line(error)})"
+            f" ({first_line(error)})"
         ) from None
 
 
