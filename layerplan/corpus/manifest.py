@@ -39,6 +39,8 @@ class Shard(StrictModel):
     """Hash of the file."""
     num_bytes: int | None = None
     """Size of the file; this and what follows is not known of stores of earlier versions."""
+    tail_xxh3_128: str = Field(default="", pattern="^([0-9a-f]{32})?$")
+    """Hash of its last 64 KiB, where Parquet keeps what says how to read the rest."""
     max_id: int | None = None
     """Highest token id in it."""
     groups_xxh3_128: str = Field(default="", pattern="^[0-9a-f]*$")

@@ -16,7 +16,7 @@ from layerplan.corpus.damage import explain_group
 from layerplan.corpus.location import join_location, open_filesystem
 from layerplan.corpus.manifest import Manifest, Shard
 from layerplan.corpus.pack import RawRow
-from layerplan.corpus.row_groups import READ_FAULTS, RawRows, count_groups, hash_groups, read_group
+from layerplan.corpus.row_groups import READ_FAULTS, RawRows, count_groups, hash_groups, hash_tail, read_group
 from layerplan.corpus.rows import PackedRows, make_rows
 
 OPEN_FILES = 64
@@ -49,12 +49,15 @@ def write_rows(path: Path, rows: list[RawRow], *, first_row_id: int, rows_per_gr
     with partial.open("rb+") as handle:
         os.fsync(handle.fileno())
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        num_bytes = handle.seek(0, os.SEEK_END)
+        tail = hash_tail(handle, num_bytes)
     entry = Shard(
         name=path.name,
         num_rows=len(rows),
         num_tokens=sum(row.used for row in rows),
         sha256=digest,
-        num_bytes=partial.stat().st_size,
+        num_bytes=num_bytes,
+        tail_xxh3_128=tail,
         max_id=max(int(row.input_ids.max()) for row in rows),
         groups_xxh3_128=hash_groups(rows, rows_per_group),
     )

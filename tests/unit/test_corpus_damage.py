@@ -26,7 +26,7 @@ from tests.tiny_store import make_store
 
 SHARDS = ["shard_000000.parquet", "shard_000001.parquet"]
 NUM_FLIPS = 40
-NEW_FIELDS = ("num_bytes", "max_id", "groups_xxh3_128")
+NEW_FIELDS = ("num_bytes", "tail_xxh3_128", "max_id", "groups_xxh3_128")
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,14 @@ def test_files_are_compared_with_the_manifest_when_a_run_starts(store: Path) -> 
     assert find_fault(store).startswith(f"{second}: is missing; put a good copy")
     shutil.copyfile(store / VALIDATION_NAME, second)
     assert "were written" in find_fault(store)
+
+
+def test_a_swapped_shard_of_the_same_size_is_told_by_its_end_when_a_run_starts(store: Path) -> None:
+    """Its rows would be refused as they are read; the start is earlier."""
+    shutil.copyfile(store / SHARDS[0], store / SHARDS[1])
+    shards = [shard.model_dump() for shard in Manifest.load(store).shards]
+    edit(store, shards=[shards[0], shards[1] | {"num_bytes": shards[0]["num_bytes"]}])
+    assert f"{SHARDS[1]}: its end is not the one that was written, it is that of {SHARDS[0]}; put" in find_fault(store)
 
 
 def test_without_sizes_the_footers_tell(store: Path) -> None:
