@@ -203,12 +203,16 @@ def measure_resume(store: Path, folder: Path) -> dict[str, float]:
     small = Manifest.load(store)
     shard = max(small.shards, key=lambda item: item.num_rows)
     count = -(-SIMULATED_ROWS // shard.num_rows)
-    shards = [shard.model_copy(update={"name": f"{number:06d}/{shard.name}"}) for number in range(count)]
+    shards = [shard.model_copy(update={"name": f"{number:06d}_{shard.name}"}) for number in range(count)]
     rows = count * shard.num_rows
-    source = small.sources[0].model_copy(update={"num_rows": rows, "num_tokens": rows * small.seq_len})
-    big = small.model_copy(
-        update={"num_rows": rows, "num_tokens": rows * small.seq_len, "sources": [source], "shards": shards}
-    )
+    sizes = {
+        "num_rows": rows,
+        "num_tokens": count * shard.num_tokens,
+        "num_padding_tokens": 0,
+        "num_validation_rows": 0,
+    }
+    source = small.sources[0].model_copy(update=sizes)
+    big = small.model_copy(update=sizes | {"sources": [source], "shards": shards, "validation": None})
     folder.mkdir()
     (folder / MANIFEST_NAME).write_text(big.model_dump_json())
     before = psutil.Process().memory_info().rss
@@ -224,7 +228,6 @@ def measure_resume(store: Path, folder: Path) -> dict[str, float]:
         wanted = np.unique(np.searchsorted(first_rows, schedule.rank_rows_at(step, 3, 64), side="right") - 1)
         permutations.cache_clear()
         for number in wanted.tolist():
-            (folder / shards[number].name).parent.mkdir(exist_ok=True)
             (folder / shards[number].name).unlink(missing_ok=True)
             (folder / shards[number].name).symlink_to(store / shard.name)
         started = time.perf_counter()

@@ -307,7 +307,7 @@ def _finish(
     questions: Sequence[BenchmarkText],
 ) -> Manifest:
     _check_counts(config, store, writer)
-    writer.write_validation()
+    validation = writer.write_validation()
     sources = writer.list_sources()
     asked = list(questions) if config.decontamination.enabled else []
     return Manifest(
@@ -329,6 +329,7 @@ def _finish(
         ),
         sources=sources,
         shards=writer.shards,
+        validation=validation,
     )
 
 
@@ -342,7 +343,7 @@ def write_manifest(store: Path, manifest: Manifest, upload: StoreUpload | None =
     """
     with explain_disk_faults(store if upload is None else upload.address):
         partial = store / (MANIFEST_NAME + ".partial")
-        partial.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        partial.write_text(manifest.render(), encoding="utf-8")
         if upload is not None:
             for path in (store / VALIDATION_NAME, store / QUARANTINE_NAME, store / CONTAMINATED_NAME):
                 if path.exists():

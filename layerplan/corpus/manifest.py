@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import xxhash
 from pydantic import Field, ValidationError
 
 from layerplan.config.base import StrictModel, describe_fault
+from layerplan.corpus.consistency import find_contradiction
+from layerplan.corpus.damage import explain_file
 from layerplan.corpus.location import hide_keys, is_address, join_location, open_file
+from layerplan.corpus.row_groups import HASH_CHARS
 from layerplan.errors import CorpusError
 
 MANIFEST_NAME = "manifest.json"
 VALIDATION_NAME = "validation.parquet"
 QUARANTINE_NAME = "quarantine.jsonl"
 CONTAMINATED_NAME = "contaminated.jsonl"
+SEAL_KEY = "rest_xxh3_128"
+"""First entry of a manifest's file: the hash of all bytes after it."""
+_SEAL = re.compile(rb'\{\s*"' + SEAL_KEY.encode() + rb'": "([0-9a-f]{32})",')
 
 
 class Shard(StrictModel):
-    """One Parquet file of training rows."""
+    """One Parquet file of rows."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     """File name below the store."""
     num_rows: int = Field(ge=1)
     """Rows in it."""
@@ -29,6 +37,18 @@ class Shard(StrictModel):
     """Tokens in it, padding left out."""
     sha256: str
     """Hash of the file."""
+    num_bytes: int | None = None
+    """Size of the file; this and what follows is not known of stores of earlier versions."""
+    tail_xxh3_128: str = Field(default="", pattern="^([0-9a-f]{32})?$")
+    """Hash of its last 64 KiB, where Parquet keeps what says how to read the rest."""
+    max_id: int | None = None
+    """Highest token id in it."""
+    groups_xxh3_128: str = Field(default="", pattern="^[0-9a-f]*$")
+    """Hashes of its row groups' rows, 32 digits each, one after the other."""
+
+    def get_group_hash(self, group: int) -> str | None:
+        """The hash of one row group, or None when nobody took it."""
+        return self.groups_xxh3_128[group * HASH_CHARS : (group + 1) * HASH_CHARS] or None
 
 
 class SourceRows(StrictModel):
@@ -105,6 +125,36 @@ class Manifest(StrictModel):
     """Sources in row order."""
     shards: list[Shard]
     """Shards in row order."""
+    validation: Shard | None = None
+    """The file of held-out rows; None where there are none, and in stores of earlier versions."""
+
+    @property
+    def held_out(self) -> Shard | None:
+        """The file of held-out rows; of an earlier version's store, what is known of it."""
+        if self.validation is not None or self.num_validation_rows == 0:
+            return self.validation
+        return Shard(name=VALIDATION_NAME, num_rows=self.num_validation_rows, num_tokens=0, sha256="")
+
+    @property
+    def files(self) -> list[Shard]:
+        """Every file of rows."""
+        held_out = self.held_out
+        return [*self.shards, *([] if held_out is None else [held_out])]
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether every row that is read can be compared with the one that was written."""
+        return all(shard.groups_xxh3_128 for shard in self.files)
+
+    @property
+    def max_id(self) -> int | None:
+        """The highest token id of all rows; None where a store of an earlier version does not say."""
+        ids = [shard.max_id for shard in self.files]
+        return None if None in ids else max((known for known in ids if known is not None), default=None)
+
+    def count_group_rows(self, shard: Shard, group: int) -> int:
+        """Rows in a row group: all groups of a file are full but its last."""
+        return min(self.rows_per_group, shard.num_rows - group * self.rows_per_group)
 
     @property
     def content_sha256(self) -> str:
@@ -112,7 +162,11 @@ class Manifest(StrictModel):
         from layerplan.plan.hashing import compute_sha256
 
         fields: dict[str, Any] = self.model_dump(
-            mode="json", include={"mode", "seq_len", "rows_per_group", "num_rows", "shards", "config_sha256"}
+            mode="json",
+            include={
+                **dict.fromkeys(("mode", "seq_len", "rows_per_group", "num_rows", "config_sha256"), True),
+                "shards": {"__all__": {"name", "num_rows", "num_tokens", "sha256"}},
+            },
         )
         if self.mode == "store":
             fields.pop("config_sha256")
@@ -125,12 +179,19 @@ class Manifest(StrictModel):
         """Reads the manifest of a store.
 
         Raises:
-            CorpusError: When the store is missing, incomplete or malformed.
+            CorpusError: When the store is missing or incomplete, or its manifest malformed, changed or contradictory.
         """
         path = join_location(store, MANIFEST_NAME)
         try:
             with open_file(path) as handle:
-                return cls.model_validate_json(bytes(handle.read()))
+                content = bytes(handle.read())
+            sealed = _SEAL.match(content)
+            if sealed is not None:
+                content = content[sealed.end() :]
+                if hash_rest(content) != sealed[1].decode():
+                    raise explain_file(store, MANIFEST_NAME, "was changed after it was written")
+                content = b"{" + content
+            manifest = cls.model_validate_json(content)
         except FileNotFoundError:
             raise CorpusError(
                 f"corpus.store={hide_keys(store)}: no {MANIFEST_NAME}; not a token store, or its build did not finish"
@@ -141,6 +202,20 @@ class Manifest(StrictModel):
             raise CorpusError(
                 f"{hide_keys(path)}: not a readable manifest ({' '.join(str(error).split())[:200]})"
             ) from None
+        contradiction = find_contradiction(manifest)
+        if contradiction is not None:
+            raise explain_file(store, MANIFEST_NAME, f"contradicts itself: {contradiction}")
+        return manifest
+
+    def render(self) -> str:
+        """The text of the file, which begins with the hash of the rest."""
+        rest = self.model_dump_json(indent=1).removeprefix("{") + "\n"
+        return f'{{\n "{SEAL_KEY}": "{hash_rest(rest.encode())}",{rest}'
+
+
+def hash_rest(content: bytes) -> str:
+    """The hash that stands before the rest of a manifest."""
+    return xxhash.xxh3_128_hexdigest(content)
 
 
 def resolve_store(path: str) -> Path | str:

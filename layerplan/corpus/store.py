@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from layerplan.corpus.damage import explain_group
 from layerplan.corpus.location import join_location, open_filesystem
-from layerplan.corpus.manifest import VALIDATION_NAME, Manifest, Shard
+from layerplan.corpus.manifest import Manifest, Shard
 from layerplan.corpus.pack import RawRow
+from layerplan.corpus.row_groups import READ_FAULTS, RawRows, count_groups, hash_groups, hash_tail, read_group
 from layerplan.corpus.rows import PackedRows, make_rows
-from layerplan.errors import CorpusError
+
+OPEN_FILES = 64
+"""Shards whose footers a reader keeps."""
 
 
 def write_rows(path: Path, rows: list[RawRow], *, first_row_id: int, rows_per_group: int) -> Shard:
@@ -47,27 +49,33 @@ def write_rows(path: Path, rows: list[RawRow], *, first_row_id: int, rows_per_gr
     with partial.open("rb+") as handle:
         os.fsync(handle.fileno())
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        num_bytes = handle.seek(0, os.SEEK_END)
+        tail = hash_tail(handle, num_bytes)
+    entry = Shard(
+        name=path.name,
+        num_rows=len(rows),
+        num_tokens=sum(row.used for row in rows),
+        sha256=digest,
+        num_bytes=num_bytes,
+        tail_xxh3_128=tail,
+        max_id=max(int(row.input_ids.max()) for row in rows),
+        groups_xxh3_128=hash_groups(rows, rows_per_group),
+    )
     partial.replace(path)
-    return Shard(name=path.name, num_rows=len(rows), num_tokens=sum(row.used for row in rows), sha256=digest)
-
-
-@dataclass(frozen=True)
-class RawRows:
-    """Rows as they lie on disk: (n, T) ids, document starts per row, (n,) tokens used."""
-
-    input_ids: NDArray[np.int32]
-    starts: list[NDArray[np.int32]]
-    used: NDArray[np.int32]
+    return entry
 
 
 class StoreReader:
-    """Reads rows by id; a row's id fixes its shard and row group, so nothing else is read."""
+    """Reads rows by id; a row's id fixes its shard and row group, so nothing else is read.
 
-    def __init__(self, store: Path | str) -> None:
-        self._store = store
+    `num_ids`, the ids that the model has embeddings for, bounds those of stores whose rows have no hashes.
+    """
+
+    def __init__(self, store: Path | str, *, num_ids: int | None = None) -> None:
         self.manifest = Manifest.load(store)
         sizes = np.array([shard.num_rows for shard in self.manifest.shards], dtype=np.int64)
         self._first_rows = np.cumsum(sizes) - sizes
+        self._files = StoreFiles(store, self.manifest, num_ids)
 
     def read_rows(self, row_ids: NDArray[np.int64]) -> PackedRows:
         """Rows by id, in the order asked for; each row group they lie in is read once.
@@ -89,38 +97,57 @@ class StoreReader:
         return make_rows(np.asarray(row_ids, dtype=np.int64), input_ids, starts, used)
 
     def _read_group(self, shard: int, group: int) -> RawRows:
-        path = join_location(self._store, self.manifest.shards[shard].name)
+        return self._files.read(self.manifest.shards[shard], group)
+
+
+class StoreFiles:
+    """Row groups of a store's files, each compared with the manifest as it is read."""
+
+    def __init__(self, store: Path | str, manifest: Manifest, num_ids: int | None = None) -> None:
+        self._store = store
+        self._num_ids = num_ids
+        self._manifest = manifest
+        self._open = lru_cache(maxsize=OPEN_FILES)(self._open_file)
+
+    def read(self, shard: Shard, group: int) -> RawRows:
+        """The rows of one group.
+
+        Raises:
+            CorpusError: When the file is missing, cannot be read, or holds other rows than were written.
+        """
+        manifest = self._manifest
         try:
-            table = _open_shard(path).read_row_group(group, columns=["input_ids", "starts", "used"])
-        except (OSError, pa.ArrowException) as error:
-            raise CorpusError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
-        return _to_raw(table, self.manifest.seq_len)
+            return read_group(
+                self._open(shard.name),
+                group,
+                num_rows=manifest.count_group_rows(shard, group),
+                seq_len=manifest.seq_len,
+                noted=shard.get_group_hash(group),
+                num_ids=self._num_ids,
+            )
+        except READ_FAULTS as error:
+            raise explain_group(self._store, manifest, shard, group, error) from None
+
+    def _open_file(self, name: str) -> pq.ParquetFile:
+        filesystem, inner = open_filesystem(join_location(self._store, name))
+        return pq.ParquetFile(inner, filesystem=filesystem)
 
 
-def load_validation_rows(store: Path | str) -> PackedRows | None:
-    """The held-out rows, or None when the store has none; their ids are negative, -1 downwards."""
+def load_validation_rows(store: Path | str, *, num_ids: int | None = None) -> PackedRows | None:
+    """The held-out rows, or None when the store has none; their ids are negative, up to -1.
+
+    Raises:
+        CorpusError: When their file is missing or damaged.
+    """
     manifest = Manifest.load(store)
-    if manifest.num_validation_rows == 0:
+    shard = manifest.held_out
+    if shard is None:
         return None
-    table = _open_shard(join_location(store, VALIDATION_NAME)).read()
-    raw = _to_raw(table, manifest.seq_len)
-    return make_rows(table["row_id"].to_numpy(), raw.input_ids, raw.starts, raw.used)
-
-
-def _to_raw(table: pa.Table, seq_len: int) -> RawRows:
-    ids = table["input_ids"].combine_chunks()
-    flat = (ids.chunk(0) if isinstance(ids, pa.ChunkedArray) else ids).flatten().to_numpy(zero_copy_only=False)
-    lists = table["starts"].combine_chunks()
-    lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
-    offsets, values = lists.offsets.to_numpy(), lists.values.to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
-    return RawRows(
-        flat.reshape(-1, seq_len).astype(np.int32, copy=False),
-        [values[start:stop] for start, stop in pairwise(offsets)],
-        table["used"].to_numpy().astype(np.int32),
+    files = StoreFiles(store, manifest, num_ids)
+    parts = [files.read(shard, group) for group in range(count_groups(shard.num_rows, manifest.rows_per_group))]
+    return make_rows(
+        np.arange(-shard.num_rows, 0, dtype=np.int64),
+        np.concatenate([part.input_ids for part in parts]),
+        [starts for part in parts for starts in part.starts],
+        np.concatenate([part.used for part in parts]),
     )
-
-
-@lru_cache(maxsize=64)
-def _open_shard(path: str) -> pq.ParquetFile:
-    filesystem, inner = open_filesystem(path)
-    return pq.ParquetFile(inner, filesystem=filesystem)

@@ -38,16 +38,25 @@ def _schedule_of(manifest: Manifest, num_lanes: int, seed: int) -> LaneSchedule:
 
 
 def iter_rank_steps(
-    store: Path | str, *, num_lanes: int, seed: int, rank: int, world_size: int, start_step: int, stop_step: int
+    store: Path | str,
+    *,
+    num_lanes: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    start_step: int,
+    stop_step: int,
+    num_ids: int | None = None,
 ) -> Iterator[PackedRows]:
     """Yields, for each step in [start_step, stop_step), the num_lanes / world_size rows this rank trains on.
 
     Uses Ray Data when Ray is initialised in this process, else reads directly; both give the same rows.
 
     Raises:
-        CorpusError: When the store is incomplete, or world_size does not divide num_lanes.
+        CorpusError: When the store is incomplete or damaged, world_size does not divide num_lanes, or rows without a hash
+            hold a token that is not below num_ids.
     """
-    reader = StoreReader(store)
+    reader = StoreReader(store, num_ids=num_ids)
     schedule = _schedule_of(reader.manifest, num_lanes, seed)
     schedule.rank_rows_at(start_step, rank, world_size)
     import ray
@@ -57,11 +66,11 @@ def iter_rank_steps(
         for window in windows:
             yield from _read_rank_steps(reader, schedule, rank, world_size, window)
         return
-    yield from _iter_with_ray(store, schedule, rank, world_size, windows)
+    yield from _iter_with_ray({"store": str(store), "num_ids": num_ids}, schedule, rank, world_size, windows)
 
 
 def _iter_with_ray(
-    store: Path | str, schedule: LaneSchedule, rank: int, world_size: int, windows: list[range]
+    source: dict[str, Any], schedule: LaneSchedule, rank: int, world_size: int, windows: list[range]
 ) -> Iterator[PackedRows]:
     """Reads one window ahead in a thread; each window is a Ray Data pipeline that runs to its end.
 
@@ -70,7 +79,7 @@ def _iter_with_ray(
     """
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
     try:
-        futures = (pool.submit(_read_window, store, schedule, rank, world_size, window) for window in windows)
+        futures = (pool.submit(_read_window, source, schedule, rank, world_size, window) for window in windows)
         ahead = next(futures, None)
         while ahead is not None:
             rows, ahead = ahead.result(), next(futures, None)
@@ -91,7 +100,7 @@ def _plan_windows(start_step: int, stop_step: int, manifest: Manifest, rows_per_
 
 
 def _read_window(
-    store: Path | str, schedule: LaneSchedule, rank: int, world_size: int, window: range
+    source: dict[str, Any], schedule: LaneSchedule, rank: int, world_size: int, window: range
 ) -> list[dict[str, Any]]:
     import ray
 
@@ -105,7 +114,7 @@ def _read_window(
         ray.data.from_items(tasks, override_num_blocks=len(tasks))
         .map_batches(
             _read_steps,
-            fn_kwargs={"store": str(store), "schedule": schedule, "rank": rank, "world_size": world_size},
+            fn_kwargs=source | {"schedule": schedule, "rank": rank, "world_size": world_size},
             batch_size=1,
             num_cpus=0.25,
         )
@@ -115,9 +124,15 @@ def _read_window(
 
 
 def _read_steps(
-    batch: dict[str, Any], *, store: str, schedule: LaneSchedule, rank: int, world_size: int
+    batch: dict[str, Any],
+    *,
+    store: str,
+    num_ids: int | None,
+    schedule: LaneSchedule,
+    rank: int,
+    world_size: int,
 ) -> Iterator[dict[str, Any]]:
-    reader = _open_reader(store)
+    reader = _open_reader(store, num_ids)
     for start, stop in zip(batch["start"], batch["stop"]):
         for rows in _read_rank_steps(reader, schedule, rank, world_size, range(int(start), int(stop))):
             yield {
@@ -137,8 +152,8 @@ def _read_rank_steps(
 
 
 @lru_cache(maxsize=4)
-def _open_reader(store: str) -> StoreReader:
-    return StoreReader(store)
+def _open_reader(store: str, num_ids: int | None) -> StoreReader:
+    return StoreReader(store, num_ids=num_ids)
 
 
 def _unpack(row: dict[str, Any]) -> PackedRows:

@@ -124,16 +124,17 @@ class StoreWriter:
             self.state.unit, self.state.skip = next_unit, 0
             self._commit()
 
-    def write_validation(self) -> None:
-        """Writes the held-out rows."""
-        if self.validation:
-            with explain_disk_faults(self._store):
-                write_rows(
-                    self._store / VALIDATION_NAME,
-                    self.validation,
-                    first_row_id=-len(self.validation),
-                    rows_per_group=self._config.rows_per_group,
-                )
+    def write_validation(self) -> Shard | None:
+        """Writes the held-out rows, if there are any, and returns their manifest entry."""
+        if not self.validation:
+            return None
+        with explain_disk_faults(self._store):
+            return write_rows(
+                self._store / VALIDATION_NAME,
+                self.validation,
+                first_row_id=-len(self.validation),
+                rows_per_group=self._config.rows_per_group,
+            )
 
     def close(self) -> None:
         """Closes the lists."""

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.on_the_fly import LaneStream, check_lanes, open_chunks
 from layerplan.corpus.rows import PackedRows
+from layerplan.corpus.start_check import check_files
 from layerplan.corpus.stream import iter_rank_steps, make_schedule
+from layerplan.models.model_sizes import load_model_shape
 from layerplan.train.request import TrainRequest
 from layerplan.train.state import TrainState
 
@@ -33,6 +35,7 @@ class StoreFeed:
 
     def __init__(self, request: TrainRequest, *, rank: int, world_size: int) -> None:
         self._request = request
+        self._num_ids = count_embeddings(request)
         self._rank = rank
         self._world_size = world_size
 
@@ -46,6 +49,7 @@ class StoreFeed:
             world_size=self._world_size,
             start_step=start,
             stop_step=stop,
+            num_ids=self._num_ids,
         )
 
     def stamp(self, state: TrainState) -> TrainState:
@@ -92,9 +96,18 @@ def open_feed(request: TrainRequest, state: TrainState, *, rank: int, world_size
     return StoreFeed(request, rank=rank, world_size=world_size)
 
 
+def count_embeddings(request: TrainRequest) -> int:
+    """Token ids that the model has embeddings for."""
+    return load_model_shape(
+        request.model_path, revision=request.revision, trust_remote_code=request.trust_remote_code
+    ).vocab_size
+
+
 def check_feed(store: Path | str, *, num_lanes: int, seed: int) -> None:
-    """Raises `CorpusError` when a store cannot feed the batch."""
-    if Manifest.load(store).mode == "on_the_fly":
+    """Raises `CorpusError` when a store cannot feed the batch, or its files are not those of its manifest."""
+    manifest = Manifest.load(store)
+    if manifest.mode == "on_the_fly":
         check_lanes(open_chunks(str(store)), num_lanes)
     else:
+        check_files(store, manifest, report=lambda line: print(f"[train] {line}", flush=True))
         make_schedule(store, num_lanes=num_lanes, seed=seed)

@@ -86,6 +86,11 @@ def check_training_fits(request: TrainRequest) -> None:
             f"corpus: its documents may hold token {manifest.vocab_size - 1} of their tokenizer, the model's embedding has"
             f" {shape.vocab_size} rows; the tokenizer does not fit the model"
         )
+    if manifest.max_id is not None and manifest.max_id >= shape.vocab_size:
+        raise TrainingError(
+            f"{request.store}: holds token {manifest.max_id}, the model's embedding has rows 0 to {shape.vocab_size - 1};"
+            " the store was built for another model"
+        )
 
 
 def _shape(request: TrainRequest) -> ModelShape:

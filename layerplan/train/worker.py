@@ -24,7 +24,7 @@ from layerplan.plan.memory import explain_shortage
 from layerplan.ray_session import quiet_engines
 from layerplan.train.build import BuiltModel, build_model
 from layerplan.train.checkpoint_writer import CheckpointWriter
-from layerplan.train.feed import open_feed
+from layerplan.train.feed import count_embeddings, open_feed
 from layerplan.train.frozen_check import FrozenTensors
 from layerplan.train.ledger import LEDGER_NAME, LedgerWriter
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
@@ -211,7 +211,7 @@ def make_hooks(
         save=lambda reached: writer.save(feed.stamp(reached)),
         should_stop=(request.run_dir / STOP_REQUEST).exists,
         sink=recorders.sink,
-        validation=load_validation_rows(request.store),
+        validation=load_validation_rows(request.store, num_ids=count_embeddings(request)),
         restore=restore,
         write_ledger=None if ledger is None else lambda step, rows: ledger.write(step, rows.row_ids),
     )

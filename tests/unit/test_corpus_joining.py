@@ -14,14 +14,14 @@ from tokenizers import Tokenizer
 from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.corpus import writer
 from layerplan.corpus.build import build_token_store
-from layerplan.corpus.manifest import Manifest
+from layerplan.corpus.manifest import SEAL_KEY, Manifest
 from layerplan.corpus.on_the_fly import Chunks, write_stream
 from layerplan.errors import CorpusError
 from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
 from tests.tiny_tokenizer import make_bytes, save_tokenizer
 
 BEGIN, END, OTHER = 256, 257, 258
-NEW_FIELDS = ("end_of_text", "begin_ids", "control_tokens", "num_control_documents", "num_control_tokens")
+NEW_FIELDS = ("end_of_text", "begin_ids", "control_tokens", "num_control_documents", "num_control_tokens", SEAL_KEY)
 
 
 def make_folder(folder: Path, *, begin: tuple[str, ...] = (), end: str = "<eos>") -> Path:

@@ -45,7 +45,9 @@ def make_manifest(*sources: tuple[int, float | None]) -> Manifest:
         counts={},
         sources=rows,
         shards=[
-            Shard(name="a", num_rows=source.num_rows, num_tokens=0, sha256="") for source in rows if source.num_rows
+            Shard(name=source.path, num_rows=source.num_rows, num_tokens=source.num_rows, sha256="")
+            for source in rows
+            if source.num_rows
         ],
     )
 
