@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -52,12 +51,3 @@ def build_family(model_type: str, **changes: Any) -> torch.nn.Module:
     config = AutoConfig.for_model(model_type, **{**shared, **sizes, **known[model_type], **changes})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-
-
-def sum_own_losses(model: torch.nn.Module, documents: list[torch.Tensor]) -> torch.Tensor:
-    """Transformers' own loss of each document alone, by its plain attention, times the tokens it predicts."""
-    with suppress(ValueError):
-        model.set_attn_implementation("eager")
-    return sum(
-        (model(input_ids=ids[None], labels=ids[None]).loss * (len(ids) - 1) for ids in documents), start=torch.zeros(())
-    )

@@ -19,7 +19,8 @@ from layerplan.train.loss_proof import prove_loss
 from layerplan.train.self_test import ask_model, confirm_recipe, set_attention
 from layerplan.train.state import TrainState
 from layerplan.train.step import LossModel, make_batches
-from tests.small_families import OTHERS, WINDOWED, build_family, sum_own_losses
+from tests.family_oracle import compute_own_loss, use_eager
+from tests.small_families import OTHERS, WINDOWED, build_family
 
 CPU = torch.device("cpu")
 LENGTHS = (20, 30, 14)
@@ -43,7 +44,8 @@ def draw_documents() -> list[torch.Tensor]:
 def test_the_loss_of_a_packed_row_and_its_gradients_are_those_of_every_document_alone(family: str) -> None:
     model, documents = build_family(family), draw_documents()
     report = ask_model(model, seq_len=72)
-    wanted = sum_own_losses(model, documents)
+    use_eager(model)
+    wanted = compute_own_loss(model, [document[None] for document in documents])
     wanted.backward()
     gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
     model.zero_grad()
