@@ -64,18 +64,15 @@ def _count(reports: list[FamilyReport]) -> str:
 
 
 def _cells(report: FamilyReport) -> list[str]:
-    return [
-        _escape(answer.partition(":")[0] if answer.startswith("refused") else answer) or "–"
-        for answer in report.answers
-    ]
+    return [_escape(answer.partition(": ")[0] if "refused: " in answer else answer) or "–" for answer in report.answers]
 
 
 def _render_refusals(reports: list[FamilyReport]) -> str:
     lines = [
-        f"- **{report.model_type}**, {stage}: {answer.removeprefix('refused: ')}"
+        f"- **{report.model_type}**, {stage}: {answer.partition('refused: ')[2]}"
         for report in reports
         for stage, answer in zip(COLUMNS, report.answers)
-        if answer.startswith("refused")
+        if "refused: " in answer
     ]
     return "\n".join(lines) + "\n"
 
