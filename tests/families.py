@@ -1,8 +1,8 @@
 """Any causal LM class of the installed transformers as a random model of some thousand parameters, float32, eval mode.
 
-The config class says which sizes it has; each is made small by its kind (a width, a count of heads, a window). What
-must fit together beyond that is in `FITTED`, per model type. Weights are drawn wider than by default, since a tiny model at
-its default scale computes nearly the same whatever is left out of it.
+The config class says which sizes it has; each is made small by its kind (a width, a count of heads, a window), and factors
+and bounds are set to what shows. What must fit together beyond that is in `FITTED`, per model type. Weights are drawn wider
+than by default, since a tiny model at its default scale computes nearly the same whatever is left out of it.
 """
 
 from __future__ import annotations
@@ -84,6 +84,16 @@ KINDS: list[tuple[int | float, str]] = [
         " attention_chunk_size chunk_size mamba_chunk_size local_attn_chunk_length lsh_attn_chunk_length mem_len",
     ),
     (STD, "initializer_range init_std embedding_initializer_range embed_init_std w_init_variance_scale"),
+    (
+        2.0,
+        "attn_logit_softcapping final_logit_softcapping logits_soft_cap output_logit_soft_cap logits_scaling"
+        " embedding_multiplier",
+    ),
+    (
+        0.5,
+        "attention_multiplier residual_multiplier logit_scale lm_head_multiplier key_multiplier ssm_out_multiplier"
+        " attention_out_multiplier",
+    ),
 ]
 SIZES: dict[str, int | float] = {name: value for value, names in KINDS for name in names.split()}
 
@@ -105,6 +115,8 @@ QWEN4 = {
     "indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
     "indexer_compress_ratio": 4, "eos_token_id": 2, "ple_layer_ids": [1], "ple_embed_dim": 32, "split_ngram_parts": 8,
 }  # fmt: skip
+FLAGS = ("is_decoder", "use_sliding_window")
+"""What an encoder's causal class must be told, and what a family is published with though its default lacks it."""
 FITTED: dict[str, dict[str, Any]] = {
     "axk1": MLA,
     "axk2": MLA,
@@ -130,8 +142,9 @@ FITTED: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", **GEMMA_ASSISTANT}},
     "gemma4_unified_assistant": {"text_config": {"model_type": "gemma4_unified_text", **GEMMA_ASSISTANT}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "granitemoehybrid": {"mamba_n_heads": 8},
+    "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["linear_attention", "full_attention"] * 2},
     "kimi_linear": MLA | {"num_expert_group": 1, "topk_group": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
     "mllama": {"text_config": {"cross_attention_layers": [1]}},
@@ -220,7 +233,7 @@ def _sizes(default: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, SIZES[name]
         elif name.endswith("token_id") and isinstance(value, int | list) and value != 0:
             yield name, min(value, SPECIAL) if isinstance(value, int) else [SPECIAL]
-        elif name == "is_decoder":
+        elif name in FLAGS:
             yield name, True
 
 
