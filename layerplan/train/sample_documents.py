@@ -93,7 +93,7 @@ def make_documents(model: nn.Module, seq_len: int, *, with_window: bool = True) 
     generator = torch.Generator().manual_seed(0)
     end = getattr(config, "eos_token_id", None)
     end = end[0] if isinstance(end, list) else end
-    num_tokens = parts.embeddings.weight.shape[0]
+    num_tokens = min(len(parts.embeddings.weight), len(parts.lm_head.weight))
     documents = []
     for length in lengths:
         ids = torch.randint(0, num_tokens, (length,), generator=generator)
