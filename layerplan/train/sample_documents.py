@@ -91,8 +91,9 @@ def make_documents(model: nn.Module, seq_len: int, *, with_window: bool = True) 
         if window is not None and max(lengths) < window + 4 and window + 16 <= min(longest, MAX_WINDOW_TOKENS):
             lengths[1] = window + 16
     generator = torch.Generator().manual_seed(0)
-    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    num_tokens = parts.embeddings.weight.shape[0]
+    end = getattr(config, "eos_token_id", None)
+    end = end[0] if isinstance(end, list) else end
+    num_tokens = min(len(parts.embeddings.weight), len(parts.lm_head.weight))
     documents = []
     for length in lengths:
         ids = torch.randint(0, num_tokens, (length,), generator=generator)

@@ -138,8 +138,13 @@ class Oracle:
         """Measures anew, gradients too."""
         self.model.zero_grad(set_to_none=True)
         try_set_attention(self.model, "eager")
-        with torch.set_grad_enabled(self.with_gradients):
-            self.loss = _measure_alone(LossModel(self.model), self.documents, backward=self.with_gradients)
+        try:
+            with torch.set_grad_enabled(self.with_gradients):
+                self.loss = _measure_alone(LossModel(self.model), self.documents, backward=self.with_gradients)
+        except _CANNOT_RUN as error:
+            raise ModelError(
+                f"{type(self.model).__name__}: cannot be run backwards in eval mode ({type(error).__name__}: {first_line(error)})"
+            ) from None
         gradients = ((name, value.grad) for name, value in self.model.named_parameters())
         self.norms = {name: float(gradient.norm()) for name, gradient in gradients if gradient is not None}
 
@@ -191,7 +196,7 @@ def try_set_attention(model: nn.Module, name: str) -> None:
 
 def check_own_loss(model: nn.Module, documents: Documents) -> None:
     """Raises `ModelError` when the loss the model gives for labels is not the next token's, or is no number."""
-    ids = documents.ids[0][None]
+    ids = documents.ids[0][None, :4]
     try:
         logits, own = _ask_own_loss(model, ids)
     except _CANNOT_RUN as error:
@@ -216,11 +221,12 @@ def _ask_own_loss(model: nn.Module, ids: Tensor) -> tuple[Tensor, float | None]:
     ]
     for config in routed:
         config.output_router_logits = False
+    inputs = make_inputs(model, ids)
     try:
-        answer = model(input_ids=ids, labels=ids)
+        answer = model(**inputs, labels=ids)
         return answer.logits, None if answer.loss is None else float(answer.loss)
-    except (TypeError, AttributeError):
-        return model(**make_inputs(model, ids)).logits, None
+    except _CANNOT_RUN:  # it takes no labels, or none like these
+        return model(**inputs).logits, None
     finally:
         for config in routed:
             config.output_router_logits = True
@@ -305,7 +311,7 @@ def _measure_part(model: LossModel, documents: Documents, part: int, *, with_gra
 
     def keep(module: nn.Module, args: object, output: Tensor) -> Tensor:
         entered.append(output.detach().requires_grad_())
-        return entered[-1]
+        return entered[-1].clone()  # CTRL scales it in place, which a leaf does not allow
 
     batch = documents.batch(model.recipe.rows, part=part)
     if not with_gradients:

@@ -136,11 +136,6 @@ def test_a_sweep_trains_three_boundaries_as_nested_runs(
         assert trial.data.params["boundary"] == str(boundary)
         assert [point.step for point in client.get_metric_history(trial.info.run_id, "train/loss")] == [1, 4]
 
-    again = run_job(*command, *settings(storage_path=tmp_path, name="sweep"), env=two_nodes)
-    assert again.returncode == 0, again.output[-3000:]
-    assert "[train] step" not in again.output, "a finished sweep was trained a second time"
-    assert read(tmp_path / "sweep" / "sweep" / "results.json") == results
-
 
 def test_tracing_alone_leaves_profile_and_plan(
     config: Path, two_nodes: dict[str, str], tmp_path: Path, run_job: RunJob, finished_run: Path
