@@ -148,7 +148,7 @@ def test_tracing_alone_leaves_profile_and_plan(
     assert not (tmp_path / "traced" / "token_store").exists()
     page = (tmp_path / "traced" / "report.html").read_text(encoding="utf-8")
     words = (tmp_path / "traced" / "freeze_plan.md").read_text(encoding="utf-8")
-    for said in ("of bootstrap resamples", "Two random halves of the probes", "95 % interval"):
+    for said in ("supports no boundary", "the model has too few layers for one", "95 % interval"):
         assert said in page and said in words and said in job.output, said
     drawn = {path.stem for path in (tmp_path / "traced" / "figures").glob("*.png")}
     assert {"task_particle", "layer_sensitivity", "profiles", "deviations", "layer_map"} <= drawn
