@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerplan.errors import ModelError, first_line
-from layerplan.models.causal_lm import find_decoder_parts
+from layerplan.models.causal_lm import FOREIGN_ERRORS, find_decoder_parts
 from layerplan.models.head import find_head_form, make_inputs
 from layerplan.plan.loss_recipe import HeadForm, LossRecipe
 from layerplan.train.sample_documents import Documents, make_documents
@@ -30,16 +30,7 @@ _LADDER: tuple[tuple[Literal["packed", "alone"], str], ...] = (
     ("alone", "sdpa"),
     ("alone", "eager"),
 )
-_CANNOT_RUN = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    NotImplementedError,
-    ImportError,
-)
+_CANNOT_RUN = (*FOREIGN_ERRORS, AssertionError, ImportError)
 """What model code raises on input it was not made for."""
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 """Of losses per token, relative to the larger of 1 and the loss."""
