@@ -26,9 +26,6 @@ from layerplan.models.head import make_inputs, run_to_head
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.train.loss import IGNORED, LossOptions, compute_loss_sum, make_labels
 
-PREFIX = "causal_lm."
-"""Parameter names of a `LossModel` carry it; Hugging Face names do not."""
-
 
 class LossModel(nn.Module):
     """A transformers model whose forward pass returns the summed loss, so that FSDP's root sees one module."""
