@@ -48,6 +48,12 @@ def describe_measurement(profile: LayerProfile) -> list[str]:
             lines.append(
                 f"The state gets nearest to the right answer's meaning in layer {values.eof_layer} (SALF, cosine)."
             )
+    if profile.head_row_semantic:
+        kinds = " and ".join(sorted(profile.head_row_semantic))
+        lines.append(
+            f"The profile is of layout {profile.schema_version}, whose {kinds} deviations were taken from the head's rows and"
+            " not from the labels' semantic bases; they are not shown, and no plan uses them."
+        )
     return lines
 
 

@@ -17,7 +17,7 @@ from layerplan.config.base import StrictModel, describe_fault
 from layerplan.errors import PlanError
 from layerplan.plan.hashing import compute_sha256
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 EMPTY_SIDE_RULE = "empty_side_as_zero"
 """Rule of layout 1: the largest S, a side without a layer counting as 0."""
 PROBES_NAME = "layer_probes.parquet"
@@ -141,6 +141,8 @@ class LayerProfile(StrictModel):
     """Per check (`top_k`, `mask`, `halves`): rank correlations and what becomes of the boundary (`tracer/stability.py`)."""
     measured_by: dict[str, dict[str, int]] = Field(default_factory=dict)
     """Per mask, probes measured with it by the way their copies were computed (`tracer/masking.py`); all are exact."""
+    head_row_semantic: dict[Literal["ce", "rank"], SemanticProfile] = Field(default_factory=dict)
+    """Of a profile in layout 1 or 2 alone: deviations from the head's rows in place of the labels' bases. No plan uses them."""
     empty_side_boundary: int | None = None
     """Of a profile in layout 1 alone: the boundary it chose, a side without a layer counting as 0."""
     sha256: str = ""
@@ -148,8 +150,12 @@ class LayerProfile(StrictModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_layout_1(cls, values: Any) -> Any:
-        return _convert_layout_1(values) if isinstance(values, dict) and values.get("schema_version") == 1 else values
+    def _read_older_layouts(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if values.get("schema_version") == 1:
+            values = _convert_layout_1(values)
+        return _convert_layout_2(values) if values.get("schema_version") in (1, 2) else values
 
     def sealed(self) -> LayerProfile:
         """Returns a copy whose hash matches its content."""
@@ -177,6 +183,13 @@ def _convert_layout_1(values: Mapping[str, Any]) -> dict[str, Any]:
     if "alignment_score" in uncertainty:
         uncertainty["alignment_score"] = uncertainty["alignment_score"][:-1]
     return {**found, "uncertainty": uncertainty}
+
+
+def _convert_layout_2(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sets `ce` and `rank` aside, which were taken from the head's rows and not from the labels' semantic bases."""
+    semantic = dict(values.get("semantic") or {})
+    by_rows = {kind: semantic.pop(kind) for kind in ("ce", "rank") if kind in semantic}
+    return {**values, "semantic": semantic, "head_row_semantic": by_rows}
 
 
 def _content_hash(value: StrictModel) -> str:

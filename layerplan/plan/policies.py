@@ -194,6 +194,12 @@ def _choose_by_profile(
             return layers, f"The {config.k} most sensitive layers.", {"layer_sensitivity": profile.layer_sensitivity}
         case SemanticPlanConfig():
             measured = profile.semantic.get(config.deviation)
+            if measured is None and config.deviation in profile.head_row_semantic:
+                raise PlanError(
+                    f"plan.deviation={config.deviation}: the layer profile is of layout {profile.schema_version}, which took it"
+                    " from the head's rows and not from the labels' semantic bases (SALF, Algorithm 1); trace the model again,"
+                    " or set plan.deviation: cosine"
+                )
             if measured is None:
                 raise PlanError(f"plan.deviation={config.deviation}: the layer profile has no such deviation")
             reason = f"The largest semantic gain ({config.deviation}) is at layer {measured.eof_layer}; layers below it freeze."

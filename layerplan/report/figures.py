@@ -32,7 +32,7 @@ def build_layer_figures(
     Args:
         profile: The measurement.
         plan: Adds the layer map and shades the frozen layers.
-        deviations: SALF deviations per probe by kind, (N, L + 1); adds the violins.
+        deviations: SALF deviations per probe by kind, (N, L + 1); adds the violins of the kinds that the profile has.
     """
     choice = read_choice(plan) or choose_boundary(profile)
     figures = {
@@ -44,9 +44,10 @@ def build_layer_figures(
         "layer_sensitivity": draw_heat_map(
             profile.layer_sensitivity_rows, profile.groups, "Layer sensitivity, LS(l)", colours="Reds"
         ),
-        "semantic": draw_semantic(profile),
     }
-    if deviations:
+    if profile.semantic:
+        figures["semantic"] = draw_semantic(profile)
+    if deviations and not profile.semantic.keys().isdisjoint(deviations):
         figures["deviations"] = draw_deviations(deviations, profile)
     if plan is not None:
         figures["layer_map"] = draw_layer_map(plan)
@@ -137,7 +138,8 @@ def draw_heat_map(
 def draw_semantic(profile: LayerProfile) -> Figure:
     """SALF deviation from the gold label after k layers, each kind with its end-of-freezing layer."""
     figure = Figure(figsize=(7, 2.4), layout="constrained")
-    for axes, (kind, values) in zip(figure.subplots(1, 3), profile.semantic.items()):
+    panels = figure.subplots(1, len(profile.semantic), squeeze=False)[0]
+    for axes, (kind, values) in zip(panels, profile.semantic.items()):
         axes.plot(range(len(values.deviation)), values.deviation, "o-", color=SENSITIVE, markersize=3)
         axes.axvline(values.eof_layer, color=MUTED, linestyle="--", linewidth=1)
         axes.set(title=f"{kind}, eof layer {values.eof_layer}", xlabel="layers passed")
@@ -149,15 +151,16 @@ def draw_deviations(deviations: Mapping[str, Deviations], profile: LayerProfile)
 
     Layers up to the end-of-freezing layer are blue, those SALF would train amber.
     """
-    figure = Figure(figsize=(7, 1.9 * len(deviations)), layout="constrained")
-    for axes, (kind, values) in zip(figure.subplots(len(deviations), 1, squeeze=False)[:, 0], deviations.items()):
+    shown = [(kind, one.eof_layer, deviations[kind]) for kind, one in profile.semantic.items() if kind in deviations]
+    figure = Figure(figsize=(7, 1.9 * len(shown)), layout="constrained")
+    for axes, (kind, eof_layer, values) in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown):
         positions = range(values.shape[1])
         # a violin needs a spread; a layer on which all probes agree is a bar
         spread = [index for index in positions if np.ptp(values[:, index]) > 0]
         if spread:
             drawn = axes.violinplot(values[:, spread], positions=spread, widths=0.85, showextrema=False)
             for index, body in zip(spread, drawn["bodies"]):
-                is_frozen = kind in profile.semantic and index <= profile.semantic[kind].eof_layer
+                is_frozen = index <= eof_layer
                 body.set(facecolor=SENSITIVE if is_frozen else PARTICLE, alpha=0.35, linewidth=0)
         axes.hlines(values.mean(0), [p - 0.3 for p in positions], [p + 0.3 for p in positions], color="#111827")
         axes.set(ylabel=kind, xlim=(-0.7, values.shape[1] - 0.3))

@@ -142,11 +142,10 @@ class ProbeMeter:
             states = self.runner.parts.final_norm(last_LBD)
         elif norms == "hf":
             states = torch.cat([last_LBD[:-1], self.runner.parts.final_norm(last_LBD[-1:])])
-        basis_BD = self._space.compute_output_basis(gold_B)
         flat, shape = states.flatten(0, 1), states.shape[:2]
         row_of = torch.arange(shape[1], device=flat.device).repeat(shape[0])
         found = [
-            self._space.compute_deviations(state, basis_BD[rows], gold_B[rows])
+            self._space.compute_deviations(state, gold_B[rows])
             for state, rows in zip(flat.split(HEAD_ROWS), row_of.split(HEAD_ROWS))
         ]
         return {

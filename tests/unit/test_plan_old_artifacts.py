@@ -10,19 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from layerplan.config.plan import FromProfilePlanConfig
+from layerplan.config.plan import FromProfilePlanConfig, SemanticPlanConfig
 from layerplan.errors import PlanError
 from layerplan.plan.boundary_choice import choose_boundary
 from layerplan.plan.describe import describe_certainty, describe_measurement
 from layerplan.plan.explain import describe_older_rule, explain_plan
 from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.plan.layer_profile import LayerProfile
+from layerplan.plan.layer_profile import SCHEMA_VERSION, LayerProfile
+from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.policies import make_plan
 from layerplan.report.figures import draw_alignment, draw_profiles
 from layerplan.report.measurement import render_measurement
 from layerplan.report.page import _plan_section
+from tests.qwen3 import QWEN3_0P6B
 
 FOLDER = Path(__file__).parent / "data/layout_1"
 PROFILE = FOLDER / "layer_profile.json"
+SHAPE = ModelShape.from_hf_config({**QWEN3_0P6B, "num_hidden_layers": 8})
 
 
 def test_an_old_profile_keeps_its_measurement_and_loses_what_an_empty_side_gave() -> None:
@@ -43,6 +47,29 @@ def test_an_old_profile_is_asked_under_any_rule() -> None:
     profile = LayerProfile.load(PROFILE)
     assert choose_boundary(profile).decided_by == "midpoint"
     assert choose_boundary(profile, FromProfilePlanConfig(rule="paper", without_evidence="best")).boundary == 1
+
+
+def test_deviations_taken_from_the_heads_rows_decide_no_plan() -> None:
+    """Layouts 1 and 2 did not follow SALF's Algorithm 1; the cosine deviation was right in both."""
+    content = json.loads(PROFILE.read_text())
+    for layout in (1, 2):
+        kinds = dict.fromkeys(("cosine", "ce", "rank"), content["semantic"]["cosine"])
+        old = {**content, "schema_version": layout, "semantic": kinds}
+        if layout == 2:
+            old |= {"best_boundary": 1, "alignment_score": content["alignment_score"][:6]}
+            del old["boundary_win_share"]
+        profile = LayerProfile.model_validate(old)
+        assert set(profile.semantic) == {"cosine"} and set(profile.head_row_semantic) == {"ce", "rank"}
+        assert f"of layout {layout}, whose ce and rank deviations" in " ".join(describe_measurement(profile))
+        shape = SHAPE
+        plan = make_plan(SemanticPlanConfig(), model=profile.model, shape=shape, profile=profile)
+        assert plan.trainable_layers[-1] == 7
+        with pytest.raises(
+            PlanError, match=rf"plan.deviation=rank: the layer profile is of layout {layout}.*trace the model"
+        ):
+            make_plan(SemanticPlanConfig(deviation="rank"), model=profile.model, shape=shape, profile=profile)
+    now = LayerProfile.model_validate({**old, "schema_version": 3})
+    assert set(now.semantic) == {"cosine", "ce", "rank"} and not now.head_row_semantic
 
 
 def test_an_old_plan_verifies_and_says_under_which_rule_it_was_made() -> None:
@@ -76,6 +103,10 @@ def test_a_changed_byte_of_an_old_profile_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_profile_of_today_survives_its_file(tmp_path: Path) -> None:
-    profile = LayerProfile.load(PROFILE).model_copy(update={"schema_version": 2, "empty_side_boundary": None}).sealed()
+    profile = (
+        LayerProfile.load(PROFILE)
+        .model_copy(update={"schema_version": SCHEMA_VERSION, "empty_side_boundary": None})
+        .sealed()
+    )
     profile.save(tmp_path / "layer_profile.json")
     assert LayerProfile.load(tmp_path / "layer_profile.json") == profile

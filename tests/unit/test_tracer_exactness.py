@@ -87,12 +87,12 @@ def test_every_diagnostic_equals_the_oracle(family: str) -> None:
             log_prob = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, -1].double(), -1)[target]
             hook.remove()
             assert abs(record["log_prob"][index] - float(log_prob)) < TOLERANCE
-        # SALF by the definition: a pseudo-inverse and one label at a time
-        basis = torch.linalg.pinv(weight).T[probe.gold_id]
+        # SALF by its section 2.1 and Algorithm 1: rows of the pseudo-inverse, one label at a time
+        bases = torch.linalg.pinv(weight).T
         for index, state in enumerate(states):
             f = (runner.parts.final_norm(state) if index == len(layers) else state)[0].double()
-            near = [float(torch.cosine_similarity(f, row, dim=0)) for row in weight]
-            cosine = 1 - float(torch.cosine_similarity(f, basis, dim=0))
+            near = [float(torch.cosine_similarity(f, basis, dim=0)) for basis in bases]
+            cosine = 1 - near[probe.gold_id]
             assert abs(record["deviation_cosine"][index] - cosine) < TOLERANCE
             ce = float(np.log(np.exp(near).sum())) - near[probe.gold_id]
             assert abs(record["deviation_ce"][index] - ce) < TOLERANCE

@@ -72,18 +72,48 @@ def test_the_output_basis_is_a_row_of_the_pseudo_inverse() -> None:
     weight = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 7, 39])
     expected = np.linalg.pinv(weight.double().numpy()).T[labels.numpy()]
-    assert np.abs(SemanticSpace(weight).compute_output_basis(labels).numpy() - expected).max() < 1e-9
+    assert np.abs(SemanticSpace(weight).compute_output_bases(weight[labels]).numpy() - expected).max() < 1e-9
+
+
+def test_cross_entropy_and_rank_are_taken_over_the_labels_bases() -> None:
+    """SALF, Algorithm 1, by hand: the head stretches label 0, so its row attracts and its basis does not."""
+    weight = torch.tensor([[3.0, 3.0], [0.0, 1.0]])
+    bases = [(1 / 3, 0.0), (-1.0, 1.0)]  # columns of the inverse of a square head
+    state = (1.0, 1.0)
+    logits = [sum(a * b for a, b in zip(state, basis)) / math.hypot(*state) / math.hypot(*basis) for basis in bases]
+    assert logits == pytest.approx([math.sqrt(0.5), 0.0])
+    for label, rank in ((0, 0), (1, 1)):
+        found = SemanticSpace(weight).compute_deviations(torch.tensor([state]), torch.tensor([label]))
+        expected = math.log(sum(math.exp(value) for value in logits)) - logits[label]
+        assert float(found["ce"]) == pytest.approx(expected, abs=1e-6) and float(found["rank"]) == rank
+        assert float(found["cosine"]) == pytest.approx(1 - logits[label], abs=1e-6)
+    # by the head's rows label 1 would be (0, 1), as near as sqrt(1/2), and the cross-entropy another
+    assert logits[1] != pytest.approx(math.sqrt(0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deviations_equal_the_papers_definition_on_an_ill_conditioned_head(dtype: torch.dtype) -> None:
+    """Directions of the head differ in length by 1,000, as real heads' do by 100."""
+    generator = torch.Generator().manual_seed(5)
+    stretch = torch.logspace(-1.5, 1.5, 24)
+    weight = (torch.randn(300, 24, generator=generator) * stretch).to(dtype)
+    states, labels = torch.randn(6, 24, generator=generator), torch.randint(300, (6,), generator=generator)
+    bases = np.linalg.pinv(weight.double().numpy()).T
+    found = SemanticSpace(weight).compute_deviations(states, labels)
+    for row, (state, label) in enumerate(zip(states.double().numpy(), labels.tolist())):
+        near = bases @ state / np.linalg.norm(bases, axis=1) / np.linalg.norm(state)
+        assert float(found["cosine"][row]) == pytest.approx(1 - near[label], abs=1e-5)
+        assert float(found["ce"][row]) == pytest.approx(np.log(np.exp(near).sum()) - near[label], abs=1e-5)
+        assert float(found["rank"][row]) == (near > near[label]).sum()
 
 
 def test_deviations_of_a_state_that_points_at_its_label() -> None:
-    weight = torch.eye(4)
-    space, label = SemanticSpace(weight), torch.tensor([2])
-    basis = space.compute_output_basis(label)
-    aligned = space.compute_deviations(torch.tensor([[0.0, 0, 5, 0]]), basis, label)
+    space, label = SemanticSpace(torch.eye(4)), torch.tensor([2])
+    aligned = space.compute_deviations(torch.tensor([[0.0, 0, 5, 0]]), label)
     assert float(aligned["cosine"]) == pytest.approx(0.0, abs=1e-12)
     assert float(aligned["rank"]) == 0
     assert float(aligned["ce"]) == pytest.approx(math.log(math.e + 3) - 1)
-    away = space.compute_deviations(torch.tensor([[3.0, 4, 0, 0]]), basis, label)
+    away = space.compute_deviations(torch.tensor([[3.0, 4, 0, 0]]), label)
     assert float(away["cosine"]) == pytest.approx(1.0)
     assert float(away["rank"]) == 2
 
