@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-$(shell cksum < $(LOCK) | cut -d' ' -f1)
 RUNS ?= $(CURDIR)/runs
 UI_PORT ?= 5000
+TEST_PROCESSES ?= 2
+SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 QUIET := RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
 .PHONY: help env demo test test-all test-unit check format ui clean
@@ -34,13 +36,13 @@ demo: env
 	@VENV=$(VENV) RUNS=$(RUNS) bash cluster/local/demo.sh
 
 test: env
-	$(QUIET) $(BIN)/python -m pytest tests -q --durations=15 -m "not long"
+	$(QUIET) $(BIN)/python -m pytest tests -q $(SIDE_BY_SIDE) --durations=15 -m "not long"
 
 test-all: env
-	$(QUIET) $(BIN)/python -m pytest tests -q --durations=25
+	$(QUIET) $(BIN)/python -m pytest tests -q $(SIDE_BY_SIDE) --durations=25
 
 test-unit: env
-	$(QUIET) $(BIN)/python -m pytest tests/unit tests/test_architecture.py -q
+	$(QUIET) $(BIN)/python -m pytest tests/unit tests/test_architecture.py -q $(SIDE_BY_SIDE)
 
 check: env
 	$(BIN)/ruff format --check .

@@ -21,6 +21,28 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes beside each other, not threads against each other
+
+
+MAKES_THE_FINISHED_RUN = "test_chain"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts long files first, since files are given out in order: one that started last would leave a core idle.
+
+    The file that makes the finished run begins, files of clusters follow, then those that wait for that run, then quick tests.
+    """
+    waiting = {item.path for item in items if "finished_run" in getattr(item, "fixturenames", ())}
+
+    def rank(item: pytest.Item) -> int:
+        if item.path.stem == MAKES_THE_FINISHED_RUN:
+            return 0
+        if "integration" not in item.path.parts:
+            return 3
+        return 2 if item.path in waiting else 1
+
+    items.sort(key=rank)  # stable: the order within a file stays
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from tests.ray_script import script_environment
 
 ROOT = Path(__file__).resolve().parents[2]
-JOB_TIMEOUT_S = 420
+JOB_TIMEOUT_S = 600
 
 TINY = {
     "seed": 3,
@@ -145,20 +146,41 @@ def run_job(start_job: Callable[..., subprocess.Popen[str]]) -> Callable[..., Jo
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory, corpus_source: dict[str, object]) -> Path:
     """A config of the whole chain that takes under a minute."""
-    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    config = {**TINY, "corpus": {**TINY["corpus"], "sources": [corpus_source]}}
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return path
+    return write_tiny_config(tmp_path_factory.mktemp("config") / "tiny.yaml", corpus_source)
 
 
 @pytest.fixture(scope="session")
-def finished_run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory, run_job: Callable[..., Job]) -> Path:
-    """A run of the whole chain that nothing interrupted, scored by vLLM under both protocols."""
-    storage = tmp_path_factory.mktemp("runs")
+def finished_run(
+    corpus_source: dict[str, object], tmp_path_factory: pytest.TempPathFactory, run_job: Callable[..., Job]
+) -> Path:
+    """A run of the whole chain that nothing interrupted, scored by vLLM under both protocols.
+
+    Processes that run tests side by side share it: the first one that needs it makes it.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    storage = shared / "finished"
+    with FileLock(shared / "finished.lock"):
+        if not (storage / "quiet" / "output.txt").exists():
+            make_finished_run(storage, corpus_source, run_job)
+    return storage / "quiet"
+
+
+def make_finished_run(storage: Path, corpus_source: dict[str, object], run_job: Callable[..., Job]) -> None:
+    """Runs the chain; what it printed, written last, says that it is whole."""
+    storage.mkdir(exist_ok=True)
     job = run_job(
-        *("jobs/cpt.py", "--config", tiny_config, "--set", f"storage_path={storage}", "--set", "name=quiet"),
+        *("jobs/cpt.py", "--config", write_tiny_config(storage / "tiny.yaml", corpus_source)),
+        *("--set", f"storage_path={storage}", "--set", "name=quiet"),
         *("--set", "evaluation.backend=vllm", "--set", "evaluation.protocols=[logit, generate]"),
     )
     assert job.returncode == 0, job.output[-6000:]
     (storage / "quiet" / "output.txt").write_text(job.output, encoding="utf-8")
-    return storage / "quiet"
+
+
+def write_tiny_config(path: Path, corpus_source: dict[str, object]) -> Path:
+    """A config of the whole chain that takes under a minute."""
+    config = {**TINY, "corpus": {**TINY["corpus"], "sources": [corpus_source]}}
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path

@@ -50,16 +50,17 @@ def test_a_config_that_is_missing_or_not_yaml_is_exit_2(tmp_path: Path, run_job:
 
 
 def test_an_occupied_name_with_another_config_is_refused_and_kept(
-    finished_run: Path, tiny_config: Path, run_job: Callable[..., Any]
+    finished_run: Path, tiny_config: Path, tmp_path: Path, run_job: Callable[..., Any]
 ) -> None:
-    before = digest(finished_run)
+    run = shutil.copytree(finished_run, tmp_path / "quiet")  # other tests submit the run itself again
+    before = digest(run)
     job = run_job(
-        *("jobs/cpt.py", "--config", tiny_config, "--set", f"storage_path={finished_run.parent}"),
+        *("jobs/cpt.py", "--config", tiny_config, "--set", f"storage_path={tmp_path}"),
         *("--set", "name=quiet", "--set", "train.optimizer.learning_rate=0.5"),
         *("--set", "evaluation.backend=vllm", "--set", "evaluation.protocols=[logit, generate]"),
     )
     fails(job, 2, "name: run 'quiet' exists with train.optimizer.learning_rate=0.001, this config has 0.5")
-    assert digest(finished_run) == before
+    assert digest(run) == before
 
 
 def corrupt_parquet(folder: Path) -> None:

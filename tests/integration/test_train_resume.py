@@ -30,19 +30,19 @@ def test_a_stopped_killed_damaged_and_crashed_run_ends_bit_exact(tmp_path: Path)
     In between, Ray's own index is deleted, then cut, and the newest checkpoint gets one bit flipped.
     """
     make_inputs(tmp_path)
-    stopped = run_script(__file__, tmp_path, "interrupted", timeout_s=280)
+    stopped = run_script(__file__, tmp_path, "interrupted", timeout_s=400)
     assert stopped.returncode == 143, stopped.stdout[-3000:]
     assert "SIGTERM: saving a checkpoint" in stopped.stdout
     saved = sorted(path.name for path in (tmp_path / "interrupted" / "checkpoints").glob("step_*"))
     assert saved, "the stopped run left no checkpoint"
     ray_index = tmp_path / "interrupted" / "checkpoints" / "checkpoint_manager_snapshot.json"
     ray_index.unlink(missing_ok=True)  # a driver that ends early may have left none
-    killed = run_script(__file__, tmp_path, "interrupted", timeout_s=280)
+    killed = run_script(__file__, tmp_path, "interrupted", timeout_s=400)
     assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
     assert f"step 1/{MAX_STEPS}" not in killed.stdout, "training began again from nothing"
     ray_index.write_bytes(b'{"checkpoint_results": [')
     damaged = flip_a_bit_of_the_newest(ray_index.parent)
-    finished = run_script(__file__, tmp_path, "interrupted", "quiet", timeout_s=280)
+    finished = run_script(__file__, tmp_path, "interrupted", "quiet", timeout_s=400)
     assert finished.returncode == 0, finished.stdout[-5000:]
     assert "Reporting training result" not in finished.stdout, "Ray's line for every report of every rank"
     assert (tmp_path / "interrupted" / "worker.done").exists(), "the worker was never killed"
