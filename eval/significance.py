@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from pydantic import Field
-from scipy.stats import binom, binomtest
+from scipy.stats import binomtest
 
 from eval.resampling import BOOTSTRAP_SAMPLES, bootstrap_means, estimate_pooled
 from eval.scoring import Answer, EvaluationResult
@@ -73,20 +72,14 @@ class Verdict(StrictModel):
 
 def compute_wilson(correct: int, asked: int) -> tuple[float, float]:
     """95 % Wilson score interval of a proportion, in percent."""
-    z = 1.959963984540054
-    share = correct / asked
-    centre = share + z * z / (2 * asked)
-    spread = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
-    scale = 1 + z * z / asked
-    return 100 * max(0.0, (centre - spread) / scale), 100 * min(1.0, (centre + spread) / scale)
+    interval = binomtest(correct, asked).proportion_ci(method="wilson")
+    return 100 * float(interval.low), 100 * float(interval.high)
 
 
 def compute_mcnemar(only_first: int, only_second: int) -> float:
     """Exact two-sided McNemar p-value from the discordant counts; 1 when there are none."""
     discordant = only_first + only_second
-    if discordant == 0:
-        return 1.0
-    return float(min(1.0, 2 * binom.cdf(min(only_first, only_second), discordant, 0.5)))
+    return float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
 
 
 def compare_runs(reference: Arm, runs: Sequence[Arm], *, seed: int = 0) -> list[Verdict]:
@@ -105,60 +98,67 @@ def judge_comparisons(comparisons: Sequence[Comparison], *, seed: int = 0) -> li
         EvaluationError: When the protocol ids of a comparison differ.
     """
     drafts = [_compare(references, runs, seed) for references, runs in comparisons]
-    adjusted = correct_holm([float(str(draft["p_value"])) for draft in drafts])
-    return [
-        Verdict.model_validate({**draft, "adjusted_p": p, "sentence": _describe({**draft, "adjusted_p": p})})
-        for draft, p in zip(drafts, adjusted)
-    ]
+    adjusted = correct_holm([draft.p_value for draft in drafts])
+    corrected = [draft.model_copy(update={"adjusted_p": p}) for draft, p in zip(drafts, adjusted)]
+    return [verdict.model_copy(update={"sentence": _describe(verdict)}) for verdict in corrected]
 
 
-def _compare(references: Sequence[Arm], runs: Sequence[Arm], seed: int) -> dict[str, object]:
-    """Everything of a verdict but what needs the other comparisons."""
+def _compare(references: Sequence[Arm], runs: Sequence[Arm], seed: int) -> Verdict:
+    """A verdict whose p is not corrected yet and that has no sentence."""
     reference_name, base, base_answers = references[0]
     for name, result, answers in [*references[1:], *runs]:
         _check_comparable(reference_name, base, base_answers, name, result, answers)
     theirs_SN, mine_SN = _collect(references), _collect(runs)
     subjects = [answer.id.partition("/")[0] for answer in base_answers]
     keys = Counter(answer.answer for answer in base_answers)
-    best_letter_share = max(keys.values()) / len(base_answers)
-    draft: dict[str, object] = {
-        "benchmark": base.benchmark,
-        "protocol": base.protocol,
-        "run": runs[0][0],
-        "reference": reference_name,
-        "num_questions": base.num_asked,
-        "num_seeds": len(runs),
-        "num_reference_seeds": len(references),
-        "num_unparsed": sum(item.num_unparsed for _, item, _ in runs),
-        "accuracy": 100 * float(mine_SN.mean()),
-        "accuracy_interval": _describe_accuracy(runs, mine_SN, subjects, seed),
-        "reference_accuracy": 100 * float(theirs_SN.mean()),
-        "reference_interval": _describe_accuracy(references, theirs_SN, subjects, seed),
-        "difference": 100 * float(mine_SN.mean() - theirs_SN.mean()),
-    }
-    if len(runs) == len(references) == 1:
+    interval, test, p_value = _test_difference(mine_SN, theirs_SN, subjects, seed)
+    chance_p, constant_letter_p = _test_levels(runs, mine_SN, subjects, max(keys.values()) / len(base_answers), seed)
+    return Verdict(
+        benchmark=base.benchmark,
+        protocol=base.protocol,
+        run=runs[0][0],
+        reference=reference_name,
+        num_questions=base.num_asked,
+        num_seeds=len(runs),
+        num_reference_seeds=len(references),
+        num_unparsed=sum(item.num_unparsed for _, item, _ in runs),
+        accuracy=100 * float(mine_SN.mean()),
+        accuracy_interval=_describe_accuracy(runs, mine_SN, subjects, seed),
+        reference_accuracy=100 * float(theirs_SN.mean()),
+        reference_interval=_describe_accuracy(references, theirs_SN, subjects, seed),
+        difference=100 * float(mine_SN.mean() - theirs_SN.mean()),
+        difference_interval=interval,
+        test=test,
+        p_value=p_value,
+        adjusted_p=p_value,
+        chance_p=chance_p,
+        constant_letter_p=constant_letter_p,
+        sentence="",
+    )
+
+
+def _test_difference(
+    mine_SN: np.ndarray, theirs_SN: np.ndarray, subjects: Sequence[str], seed: int
+) -> tuple[tuple[float, float], str, float]:
+    """95 % interval in points, the test's name, and its two-sided p."""
+    if len(mine_SN) == len(theirs_SN) == 1:
         mine, theirs = mine_SN[0], theirs_SN[0]
-        draft |= {
-            "difference_interval": bootstrap_difference(mine - theirs, subjects, seed=seed),
-            "test": "exact McNemar",
-            "p_value": compute_mcnemar(int((mine > theirs).sum()), int((theirs > mine).sum())),
-        }
-    else:
-        pair = (mine_SN - theirs_SN, None) if len(references) == 1 else (mine_SN, theirs_SN)
-        gap = estimate_pooled(pair[0], subjects, seed=seed, minus_SN=pair[1])
-        draft |= {
-            "difference_interval": gap.interval(),
-            "test": "bootstrap over seeds and questions, Cochran-Cox",
-            "p_value": gap.p_different(),
-        }
+        interval = bootstrap_difference(mine - theirs, subjects, seed=seed)
+        return interval, "exact McNemar", compute_mcnemar(int((mine > theirs).sum()), int((theirs > mine).sum()))
+    pair = (mine_SN - theirs_SN, None) if len(theirs_SN) == 1 else (mine_SN, theirs_SN)
+    gap = estimate_pooled(pair[0], subjects, seed=seed, minus_SN=pair[1])
+    return gap.interval(), "bootstrap over seeds and questions, Cochran-Cox", gap.p_different()
+
+
+def _test_levels(
+    runs: Sequence[Arm], mine_SN: np.ndarray, subjects: Sequence[str], best_letter_share: float, seed: int
+) -> tuple[float, float]:
+    """P against guessing, and against the best single letter."""
     if len(runs) == 1:
         result = runs[0][1]
-        return draft | {
-            "chance_p": _test_better(result, CHANCE),
-            "constant_letter_p": _test_better(result, best_letter_share),
-        }
+        return _test_better(result, CHANCE), _test_better(result, best_letter_share)
     level = estimate_pooled(mine_SN, subjects, seed=seed)
-    return draft | {"chance_p": level.p_at_most(CHANCE), "constant_letter_p": level.p_at_most(best_letter_share)}
+    return level.p_at_most(CHANCE), level.p_at_most(best_letter_share)
 
 
 def _collect(arms: Sequence[Arm]) -> np.ndarray:
@@ -207,25 +207,24 @@ def _test_better(result: EvaluationResult, share: float) -> float:
     return float(binomtest(result.num_correct, result.num_asked, min(share, 1.0), alternative="greater").pvalue)
 
 
-def _describe(values: Mapping[str, object]) -> str:
-    difference, p = float(str(values["difference"])), float(str(values["adjusted_p"]))
-    low, high = values["difference_interval"]  # type: ignore[misc]
-    spread = (float(high) - float(low)) / 2  # type: ignore[has-type]
-    reference = f"{values['reference']}{_count_seeds(values['num_reference_seeds'])}"
+def _describe(verdict: Verdict) -> str:
+    p = verdict.adjusted_p
+    low, high = verdict.difference_interval
+    spread = f"± {(high - low) / 2:.1f} points"
+    reference = f"{verdict.reference}{_count_seeds(verdict.num_reference_seeds)}"
     if p < ALPHA:
-        direction = "better" if difference > 0 else "worse"
-        text = f"{direction} than {reference} by {abs(difference):.1f} ± {spread:.1f} points (p = {p:.3g})"
+        direction = "better" if verdict.difference > 0 else "worse"
+        text = f"{direction} than {reference} by {abs(verdict.difference):.1f} {spread} (p = {p:.3g})"
     else:
-        text = f"not distinguishable from {reference} ({difference:+.1f} ± {spread:.1f} points, p = {p:.3g})"
-    if float(str(values["chance_p"])) >= ALPHA:
+        text = f"not distinguishable from {reference} ({verdict.difference:+.1f} {spread}, p = {p:.3g})"
+    if verdict.chance_p >= ALPHA:
         text += "; no better than guessing"
-    elif float(str(values["constant_letter_p"])) >= ALPHA:
+    elif verdict.constant_letter_p >= ALPHA:
         text += "; not better than always answering one letter"
-    if values["num_unparsed"]:
-        outputs = int(str(values["num_questions"])) * int(str(values["num_seeds"]))
-        text += f"; {values['num_unparsed']} of {outputs} outputs hold no answer"
-    return f"{values['run']}{_count_seeds(values['num_seeds'])} is {text}."
+    if verdict.num_unparsed:
+        text += f"; {verdict.num_unparsed} of {verdict.num_questions * verdict.num_seeds} outputs hold no answer"
+    return f"{verdict.run}{_count_seeds(verdict.num_seeds)} is {text}."
 
 
-def _count_seeds(count: object) -> str:
+def _count_seeds(count: int) -> str:
     return f" ({count} seeds)" if count != 1 else ""

@@ -102,36 +102,58 @@ def _describe_faults(error: ValidationError) -> list[str]:
 
 
 def _describe_fault(fault: Any) -> str:
-    path = [str(part) for part in fault["loc"]]
-    field = ".".join(_without_union_tags(fault["loc"])) or "config"
-    if fault["type"] == "extra_forbidden":
-        allowed = _fields_beside(path)
-        near = difflib.get_close_matches(path[-1], allowed, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"{field}: unknown key; {hint}allowed: {', '.join(allowed)}" if allowed else f"{field}: unknown key"
-    message = str(fault["msg"]).removeprefix("Value error, ")
+    parts, node = _resolve(fault["loc"])
+    field = ".".join(parts) or "config"
     given = fault.get("input")
+    match fault["type"]:
+        case "extra_forbidden":
+            allowed = sorted(node.get("properties", {}))
+            if not allowed:
+                return f"{field}: unknown key"
+            return f"{field}: unknown key; {_suggest(parts[-1], allowed)}allowed: {', '.join(allowed)}"
+        case "missing":
+            return f"{field}: is required"
+        case "union_tag_not_found":
+            kinds = _list_kinds(node)
+            return f"{field}.type: is required; allowed: {', '.join(kinds)}" if kinds else f"{field}: {fault['msg']}"
+        case "union_tag_invalid":
+            kinds, kind = _list_kinds(node), str(fault["ctx"]["tag"])
+            return f"{field}.type: {kind!r} is unknown; {_suggest(kind, kinds)}allowed: {', '.join(kinds)}"
+        case "model_attributes_type" | "model_type" | "dict_type":
+            return f"{field}: a mapping of fields is expected (got {given!r})"
+    message = str(fault["msg"]).removeprefix("Value error, ")
     shown = "" if isinstance(given, Mapping | BaseModel) else f" (got {given!r})"
-    if fault["type"] == "missing":
-        return f"{field}: is required"
     return f"{field}: {message}{shown}"
 
 
-def _without_union_tags(location: Sequence[str | int]) -> list[str]:
-    """The path as the user wrote it: pydantic puts the `type` of a union member into it (`plan.full.x`)."""
-    unions = [name for name, field in RunConfig.model_fields.items() if field.discriminator]
-    parts = [str(part) for part in location]
-    return parts[:1] + parts[2:] if len(parts) > 2 and parts[0] in unions else parts
+def _suggest(word: str, allowed: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, allowed, n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
-def _fields_beside(path: Sequence[str]) -> list[str]:
-    """Names of the fields allowed where the unknown key at `path` stood."""
+def _list_kinds(node: Mapping[str, Any]) -> list[str]:
+    return sorted(node.get("discriminator", {}).get("mapping", {}))
+
+
+def _resolve(location: Sequence[str | int]) -> tuple[list[str], dict[str, Any]]:
+    """The path as the user wrote it, and the schema of what holds its last part.
+
+    Pydantic puts the `type` of a union's member into the path (`plan.full.x`), at every depth.
+
+    Returns:
+        Path and schema; of a union whose member is not known, the union's own.
+    """
     schema = RunConfig.model_json_schema()
     definitions = schema.get("$defs", {})
-    node: dict[str, Any] = schema
-    for part in path[:-1]:
-        node = _step_into(node, part, definitions)
-    return sorted(node.get("properties", {}))
+    holder = node = schema
+    parts = []
+    for part in map(str, location):
+        if part not in node.get("properties", {}) and part in node.get("discriminator", {}).get("mapping", {}):
+            node = _step_into(node, part, definitions)
+            continue
+        parts.append(part)
+        holder, node = node, _step_into(node, part, definitions)
+    return parts, node if "discriminator" in node else holder
 
 
 def _step_into(node: dict[str, Any], part: str, definitions: Mapping[str, Any]) -> dict[str, Any]:
