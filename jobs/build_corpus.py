@@ -8,7 +8,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from jobs.dry_run import print_dry_run
+from jobs.dry_run import print_corpus_dry_run
 from jobs.entry import build_parser, run_job
 from jobs.run_folder import open_run_folder
 from layerplan.config.run import RunConfig
@@ -19,7 +19,7 @@ from layerplan.errors import ConfigError
 def build_corpus(config: RunConfig, args: argparse.Namespace) -> None:
     """Builds the store and prints its counts."""
     if args.dry_run:
-        print_dry_run(config)
+        print_corpus_dry_run(config)
         return
     if config.corpus.mode == "on_the_fly":
         raise ConfigError("corpus.mode=on_the_fly: builds no store; start jobs/cpt.py, or set corpus.mode=store")

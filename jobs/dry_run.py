@@ -6,13 +6,16 @@ from pathlib import Path
 
 import psutil
 
+from jobs.candidates import make_candidates, name_trial
 from jobs.model_options import revision_of, trusts_remote_code
 from jobs.run_folder import RunFolder
 from layerplan.config.load import dump_config
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig, PlanOptions
 from layerplan.config.run import RunConfig
+from layerplan.config.sweep import SweepConfig
 from layerplan.corpus.joining import read_joining
+from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
 from layerplan.models.files import find_tokenizer_file, load_hf_config
 from layerplan.models.scratch_config import make_hf_config
@@ -39,10 +42,8 @@ def print_dry_run(config: RunConfig) -> None:
         LayerplanError: When model, plan or profile do not fit together.
     """
     print(dump_config(config))
-    shape, model_type = _shape(config)
-    model = ModelIdentity(name=_model_name(config), model_type=model_type, num_layers=shape.num_layers)
+    model, shape = describe_model(config)
     plan, note = _plan(config, model, shape)
-    print(f"model  {model.name}: {shape.num_layers} layers, {shape.total_params:,} parameters{_active(shape)}")
     print("text   " + "\n       ".join(_describe_text(config)))
     print(f"plan   {plan.plan_type}: {note}")
     print(f"       {render_layer_map(plan)}")
@@ -51,6 +52,59 @@ def print_dry_run(config: RunConfig) -> None:
     print(render_cost_table({"full": costs["full"], **costs}))
     print(f"\nwhy    {explain_cost(plan, shape, costs['this plan'], costs['full'])}")
     _print_totals(config, plan, shape, costs["this plan"])
+
+
+def print_corpus_dry_run(config: RunConfig) -> None:
+    """Prints the resolved config, what joins documents, and what there is to read of each source.
+
+    Raises:
+        LayerplanError: When a source or the tokenizer cannot be read.
+    """
+    print(dump_config(config))
+    print("text   " + "\n       ".join(_describe_text(config)))
+    print(f"rows   of {config.corpus.seq_len:,} tokens")
+    units = list_units(config.corpus, report=lambda line: print(f"note   {line}"))
+    for index, source in enumerate(config.corpus.sources):
+        mine = [unit for unit in units if unit.source == index]
+        files = len({unit.path for unit in mine})
+        print(f"source {source.path}: {files:,} files, {sum(unit.num_bytes for unit in mine) / 1e6:,.1f} MB as stored")
+
+
+def print_sweep_dry_run(config: RunConfig, sweep: SweepConfig) -> None:
+    """Prints the resolved config and every trial with what it trains, costs and takes.
+
+    Raises:
+        LayerplanError: When the model cannot be read or a boundary does not fit it.
+    """
+    print(dump_config(config))
+    model, shape = describe_model(config)
+    seq_len = config.corpus.seq_len
+    plans = make_candidates(config, sweep, model, shape)
+    costs = {name_trial(boundary): predict_cost(plan, shape, seq_len=seq_len) for boundary, plan in plans.items()}
+    print(render_cost_table({"full": predict_cost(make_full_plan(model, shape), shape, seq_len=seq_len), **costs}))
+    tokens = sweep.max_steps * config.train.global_batch_size * seq_len
+    rate, source = _find_rate(config)
+    print(f"\ntrials {len(plans)}, each {tokens:,} tokens in {sweep.max_steps:,} steps")
+    total = 0.0
+    for name, cost in costs.items():
+        flops = tokens * cost.total_flops + sweep.max_steps * cost.optimizer_flops_per_step
+        total += flops
+        print(f"       {name}: {flops:.3g} FLOPs, about {_hours(flops, config, rate):.2g} hours")
+    at_once = f", {sweep.max_concurrent_trials} at once" if sweep.max_concurrent_trials > 1 else ""
+    print(f"FLOPs  {total:.3g} in all; about {_hours(total, config, rate):.2g} hours one by one{at_once} on")
+    print(f"       {config.train.num_workers} x {source}")
+
+
+def describe_model(config: RunConfig) -> tuple[ModelIdentity, ModelShape]:
+    """Prints which model it is, and gives its identity and sizes."""
+    shape, model_type = _shape(config)
+    model = ModelIdentity(name=_model_name(config), model_type=model_type, num_layers=shape.num_layers)
+    print(f"model  {model.name}: {shape.num_layers} layers, {shape.total_params:,} parameters{_active(shape)}")
+    return model, shape
+
+
+def _hours(flops: float, config: RunConfig, rate: float) -> float:
+    return flops / (config.train.num_workers * rate) / 3600
 
 
 def _shape(config: RunConfig) -> tuple[ModelShape, str]:
@@ -114,7 +168,7 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
     tokens = train.max_steps * train.global_batch_size * seq_len
     flops = tokens * cost.total_flops + train.max_steps * cost.optimizer_flops_per_step
     rate, source = _find_rate(config)
-    hours = flops / (train.num_workers * rate) / 3600
+    hours = _hours(flops, config, rate)
     available = ASSUMED_GPU_BYTES if train.use_gpu else psutil.virtual_memory().available / train.num_workers
     chosen = choose_placements(
         plan,

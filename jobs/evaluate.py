@@ -32,7 +32,7 @@ from layerplan.ray_session import connect
 def evaluate(config: RunConfig, args: argparse.Namespace) -> None:
     """Scores the model and prints a table."""
     if args.checkpoints is not None:
-        score_run(config, args.checkpoints)
+        score_run(config, args.checkpoints, is_dry_run=args.dry_run)
         return
     model = args.model or (config.model.name if isinstance(config.model, PretrainedModelConfig) else None)
     if model is None:
@@ -41,9 +41,7 @@ def evaluate(config: RunConfig, args: argparse.Namespace) -> None:
         )
     out_dir = Path(args.out or Path(config.storage_path) / config.name / "evaluation" / Path(model).name).resolve()
     if args.dry_run:
-        print(dump_config(config))
-        for benchmark in map(load_benchmark, config.evaluation.benchmarks):
-            print(f"{benchmark.name}: {len(benchmark.questions):,} questions of {len(benchmark.subjects)} subjects")
+        print_dry_run(config)
         return
     engines = config.evaluation
     connect(
@@ -55,8 +53,15 @@ def evaluate(config: RunConfig, args: argparse.Namespace) -> None:
     print(f"\nanswers   {out_dir}")
 
 
-def score_run(config: RunConfig, steps: list[int]) -> None:
-    """Scores checkpoints of the config's run; no steps mean all that are there.
+def print_dry_run(config: RunConfig) -> None:
+    """Prints the resolved config and what would be asked."""
+    print(dump_config(config))
+    for benchmark in map(load_benchmark, config.evaluation.benchmarks):
+        print(f"{benchmark.name}: {len(benchmark.questions):,} questions of {len(benchmark.subjects)} subjects")
+
+
+def score_run(config: RunConfig, steps: list[int], *, is_dry_run: bool) -> None:
+    """Scores checkpoints of the config's run, or says which it would; no steps mean all that are there.
 
     Raises:
         EvaluationError: When the run has no plan or no complete checkpoint of a step.
@@ -72,6 +77,10 @@ def score_run(config: RunConfig, steps: list[int]) -> None:
             f"{folder.root}: has no complete checkpoint of {f'step {missing[0]}' if missing else 'any step'};"
             f" there are {', '.join(map(str, there)) or 'none'}"
         )
+    if is_dry_run:
+        print_dry_run(config)
+        print(f"checkpoints of steps {', '.join(map(str, steps or there))}, below {folder.root}")
+        return
     with open_run(config, open_run_folder(config), trains=False) as context:
         model = prepare_model(context)
         scoring = describe_scoring(context, model, FreezePlan.load(folder.plan))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import save_model
 
+from jobs.build_corpus import build_corpus
+from jobs.candidates import DEFAULT_SWEEP
 from jobs.checks import check_model
-from jobs.dry_run import print_dry_run
+from jobs.dry_run import print_dry_run, print_sweep_dry_run
 from jobs.run_folder import open_run_folder
 from layerplan.config.load import dump_config
 from layerplan.config.run import RunConfig
@@ -57,6 +60,28 @@ def test_a_dry_run_shows_what_is_known_of_the_tokenizer(tmp_path: Path, capsys: 
     (tmp_path / "model" / "tokenizer.json").unlink()
     print_dry_run(config)
     assert "text   not known yet: model.name=" in capsys.readouterr().out
+
+
+def test_the_dry_run_of_a_corpus_says_what_there_is_to_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, size in (("a.txt", 1_000_000), ("b.txt", 500_000)):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / name).write_text("x" * size, encoding="utf-8")
+    make_model(tmp_path, control=("<eos>",))
+    build_corpus(make_config(tmp_path, sources=[{"path": str(tmp_path / "text")}]), Namespace(dry_run=True))
+    shown = capsys.readouterr().out
+    assert f"source {tmp_path / 'text'}: 2 files, 1.5 MB as stored" in shown
+    assert "documents are ended with '<eos>' (256)" in shown and "FLOPs" not in shown
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_dry_run_of_a_sweep_lists_every_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_model(tmp_path, control=("<eos>",))
+    layers = TINY_QWEN3["num_hidden_layers"]
+    print_sweep_dry_run(config, DEFAULT_SWEEP.model_copy(update={"split_ratios": None, "boundaries": [1]}))
+    shown = capsys.readouterr().out
+    assert f"{layers} layers" in shown and "trials 1, each" in shown and "boundary_01: " in shown and "in all" in shown
+    with pytest.raises(ConfigError, match=r"sweep.boundaries.*99"):
+        print_sweep_dry_run(config, DEFAULT_SWEEP.model_copy(update={"split_ratios": None, "boundaries": [99]}))
 
 
 def test_a_run_of_a_version_without_a_field_has_its_default(tmp_path: Path) -> None:
