@@ -1,6 +1,6 @@
 """One exception family, so that every fault a user can cause ends as one clear line.
 
-The jobs catch `LayerplanError`, print its message and exit: 2 for a `ConfigError`, 1 for the rest. Every class
+Commands catch `LayerplanError`, print its message and exit: 2 for a `ConfigError`, 1 for the rest. Every class
 here survives pickling, because Ray carries exceptions from workers to the driver.
 """
 

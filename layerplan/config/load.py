@@ -28,10 +28,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: With one line per fault.
     """
-    values = _read_mapping(Path(path))
+    return validate_config(apply_overrides(_read_mapping(Path(path)), overrides))
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Sets `key.path=value` items in a plain mapping and returns it; raises `ConfigError` naming a malformed one."""
     for override in overrides:
         _apply_override(values, override)
-    return validate_config(values)
+    return values
 
 
 def validate_config(values: Mapping[str, Any]) -> RunConfig:

@@ -12,8 +12,8 @@ from layerplan.errors import CorpusError
 if TYPE_CHECKING:
     from layerplan.corpus.manifest import Manifest, Shard
 
-BUILD = "python jobs/build_corpus.py --config FILE"
-VERIFY = "python jobs/verify_store.py"
+BUILD = "layerplan corpus build --config FILE"
+VERIFY = "layerplan corpus verify"
 
 
 def advise(store: Path | str) -> str:

@@ -158,6 +158,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from jobs.entry import run_guarded
+    from layerplan.entry import run_guarded
 
     sys.exit(run_guarded(main))

@@ -9,9 +9,9 @@ import pytest
 
 from eval.engine import EngineSpec, open_engine
 from eval.held_out import HeldOutActor
-from jobs.model_options import trusts_remote_code
 from layerplan.config.run import RunConfig
 from layerplan.errors import ModelError
+from layerplan.pipeline.model_options import trusts_remote_code
 from tests.model_folders import give_code, save_tiny_base
 from tests.tiny_corpus import make_byte_tokenizer
 

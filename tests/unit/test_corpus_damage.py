@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -14,8 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.entry import run_guarded
-from jobs.verify_store import verify
+from layerplan.cli import main
 from layerplan.corpus.manifest import MANIFEST_NAME, SEAL_KEY, VALIDATION_NAME, Manifest
 from layerplan.corpus.rows import PackedRows
 from layerplan.corpus.start_check import check_files
@@ -104,7 +102,7 @@ def test_a_damaged_group_is_named_with_its_rows_its_source_and_a_remedy(store: P
         reader.read_rows(np.array([64 + 31]))
     said = str(failure.value)
     assert said.startswith(f"{store / SHARDS[1]}: row group 3 of 8 (rows 88 to 95, source drawn) cannot be read (")
-    assert f"remove {store} and build it again with `python jobs/build_corpus.py --config FILE`" in said
+    assert f"remove {store} and build it again with `layerplan corpus build --config FILE`" in said
 
 
 def test_rows_of_another_place_are_refused_by_the_name_of_theirs(store: Path) -> None:
@@ -220,7 +218,7 @@ def test_without_sizes_the_footers_tell(store: Path) -> None:
     forget(store)
     said: list[str] = []
     check_files(store, Manifest.load(store), report=said.append)
-    assert len(said) == 1 and f"`python jobs/verify_store.py {store}` looks for it" in said[0]
+    assert len(said) == 1 and f"`layerplan corpus verify {store}` looks for it" in said[0]
     content = (store / SHARDS[1]).read_bytes()
     shutil.copyfile(store / VALIDATION_NAME, store / SHARDS[1])
     assert "has 3 rows in 1 row groups, the manifest says 64 in 8" in find_fault(store)
@@ -256,7 +254,7 @@ def test_tokens_beyond_the_model_are_refused(store: Path, is_old: bool) -> None:
 
 
 def run_verify(store: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str], str]:
-    code = run_guarded(lambda: verify(argparse.Namespace(store=str(store))))
+    code = main(["corpus", "verify", str(store)])
     captured = capsys.readouterr()
     return code, captured.out.splitlines(), captured.err
 

@@ -43,7 +43,8 @@ def test_importing_the_config_imports_no_engine() -> None:
 
 def test_a_dry_run_imports_no_engine() -> None:
     engines = ("torch", "ray", "transformers", "vllm", "mlflow", "datasets")
-    code = f"import sys, jobs.cpt; print([name for name in {engines!r} if name in sys.modules])"
+    modules = "layerplan.pipeline.chain, layerplan.pipeline.dry_run"
+    code = f"import sys, {modules}; print([name for name in {engines!r} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import ray.exceptions
 
-from jobs.run_folder import open_run_folder
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError, CorpusError, LayerplanError, TrainingError, find_layerplan_error
+from layerplan.pipeline.run_folder import open_run_folder
 
 RETRY_NOTE = (
     "\nFailed to apply UDF transform after 1/1 attempts (total backoff 0.0s).\nTo change retry attempts, backoff, or which"

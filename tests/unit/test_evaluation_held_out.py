@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from eval.held_out import HeldOutActor, HeldOutResult, iter_windows, judge_held_out, read_held_out
-from jobs.stages import list_benchmark_texts
 from layerplan.config.corpus import CorpusConfig, DecontaminationConfig, SourceConfig
 from layerplan.config.evaluation import HeldOutConfig
 from layerplan.config.run import RunConfig
@@ -21,6 +20,7 @@ from layerplan.corpus.cleaning import normalize_text
 from layerplan.corpus.decontamination import BenchmarkText, Hit, QuestionIndex
 from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
+from layerplan.pipeline.stages import list_benchmark_texts
 from layerplan.train.request import TrainResult
 from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
 
@@ -168,7 +168,7 @@ def finish_run(folder: Path, *, final_step: int) -> None:
 
 def test_compared_runs_get_a_sentence_per_text(tmp_path: Path) -> None:
     """The newest scores are not the run's own when it stopped on the way: its last step decides."""
-    from jobs.compare import judge_texts
+    from layerplan.pipeline.compare import judge_texts
 
     sizes = [100] * 20
     for run, factor in (("worse", 1.5), ("same", 1.0)):

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import save_model
 
-from jobs.build_corpus import build_corpus
-from jobs.candidates import DEFAULT_SWEEP
-from jobs.checks import check_model
-from jobs.dry_run import print_dry_run, print_sweep_dry_run
-from jobs.run_folder import open_run_folder
 from layerplan.config.load import dump_config
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError, ModelError
+from layerplan.pipeline.candidates import DEFAULT_SWEEP
+from layerplan.pipeline.checks import check_model
+from layerplan.pipeline.dry_run import print_corpus_dry_run, print_dry_run, print_sweep_dry_run
+from layerplan.pipeline.run_folder import open_run_folder
 from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
 from tests.tiny_tokenizer import make_bytes, save_tokenizer
 
@@ -67,7 +65,7 @@ def test_the_dry_run_of_a_corpus_says_what_there_is_to_read(tmp_path: Path, caps
         (tmp_path / "text").mkdir(exist_ok=True)
         (tmp_path / "text" / name).write_text("x" * size, encoding="utf-8")
     make_model(tmp_path, control=("<eos>",))
-    build_corpus(make_config(tmp_path, sources=[{"path": str(tmp_path / "text")}]), Namespace(dry_run=True))
+    print_corpus_dry_run(make_config(tmp_path, sources=[{"path": str(tmp_path / "text")}]))
     shown = capsys.readouterr().out
     assert f"source {tmp_path / 'text'}: 2 files, 1.5 MB as stored" in shown
     assert "documents are ended with '<eos>' (256)" in shown and "FLOPs" not in shown

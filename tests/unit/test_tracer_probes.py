@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from jobs.trace_layers import build_trace_parser
+from layerplan.cli import build_parser
 from layerplan.config.load import load_config
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import ProbeError
@@ -193,7 +193,9 @@ def test_an_antsynnet_folder_is_read_and_its_faults_are_named(tmp_path: Path, da
 
 
 def test_the_probes_option_of_the_job_names_the_field() -> None:
-    args = build_trace_parser().parse_args(["--config", "x", "--set", "seed=5", "--probes", "/words/antsynnet"])
+    args = build_parser("trace").parse_args(
+        ["trace", "--config", "x", "--set", "seed=5", "--probes", "/words/antsynnet"]
+    )
     quickstart = Path(__file__).resolve().parents[2] / "jobs" / "configs" / "quickstart.yaml"
     config = load_config(str(quickstart), args.set)
     assert (config.seed, config.trace.probes) == (5, "/words/antsynnet")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from jobs.summary import describe_change
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig
 from layerplan.config.train import ScheduleConfig, StabilityConfig, TrainConfig
+from layerplan.pipeline.summary import describe_change
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.memory import choose_placement, estimate_memory, explain_shortage
 from layerplan.plan.model_shape import ModelShape

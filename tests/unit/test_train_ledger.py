@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.check_ledger import check_ledgers
 from layerplan.corpus.manifest import MANIFEST_NAME, Manifest, Shard, SourceRows
 from layerplan.corpus.stream import make_schedule
 from layerplan.errors import CorpusError
+from layerplan.pipeline.check_ledger import check_ledgers
 from layerplan.train.ledger import hash_row_ids
 from layerplan.train.ledger_check import LedgerStep, check_epochs, check_equal, load_ledger
 
@@ -120,8 +120,7 @@ def test_two_ledgers_are_compared_step_by_step(tmp_path: Path, capsys: pytest.Ca
         CorpusError, match=r"step 3: the ledgers differ; only the first has rows .*, only the second 99"
     ):
         check_equal(one, swap(one, 3, [*one[2].row_ids[1:], 99]))
-    arguments = type("Arguments", (), {"runs": [str(tmp_path / "one"), str(tmp_path / "two")], "store": None})()
-    check_ledgers(arguments)
+    check_ledgers([str(tmp_path / "one"), str(tmp_path / "two")])
     said = capsys.readouterr().out
     assert "the same rows" in said and "each of 12 steps" in said and "each exactly once in each of 1 epochs" in said
 

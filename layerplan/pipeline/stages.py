@@ -1,6 +1,6 @@
 """The stages of the chain, each a function that reads files, writes its own artifact, and is skipped when it is there.
 
-A stage never calls the next one: `jobs/cpt.py` and its siblings put them in order.
+A stage never calls the next one: `chain.py` and its siblings put them in order.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from eval.items import load_benchmark
 from eval.runner import evaluate_model
 from eval.significance import Verdict
 from eval.tables import render_scores
-from jobs.model_options import revision_of, trusts_remote_code
-from jobs.run_folder import RunFolder
 from layerplan.checkpoint.layout import name_step
 from layerplan.config.run import RunConfig
 from layerplan.corpus.build import build_token_store, warn_of_held_out
@@ -30,6 +28,8 @@ from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
 from layerplan.models.files import find_tokenizer_file, identify_model
 from layerplan.models.model_sizes import load_model_shape
+from layerplan.pipeline.model_options import revision_of, trusts_remote_code
+from layerplan.pipeline.run_folder import RunFolder
 from layerplan.plan.boundary_choice import choose_boundary, find_options
 from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
 from layerplan.plan.describe import describe_certainty, describe_measurement

@@ -6,9 +6,6 @@ from pathlib import Path
 
 import psutil
 
-from jobs.candidates import make_candidates, name_trial
-from jobs.model_options import revision_of, trusts_remote_code
-from jobs.run_folder import RunFolder
 from layerplan.config.load import dump_config
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig, PlanOptions
@@ -20,6 +17,9 @@ from layerplan.errors import ModelError
 from layerplan.models.files import find_tokenizer_file, load_hf_config
 from layerplan.models.scratch_config import make_hf_config
 from layerplan.models.tokenizer_facts import describe_tokenizer
+from layerplan.pipeline.candidates import make_candidates, name_trial
+from layerplan.pipeline.model_options import revision_of, trusts_remote_code
+from layerplan.pipeline.run_folder import RunFolder
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, PlanCost, explain_cost, predict_cost, render_cost_table
 from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile

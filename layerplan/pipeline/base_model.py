@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from jobs.stages import RunContext, list_benchmark_texts, say, tracked
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.train import TrainConfig
@@ -14,6 +13,7 @@ from layerplan.corpus.sources import iter_documents
 from layerplan.models.files import identify_model
 from layerplan.models.model_sizes import load_model_shape
 from layerplan.models.scratch import build_scratch_model, train_tokenizer
+from layerplan.pipeline.stages import RunContext, list_benchmark_texts, say, tracked
 from layerplan.plan.policies import make_full_plan
 from layerplan.tracking.tracker import RunSinkFactory
 from layerplan.train.trainer import TrainRequest, load_result, run_training

@@ -1,4 +1,4 @@
-"""What every job's command line shares: arguments, exit codes, and errors as one clear line.
+"""What every command shares: arguments, exit codes, and errors as one clear line.
 
 Exit codes: 0 done, 1 a fault while running, 2 a bad config, 130 and 143 after SIGINT and SIGTERM.
 """
@@ -6,43 +6,52 @@ Exit codes: 0 done, 1 a fault while running, 2 a bad config, 130 and 143 after S
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from layerplan.config.load import load_config
+from layerplan.config.load import apply_overrides, load_config, validate_config
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError, LayerplanError, find_layerplan_error
 from layerplan.telemetry import disable_bars_in_logs, disable_telemetry
 
-JobFunction = Callable[[RunConfig, argparse.Namespace], None]
 
+def add_config_arguments(parser: argparse.ArgumentParser, *, takes_model: bool = False) -> None:
+    """Adds what commands with a config have.
 
-def build_parser(description: str) -> argparse.ArgumentParser:
-    """Returns the parser with the arguments all jobs have."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML config or a resolved_config.json")
+    Args:
+        parser: The command's.
+        takes_model: Whether a model alone is enough, with the defaults of every field.
+    """
+    if takes_model:
+        parser.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub id; the config's when left out")
+    parser.add_argument(
+        "--config", required=not takes_model, metavar="FILE", help="YAML config or a resolved_config.json"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override one field; may be repeated"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would happen; load no weights, take no GPU")
-    return parser
 
 
-def run_job(job: JobFunction, parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
-    """Parses, loads the config, runs the job, and returns its exit code.
+def read_config(args: argparse.Namespace) -> RunConfig:
+    """The config of a command line; without a file, the defaults for its model in a run named after it.
 
-    Args:
-        job: The job; receives the validated config and the parsed arguments.
-        parser: From `build_parser`, with the job's own arguments added.
-        argv: Arguments; the process's own when left out.
+    Raises:
+        ConfigError: With one line per fault.
     """
-    args = parser.parse_args(argv)
-    return run_guarded(lambda: job(load_config(args.config, args.set), args))
+    if args.config:
+        return load_config(args.config, args.set)
+    if not args.model:
+        raise ConfigError("MODEL: a folder or hub id is required, or --config FILE")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(args.model).name).strip("-._") or "model"
+    values = {"name": name[:100], "model": {"type": "pretrained", "name": args.model}}
+    return validate_config(apply_overrides(values, args.set))
 
 
 def run_guarded(work: Callable[[], None]) -> int:

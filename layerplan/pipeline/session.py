@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jobs.run_folder import RunFolder
-from jobs.stages import RunContext
 from layerplan.config.run import RunConfig
+from layerplan.pipeline.run_folder import RunFolder
+from layerplan.pipeline.stages import RunContext
 from layerplan.ray_session import connect
 from layerplan.tracking.tracker import open_tracker
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from eval.items import load_benchmark
-from jobs.model_options import revision_of, trusts_remote_code
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.run import RunConfig
 from layerplan.corpus.joining import read_joining
@@ -12,6 +11,7 @@ from layerplan.errors import ModelError
 from layerplan.models.base_check import check_base_model
 from layerplan.models.files import find_tokenizer_file
 from layerplan.models.model_sizes import load_model_shape
+from layerplan.pipeline.model_options import revision_of, trusts_remote_code
 from layerplan.plan.decide import wants_profile
 from layerplan.tracer.pool import collect_probes
 

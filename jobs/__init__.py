@@ -1,1 +1,0 @@
-"""Thin entry points: each puts stages in order; nothing here is shipped to a worker."""

@@ -1,0 +1,62 @@
+"""The front door: `layerplan COMMAND ...`. The scripts in `jobs/` are the same commands under the names `ray job submit` takes.
+
+A command's module is imported when it is chosen, so that help answers at once. Each has `add_arguments(parser)` and
+`execute(args)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "run": ("layerplan.commands.run", "trace, plan, train, score and judge: the whole chain of a config"),
+    "trace": ("layerplan.commands.trace", "measure a model's layers and make a freeze plan; trains nothing"),
+    "plan": ("layerplan.commands.plan", "show, compare and price freeze plans"),
+    "corpus": ("layerplan.commands.corpus", "build a token store from raw text, or verify one"),
+    "evaluate": ("layerplan.commands.evaluate", "score a model on C-Eval and CMMLU"),
+    "sweep": ("layerplan.commands.sweep", "train several boundaries with Ray Tune and rank them"),
+    "compare": ("layerplan.commands.compare", "judge finished runs against their base and each other"),
+    "ledger": ("layerplan.commands.ledger", "prove from their ledgers what runs trained on"),
+    "report": ("layerplan.commands.report", "write the page of a run folder anew"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 1 a fault while running, 2 a bad config or command line.
+
+    Args:
+        argv: The command and its arguments; the process's own when left out.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser(words[0] if words else "").parse_args(words)
+    from layerplan.entry import run_guarded
+
+    return run_guarded(lambda: import_module(COMMANDS[args.command][0]).execute(args))
+
+
+def build_parser(command: str) -> argparse.ArgumentParser:
+    """The parser with every command's name, and the arguments of one of them."""
+    parser = argparse.ArgumentParser(
+        prog="layerplan",
+        description="Measure a model's layers, plan what to freeze, continue pre-training on Ray, judge the result.",
+    )
+    parser.add_argument("--version", action="version", version=_read_version())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        child = commands.add_parser(name, help=summary, description=summary[:1].upper() + summary[1:] + ".")
+        if name == command:
+            import_module(module).add_arguments(child)
+    return parser
+
+
+def _read_version() -> str:
+    from layerplan import __version__
+
+    return f"layerplan {__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

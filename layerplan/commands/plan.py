@@ -1,0 +1,34 @@
+"""`layerplan plan show|diff|price`: plans read, compared and priced; loads no weights."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the actions and their arguments."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="what a plan trains, why, and what it costs")
+    show.add_argument("plan", metavar="PLAN", help="freeze_plan.json, or the folder of a run or an export")
+    diff = actions.add_parser("diff", help="what one plan trains and another does not")
+    diff.add_argument("plans", nargs=2, metavar="PLAN", help="freeze_plan.json, or the folder of a run or an export")
+    price = actions.add_parser("price", help="parameters, FLOPs and memory of plans for a model, from its config alone")
+    price.add_argument("model", metavar="MODEL", help="folder or hub id")
+    price.add_argument(
+        "--plan", action="append", default=[], metavar="PLAN", help="price this plan too; may be repeated"
+    )
+    price.add_argument("--seq-len", type=int, default=4096, metavar="TOKENS", help="length of a row (default 4096)")
+    price.add_argument("--revision", default="main", help="branch, tag or commit of a hub model")
+
+
+def execute(args: argparse.Namespace) -> None:
+    """Prints what was asked for."""
+    from layerplan.pipeline import plans
+
+    match args.action:
+        case "show":
+            plans.print_plan(args.plan)
+        case "diff":
+            plans.print_difference(*args.plans)
+        case "price":
+            plans.print_prices(args.model, args.plan, seq_len=args.seq_len, revision=args.revision)

@@ -1,0 +1,59 @@
+"""The whole chain: config -> trace -> plan -> corpus -> train -> checkpoint -> evaluate -> verdict.
+
+A stage whose artifact is complete in the run folder is not repeated: submit the same run name again to continue. A bad
+config is refused and a dry run answers before the engines are imported, which takes seconds.
+"""
+
+from __future__ import annotations
+
+from layerplan.config.run import RunConfig
+from layerplan.pipeline.model_options import revision_of
+from layerplan.pipeline.run_folder import open_run_folder
+
+
+def continue_pretraining(config: RunConfig) -> None:
+    """Runs every stage that is not done yet."""
+    from layerplan.checkpoint.layout import name_step
+    from layerplan.pipeline.base_model import prepare_model
+    from layerplan.pipeline.checks import check_benchmarks, check_corpus, check_model, check_probes
+    from layerplan.pipeline.session import open_run
+    from layerplan.pipeline.stages import (
+        ask_loss,
+        build_store,
+        check_guardrail,
+        decide_plan,
+        describe_scoring,
+        evaluate,
+        judge,
+        publish_report,
+        score_checkpoints,
+        trace,
+        train,
+    )
+    from layerplan.pipeline.summary import print_summary
+
+    for check in (check_model, check_corpus, check_probes, check_benchmarks):
+        check(config)
+    with open_run(config, open_run_folder(config)) as context:
+        model = prepare_model(context)
+        recipe = ask_loss(context, model)
+        store = build_store(context, model)
+        profile = trace(context, model)
+        plan = decide_plan(context, model, profile)
+        check_guardrail(context)
+        scoring = describe_scoring(context, model, plan)
+        judges = config.evaluation.evaluate_base
+        base = evaluate(context, model, "base", revision=revision_of(config)) if judges and scoring.due_steps else None
+        result = train(context, model, plan, store, recipe)
+        check_guardrail(context)
+        if result.stopped_early:
+            raise SystemExit(143)
+        score_checkpoints(context, scoring, scoring.due_steps)
+        label = name_step(result.final_step)
+        verdicts = []
+        scores = evaluate(context, str(result.hf_dir), label)
+        if judges:
+            base = base or evaluate(context, model, "base", revision=revision_of(config))
+            verdicts = judge(context, base, scores, label)
+        report = publish_report(context)
+        print_summary(plan, result, verdicts, report)

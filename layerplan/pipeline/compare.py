@@ -1,0 +1,145 @@
+"""Verdicts over finished runs.
+
+The untouched base of the first run is arm zero: every run is compared with it, then every run with every run before
+it. Runs whose configs differ in nothing but the seed are pooled into one arm when `--pool-seeds` is given. P-values
+are corrected over all comparisons made; runs scored under unequal protocols cannot be put into one table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+
+from eval.artifacts import Results, load_answers, load_results, write_text
+from eval.held_out import judge_held_out, load_held_out
+from eval.significance import Arm, Comparison, Verdict, judge_comparisons
+from eval.tables import render_scores
+from layerplan.checkpoint.layout import name_step
+from layerplan.errors import EvaluationError
+from layerplan.pipeline.stages import write_json
+from layerplan.pipeline.summary import print_verdicts
+from layerplan.plan.hashing import compute_sha256
+from layerplan.train.request import load_result
+
+BASE = "base"
+DIFFERS_BETWEEN_SEEDS = ("name", "storage_path", "seed", "cluster", "tracking")
+
+
+def compare(
+    paths: Sequence[str], *, out: str | None = None, table: str | None = None, pool_seeds: bool = False
+) -> None:
+    """Compares the runs, prints the table, and writes what was asked for.
+
+    Args:
+        paths: Folders of finished runs; the base of the first is what all are compared with.
+        out: File for the verdicts as JSON.
+        table: File for the scores, LaTeX when it ends in `.tex`, else Markdown.
+        pool_seeds: Whether runs that differ in the seed alone are one arm.
+
+    Raises:
+        EvaluationError: When runs cannot be compared.
+    """
+    runs = [Path(path) for path in paths]
+    verdicts = judge_runs(runs, pool_seeds=pool_seeds)
+    print_verdicts(verdicts)
+    for sentence in judge_texts(runs):
+        print(sentence)
+    if out:
+        write_json(Path(out), [verdict.model_dump(mode="json") for verdict in verdicts])
+        print(f"\nverdicts  {Path(out).resolve()}")
+    if table:
+        rows = {"base": load_results(runs[0] / "evaluation" / BASE)}
+        rows |= {run.name: load_results(find_trained_scores(run)) for run in runs}
+        style = "latex" if Path(table).suffix == ".tex" else "markdown"
+        write_text(Path(table), render_scores(rows, style=style))
+        print(f"\ntable     {Path(table).resolve()}")
+
+
+def judge_runs(runs: Sequence[Path], *, pool_seeds: bool = False) -> list[Verdict]:
+    """Verdicts of every benchmark and protocol: runs against the first run's base, then against each other.
+
+    Raises:
+        EvaluationError: When a run has no scores, protocols differ, or a run started from another base.
+    """
+    base_dir = runs[0] / "evaluation" / BASE
+    base = load_results(base_dir)
+    if not base:
+        raise EvaluationError(f"{base_dir}: has no scores; the first run must have evaluated its base")
+    for run in runs[1:]:
+        _check_same_base(base, base_dir, run / "evaluation" / BASE)
+    arms = group_seeds(runs) if pool_seeds else [[run] for run in runs]
+    comparisons: list[Comparison] = []
+    for key, result in base.items():
+        reference = [("the base", result, load_answers(base_dir, result.benchmark, result.protocol))]
+        loaded = [[_load_arm(run, key, base) for run in arm] for arm in arms]
+        comparisons += [(reference, arm) for arm in loaded]
+        comparisons += list(combinations(loaded, 2))
+    return judge_comparisons(comparisons)
+
+
+def judge_texts(runs: Sequence[Path]) -> list[str]:
+    """A sentence per run and held-out text that the run's own base was scored on too, corrected over all of them.
+
+    Raises:
+        EvaluationError: When a base and its run were scored on different documents.
+    """
+    names, pairs = [], []
+    for run in runs:
+        base = load_held_out(run / "evaluation" / BASE)
+        for name, trained in load_held_out(find_trained_scores(run)).items():
+            if name in base:
+                names.append(f"{run.name}, {name}")
+                pairs.append((base[name], trained))
+    return [f"{name}: {verdict.sentence}" for name, verdict in zip(names, judge_held_out(pairs))]
+
+
+def group_seeds(runs: Sequence[Path]) -> list[list[Path]]:
+    """Runs in order, those together whose resolved configs differ in nothing that the seed does not.
+
+    Raises:
+        EvaluationError: When a run has no readable config.
+    """
+    groups: dict[str, list[Path]] = {}
+    for run in runs:
+        path = run / "resolved_config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise EvaluationError(f"{path}: cannot be read ({error}); pooling seeds needs each run's config") from None
+        kept = {key: value for key, value in values.items() if key not in DIFFERS_BETWEEN_SEEDS}
+        groups.setdefault(compute_sha256(kept), []).append(run)
+    return list(groups.values())
+
+
+def find_trained_scores(run: Path) -> Path:
+    """The scores of a run's last step; those of a step on the way are no result of the run.
+
+    Raises:
+        EvaluationError: When the run has not finished, or its result was not scored.
+    """
+    result = load_result(run)
+    if result is None:
+        raise EvaluationError(f"{run}: has no training.json; only finished runs can be compared")
+    folder = run / "evaluation" / name_step(result.final_step)
+    if not any(folder.glob("*.json")):
+        raise EvaluationError(f"{folder}: has no scores; the run's last checkpoint was not scored")
+    return folder
+
+
+def _load_arm(run: Path, key: str, base: Results) -> Arm:
+    folder = find_trained_scores(run)
+    results = load_results(folder)
+    if key not in results:
+        raise EvaluationError(f"{folder}: has no {key}; the base has {', '.join(base)}")
+    result = results[key]
+    return run.name, result, load_answers(folder, result.benchmark, result.protocol)
+
+
+def _check_same_base(base: Results, base_dir: Path, other_dir: Path) -> None:
+    """Two runs are compared through one base, so a base of other weights is refused; a run may have scored none."""
+    for key, result in load_results(other_dir).items():
+        mine, theirs = (item.origin for item in (base.get(key, result), result))
+        if mine is not None and theirs is not None and mine.weights_sha256 != theirs.weights_sha256:
+            raise EvaluationError(f"{other_dir}: is the base of other weights than {base_dir}; compare them apart")

@@ -1,0 +1,108 @@
+"""Scores any Hugging Face folder or hub id, or checkpoints of a run that were not scored beside its training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from eval.artifacts import Results
+from eval.during_training import find_checkpoints
+from eval.items import load_benchmark
+from eval.runner import evaluate_model
+from eval.significance import compute_wilson
+from layerplan.config.load import dump_config
+from layerplan.config.run import RunConfig
+from layerplan.errors import EvaluationError
+from layerplan.pipeline.model_options import trusts_remote_code
+from layerplan.pipeline.run_folder import RunFolder, open_run_folder
+from layerplan.pipeline.session import open_run
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.ray_session import connect
+
+
+def evaluate(config: RunConfig, model: str, out: str | None = None) -> None:
+    """Scores the model and prints a table; the arguments are those of `score_model`."""
+    out_dir = Path(out or Path(config.storage_path) / config.name / "evaluation" / Path(model).name).resolve()
+    print_scores(score_model(config, model, out_dir))
+    print(f"\nanswers   {out_dir}")
+
+
+def score_model(config: RunConfig, model: str, out_dir: str | Path) -> Results:
+    """Scores any model.
+
+    Args:
+        config: Whose evaluation settings hold.
+        model: Folder or hub id.
+        out_dir: Folder for the scores.
+    """
+    engines = config.evaluation
+    connect(
+        config.cluster,
+        min_cpus=engines.num_actors * engines.num_cpus_per_actor,
+        min_gpus=engines.num_actors * engines.num_gpus_per_actor,
+    )
+    trusted = trusts_remote_code(config, model)
+    return evaluate_model(model, config.evaluation, Path(out_dir).resolve(), trust_remote_code=trusted)
+
+
+def print_dry_run(config: RunConfig) -> None:
+    """Prints the resolved config and what would be asked."""
+    print(dump_config(config))
+    for benchmark in map(load_benchmark, config.evaluation.benchmarks):
+        print(f"{benchmark.name}: {len(benchmark.questions):,} questions of {len(benchmark.subjects)} subjects")
+
+
+def score_run(config: RunConfig, steps: list[int], *, is_dry_run: bool) -> None:
+    """Scores checkpoints of the config's run, or says which it would; no steps mean all that are there.
+
+    Raises:
+        EvaluationError: When the run has no plan or no complete checkpoint of a step.
+    """
+    from layerplan.pipeline.base_model import prepare_model
+    from layerplan.pipeline.stages import describe_scoring, score_checkpoints
+
+    folder = RunFolder(Path(config.storage_path).expanduser().resolve() / config.name)
+    there = list(find_checkpoints(folder.root))
+    missing = [step for step in steps if step not in there]
+    if missing or not there or not folder.plan.exists():
+        raise EvaluationError(
+            f"{folder.root}: has no complete checkpoint of {f'step {missing[0]}' if missing else 'any step'};"
+            f" there are {', '.join(map(str, there)) or 'none'}"
+        )
+    if is_dry_run:
+        print_dry_run(config)
+        print(f"checkpoints of steps {', '.join(map(str, steps or there))}, below {folder.root}")
+        return
+    with open_run(config, open_run_folder(config), trains=False) as context:
+        model = prepare_model(context)
+        scoring = describe_scoring(context, model, FreezePlan.load(folder.plan))
+        for step, results in score_checkpoints(context, scoring, steps or there).items():
+            print_scores(results, title=f"Step {step}: accuracy, percent")
+    print(f"\nanswers   {folder.evaluation}")
+
+
+def print_scores(results: Results, *, title: str = "Accuracy, percent") -> None:
+    """Prints every average by its name, with the Wilson interval of the question-weighted one."""
+    table = Table(title=title)
+    for heading in (
+        "benchmark/protocol",
+        "asked",
+        "unparsed",
+        "mean of categories",
+        "mean of subjects",
+        "of questions [95 %]",
+    ):
+        table.add_column(heading)
+    for key, result in results.items():
+        low, high = compute_wilson(result.num_correct, result.num_asked)
+        table.add_row(
+            key,
+            str(result.num_asked),
+            str(result.num_unparsed),
+            f"{result.category_mean:.1f}",
+            f"{result.subject_mean:.1f}",
+            f"{result.question_mean:.1f} [{low:.1f}, {high:.1f}]",
+        )
+    Console(width=120).print(table)

@@ -1,0 +1,96 @@
+"""Plans as text: shown, compared and priced from files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig
+from layerplan.errors import ConfigError, PlanError
+from layerplan.models.files import load_hf_config
+from layerplan.plan.cost import explain_cost, predict_cost, render_cost_table
+from layerplan.plan.explain import explain_plan, name_ranges, render_layer_map
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
+from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.policies import make_full_plan, make_plan
+
+PLAN_NAME = "freeze_plan.json"
+ENDS = ("train_embeddings", "train_final_norm", "train_lm_head", "tied")
+
+
+def read_plan(path: str) -> FreezePlan:
+    """The plan of a file, or of the folder of a run or an export.
+
+    Raises:
+        PlanError: When there is none, or it was changed after it was made.
+    """
+    place = Path(path).expanduser()
+    return FreezePlan.load(place / PLAN_NAME if place.is_dir() else place)
+
+
+def print_plan(path: str) -> None:
+    """Prints a plan in words, with the measurement beside it where there is one."""
+    place = Path(path).expanduser()
+    profile = place / "layer_profile.json" if place.is_dir() else place.with_name("layer_profile.json")
+    plan = read_plan(path)
+    print(explain_plan(plan, LayerProfile.load(profile) if profile.exists() else None))
+
+
+def print_difference(first: str, second: str) -> None:
+    """Prints two plans' maps and what one trains and the other does not.
+
+    Raises:
+        PlanError: When they are for models of different depth.
+    """
+    one, two = read_plan(first), read_plan(second)
+    if one.model.num_layers != two.model.num_layers:
+        raise PlanError(
+            f"{first} and {second}: plans for {one.model.num_layers} and {two.model.num_layers} layers, which nothing compares"
+        )
+    for path, plan in ((first, one), (second, two)):
+        print(f"{plan.sha256[:12]}  {render_layer_map(plan)}  {plan.plan_type}, {path}")
+    for path, mine, theirs in ((first, one, two), (second, two, one)):
+        layers = sorted(set(mine.trainable_layers) - set(theirs.trainable_layers))
+        print(f"only {path} trains layers {name_ranges(layers)}" if layers else f"only {path} trains: no layer")
+    for name in ENDS:
+        if getattr(one, name) != getattr(two, name):
+            print(f"{name}: {getattr(one, name)} in {first}, {getattr(two, name)} in {second}")
+    if bool(one.phases) != bool(two.phases) or one.phases != two.phases:
+        print("phases: they differ; the layers above are those of the first one")
+
+
+def print_prices(model_name: str, plans: Sequence[str], *, seq_len: int, revision: str = "main") -> None:
+    """Prints the cost of usual plans and of the given ones, each beside full training.
+
+    Raises:
+        ConfigError: When the row length is not positive.
+        LayerplanError: When model or plan cannot be read, or do not fit together.
+    """
+    if seq_len < 1:
+        raise ConfigError(f"--seq-len {seq_len}: must be at least 1")
+    from layerplan.models.model_sizes import load_model_shape
+
+    shape = load_model_shape(model_name, revision=revision)
+    model_type = str(load_hf_config(model_name, revision=revision)["model_type"])
+    model = ModelIdentity(name=Path(model_name).name, model_type=model_type, num_layers=shape.num_layers)
+    chosen = {"full": make_full_plan(model, shape), **_list_usual(model, shape)}
+    for path in plans:
+        plan = read_plan(path)
+        if plan.model.num_layers != shape.num_layers:
+            raise PlanError(f"{path}: made for {plan.model.num_layers} layers, {model_name} has {shape.num_layers}")
+        chosen[f"{plan.plan_type} {plan.sha256[:8]}"] = plan
+    costs = {name: predict_cost(plan, shape, seq_len=seq_len) for name, plan in chosen.items()}
+    print(f"{model.name}: {shape.num_layers} layers, {shape.total_params:,} parameters, rows of {seq_len:,} tokens\n")
+    print(render_cost_table(costs))
+    for name in list(costs)[1:]:
+        print(f"\n{name}: {explain_cost(chosen[name], shape, costs[name], costs['full'])}", end="")
+    print()
+
+
+def _list_usual(model: ModelIdentity, shape: ModelShape) -> dict[str, FreezePlan]:
+    middle = max(1, shape.num_layers // 2)
+    return {
+        "freeze_deep 1/2": make_plan(FreezeDeepPlanConfig(boundary=middle), model=model, shape=shape),
+        "freeze_shallow 1/2": make_plan(FreezeShallowPlanConfig(boundary=middle), model=model, shape=shape),
+    }

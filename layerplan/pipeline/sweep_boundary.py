@@ -1,0 +1,93 @@
+"""Ray Tune over boundaries: one training run per candidate plan, nested in one lineage, a table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table
+
+from layerplan.config.run import RunConfig
+from layerplan.config.sweep import SweepConfig
+from layerplan.models.files import identify_model
+from layerplan.models.model_sizes import load_model_shape
+from layerplan.pipeline.base_model import prepare_model
+from layerplan.pipeline.candidates import make_candidates, name_trial
+from layerplan.pipeline.checks import check_corpus, check_model
+from layerplan.pipeline.model_options import revision_of, trusts_remote_code
+from layerplan.pipeline.run_folder import locate_run_folder, open_run_folder
+from layerplan.pipeline.session import open_run
+from layerplan.pipeline.stages import RunContext, ask_loss, build_store, make_train_request, say, tracked, write_json
+from layerplan.sweep.objective import Trial
+from layerplan.sweep.search import check_search, save_search
+from layerplan.sweep.tuner import TrialResult, run_sweep
+from layerplan.tracking.tracker import RunSinkFactory, Tracker
+
+
+def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:
+    """Trains every candidate and prints them, best first."""
+    for check in (check_model, check_corpus):
+        check(config)
+    check_search(sweep, locate_run_folder(config).sweep)
+    with open_run(config, open_run_folder(config)) as context:
+        model = prepare_model(context)
+        recipe = ask_loss(context, model)
+        store = build_store(context, model)
+        with tracked(context, "sweep") as tracker:
+            trials = make_trials(context, tracker, model, sweep)
+            save_search(sweep, context.folder.sweep)
+            request = make_train_request(context, model, trials[0].plan, store, None)
+            train = config.train.model_copy(
+                update={
+                    "max_steps": sweep.max_steps,
+                    "checkpoint_every_steps": min(config.train.checkpoint_every_steps, sweep.max_steps),
+                    "validate_every_steps": min(config.train.validate_every_steps, sweep.max_steps),
+                }
+            )
+            results = run_sweep(
+                sweep, replace(request, run_dir=context.folder.sweep, config=train, recipe=recipe), trials
+            )
+            write_json(context.folder.sweep / "results.json", [vars(result) for result in results])
+            tracker.log_artifact(context.folder.sweep / "results.json")
+        print_results(results)
+
+
+def make_trials(context: RunContext, tracker: Tracker, model_name: str, sweep: SweepConfig) -> list[Trial]:
+    """One trial per candidate, each with its plan saved and its nested run opened.
+
+    Raises:
+        ConfigError: When a boundary does not fit the model.
+    """
+    config = context.config
+    identity = identify_model(model_name, revision=revision_of(config))
+    shape = load_model_shape(model_name, revision=revision_of(config), trust_remote_code=trusts_remote_code(config))
+    candidates = make_candidates(config, sweep, identity, shape)
+    trials = []
+    for boundary, plan in candidates.items():
+        name = name_trial(boundary)
+        folder = context.folder.sweep / name
+        plan.save(folder / "freeze_plan.json")
+        child = tracker.child(f"sweep_{name}")
+        child.log_params({"boundary": boundary, "plan_sha256": plan.sha256})
+        child.log_artifact(folder / "freeze_plan.json")
+        trials.append(Trial(name, plan, RunSinkFactory(folder / "metrics.jsonl", name, child)))
+    say("sweep", f"{len(trials)} boundaries: {', '.join(map(str, candidates))}")
+    return trials
+
+
+def print_results(results: Sequence[TrialResult]) -> None:
+    """Prints the trials, best first."""
+    table = Table(title="Boundary sweep, lowest validation loss first")
+    for heading in ("boundary", "steps", "validation loss", "training loss", "FLOPs of full", "tokens/s"):
+        table.add_column(heading, justify="right")
+    for item in results:
+        table.add_row(
+            str(item.boundary),
+            str(item.step),
+            "-" if item.validation_loss is None else f"{item.validation_loss:.4f}",
+            f"{item.train_loss:.4f}",
+            f"{item.flops_share:.1%}",
+            "-" if item.tokens_per_s is None else f"{item.tokens_per_s:,.0f}",
+        )
+    Console(width=120).print(table)
