@@ -14,7 +14,7 @@ from importlib import import_module
 COMMANDS = {
     "run": ("layerplan.commands.run", "trace, plan, train, score and judge: the whole chain of a config"),
     "trace": ("layerplan.commands.trace", "measure a model's layers and make a freeze plan; trains nothing"),
-    "plan": ("layerplan.commands.plan", "show, compare and price freeze plans"),
+    "plan": ("layerplan.commands.plan", "show, compare and price freeze plans, or carry them to other tools"),
     "corpus": ("layerplan.commands.corpus", "build a token store from raw text, or verify one"),
     "evaluate": ("layerplan.commands.evaluate", "score a model on C-Eval and CMMLU"),
     "sweep": ("layerplan.commands.sweep", "train several boundaries with Ray Tune and rank them"),

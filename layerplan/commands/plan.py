@@ -1,8 +1,10 @@
-"""`layerplan plan show|diff|price`: plans read, compared and priced; loads no weights."""
+"""`layerplan plan show|diff|price|export|import`: plans read, compared, priced and carried to other tools; loads no weights."""
 
 from __future__ import annotations
 
 import argparse
+
+from layerplan.plan.exports import EXPORTS, READ
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     price.add_argument("--seq-len", type=int, default=4096, metavar="TOKENS", help="length of a row (default 4096)")
     price.add_argument("--revision", default="main", help="branch, tag or commit of a hub model")
+    export = actions.add_parser("export", help="a plan in another tool's configuration")
+    export.add_argument("plan", metavar="PLAN", help="freeze_plan.json, or the folder of a run or an export")
+    export.add_argument("--to", required=True, choices=sorted(EXPORTS), help="whose configuration")
+    export.add_argument("--model", required=True, metavar="MODEL", help="folder or hub id of the plan's model")
+    bring = actions.add_parser("import", help="another tool's configuration as a plan")
+    bring.add_argument("file", metavar="FILE", help="YAML or JSON file of the tool")
+    bring.add_argument("--from", dest="tool", required=True, choices=READ, help="whose configuration it is")
+    bring.add_argument("--model", required=True, metavar="MODEL", help="folder or hub id it is for")
+    bring.add_argument("--out", default="freeze_plan.json", metavar="FILE", help="where the plan goes")
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -32,3 +43,7 @@ def execute(args: argparse.Namespace) -> None:
             plans.print_difference(*args.plans)
         case "price":
             plans.print_prices(args.model, args.plan, seq_len=args.seq_len, revision=args.revision)
+        case "export":
+            plans.print_export(args.plan, args.to, args.model)
+        case "import":
+            plans.import_plan(args.file, args.tool, args.model, args.out)

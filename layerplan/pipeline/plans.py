@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig
-from layerplan.errors import ConfigError, PlanError
-from layerplan.models.files import load_hf_config
+import yaml
+
+from layerplan.config.plan import ExplicitPlanConfig, FreezeDeepPlanConfig, FreezeShallowPlanConfig
+from layerplan.errors import ConfigError, PlanError, first_line
+from layerplan.models.files import identify_model, load_hf_config
 from layerplan.plan.cost import explain_cost, predict_cost, render_cost_table
 from layerplan.plan.explain import explain_plan, name_ranges, render_layer_map
+from layerplan.plan.exports import export_names, read_rule
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.model_shape import ModelShape
@@ -86,6 +89,46 @@ def print_prices(model_name: str, plans: Sequence[str], *, seq_len: int, revisio
     for name in list(costs)[1:]:
         print(f"\n{name}: {explain_cost(chosen[name], shape, costs[name], costs['full'])}", end="")
     print()
+
+
+def print_export(path: str, tool: str, model_name: str) -> None:
+    """Prints a plan as a tool's configuration.
+
+    Raises:
+        LayerplanError: When plan or model cannot be read, do not fit together, or the tool cannot say the plan.
+    """
+    from layerplan.models.parameter_names import build_by_name, name_parameters
+
+    print(export_names(name_parameters(build_by_name(model_name), read_plan(path)), tool), end="")
+
+
+def import_plan(path: str, tool: str, model_name: str, out: str) -> None:
+    """Writes the plan that a tool's configuration is, and prints it.
+
+    Raises:
+        LayerplanError: When the file or the model cannot be read, or no plan says what the configuration does.
+    """
+    from layerplan.models.model_sizes import load_model_shape
+    from layerplan.models.parameter_names import build_by_name, find_selectors, name_parameters
+
+    try:
+        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise PlanError(f"{path}: cannot be read ({first_line(error)})") from None
+    if not isinstance(values, dict):
+        raise PlanError(f"{path}: a mapping of fields is expected")
+    model, shape = build_by_name(model_name), load_model_shape(model_name)
+    rule = read_rule(values, tool, num_layers=shape.num_layers)
+    config = ExplicitPlanConfig(**find_selectors(model, rule))
+    plan = make_plan(config, model=identify_model(model_name), shape=shape)
+    for name in (names := name_parameters(model, plan)).all:
+        if rule(name) != (name in names.trainable):
+            raise PlanError(
+                f"{path}: {'trains' if rule(name) else 'freezes'} {name}, which no plan does beside the rest"
+            )
+    plan.save(Path(out))
+    print(explain_plan(plan, None))
+    print(f"plan      {Path(out).resolve()} ({plan.sha256[:12]})")
 
 
 def _list_usual(model: ModelIdentity, shape: ModelShape) -> dict[str, FreezePlan]:

@@ -1,0 +1,79 @@
+"""Which parameters of a model a plan trains, by name, from its config alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from layerplan.errors import PlanError
+from layerplan.models.causal_lm import find_decoder_parts
+from layerplan.models.files import load_hf_config
+from layerplan.models.freezing import apply_plan
+from layerplan.models.meta import build_without_memory
+from layerplan.plan.exports import ParameterNames, Rule
+from layerplan.plan.freeze_plan import FreezePlan
+
+
+def build_by_name(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> nn.Module:
+    """The model of a folder or hub id on the meta device; raises `ModelError` when there is none."""
+    from transformers import AutoConfig
+
+    load_hf_config(name, revision=revision)  # its errors are one line each
+    config: Any = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    return build_without_memory(config, name=name, trust_remote_code=trust_remote_code)
+
+
+def name_parameters(model: nn.Module, plan: FreezePlan) -> ParameterNames:
+    """Applies the plan to the model and names both sides.
+
+    Raises:
+        PlanError: When the plan does not fit the model, or changes during training, or trains a tied head apart from the
+            embedding, which no choice of parameters can say.
+    """
+    if plan.phases:
+        raise PlanError(f"freeze plan {plan.sha256[:12]}: changes during training; export the plan of one phase")
+    if plan.tied == "head_only":
+        raise PlanError(
+            f"freeze plan {plan.sha256[:12]}: trains the tied matrix through the head alone, which names of parameters cannot say"
+        )
+    applied = apply_plan(model, plan)
+    parts = find_decoder_parts(model)
+    names = tuple(name for name, _ in model.named_parameters())
+    linear = {path.split(".")[-1] for path, module in parts.layers.named_modules() if isinstance(module, nn.Linear)}
+    return ParameterNames(names, applied.trainable, parts.layers_path, len(parts.layers), tuple(sorted(linear)))
+
+
+def find_selectors(model: nn.Module, rule: Rule) -> dict[str, Any]:
+    """Fields of an explicit plan that trains what a rule picks.
+
+    Raises:
+        PlanError: When it picks a part of a layer, or nothing: no plan says so.
+    """
+    parts = find_decoder_parts(model)
+    names = {name for name, _ in model.named_parameters()}
+    picked = {name for name in names if rule(name)}
+    layers = [i for i in range(len(parts.layers)) if picked & _below(names, f"{parts.layers_path}.{i}")]
+    for layer in layers:
+        left = sorted(_below(names, f"{parts.layers_path}.{layer}") - picked)
+        if left:
+            raise PlanError(
+                f"layer {layer}: {left[0]} stays frozen beside others that train; a plan trains whole layers"
+            )
+    if not layers:
+        raise PlanError("no decoder layer is trained whole, which a plan needs")
+    ends = {
+        "train_embeddings": parts.embeddings_path,
+        "train_final_norm": parts.final_norm_path,
+        "train_lm_head": parts.lm_head_path,
+    }
+    fields: dict[str, Any] = {"trainable": layers}
+    for field, path in ends.items():
+        fields[field] = bool(path) and bool(picked & _below(names, path))
+    if parts.is_tied:
+        fields["train_lm_head"] = fields["train_embeddings"]
+    return fields
+
+
+def _below(names: set[str], path: str) -> set[str]:
+    return {name for name in names if name.startswith(f"{path}.")}
