@@ -26,6 +26,7 @@ def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
         return
     from jobs.base_model import prepare_model
     from jobs.checks import check_benchmarks, check_corpus, check_model, check_probes
+    from jobs.publish import publish_card, publish_report
     from jobs.session import open_run
     from jobs.stages import (
         ask_loss,
@@ -35,7 +36,6 @@ def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
         describe_scoring,
         evaluate,
         judge,
-        publish_report,
         score_checkpoints,
         trace,
         train,
@@ -66,8 +66,9 @@ def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
         if judges:
             base = base or evaluate(context, model, "base", revision=revision_of(config))
             verdicts = judge(context, base, scores, label)
-        report = publish_report(context)
-        print_summary(plan, result, verdicts, report)
+        answers = publish_report(context)
+        publish_card(context, answers, verdicts, result.hf_dir)
+        print_summary(plan, result, verdicts, answers, context.folder.report)
 
 
 if __name__ == "__main__":

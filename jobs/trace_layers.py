@@ -18,17 +18,18 @@ def trace_layers(config: RunConfig, args: argparse.Namespace) -> None:
         return
     from jobs.base_model import prepare_model
     from jobs.checks import check_model, check_probes
+    from jobs.publish import publish_report
     from jobs.session import open_run
-    from jobs.stages import decide_plan, publish_report, trace
+    from jobs.stages import decide_plan, trace
 
     for check in (check_model, check_probes):
         check(config)
     with open_run(config, open_run_folder(config)) as context:
         model = prepare_model(context)
         plan = decide_plan(context, model, trace(context, model))
-        report = publish_report(context)
+        publish_report(context)
         print(f"\nplan      {context.folder.plan} ({plan.sha256[:12]})")
-        print(f"report    {report}")
+        print(f"report    {context.folder.report}")
 
 
 def build_trace_parser() -> argparse.ArgumentParser:
