@@ -38,6 +38,7 @@ from layerplan.models.freezing import apply_plan
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import ModelIdentity
+from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.plan.policies import make_plan
@@ -152,7 +153,7 @@ def run_ours(case: Case, turn: Turn) -> None:
     )
     model = case.fresh_model()
     applied = apply_plan(model, case.plan)
-    attention = choose_attention(config, case.shape, case.seq_len, case.device)
+    attention = choose_attention(config, case.shape, case.seq_len, case.device, LossRecipe())
     model.set_attn_implementation(IMPLEMENTATIONS[attention])
     placement = Placement("replicate", "replicate", attention)
     placed = place_model(model, case.plan, config, placement, world_size=1, device=case.device)
