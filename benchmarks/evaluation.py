@@ -1,11 +1,13 @@
 """C-Eval and CMMLU by letter log-probabilities: this project against lm-evaluation-harness, question for question.
 
     LAYERPLAN_DATA=... python benchmarks/evaluation.py --harness PYTHON [--vocab-size 32000] [--out FILE.md]
+    LAYERPLAN_DATA=... python benchmarks/evaluation.py --harness PYTHON --model FOLDER --max-questions 1
 
-`PYTHON` is an interpreter that has lm_eval 0.4.13. Both sides score all 12,928 questions with one model built from a
-seed (4 layers, 128 wide), each in a process of its own with one thread; a process's CPU seconds include its imports and
-the loading of the model. Asserted: equal prompts, equal predictions on every question. Printed: the ratio of CPU seconds
-and the share of padding. The peer runs between two runs of ours.
+`PYTHON` is an interpreter that has lm_eval 0.4.13. Both sides score all 12,928 questions, or the first of each subject,
+with one model built from a seed (4 layers, 128 wide) or a pre-trained one in a folder, each in a process of its own with
+one thread; a process's CPU seconds include its imports and the loading of the model. Asserted: equal prompts, equal
+predictions on every question. Printed: the ratio of CPU seconds and the share of padding. The peer runs between two runs
+of ours.
 """
 
 from __future__ import annotations
@@ -166,8 +168,10 @@ def describe(args: argparse.Namespace, found: dict[str, float], cpu_s: dict[str,
     peer = harness_version(args)
     stats = json.loads(ours.strip().splitlines()[-1])
     ratio = sum(cpu_s["ours"]) / len(cpu_s["ours"]) / cpu_s["harness"][0]
-    command = f"python benchmarks/evaluation.py --harness PYTHON --vocab-size {args.vocab_size}"
+    which = "--model FOLDER" if args.model else f"--vocab-size {args.vocab_size}"
+    command = f"python benchmarks/evaluation.py --harness PYTHON {which}"
     command += f" --few-shot {args.few_shot}" if args.few_shot else ""
+    command += f" --max-questions {args.max_questions}" if args.max_questions else ""
     rows = [
         ("questions", f"{found['questions']:,}"),
         ("prompts that differ", found["prompts_differ"]),
@@ -181,10 +185,14 @@ def describe(args: argparse.Namespace, found: dict[str, float], cpu_s: dict[str,
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
-        f"# C-Eval and CMMLU by letters, {args.vocab_size:,} vocabulary entries, {args.few_shot}-shot\n\n"
+        f"# C-Eval and CMMLU by letters, {name_model(args)}, {args.few_shot}-shot\n\n"
         f"{render_machine('torch', 'transformers', command=command, lm_eval=peer)}\n\n"
         f"One thread each.\n\n| measured | |\n|---|---|\n{table}\n"
     )
+
+
+def name_model(args: argparse.Namespace) -> str:
+    return str(args.model.name) if args.model else f"{args.vocab_size:,} vocabulary entries"
 
 
 def main() -> None:

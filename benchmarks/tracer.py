@@ -1,10 +1,12 @@
 """Tracing speed: ours against one naive forward pass per layer, same model, probes, mask and machine, in one run.
 
     OMP_NUM_THREADS=1 python benchmarks/tracer.py
+    OMP_NUM_THREADS=1 python benchmarks/tracer.py --model FOLDER
     python benchmarks/tracer.py --device cuda --rounds 5 --all-probes
 
-The model has the shape of Qwen3-0.6B and random weights, float32. Probes are the project's own, cut by a byte-level BPE
-trained on them, so that their lengths are those of a tokenizer that knows the words. The peers, interleaved
+The model has the shape of Qwen3-0.6B and random weights, float32, or is a pre-trained one in a folder. Probes are the
+project's own, cut by the model's tokenizer, or by a byte-level BPE trained on them, so that their lengths are those of
+a tokenizer that knows the words. The peers, interleaved
 (ours, naive 1, naive 8, ours, ...), give P(l) and JS(l) of every layer:
 
     ours      one batch of equal length through `trace_masked`, the way its self-test chose
@@ -13,7 +15,8 @@ trained on them, so that their lengths are those of a tokenizer that knows the w
 
 The cost of a peer is CPU time of the process per probe on a CPU (a busy machine distorts it less than the wall clock),
 and wall time between synchronisations on a GPU. `--naive-layers` masks fewer layers naively and scales up. Equality of
-the results is checked before anything is timed. Peak memory is that of the process (or the GPU) after ours has run and
+the results is checked (of JS absolutely, of log P relative to it where it is above 1: of a trained model it is a
+difference of logits of some tens). Peak memory is that of the process (or the GPU) after ours has run and
 before the peers have. `flops_ratio` counts the matrix products of both, a ratio that holds on any machine; what is won
 beyond it comes from larger matrix products.
 """
@@ -41,12 +44,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "oracles"
 import naive_tracer
 
 from layerplan.config.trace import TraceConfig
+from layerplan.models.causal_lm import load_causal_lm, load_tokenizer
 from layerplan.tracer.encode import EncodedProbe, encode_probes, make_batches
 from layerplan.tracer.lexicon import load_builtin_lexicon
 from layerplan.tracer.masking import Mask, trace_masked
 from layerplan.tracer.meter import ProbeMeter
 from layerplan.tracer.model_runner import LayerRunner
-from layerplan.tracer.probes import make_probes
+from layerplan.tracer.probes import Probe, make_probes
 
 SHAPES = {
     "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
@@ -58,18 +62,31 @@ TOP_K = 10
 TOLERANCE = 1e-5
 
 
-def make_encoded_probes() -> list[EncodedProbe]:
+def make_encoded_probes(model: Path | None) -> list[EncodedProbe]:
+    probes = make_probes(load_builtin_lexicon(), per_group=50, style="mixed", seed=0)
+    tokenizer = load_tokenizer(str(model)) if model else train_tokenizer(probes)
+    return encode_probes(probes, tokenizer, mask_check_every=TraceConfig().mask_check_every)
+
+
+def train_tokenizer(probes: list[Probe]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    probes = make_probes(load_builtin_lexicon(), per_group=50, style="mixed", seed=0)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=4000, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([probe.prompt + probe.answer for probe in probes], trainer=trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    return encode_probes(probes, fast, mask_check_every=TraceConfig().mask_check_every)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def build_model(args: argparse.Namespace) -> torch.nn.Module:
+    if args.model:
+        return load_causal_lm(str(args.model), dtype=torch.float32)
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(**SHAPES[args.shape], max_position_embeddings=1024)).float()
 
 
 def trace_ours(meter: ProbeMeter, ids: torch.Tensor, context: torch.Tensor, mask: Mask) -> tuple[Any, Any]:
@@ -157,7 +174,7 @@ def compare(meter: ProbeMeter, batch: list[EncodedProbe], mask: Mask, args: argp
             difference = max(
                 difference,
                 float((naive_js - js[some][:, chosen].cpu()).abs().max()),
-                float((naive_log_prob - log_prob[:, chosen]).abs().max()),
+                float(((naive_log_prob - log_prob[:, chosen]).abs() / naive_log_prob.abs().clamp_min(1)).max()),
             )
         print(
             f"    round {number + 1}: " + ", ".join(f"{k} {v[-1]:.3f} s/probe" for k, v in seconds.items()), flush=True
@@ -205,6 +222,7 @@ def model_bytes(model: torch.nn.Module) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-0.6b")
+    parser.add_argument("--model", type=Path, help="folder of a pre-trained model, for the shape with random weights")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--masks", nargs="+", choices=["zero", "mean"], default=["zero", "mean"])
     parser.add_argument("--batch", type=int, default=16, help="probes of one length in our batch")
@@ -219,16 +237,12 @@ def main() -> None:
     torch.set_grad_enabled(False)
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    encoded = make_encoded_probes()
+    encoded = make_encoded_probes(args.model)
     lengths = Counter(len(probe.input_ids) for probe in encoded)
     print(json.dumps(describe_torch(args.device), indent=2), flush=True)
     mean = sum(length * count for length, count in lengths.items()) / len(encoded)
     print(f"probes: {len(encoded)}, {mean:.1f} tokens on average, {min(lengths)} to {max(lengths)}", flush=True)
-    config = Qwen3Config(**SHAPES[args.shape], max_position_embeddings=1024)
-    runner = LayerRunner(Qwen3ForCausalLM(config).float().to(args.device))
+    runner = LayerRunner(build_model(args).to(args.device))
     args.naive_layers = min(args.naive_layers, runner.num_layers)
     meter = ProbeMeter(runner, TraceConfig())
     batch = max(make_batches(encoded, args.batch), key=lambda members: (len(members), -len(members[0].input_ids)))

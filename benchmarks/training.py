@@ -1,12 +1,15 @@
 """Training speed: ours against transformers.Trainer and a plain Accelerate loop, same model, data, plan and machine.
 
     OMP_NUM_THREADS=1 python benchmarks/training.py --plans full freeze_deep freeze_shallow --vocab-size 32000
+    OMP_NUM_THREADS=1 python benchmarks/training.py --model FOLDER --dtype float32
     python benchmarks/training.py --shape qwen3-0.6b --device cuda --batch 8 --seq-len 4096 --split-ratios 1/3 1/2 2/3
 
-Steps of the peers are interleaved (A B C A B C ...), each in a thread of its own that runs only when it is its turn. On
-a CPU a step's cost is the process's CPU time, which a busy machine distorts less than the wall clock; on a GPU it is
-wall time between synchronisations. Ratios are medians over the steps after warm-up, with quartiles. It needs torch,
-transformers, pydantic and numpy; Trainer and Accelerate are left out, and said to be, when `accelerate` is missing.
+The model has a shape and random weights and trains on tokens drawn like words; a pre-trained one in a folder trains on
+the texts of Python's language reference. Steps of the peers are interleaved (A B C A B C ...), each in a thread of its
+own that runs only when it is its turn. On a CPU a step's cost is the process's CPU time, which a busy machine distorts
+less than the wall clock; on a GPU it is wall time between synchronisations. Ratios are medians over the steps after
+warm-up, with quartiles. It needs torch, transformers, pydantic and numpy; Trainer and Accelerate are left out, and said
+to be, when `accelerate` is missing.
 """
 
 from __future__ import annotations
@@ -30,10 +33,12 @@ from torch import nn
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig, FullPlanConfig
 from layerplan.config.train import OptimizerConfig, ScheduleConfig, TrainConfig
 from layerplan.corpus.rows import PackedRows
+from layerplan.models.causal_lm import load_causal_lm, load_tokenizer
 from layerplan.models.freezing import apply_plan
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import ModelIdentity
+from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.plan.policies import make_plan
@@ -148,7 +153,7 @@ def run_ours(case: Case, turn: Turn) -> None:
     )
     model = case.fresh_model()
     applied = apply_plan(model, case.plan)
-    attention = choose_attention(config, case.shape, case.seq_len, case.device)
+    attention = choose_attention(config, case.shape, case.seq_len, case.device, LossRecipe())
     model.set_attn_implementation(IMPLEMENTATIONS[attention])
     placement = Placement("replicate", "replicate", attention)
     placed = place_model(model, case.plan, config, placement, world_size=1, device=case.device)
@@ -285,15 +290,12 @@ def compare(case: Case, peers: list[str], warmup: int) -> dict[str, Any]:
 
 
 def build_case(args: argparse.Namespace, plan_type: str, split_ratio: Fraction) -> Case:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    values = {"vocab_size": args.vocab_size, "max_position_embeddings": max(1024, args.seq_len)} | SHAPES[args.shape]
-    config = Qwen3Config(**values)
-    base = Qwen3ForCausalLM(config).float()
-    shape = ModelShape.from_hf_config(config.to_dict())
+    base = load_causal_lm(str(args.model), dtype=torch.float32) if args.model else build_random_model(args)
+    shape = ModelShape.from_hf_config(base.config.to_dict())
     identity = ModelIdentity(
-        name=args.shape, revision="main", model_type="qwen3", num_layers=config.num_hidden_layers, weights_sha256=None
+        name=args.model.name if args.model else args.shape,
+        model_type=base.config.model_type,
+        num_layers=shape.num_layers,
     )
     ratio = float(split_ratio)
     plan_config = {
@@ -302,12 +304,31 @@ def build_case(args: argparse.Namespace, plan_type: str, split_ratio: Fraction) 
         "freeze_shallow": FreezeShallowPlanConfig(split_ratio=ratio),
     }[plan_type]
     plan = make_plan(plan_config, model=identity, shape=shape, profile=None)
-    rng = np.random.default_rng(0)
-    # a Zipf-like draw, so that the loss falls as it does on text
-    weights = 1 / np.arange(1, config.vocab_size + 1)
     size = (args.steps, args.batch, args.seq_len)
-    rows = rng.choice(config.vocab_size, size=size, p=weights / weights.sum())
+    rows = read_rows(args.model, size) if args.model else draw_rows(shape.vocab_size, size)
     return Case(base, plan, shape, rows, args.batch, args.steps, torch.device(args.device), args.dtype)
+
+
+def build_random_model(args: argparse.Namespace) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    values = {"vocab_size": args.vocab_size, "max_position_embeddings": max(1024, args.seq_len)} | SHAPES[args.shape]
+    return Qwen3ForCausalLM(Qwen3Config(**values)).float()
+
+
+def draw_rows(vocab_size: int, size: tuple[int, int, int]) -> np.ndarray:
+    """Token ids in a Zipf-like draw, so that the loss falls as it does on text."""
+    weights = 1 / np.arange(1, vocab_size + 1)
+    return np.random.default_rng(0).choice(vocab_size, size=size, p=weights / weights.sum())
+
+
+def read_rows(model: Path, size: tuple[int, int, int]) -> np.ndarray:
+    """Token ids of Python's language reference, one topic after another."""
+    from pydoc_data.topics import topics
+
+    ids = load_tokenizer(str(model))("\n\n".join(topics[name] for name in sorted(topics)))["input_ids"]
+    return np.array(ids[: int(np.prod(size))]).reshape(size)
 
 
 def find_peak(device: torch.device, dtype: str) -> float:
@@ -320,6 +341,7 @@ def find_peak(device: torch.device, dtype: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small")
+    parser.add_argument("--model", type=Path, help="folder of a pre-trained model, for the shape with random weights")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--plans", nargs="+", default=["full", "freeze_deep", "freeze_shallow"])
     parser.add_argument("--split-ratios", nargs="+", type=Fraction, default=[Fraction(1, 2)])
@@ -345,10 +367,11 @@ def main() -> None:
     print(json.dumps(report["machine"], indent=2), flush=True)
     for plan_type in args.plans:
         for ratio in args.split_ratios if plan_type != "full" else args.split_ratios[:1]:
-            name = f"{plan_type} {ratio} vocab {args.vocab_size} seq {args.seq_len} batch {args.batch}"
+            case = build_case(args, plan_type, ratio)
+            name = f"{plan_type} {ratio} vocab {case.shape.vocab_size} seq {args.seq_len} batch {args.batch}"
             print(f"== {name}", flush=True)
             torch._dynamo.reset()
-            result = compare(build_case(args, plan_type, ratio), args.peers, args.warmup)
+            result = compare(case, args.peers, args.warmup)
             report["cases"][name] = result
             for peer, values in result.items():
                 if isinstance(values, dict):

@@ -7,7 +7,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal, cast
 
-from eval.artifacts import Results, load_continued, load_results, write_continuations, write_results
+from eval.artifacts import Results, load_results, write_continuations, write_results
+from eval.continuations import are_continued, choose_continuations
 from eval.encoding import AnswerTokens, describe_encoding, encode_prompts, find_answer_tokens
 from eval.engine import EngineAnswer, EngineSpec
 from eval.extraction import EXTRACTION_VERSION, extract_answer
@@ -53,11 +54,13 @@ def evaluate_model(
     finished = load_results(out_dir)
     done = {item.name: _read_finished(finished, item, config, origins[item.name]) for item in benchmarks}
     todo = [benchmark for benchmark in benchmarks if done[benchmark.name] is None]
-    if todo or load_continued(out_dir) != _describe_continuations(config):
+    if todo or not are_continued(config, out_dir):
         report(f"asking {sum(len(benchmark.questions) for benchmark in todo):,} questions with {config.backend}")
+        prompts = choose_continuations(config)
         outputs, continuations = _ask_benchmarks(
-            model, revision, trust_remote_code, config, todo or benchmarks[:1], todo, out_dir, after_batch
+            model, revision, trust_remote_code, config, todo or benchmarks[:1], todo, prompts, out_dir, after_batch
         )
+        write_continuations(out_dir, prompts, continuations)
         for benchmark in todo:
             answers = {
                 protocol: [_make_answers(benchmark, protocol, config, repeat) for repeat in outputs[benchmark.name]]
@@ -79,7 +82,6 @@ def evaluate_model(
                 cast(Results, done[benchmark.name]),
                 {protocol: repeats[0] for protocol, repeats in answers.items()},
             )
-        write_continuations(out_dir, _describe_continuations(config), continuations)
         clear_ledger(out_dir)
     score_held_out(model, config, out_dir, revision=revision, trust_remote_code=trust_remote_code, report=report)
     return {key: result for results in done.values() if results is not None for key, result in results.items()}
@@ -103,8 +105,7 @@ def load_finished(model: str, config: EvaluationConfig, out_dir: Path, *, revisi
         if results is None:
             return None
         found |= results
-    is_whole = load_continued(out_dir) == _describe_continuations(config)
-    return found if is_whole and is_held_out_scored(config, out_dir) else None
+    return found if are_continued(config, out_dir) and is_held_out_scored(config, out_dir) else None
 
 
 def _load_benchmarks(config: EvaluationConfig) -> list[Benchmark]:
@@ -159,11 +160,6 @@ def _make_origin(name: str, revision: str, config: EvaluationConfig, **known: An
     )
 
 
-def _describe_continuations(config: EvaluationConfig) -> list[tuple[str, int]]:
-    """Each prompt to continue and how far."""
-    return [(prompt, config.continuation_tokens) for prompt in config.continuation_prompts]
-
-
 def _ask_benchmarks(
     model: str,
     revision: str,
@@ -171,6 +167,7 @@ def _ask_benchmarks(
     config: EvaluationConfig,
     worded: Sequence[Benchmark],
     asked: Sequence[Benchmark],
+    to_continue: Sequence[tuple[str, int]],
     out_dir: Path,
     after_batch: Callable[[], None],
 ) -> tuple[dict[str, list[list[EngineAnswer]]], list[EngineAnswer]]:
@@ -189,11 +186,14 @@ def _ask_benchmarks(
         policy: Literal["text", "token"] = "text" if config.style == "official" else "token"
         encoded = encode_prompts(tokenizer, prompts, add_special_tokens=True, control_tokens=policy)
         asks += [Ask([*ids, *tokens[benchmark.name].appended], limit) for ids in encoded]
-    continued = encode_prompts(tokenizer, config.continuation_prompts, add_special_tokens=True, control_tokens="token")
+    spelled: Literal["text", "token"] = "text" if config.continuation_prompts is None else "token"
+    continued = encode_prompts(
+        tokenizer, [text for text, _ in to_continue], add_special_tokens=True, control_tokens=spelled
+    )
     names = [question.id for benchmark in asked for question in benchmark.questions]
     names += [f"continuation {index + 1}" for index in range(len(continued))]
     num_questions = len(asks)
-    asks += [Ask(ids, config.continuation_tokens) for ids in continued]
+    asks += [Ask(ids, length) for ids, (_, length) in zip(continued, to_continue, strict=True)]
     lengths = [len(ask.ids) + ask.max_new_tokens for ask in asks]
     check_lengths(model, revision, lengths, names)
     spec = EngineSpec(

@@ -15,7 +15,7 @@ from layerplan.checkpoint.export_report import ExportReport
 from layerplan.checkpoint.export_weights import round_as_stored, sort_base_weights, write_weights
 from layerplan.checkpoint.index import prove_checkpoint
 from layerplan.checkpoint.layout import STATE_NAME, read_train_state
-from layerplan.checkpoint.model_card import render_model_card
+from layerplan.checkpoint.model_card import CARD_NAME, render_model_card
 from layerplan.errors import CheckpointError
 from layerplan.models.causal_lm import load_causal_lm
 from layerplan.models.files import fetch_model_folder, hash_weight_files, list_companions
@@ -82,7 +82,7 @@ def export_hf(
     dtypes = {str(dtype).removeprefix("torch.") for each in weights.dtypes.values() for dtype in each}
     report = ExportReport(out_dir, len(applied.frozen), len(applied.trainable), changed, tuple(sorted(dtypes)), moved)
     state = _read_state(checkpoint)
-    (partial / "README.md").write_text(
+    (partial / CARD_NAME).write_text(
         render_model_card(plan.sealed(), step=state.get("step", 0), state=state, report=report), encoding="utf-8"
     )
     shutil.rmtree(out_dir, ignore_errors=True)

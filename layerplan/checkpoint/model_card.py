@@ -10,6 +10,8 @@ from layerplan.checkpoint.export_report import ExportReport
 from layerplan.plan.explain import summarize_plan
 from layerplan.plan.freeze_plan import FreezePlan
 
+CARD_NAME = "README.md"
+
 
 def render_model_card(plan: FreezePlan, *, step: int, state: dict[str, Any], report: ExportReport) -> str:
     """Markdown with the front matter the Hugging Face hub reads.
@@ -43,7 +45,7 @@ def render_model_card(plan: FreezePlan, *, step: int, state: dict[str, Any], rep
         f" written in {' and '.join(report.trained_dtypes)}, trained in float32 |",
         f"| freeze plan | `freeze_plan.json`, sha256 `{plan.sha256}` |",
         "",
-        f"Made with layerplan {__version__}. What the model scores is in the run's report, beside its base.",
+        f"Made with layerplan {__version__}. What the run measured after training stands below, and in its report.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -52,7 +54,8 @@ def _numbers(state: dict[str, Any]) -> list[str]:
     labels = {
         "tokens_seen": ("tokens trained on", "{:,}"),
         "last_loss": ("training loss, nats per token", "{:.4f}"),
-        "validation_loss": ("validation loss, nats per token", "{:.4f}"),
+        "base_validation_loss": ("validation loss before the first step, nats per token", "{:.4f}"),
+        "validation_loss": ("validation loss after the last, nats per token", "{:.4f}"),
         "corpus_sha256": ("corpus, sha256 of its rows", "`{}`"),
     }
     return [

@@ -71,8 +71,9 @@ class EvaluationConfig(StrictModel):
     """Score checkpoints at multiples of so many steps beside training; none when left out."""
     guardrail_points: float | None = Field(default=None, gt=0)
     """Stop training when such a score lies so many points below the base, and significantly below it."""
-    continuation_prompts: list[str] = Field(default_factory=list)
-    """Prompts that base and trained model continue, shown side by side in the report (the paper's Tables 11 and 12)."""
+    continuation_prompts: list[str] | None = None
+    """Prompts that base and trained model continue, shown side by side in the report (the paper's Tables 11 and 12); left
+    out, the first words of the held-out texts, or one sentence of ours where there is none. `[]` continues none."""
     continuation_tokens: int = Field(default=64, ge=1)
     """Longest continuation, in tokens."""
 

@@ -16,6 +16,7 @@ def continue_pretraining(config: RunConfig) -> None:
     from layerplan.checkpoint.layout import name_step
     from layerplan.pipeline.base_model import prepare_model
     from layerplan.pipeline.checks import check_benchmarks, check_corpus, check_model, check_probes
+    from layerplan.pipeline.publish import publish_card, publish_report
     from layerplan.pipeline.session import open_run
     from layerplan.pipeline.stages import (
         ask_loss,
@@ -25,7 +26,6 @@ def continue_pretraining(config: RunConfig) -> None:
         describe_scoring,
         evaluate,
         judge,
-        publish_report,
         score_checkpoints,
         trace,
         train,
@@ -55,5 +55,6 @@ def continue_pretraining(config: RunConfig) -> None:
         if judges:
             base = base or evaluate(context, model, "base", revision=revision_of(config))
             verdicts = judge(context, base, scores, label)
-        report = publish_report(context)
-        print_summary(plan, result, verdicts, report)
+        answers = publish_report(context)
+        publish_card(context, answers, verdicts, result.hf_dir)
+        print_summary(plan, result, verdicts, answers, context.folder.report)

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from layerplan.config.load import dump_config
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError
+from layerplan.plan.cost import COST_NAME
 from layerplan.plan.freeze_plan import PLAN_NAME
 
 MAY_CHANGE = (
@@ -87,6 +88,11 @@ class RunFolder:
         return self.root / "freeze_plan.md"
 
     @property
+    def predicted_cost(self) -> Path:
+        """What the plan costs for the run's own rows, beside training everything."""
+        return self.root / COST_NAME
+
+    @property
     def self_test(self) -> Path:
         """How the model's loss is computed, as it answered."""
         return self.root / "self_test.json"
@@ -120,6 +126,11 @@ class RunFolder:
     def probes(self) -> Path:
         """Per-probe measurements, from which any aggregate can be computed again."""
         return self.root / "layer_probes.parquet"
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.root / "report.html"
 
     @property
     def figures(self) -> Path:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval.artifacts import Results, write_text
+from eval.artifacts import CONTINUATIONS_NAME, Results, write_text
 from eval.during_training import GUARDRAIL_NAME, CheckpointScoring, backfill, compare_with_base, read_breach
 from eval.held_out import judge_held_out, load_held_out, read_held_out
 from eval.items import load_benchmark
@@ -38,7 +38,6 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.policies import predict_beside_full
-from layerplan.report.page import write_report
 from layerplan.tracer.pool import trace_model
 from layerplan.tracking.callback import LineageCallback
 from layerplan.tracking.tracker import RunSinkFactory, Tracker
@@ -162,6 +161,7 @@ def decide_plan(context: RunContext, model_name: str, profile: LayerProfile | No
         plan = resolve_plan(config.plan, PlanContext(identity, shape, config.train, seq_len, profile))
     plan.check_model(identity)
     cost_here = predict_beside_full(plan, shape, seq_len)
+    write_json(context.folder.predicted_cost, cost_here)
     if not context.folder.plan.exists():
         with tracked(context, "plan") as tracker:
             context.folder.plan_text.write_text(explain_plan(plan, profile, cost_here), encoding="utf-8")
@@ -169,8 +169,8 @@ def decide_plan(context: RunContext, model_name: str, profile: LayerProfile | No
             tracker.log_params({"plan_type": plan.plan_type, "trainable_layers": list(plan.trainable_layers)})
             if choice := read_choice(plan):
                 tracker.log_params({"boundary_p": choice.p_value, "boundary_decided_by": choice.decided_by})
-            tracker.log_artifact(context.folder.plan)
-            tracker.log_artifact(context.folder.plan_text)
+            for path in (context.folder.plan, context.folder.plan_text, context.folder.predicted_cost):
+                tracker.log_artifact(path)
     say("plan", plan.reason)
     if older := describe_older_rule(plan):
         say("plan", older)
@@ -296,16 +296,6 @@ def judge(context: RunContext, base: Results, trained: Results, label: str) -> l
     return verdicts
 
 
-def publish_report(context: RunContext) -> Path:
-    """Writes the page and its figures from what the run has made so far, and puts them into the lineage."""
-    report = write_report(context.folder.root)
-    for path in (report, context.folder.config):
-        context.tracker.log_artifact(path)
-    for path in sorted(context.folder.figures.glob("*.png")):
-        context.tracker.log_artifact(path, "figures")
-    return report
-
-
 def list_benchmark_texts(config: RunConfig) -> list[BenchmarkText]:
     """The questions and held-out documents that the corpus must not contain."""
     questions = [
@@ -345,7 +335,7 @@ def _log_scores(tracker: Tracker, folder: Path, results: Results, step: int) -> 
         tracker.log_metrics({f"eval/{key}/accuracy": result.question_mean}, step=step)
     for text in load_held_out(folder).values():
         tracker.log_metrics({f"eval/{text.name}/bits_per_byte": text.bits_per_byte}, step=step)
-    for path in sorted([*folder.glob("*.json"), *folder.glob("held_out/*.json")]):
+    for path in sorted([*folder.glob("*.json"), *folder.glob("held_out/*.json"), *folder.glob(CONTINUATIONS_NAME)]):
         tracker.log_artifact(path)
 
 

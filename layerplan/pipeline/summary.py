@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from eval.significance import Verdict
 from layerplan.plan.explain import render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.report.answer_tables import (
+    describe_change,
+    describe_cost,
+    describe_texts,
+    list_continuations,
+    tabulate_texts,
+)
+from layerplan.report.answers import Answers
 from layerplan.train.trainer import TrainResult
 
 WIDTH = 100
 """Columns of the printed tables; a job's log is not a terminal whose width could be asked."""
 
 
-def print_summary(plan: FreezePlan, result: TrainResult, verdicts: Sequence[Verdict], report: Path) -> None:
-    """Prints the summary table of a finished run."""
+def print_summary(
+    plan: FreezePlan, result: TrainResult, verdicts: Sequence[Verdict], answers: Answers, report: Path
+) -> None:
+    """Prints the summary of a finished run: plan, training, cost, text and words before and after, verdicts."""
     console = Console(width=WIDTH)
     console.print(f"\nplan      {plan.plan_type}: {plan.reason}", highlight=False)
     console.print(f"          {render_layer_map(plan)}", highlight=False)
@@ -29,18 +39,29 @@ def print_summary(plan: FreezePlan, result: TrainResult, verdicts: Sequence[Verd
         f" {result.tokens_seen:,} tokens, {result.tokens_per_s:,.0f} tokens/s",
         highlight=False,
     )
-    print_verdicts(verdicts)
+    if answers.cost is not None:
+        console.print(f"cost      {describe_cost(answers.cost)}", highlight=False)
+    print_answers(answers, console)
+    if verdicts:
+        print_verdicts(verdicts)
     print(f"\nreport    {report}")
 
 
-def describe_change(first: float, last: float) -> str:
-    """How far the loss moved, as a share of what it was."""
-    change = 100 * (last / first - 1)
-    if math.isnan(change):
-        return "not a number"
-    if abs(change) < 0.5:
-        return "unchanged within 1 %"
-    return f"{abs(change):.0f} % {'higher' if change > 0 else 'lower'}"
+def print_answers(answers: Answers, console: Console) -> None:
+    """Prints the text before and after as a table and in sentences, and one prompt continued by both models."""
+    headings, rows = tabulate_texts(answers)
+    if rows:
+        table = Table(*headings, title="Text not trained on, before and after")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    for line in describe_texts(answers):
+        console.print(line, highlight=False, markup=False)
+    said = list_continuations(answers)
+    if said:
+        console.print("\nWhat it says now:", highlight=False)
+    for who, text in said:
+        console.print(f"  {who:<9}{text}", highlight=False, markup=False)
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:

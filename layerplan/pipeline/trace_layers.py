@@ -10,14 +10,15 @@ def trace_layers(config: RunConfig) -> None:
     """Runs the stages up to the plan."""
     from layerplan.pipeline.base_model import prepare_model
     from layerplan.pipeline.checks import check_model, check_probes
+    from layerplan.pipeline.publish import publish_report
     from layerplan.pipeline.session import open_run
-    from layerplan.pipeline.stages import decide_plan, publish_report, trace
+    from layerplan.pipeline.stages import decide_plan, trace
 
     for check in (check_model, check_probes):
         check(config)
     with open_run(config, open_run_folder(config)) as context:
         model = prepare_model(context)
         plan = decide_plan(context, model, trace(context, model))
-        report = publish_report(context)
+        publish_report(context)
         print(f"\nplan      {context.folder.plan} ({plan.sha256[:12]})")
-        print(f"report    {report}")
+        print(f"report    {context.folder.report}")

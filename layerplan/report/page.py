@@ -10,14 +10,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from layerplan.plan.cost import PlanCost
 from layerplan.plan.explain import describe_older_rule
 from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
+from layerplan.report.answers import read_answers
 from layerplan.report.figures import build_layer_figures, draw_loss
 from layerplan.report.html_parts import embed_svg, render_table
 from layerplan.report.measurement import read_deviations, render_measurement
-from layerplan.report.scores import render_checkpoint_scores, render_continuations, render_held_out
+from layerplan.report.outcome import render_outcome
+from layerplan.report.scores import render_checkpoint_scores
 
 REPORT_NAME = "report.html"
 FIGURES_NAME = "figures"
@@ -69,11 +70,10 @@ def write_report(run_dir: Path) -> Path:
     save_figures(run_dir / FIGURES_NAME, figures)
     sections = [
         _head(run_dir, plan),
-        _plan_section(plan),
+        render_outcome(read_answers(run_dir)),
         _verdict_section(_read(run_dir / "verdicts.json") or []),
-        render_held_out(run_dir / "evaluation"),
         render_checkpoint_scores(run_dir / "evaluation"),
-        render_continuations(run_dir / "evaluation"),
+        _plan_section(plan),
         _training_section(_read(run_dir / "training.json"), figures),
         render_measurement(profile, figures, plan),
         _proof_section(_read(run_dir / "export.json"), _read(run_dir / "training.json")),
@@ -114,24 +114,7 @@ def _plan_section(plan: FreezePlan | None) -> str:
     text = f"<h2>The plan</h2><p>{html.escape(plan.reason)}</p><div class='map'>{drawn}</div>"
     if older := describe_older_rule(plan):
         text += f"<p>{html.escape(older)}</p>"
-    text += '<p class="soft">Amber trains, blue is frozen; layer 0 is beside the embeddings.</p>'
-    return text + _cost_table(plan)
-
-
-def _cost_table(plan: FreezePlan) -> str:
-    if not plan.predicted_cost:
-        return ""
-    rows = []
-    full = PlanCost.model_validate(plan.predicted_cost["full"])
-    for name in ("plan", "full"):
-        cost = PlanCost.model_validate(plan.predicted_cost[name])
-        share = f"{cost.total_flops / full.total_flops:.1%}"
-        rows.append(
-            [name, f"{cost.trainable_params:,}", f"{cost.total_flops / 1e9:.4g}", share, str(cost.first_gradient_layer)]
-        )
-    rate = f"GFLOP per token in rows of {plan.predicted_cost['seq_len']:,}"
-    headings = ["predicted", "trainable parameters", rate, "of full", "backward reaches layer"]
-    return render_table(headings, rows)
+    return text + '<p class="soft">Amber trains, blue is frozen; layer 0 is beside the embeddings.</p>'
 
 
 def _verdict_section(verdicts: Sequence[dict[str, Any]]) -> str:

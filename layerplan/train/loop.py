@@ -104,6 +104,7 @@ def run_loop(setup: LoopSetup, state: TrainState, hooks: LoopHooks, *, stop_step
     rows_of_steps = hooks.iter_steps(state.step + state.data_offset, end + state.data_offset)
     window = Window()
     checked = False
+    state = _validate_base(setup, state, hooks)
     while state.step < end:
         started = time.perf_counter()
         with window.phase("data"):
@@ -275,9 +276,20 @@ def _log(setup: LoopSetup, state: TrainState, outcome: StepOutcome, window: Wind
     return state
 
 
-def _validate(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> TrainState:
-    if hooks.validation is None:
+def _validate_base(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> TrainState:
+    """What the base makes of the held-out rows, measured once; a step seeds its own noise, so none is changed by it."""
+    if state.step > 0 or state.base_validation_loss is not None:
         return state
+    return state.model_copy(update={"base_validation_loss": _measure_validation(setup, state, hooks)})
+
+
+def _validate(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> TrainState:
+    return state.model_copy(update={"validation_loss": _measure_validation(setup, state, hooks)})
+
+
+def _measure_validation(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> float | None:
+    if hooks.validation is None:
+        return None
     loss = compute_validation_loss(
         setup.placed.model,
         hooks.validation,
@@ -290,7 +302,7 @@ def _validate(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> TrainSta
         hooks.sink.log_metrics({metrics.VALIDATION_LOSS: loss}, step=state.step)
     if setup.rank == 0:
         hooks.say(f"[train] step {state.step}/{setup.config.max_steps}  validation loss {loss:.4f}")
-    return state.model_copy(update={"validation_loss": loss})
+    return loss
 
 
 def _save(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> TrainState:

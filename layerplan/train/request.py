@@ -80,6 +80,8 @@ class TrainResult:
     stopped_early: bool
     hf_dir: Path | None
     """Exported folder; None when training stopped early."""
+    base_validation_loss: float | None = None
+    """Before the first step; None when there are no held-out rows, and in results of versions that did not look."""
 
     def save(self, run_dir: Path) -> None:
         """Writes `training.json` atomically, with paths relative to the run folder."""

@@ -63,6 +63,8 @@ class TrainState(StrictModel):
     """First logged training loss, nats per token."""
     last_loss: float | None = None
     """Newest logged training loss, a mean over the steps since the one before."""
+    base_validation_loss: float | None = None
+    """Validation loss before the first step, nats per token; None in states of versions that did not look."""
     validation_loss: float | None = None
     """Newest validation loss."""
     peak_flops: float = 0.0

@@ -218,6 +218,7 @@ def _summarise(
         proof=state.summarise_proof(),
         stopped_early=state.step < request.config.max_steps,
         hf_dir=hf_dir,
+        base_validation_loss=state.base_validation_loss,
     )
 
 

@@ -117,31 +117,19 @@ def test_other_documents_are_not_compared() -> None:
         judge_held_out([(make_result([1.0], [1]), make_result([1.0], [1], text="other"))])
 
 
-def test_the_report_shows_scores_by_step_and_case_studies_side_by_side(tmp_path: Path) -> None:
-    import json
+def test_the_report_shows_scores_by_step(tmp_path: Path) -> None:
+    from layerplan.report.scores import render_checkpoint_scores
 
-    from layerplan.report.scores import render_checkpoint_scores, render_continuations, render_held_out
-
-    for label, share, text in (
-        ("base", 25.0, "a < b"),
-        ("step_00000010", 30.0, "x"),
-        ("step_00000020", 35.0, "二\u2028"),
-    ):
+    for label, share in (("base", 25.0), ("step_00000010", 30.0), ("step_00000020", 35.0)):
         folder = tmp_path / label
         (folder / "held_out").mkdir(parents=True)
         result = {"question_mean": share, "num_correct": int(share * 4), "num_asked": 400}
         (folder / "ceval.json").write_text(json.dumps({"ceval/logit": result}))
         (folder / "held_out" / "notes.json").write_text(json.dumps({"bits_per_byte": share / 10}))
-        line = json.dumps({"prompt": "计算机的", "max_new_tokens": 4, "text": text}, ensure_ascii=False)
-        (folder / "continuations.jsonl").write_text(line + "\n", encoding="utf-8")
     page = render_checkpoint_scores(tmp_path)
     assert "<th>ceval/logit</th><th>notes, bits per byte</th>" in page
     assert "<td>base</td><td>25.0 (100 of 400)</td><td>2.5000</td>" in page
     assert page.index("step_00000010") < page.index("step_00000020")
-    cases = render_continuations(tmp_path)
-    assert "<th>prompt</th><th>base</th><th>step_00000020</th>" in cases
-    assert "<td>计算机的</td><td>a &lt; b</td><td>二\u2028</td>" in cases
-    assert render_held_out(tmp_path) == "", "nothing was judged"
 
 
 def finish_run(folder: Path, *, final_step: int) -> None:

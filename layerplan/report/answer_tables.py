@@ -1,0 +1,157 @@
+"""The answers to a reader's first questions as tables and sentences, for the page, the console and the model card alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from layerplan.report.answers import Answers, Cost, HeldOutText, ValidationLoss, Work
+from layerplan.train.throughput import render_duration
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Headings and rows."""
+NOTHING = "–"
+LONGEST_LINE = 160
+"""Characters of a continuation on the console."""
+
+
+def tabulate_texts(answers: Answers) -> Table:
+    """Text that nobody trained on, before and after: a row for the validation rows, and one per held-out text."""
+    headings = ("text not trained on", "size", "base", "trained", "difference [95 %]", "p (Holm)")
+    rows = [_validation_row(answers.validation)] if answers.validation is not None else []
+    return headings, rows + [_held_out_row(text) for text in answers.held_out]
+
+
+def describe_texts(answers: Answers) -> list[str]:
+    """A sentence per row of that table."""
+    lines = []
+    if (loss := answers.validation) is not None and loss.base is not None:
+        lines.append(
+            f"validation loss: {loss.base:.4f} before the first step, {loss.trained:.4f} after the last"
+            f" ({describe_change(loss.base, loss.trained)})."
+        )
+    return lines + [f"{text.name}: {text.sentence}" for text in answers.held_out]
+
+
+def describe_change(first: float, last: float) -> str:
+    """How far a loss moved, as a share of what it was."""
+    change = 100 * (last / first - 1)
+    if math.isnan(change):
+        return "not a number"
+    if abs(change) < 0.5:
+        return "unchanged within 1 %"
+    return f"{abs(change):.0f} % {'higher' if change > 0 else 'lower'}"
+
+
+def tabulate_cost(cost: Cost) -> Table:
+    """What the plan promised beside what the run took."""
+    rows = [
+        ["parameters that train", f"{cost.trainable_params:,} of {cost.total_params:,}", NOTHING],
+        ["layers that backward enters", f"from layer {cost.first_gradient_layer} up", NOTHING],
+        _work_row(cost.work),
+        *([_work_row(cost.work_elsewhere, "; the plan was made for these")] if cost.work_elsewhere is not None else []),
+        ["time in steps", _least_time(cost), _time(cost)],
+        ["memory of a worker", _gib(cost.predicted_memory_gib), _gib(cost.peak_memory_gib, " at its peak")],
+        ["a checkpoint on disk", _gib(cost.predicted_checkpoint_gib), _gib(cost.checkpoint_gib)],
+    ]
+    return ("cost", "predicted", "measured"), rows
+
+
+def describe_cost(cost: Cost) -> str:
+    """The cost in one line."""
+    line = f"{_describe_work(cost.work)} in rows of {cost.work.seq_len:,} tokens"
+    if cost.work_elsewhere is not None:
+        line += (
+            f" (the plan was made for rows of {cost.work_elsewhere.seq_len:,}: {_describe_work(cost.work_elsewhere)})"
+        )
+    if cost.train_s is not None:
+        line += f"; {render_duration(cost.train_s)} in steps"
+        line += f" at {cost.mfu:.0%} of the workers' full rate" if cost.mfu else ""
+    if cost.peak_memory_gib is not None:
+        line += f"; {cost.peak_memory_gib:.2f} GiB a worker, {_gib(cost.predicted_memory_gib)} predicted"
+    return line
+
+
+def list_metrics(answers: Answers) -> dict[str, float]:
+    """All numbers by name, for the lineage; what the run does not have is left out."""
+    found: dict[str, float | None] = {}
+    if (loss := answers.validation) is not None:
+        found |= {"result/validation_loss/base": loss.base, "result/validation_loss/trained": loss.trained}
+    for text in answers.held_out:
+        names = ("base", "trained", "difference_low", "difference_high", "adjusted_p")
+        values = (text.base, text.trained, *text.interval, text.adjusted_p)
+        found |= {f"result/{text.name}/bits_per_byte/{name}": value for name, value in zip(names, values, strict=True)}
+    if (cost := answers.cost) is not None:
+        found |= {
+            "cost/rows_seq_len": float(cost.work.seq_len),
+            "cost/gflop_per_token/predicted": cost.work.flops_per_token / 1e9,
+            "cost/share_of_full/predicted": cost.work.share_of_full,
+            "cost/train_s/at_full_rate": cost.least_train_s,
+            "cost/train_s/measured": cost.train_s,
+            "cost/memory_gib/predicted": cost.predicted_memory_gib,
+            "cost/memory_gib/measured": cost.peak_memory_gib,
+            "cost/checkpoint_gib/predicted": cost.predicted_checkpoint_gib,
+            "cost/checkpoint_gib/measured": cost.checkpoint_gib,
+        }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def list_continuations(answers: Answers) -> list[tuple[str, str]]:
+    """The first prompt as lines of (who, text on one line), shortened; empty when nothing was continued."""
+    for item in answers.continuations[:1]:
+        said = (("prompt", item.prompt), ("base", item.base), ("trained", item.trained))
+        return [(who, _shorten(show_text(text))) for who, text in said if text is not None]
+    return []
+
+
+def show_text(text: str | None) -> str:
+    """A continuation as it is shown: a dash for one that was not asked for, words for one that is empty."""
+    return NOTHING if text is None else text or "(nothing: the model ended the text at once)"
+
+
+def _validation_row(loss: ValidationLoss) -> list[str]:
+    size = NOTHING if loss.num_rows is None else f"{loss.num_rows:,} rows"
+    base, difference = "not measured", NOTHING
+    if loss.base is not None:
+        base, difference = f"{loss.base:.4f}", f"{loss.trained - loss.base:+.4f}"
+    return ["validation rows, nats per token", size, base, f"{loss.trained:.4f}", difference, NOTHING]
+
+
+def _held_out_row(text: HeldOutText) -> list[str]:
+    low, high = text.interval
+    return [
+        f"{text.name}, bits per byte",
+        NOTHING if text.num_documents is None else f"{text.num_documents:,} documents",
+        f"{text.base:.4f}",
+        f"{text.trained:.4f}",
+        f"{text.trained - text.base:+.4f} [{low:+.4f}, {high:+.4f}]",
+        f"{text.adjusted_p:.3g}",
+    ]
+
+
+def _work_row(work: Work, note: str = "") -> list[str]:
+    return [f"work in rows of {work.seq_len:,} tokens{note}", _describe_work(work), NOTHING]
+
+
+def _describe_work(work: Work) -> str:
+    return f"{work.flops_per_token / 1e9:.4g} GFLOP per token, {work.share_of_full:.1%} of training everything"
+
+
+def _least_time(cost: Cost) -> str:
+    return NOTHING if cost.least_train_s is None else f"{render_duration(cost.least_train_s)} at the workers' full rate"
+
+
+def _time(cost: Cost) -> str:
+    if cost.train_s is None:
+        return NOTHING
+    share = f", {cost.mfu:.0%} of that rate (MFU)" if cost.mfu else ""
+    return f"{render_duration(cost.train_s)}, {cost.tokens_per_s or 0:,.0f} tokens per second{share}"
+
+
+def _gib(value: float | None, after: str = "") -> str:
+    return NOTHING if value is None else f"{value:.2f} GiB{after}"
+
+
+def _shorten(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_LINE else line[: LONGEST_LINE - 1] + "…"

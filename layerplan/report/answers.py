@@ -1,0 +1,203 @@
+"""What a reader asks first of a run, read from its artifacts: is the text better, what did it cost, what does it say now.
+
+One reading feeds the page, the summary on the console, the model card and the lineage, so that they say the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerplan.plan.cost import COST_NAME, GIB, PlanCost
+from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class ValidationLoss:
+    """Nats per token on the rows that the corpus sets aside."""
+
+    num_rows: int | None
+    """Rows; None when the store lies elsewhere."""
+    base: float | None
+    """Before the first step; None in runs of versions that did not look."""
+    trained: float
+    """After the last one."""
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Bits per byte on a text that nobody trained on."""
+
+    name: str
+    num_documents: int | None
+    """Documents; None when the base's result is gone."""
+    base: float
+    trained: float
+    interval: tuple[float, float]
+    """95 % interval of trained minus base."""
+    adjusted_p: float
+    """Of no difference, Holm-corrected over the texts."""
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of a plan, for rows of one length."""
+
+    seq_len: int
+    flops_per_token: float
+    """Forward and backward."""
+    share_of_full: float
+    """Of training everything."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the plan promised and what the run took; None is what was not predicted or not measured."""
+
+    trainable_params: int
+    total_params: int
+    work: Work
+    """For the rows of this run."""
+    work_elsewhere: Work | None
+    """For the rows that the plan was made for, when they are of another length."""
+    first_gradient_layer: int
+    """Lowest layer that backward enters."""
+    train_s: float | None = None
+    """Seconds in steps."""
+    tokens_per_s: float | None = None
+    mfu: float | None = None
+    """Share of the workers' measured peak rate."""
+    predicted_memory_gib: float | None = None
+    peak_memory_gib: float | None = None
+    """Of the worker that logs."""
+    predicted_checkpoint_gib: float | None = None
+    checkpoint_gib: float | None = None
+
+    @property
+    def least_train_s(self) -> float | None:
+        """Seconds that the predicted work takes at the workers' full rate; None when it was not reached or measured."""
+        return None if self.train_s is None or not self.mfu else self.train_s * self.mfu
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """One prompt, continued greedily; None is what a model was not asked."""
+
+    prompt: str
+    base: str | None
+    trained: str | None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All of them; empty or None is what the run does not have."""
+
+    final_step: int | None
+    validation: ValidationLoss | None
+    held_out: tuple[HeldOutText, ...]
+    cost: Cost | None
+    continuations: tuple[Continuation, ...]
+
+
+def read_answers(run_dir: Path) -> Answers:
+    """Reads them from a run folder, finished or not, of this or an earlier version."""
+    training = _read(run_dir / "training.json")
+    step = training.get("final_step")
+    evaluation = run_dir / "evaluation"
+    scored = [BASE, *sorted(path.name for path in evaluation.glob("step_*") if any(path.glob("*.json")))]
+    return Answers(
+        final_step=step,
+        validation=_read_validation(run_dir, training),
+        held_out=tuple(_read_held_out(evaluation)),
+        cost=_read_cost(run_dir, training),
+        continuations=tuple(_pair_continuations(evaluation, scored[1:])),
+    )
+
+
+def _read_validation(run_dir: Path, training: Mapping[str, Any]) -> ValidationLoss | None:
+    if training.get("validation_loss") is None:
+        return None
+    rows = _read(run_dir / "token_store" / "manifest.json").get("num_validation_rows")
+    return ValidationLoss(rows, training.get("base_validation_loss"), training["validation_loss"])
+
+
+def _read_held_out(evaluation: Path) -> list[HeldOutText]:
+    verdicts = _read(evaluation / "held_out_verdicts.json") or []
+    texts = []
+    for item in verdicts:
+        sizes = _read(evaluation / BASE / "held_out" / f"{item['name']}.json").get("document_bytes")
+        low, high = item["difference_interval"]
+        numbers = (item["base"], item["trained"], (low, high), item["adjusted_p"])
+        texts.append(HeldOutText(item["name"], len(sizes) if sizes else None, *numbers, item["sentence"]))
+    return texts
+
+
+def _read_cost(run_dir: Path, training: Mapping[str, Any]) -> Cost | None:
+    plan = FreezePlan.load(run_dir / PLAN_NAME) if (run_dir / PLAN_NAME).exists() else None
+    planned = plan.predicted_cost if plan is not None else {}
+    here = _read(run_dir / COST_NAME) or planned
+    if not here:
+        return None
+    cost = PlanCost.model_validate(here["plan"])
+    lines = [line for line in _read_lines(run_dir / "metrics.jsonl") if line.get("run") == "train"]
+    predicted = [line["perf/predicted_memory_gib"] for line in lines if "perf/predicted_memory_gib" in line]
+    peaks = [line["perf/peak_memory_gib"] for line in lines if "perf/peak_memory_gib" in line]
+    return Cost(
+        trainable_params=cost.trainable_params,
+        total_params=cost.total_params,
+        work=_read_work(here),
+        work_elsewhere=_read_work(planned) if planned and planned["seq_len"] != here["seq_len"] else None,
+        first_gradient_layer=cost.first_gradient_layer,
+        train_s=training.get("train_s"),
+        tokens_per_s=training.get("tokens_per_s"),
+        mfu=training.get("mfu"),
+        predicted_memory_gib=max(predicted, default=None),
+        peak_memory_gib=max(peaks, default=None),
+        predicted_checkpoint_gib=cost.checkpoint_bytes / GIB,
+        checkpoint_gib=_measure_checkpoint(run_dir, training),
+    )
+
+
+def _read_work(predicted: Mapping[str, Any]) -> Work:
+    own, full = (PlanCost.model_validate(predicted[name]).total_flops for name in ("plan", "full"))
+    return Work(predicted["seq_len"], own, own / full)
+
+
+def _measure_checkpoint(run_dir: Path, training: Mapping[str, Any]) -> float | None:
+    """Size of the last checkpoint by its seal; None without one."""
+    seal = _read(run_dir / (training.get("final_checkpoint") or "") / "seal.json") if training else {}
+    return sum(mark["size"] for mark in seal["files"].values()) / GIB if seal else None
+
+
+def _pair_continuations(evaluation: Path, scored: list[str]) -> list[Continuation]:
+    """By prompt; the newest scored checkpoint that continued any stands for the result."""
+    base = _read_continuations(evaluation / BASE)
+    newest = next((found for label in reversed(scored) if (found := _read_continuations(evaluation / label))), {})
+    return [Continuation(prompt, base.get(prompt), newest.get(prompt)) for prompt in dict.fromkeys([*base, *newest])]
+
+
+def _read_continuations(folder: Path) -> dict[str, str]:
+    records = _read_lines(folder / "continuations.jsonl")
+    return {record["prompt"]: record["text"] for record in records}
+
+
+def _read(path: Path) -> Any:
+    """A JSON file; an empty object when there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines, which end at a line feed and nowhere else: a model may write U+2028. One that was cut is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
