@@ -93,5 +93,19 @@ def _report(error: Exception) -> int:
     with tempfile.NamedTemporaryFile("w", prefix="layerplan-", suffix=".log", delete=False) as log:
         traceback.print_exception(error, file=log)
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-    print(f"error: {type(error).__name__}: {first_line} (details: {Path(log.name)})", file=sys.stderr)
+    print(
+        f"error: {type(error).__name__}: {first_line}{_describe_loss(error)} (details: {Path(log.name)})",
+        file=sys.stderr,
+    )
     return 1
+
+
+def _describe_loss(error: Exception) -> str:
+    """What follows from it that Ray lost a process; a job that never reached Ray does not load it for that."""
+    if "ray" not in sys.modules:
+        return ""
+    from layerplan.train.lost import AGAIN, find_loss
+
+    if find_loss(error) is None:
+        return ""
+    return f"; a part of the Ray cluster was lost: {AGAIN}, what is finished is not repeated"

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from layerplan.config.cluster import ClusterConfig
 from layerplan.errors import ClusterError, first_line
 from layerplan.telemetry import QUIET_VARIABLES
+from layerplan.waiting import start_watching
 
 WORKER_VARIABLES = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -54,6 +55,7 @@ def connect(config: ClusterConfig, *, min_cpus: float, min_gpus: float = 0) -> N
             first = first_line(error)
             where = f"cluster.address={address}" if address else "a local Ray cluster"
             raise ClusterError(f"{where}: cannot be reached or started ({first})") from error
+        start_watching()
     quiet_engines()
     _check_size(ray.cluster_resources(), min_cpus, min_gpus)
 

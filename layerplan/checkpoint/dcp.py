@@ -6,7 +6,9 @@ Frozen parameters are not saved: they are the base model's, and the export prove
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from layerplan.checkpoint.metadata import read_metadata
@@ -41,14 +44,36 @@ class Parked:
 class Saving:
     """A save that may still go on in the background."""
 
+    folder: Path
     marks: dict[str, FileMark]
     """Of every file, by name; whole on rank 0 after `wait`."""
     _future: Future[Any] | None = None
 
     def wait(self) -> None:
-        """Returns once the shards of all ranks and the metadata are on disk; raises what the save raised."""
+        """Returns once the shards of all ranks and the metadata are on disk.
+
+        Raises:
+            CheckpointError: When a rank could not write its own.
+        """
         if self._future is not None:
-            self._future.result()
+            with writing(self.folder):
+                self._future.result()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns what fails while a checkpoint is written, as on a full disk, into one line that names its folder.
+
+    Raises:
+        CheckpointError: In place of an OSError, or of PyTorch's exception for a failed rank, which is no `Exception` and would
+            end a thread without a word.
+    """
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no reason given")
+        raise CheckpointError(f"{folder}: cannot be written ({reason})") from error
 
 
 def save_checkpoint(
@@ -64,7 +89,7 @@ def save_checkpoint(
         parked: What other phases of the plan train.
 
     Raises:
-        CheckpointError: When the optimizer lacks state for a trained parameter.
+        CheckpointError: When the optimizer lacks state for a trained parameter, or the folder cannot be written.
     """
     state = _collect_state(model, optimizer)
     if parked is not None:
@@ -72,9 +97,10 @@ def save_checkpoint(
         state["optimizer"].update(parked.moments)
     writer = MarkingWriter(path)
     if group is None:
-        dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
-        return Saving(writer.marks)
-    return Saving(writer.marks, dcp.async_save(state, storage_writer=writer, process_group=group))
+        with writing(path):
+            dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
+        return Saving(path, writer.marks)
+    return Saving(path, writer.marks, dcp.async_save(state, storage_writer=writer, process_group=group))
 
 
 def load_checkpoint(

@@ -107,6 +107,10 @@ class TrainConfig(StrictModel):
     """Steps between validation losses on the held-out rows."""
     max_failures: int = Field(default=3, ge=0)
     """Worker failures after which the run gives up."""
+    stall_timeout: float | None = Field(default=None, ge=0)
+    """Seconds without progress after which the slowest worker is ended and training starts again from the newest checkpoint,
+    as after any failure; left out, five times the slowest recent step and at least 120; 0 turns the watchdog off. Holds in
+    steps: loading, compiling, validating and saving take as long as they take, unless the process itself is stopped."""
     profile_step: int | None = Field(default=None, ge=1)
     """Step whose trace the profiler writes to `<run>/profile/`; none when left out."""
     peak_tflops: float | None = Field(default=None, gt=0)

@@ -47,11 +47,14 @@ MAY_CHANGE = (
     "train.keep_checkpoints",
     "train.validate_every_steps",
     "train.max_failures",
+    "train.stall_timeout",
     "train.export_dtype",
     "evaluation",
 )
 """Fields that decide where and how a run is carried out, not what it computes; scores carry their own protocol id."""
 
+
+MAX_STEPS = "train.max_steps"
 
 _AWKWARD = re.compile(r"\?|%[0-9A-Fa-f]{2}|[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -210,10 +213,22 @@ def _check_same_config(folder: RunFolder, config: RunConfig) -> None:
         f"name: run {config.name!r} exists with {key}={earlier.get(key)!r}, this config has {now.get(key)!r};"
         " choose another name or the earlier value"
         for key in sorted({*earlier, *now})
-        if earlier.get(key) != now.get(key) and not _may_change(key)
+        if earlier.get(key) != now.get(key) and not _may_change(key) and key != MAX_STEPS
     ]
+    faults += _check_max_steps(config, earlier.get(MAX_STEPS))
     if faults:
         raise ConfigError(*faults)
+
+
+def _check_max_steps(config: RunConfig, earlier: Any) -> list[str]:
+    """A run may be given more steps, also when it is finished; what was trained is not taken back."""
+    steps = config.train.max_steps
+    if earlier is None or steps >= earlier:
+        return []
+    return [
+        f"{MAX_STEPS}={steps}: run {config.name!r} was given {earlier} steps and can be given more, not fewer; choose"
+        f" at least {earlier}, or another name"
+    ]
 
 
 def _fill_defaults(values: Any) -> Any:

@@ -31,7 +31,7 @@ from layerplan.models.model_sizes import load_model_shape
 from layerplan.pipeline.model_options import revision_of, trusts_remote_code
 from layerplan.pipeline.run_folder import RunFolder
 from layerplan.plan.boundary_choice import choose_boundary, find_options
-from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
+from layerplan.plan.decide import PlanContext, check_planned_steps, resolve_plan, wants_profile
 from layerplan.plan.describe import describe_certainty, describe_measurement
 from layerplan.plan.explain import describe_flops, describe_older_rule, explain_plan, read_choice, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
@@ -157,6 +157,7 @@ def decide_plan(context: RunContext, model_name: str, profile: LayerProfile | No
     shape = load_model_shape(model_name, revision=revision_of(config), trust_remote_code=trusts_remote_code(config))
     if context.folder.plan.exists():
         plan = FreezePlan.load(context.folder.plan)
+        check_planned_steps(plan, config.train.max_steps, context.folder.plan)
     else:
         plan = resolve_plan(config.plan, PlanContext(identity, shape, config.train, seq_len, profile))
     plan.check_model(identity)
@@ -251,7 +252,8 @@ def score_checkpoints(context: RunContext, scoring: CheckpointScoring, steps: It
 def check_guardrail(context: RunContext) -> None:
     """Raises `EvaluationError` with the verdict when a checkpoint's score stopped this run before its end."""
     points = context.config.evaluation.guardrail_points
-    if points is None or load_result(context.folder.root) is not None:
+    finished = load_result(context.folder.root)
+    if points is None or (finished is not None and finished.final_step >= context.config.train.max_steps):
         return
     breach = read_breach(context.folder.root, points)
     if breach is not None:

@@ -66,12 +66,20 @@ def resolve_plan(config: PlanConfig, context: PlanContext) -> FreezePlan:
 
 def _read_plan(path: Path, context: PlanContext) -> FreezePlan:
     plan = FreezePlan.load(path)
-    if plan.phases and plan.planned_steps != context.train.max_steps:
-        raise PlanError(
-            f"plan.path={path}: its phases were made for {plan.planned_steps} steps, but"
-            f" train.max_steps={context.train.max_steps}"
-        )
+    check_planned_steps(plan, context.train.max_steps, path)
     return plan
+
+
+def check_planned_steps(plan: FreezePlan, max_steps: int, path: Path) -> None:
+    """Refuses a plan whose phases were made for another number of steps: what trains after them was never decided.
+
+    Raises:
+        PlanError: Naming both numbers.
+    """
+    if plan.phases and plan.planned_steps != max_steps:
+        raise PlanError(
+            f"plan.path={path}: its phases were made for {plan.planned_steps} steps, but train.max_steps={max_steps}"
+        )
 
 
 def wants_profile(config: PlanConfig) -> bool:

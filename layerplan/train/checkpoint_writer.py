@@ -12,7 +12,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import nn
 
-from layerplan.checkpoint.dcp import Parked, Saving, load_checkpoint, save_checkpoint
+from layerplan.checkpoint.dcp import Parked, Saving, load_checkpoint, save_checkpoint, writing
 from layerplan.checkpoint.index import AWAITS_NAME, clear_checkpoint, prune_checkpoints
 from layerplan.checkpoint.layout import CHECKPOINTS_NAME, STATE_NAME, name_step, write_train_state
 from layerplan.checkpoint.seal import SEAL_NAME, Seal, mark_bytes, write_seal
@@ -133,7 +133,16 @@ class CheckpointWriter:
 
 
 def seal_checkpoint(folder: Path, state: TrainState, saving: Saving, run_id: str) -> None:
-    """Writes the state, then the seal over it and all that was saved; rank 0 does."""
+    """Writes the state, then the seal over it and all that was saved; rank 0 does.
+
+    Raises:
+        CheckpointError: When they cannot be written.
+    """
+    with writing(folder):
+        _write_state_and_seal(folder, state, saving, run_id)
+
+
+def _write_state_and_seal(folder: Path, state: TrainState, saving: Saving, run_id: str) -> None:
     content = write_train_state(folder, state.model_dump(mode="json"))
     seal = Seal(
         step=state.step,

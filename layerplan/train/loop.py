@@ -22,6 +22,7 @@ from layerplan.models.freezing import AppliedPlan, check_gradient_coverage
 from layerplan.train import metrics
 from layerplan.train.frozen_check import FrozenTensors
 from layerplan.train.optim import compute_clip_scale, compute_grad_norm
+from layerplan.train.place import IN_STEP, LOGGING, Mark
 from layerplan.train.profiling import profiled
 from layerplan.train.schedule import compute_lr_scale, compute_rewarm_scale
 from layerplan.train.sharding import PlacedModel
@@ -52,6 +53,8 @@ class LoopHooks:
     """Takes the console lines of rank 0."""
     write_ledger: Callable[[int, PackedRows], None] | None = None
     """Takes (1-based step, rows) when a ledger is wanted."""
+    mark: Mark = lambda part, step: None
+    """Takes (part, step) as each part begins, so that a stall can be told and named."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,11 @@ def run_loop(setup: LoopSetup, state: TrainState, hooks: LoopHooks, *, stop_step
     state = _validate_base(setup, state, hooks)
     while state.step < end:
         started = time.perf_counter()
+        hooks.mark(IN_STEP[0], state.step + 1)
         with window.phase("data"):
             rows = next(rows_of_steps)
         with profiled(setup.profile_dir if state.step + 1 == config.profile_step else None, state.step + 1):
+            hooks.mark(IN_STEP[1], state.step + 1)
             outcome = _forward_backward(setup, state, rows, hooks, window)
             if not checked:
                 state, checked = _check_coverage(setup, state), True
@@ -127,11 +132,13 @@ def run_loop(setup: LoopSetup, state: TrainState, hooks: LoopHooks, *, stop_step
                 monitor.forget()
                 rows_of_steps = hooks.iter_steps(state.step + state.data_offset, end + state.data_offset)
                 continue
+            hooks.mark(IN_STEP[2], state.step + 1)
             with window.phase("optimizer"):
                 _update(setup, state.step, outcome, apply=verdict.action == "apply")
         if hooks.write_ledger is not None:
             hooks.write_ledger(state.step + 1, rows)
         seconds = time.perf_counter() - started
+        hooks.mark(LOGGING, state.step + 1)
         state = _advance(
             state, outcome, seconds, skipped=verdict.action != "apply", monitor=monitor, peak_flops=setup.peak_flops
         )
@@ -212,6 +219,7 @@ def _report_event(verdict: Verdict, step: int, rank: int, hooks: LoopHooks) -> N
 
 def _roll_back(state: TrainState, hooks: LoopHooks) -> TrainState | None:
     """The state of the newest checkpoint, moved past the rows that led here; None when nothing was saved yet."""
+    hooks.mark("rolling back", state.step)
     restored = hooks.restore()
     if restored is None:
         return None
@@ -290,6 +298,7 @@ def _validate(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> TrainSta
 def _measure_validation(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> float | None:
     if hooks.validation is None:
         return None
+    hooks.mark("validating", state.step)
     loss = compute_validation_loss(
         setup.placed.model,
         hooks.validation,
@@ -306,6 +315,7 @@ def _measure_validation(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -
 
 
 def _save(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> TrainState:
+    hooks.mark("saving", state.step)
     values = {}
     if setup.frozen is not None:
         started = time.perf_counter()

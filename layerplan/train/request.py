@@ -54,6 +54,8 @@ class TrainRequest:
     """Called with checkpoints while training goes on; None calls nothing."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the workers."""
+    board: Any = None
+    """Actor that the workers tell where they are; None when nobody watches for stalls."""
 
 
 @dataclass(frozen=True)

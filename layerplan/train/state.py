@@ -35,6 +35,9 @@ class TrainState(StrictModel):
     """Steps whose update was left out because of a non-finite loss or gradient."""
     rollbacks: int = 0
     """Returns to a checkpoint because of a bad step."""
+    horizons: tuple[tuple[int, int], ...] = ()
+    """(step, max_steps): from which step on the learning rate follows the schedule of how many steps; empty in states of
+    versions that took no more steps than they were begun with."""
     data_offset: int = 0
     """Steps of the data order that were passed over by rollbacks: step s reads the rows of s + data_offset."""
     data_cursor: tuple[int, ...] = ()

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ EXPORT_NAME = "export.json"
 
 def run_training(request: TrainRequest, *, callbacks: Sequence[Any] = ()) -> TrainResult:
     """Trains the plan, or continues, or returns the result of a run that is already finished.
+
+    A finished run whose `max_steps` was raised continues from its last checkpoint (`layerplan/train/horizon.py`).
 
     SIGTERM makes the workers save a checkpoint and stop; the signal is then delivered again to whoever handled it
     before, so that a job exits as it would have.
@@ -100,14 +102,27 @@ def _shape(request: TrainRequest) -> ModelShape:
 
 
 def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Path:
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from layerplan.train.watchdog import watching_stalls
 
     config = request.config
     checkpoints = request.run_dir / CHECKPOINTS_NAME
     corpus_sha256 = Manifest.load(request.store).content_sha256
     check_resumable(checkpoints, TrainState(plan_sha256=request.plan.sha256, corpus_sha256=corpus_sha256))
     reset_ray_index(checkpoints)
+    with watching_stalls(request.run_dir, config.stall_timeout) as board:
+        _run_ray_train(replace(request, board=board), callbacks)
+    prune_checkpoints(checkpoints, config.keep_checkpoints)
+    finished = list_checkpoints(checkpoints)
+    if not finished:
+        raise TrainingError("training ended without a checkpoint")
+    return finished[0].resolve()
+
+
+def _run_ray_train(request: TrainRequest, callbacks: Sequence[Any]) -> None:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    config = request.config
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"request": request},
@@ -133,15 +148,10 @@ def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Path:
     )
     try:
         result = trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise _explain_failure(error) from error
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+        raise _explain_failure(error, request) from error
     if result.error is not None:
-        raise _explain_failure(result.error) from result.error
-    prune_checkpoints(checkpoints, config.keep_checkpoints)
-    finished = list_checkpoints(checkpoints)
-    if not finished:
-        raise TrainingError("training ended without a checkpoint")
-    return finished[0].resolve()
+        raise _explain_failure(result.error, request) from result.error
 
 
 @dataclass(frozen=True)
@@ -163,15 +173,21 @@ def _train_worker(loop_config: dict[str, Any]) -> None:
     run_worker(loop_config["request"])
 
 
-def _explain_failure(error: BaseException) -> LayerplanError:
-    """The first fault of ours in the failures of the workers, or the engine's own last line."""
+def _explain_failure(error: BaseException, request: TrainRequest) -> LayerplanError:
+    """The first fault of ours in the failures of the workers, a loss, or the engine's own last line."""
+    from layerplan.train.lost import describe_next, explain_loss
+
     fault = find_layerplan_error(error)
     if fault is not None:
         return type(fault)(*fault.args)
+    loss = explain_loss(error, request.run_dir, request.config.max_failures)
+    if loss is not None:
+        return loss
     failures = getattr(error, "worker_failures", None) or {}
     texts = [str(failure) for failure in failures.values()] or [str(error)]
     lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
-    return TrainingError(f"training failed: {lines[-1] if lines else type(error).__name__}")
+    reason = lines[-1] if lines else type(error).__name__
+    return TrainingError(f"training failed: {reason}; {describe_next(request.run_dir)}")
 
 
 def _export(request: TrainRequest, checkpoint: Path, step: int) -> Path:

@@ -26,11 +26,14 @@ from layerplan.train.build import BuiltModel, build_model
 from layerplan.train.checkpoint_writer import CheckpointWriter
 from layerplan.train.feed import count_embeddings, open_feed
 from layerplan.train.frozen_check import FrozenTensors
+from layerplan.train.heartbeat import beating
+from layerplan.train.horizon import extend_horizon
 from layerplan.train.ledger import LEDGER_NAME, LedgerWriter
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
 from layerplan.train.loss_proof import prove_loss
 from layerplan.train.metrics import MetricSink
-from layerplan.train.request import STOP_REQUEST, TrainRequest
+from layerplan.train.place import STARTING, Mark
+from layerplan.train.request import STOP_REQUEST, TrainRequest, load_result
 from layerplan.train.resume import find_resume
 from layerplan.train.sharding import reset_compiled
 from layerplan.train.state import TrainState
@@ -40,6 +43,13 @@ from layerplan.train.throughput import find_peak_flops
 def run_worker(request: TrainRequest) -> None:
     """One worker's part of a training run, inside Ray Train's train function."""
     quiet_engines()
+    context = ray.train.get_context()
+    with beating(request.board, context.get_world_rank()) as mark:
+        train_phases(request, mark)
+
+
+def train_phases(request: TrainRequest, mark: Mark) -> None:
+    """Trains phase after phase of the plan, saying through `mark` where it is."""
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -54,6 +64,7 @@ def run_worker(request: TrainRequest) -> None:
     group = dist.new_group(backend="gloo")
     with open_recorders(request, state, rank, world_size) as recorders:
         while True:
+            mark(STARTING, state.step)
             plan = request.plan.at_step(state.step)
             end = request.plan.next_change(state.step) or request.config.max_steps
             built = build_model(
@@ -79,7 +90,7 @@ def run_worker(request: TrainRequest) -> None:
                 fresh_moments=bool(request.plan.phases),
                 validated_steps=range(0) if request.validation is None else request.validation.steps,
             )
-            state = writer.restore() or state
+            state = recorders.note_horizon(request, writer.restore() or state)
             request = replace(request, recipe=built.recipe)
             state = prove_loss(
                 built.placed.model,
@@ -105,7 +116,7 @@ def run_worker(request: TrainRequest) -> None:
                 rewarm=find_rewarm(request.plan, state.step),
                 frozen=frozen,
             )
-            state = run_loop(setup, state, make_hooks(request, setup, state, writer, recorders), stop_step=end)
+            state = run_loop(setup, state, make_hooks(request, setup, state, writer, recorders, mark), stop_step=end)
             if state.step < end or state.step >= request.config.max_steps or is_asked_to_stop(request, rank):
                 return
             resumed = writer.finish()
@@ -165,6 +176,17 @@ class Recorders:
 
     sink: MetricSink | None
     ledger: LedgerWriter | None
+    is_first_rank: bool
+
+    def note_horizon(self, request: TrainRequest, state: TrainState) -> TrainState:
+        """Records that the schedule is one of more steps from here on, when it is."""
+        finished = load_result(request.run_dir)
+        state, line = extend_horizon(state, request.config, None if finished is None else finished.final_step)
+        if line and self.is_first_rank:
+            print(f"[train] {line}", flush=True)
+            if self.sink is not None:
+                self.sink.log_event("schedule_horizon", state.step, line)
+        return state
 
     def note_change(self, plan: FreezePlan, step: int) -> None:
         """Records that another phase begins."""
@@ -187,14 +209,19 @@ def open_recorders(request: TrainRequest, state: TrainState, rank: int, world_si
     if request.config.write_ledger:
         ledger = LedgerWriter(request.run_dir / LEDGER_NAME, start_step=state.step, rank=rank, world_size=world_size)
     try:
-        yield Recorders(sink, ledger)
+        yield Recorders(sink, ledger, is_first_rank=rank == 0)
     finally:
         if sink is not None:
             sink.close()
 
 
 def make_hooks(
-    request: TrainRequest, setup: LoopSetup, state: TrainState, writer: CheckpointWriter, recorders: Recorders
+    request: TrainRequest,
+    setup: LoopSetup,
+    state: TrainState,
+    writer: CheckpointWriter,
+    recorders: Recorders,
+    mark: Mark,
 ) -> LoopHooks:
     """Connects the loop with the store, the checkpoints and the recorders."""
     ledger = recorders.ledger
@@ -203,7 +230,7 @@ def make_hooks(
         restored = writer.restore()
         if restored is not None and ledger is not None and setup.rank == 0:
             ledger.drop_after(restored.step)
-        return restored
+        return None if restored is None else recorders.note_horizon(request, restored)
 
     feed = open_feed(request, state, rank=setup.rank, world_size=setup.world_size)
     return LoopHooks(
@@ -214,6 +241,7 @@ def make_hooks(
         validation=load_validation_rows(request.store, num_ids=count_embeddings(request)),
         restore=restore,
         write_ledger=None if ledger is None else lambda step, rows: ledger.write(step, rows.row_ids),
+        mark=mark,
     )
 
 

@@ -1,0 +1,82 @@
+"""Which rank holds a training up, decided from the beats of all ranks and nothing else.
+
+Time is counted by whoever watches, so that clocks of different nodes do not matter and a watcher that was itself stopped for a
+while does not take that while for silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from layerplan.train.place import Beat
+
+SHORTEST_LIMIT_S = 120.0
+SLOWEST_TIMES = 5.0
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """A rank's newest beat, and for how long it has been the newest."""
+
+    beat: Beat
+    silent_s: float = 0.0
+    """Since a beat came."""
+    still_s: float = 0.0
+    """Since its place changed."""
+
+
+@dataclass(frozen=True)
+class Stall:
+    """A rank that the others wait for."""
+
+    beat: Beat
+    for_s: float
+    limit_s: float
+    is_silent: bool
+    """Whether its process has stopped to say anything."""
+
+
+def update_pulses(pulses: Mapping[int, Pulse], beats: Mapping[int, Beat], elapsed_s: float) -> dict[int, Pulse]:
+    """What is known after `elapsed_s` more seconds; a rank without a beat is not known."""
+    return {rank: _update(pulses.get(rank), beat, elapsed_s) for rank, beat in beats.items()}
+
+
+def _update(pulse: Pulse | None, beat: Beat, elapsed_s: float) -> Pulse:
+    if pulse is None or pulse.beat.pid != beat.pid:
+        return Pulse(beat)
+    silent = 0.0 if beat.count != pulse.beat.count else pulse.silent_s + elapsed_s
+    still = 0.0 if beat.place != pulse.beat.place else pulse.still_s + elapsed_s
+    return replace(pulse, beat=beat, silent_s=silent, still_s=still)
+
+
+def find_limit(pulses: Mapping[int, Pulse], timeout_s: float | None) -> float:
+    """Seconds that may pass: those of the config, else five times the slowest recent step, at least two minutes."""
+    if timeout_s is not None:
+        return timeout_s
+    slowest = max((pulse.beat.slowest_s for pulse in pulses.values()), default=0.0)
+    return max(SHORTEST_LIMIT_S, SLOWEST_TIMES * slowest)
+
+
+def find_slowest(pulses: Mapping[int, Pulse]) -> Pulse:
+    """The rank that is behind; of several at one place the one that came there last, as the others wait for it."""
+    return min(pulses.values(), key=lambda pulse: (pulse.beat.place.order, pulse.still_s))
+
+
+def find_stall(pulses: Mapping[int, Pulse], timeout_s: float | None) -> Stall | None:
+    """The rank that holds training up for longer than the limit, or None.
+
+    A rank whose beats have ended is one wherever it is. A rank that beats is one in the middle of a step only, and only
+    when it is the slowest: the ranks that wait for one that validates or saves are still for as long as that takes.
+    """
+    if not pulses:
+        return None
+    limit = find_limit(pulses, timeout_s)
+    silent = max(pulses.values(), key=lambda pulse: pulse.silent_s)
+    if silent.silent_s > limit:
+        return Stall(silent.beat, silent.silent_s, limit, is_silent=True)
+    slowest = find_slowest(pulses)
+    waited = min(pulse.still_s for pulse in pulses.values())
+    if waited > limit and slowest.beat.place.is_limited:
+        return Stall(slowest.beat, slowest.still_s, limit, is_silent=False)
+    return None

@@ -1,0 +1,98 @@
+"""Which rank a training waits for, and when that is long enough to act."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from layerplan.train.heartbeat import dump_stacks
+from layerplan.train.place import IN_STEP, Beat, Place
+from layerplan.train.stall import Pulse, find_stall, update_pulses
+from layerplan.train.watchdog import Recovery
+
+ROWS, FORWARD, UPDATE = IN_STEP
+
+
+def beat(rank: int, step: int, part: str, *, count: int = 1, slowest_s: float = 1.0, is_first: bool = False) -> Beat:
+    return Beat(rank, 100 + rank, "host", "node", None, count, Place(step, part, is_first), slowest_s, 3.0)
+
+
+def watch(*looks: list[Beat], every_s: float = 60.0, timeout_s: float | None = None) -> list[int | None]:
+    """The rank that is named after each look."""
+    pulses: dict[int, Pulse] = {}
+    named: list[int | None] = []
+    for beats in looks:
+        pulses = update_pulses(pulses, {each.rank: each for each in beats}, every_s)
+        stall = find_stall(pulses, timeout_s)
+        named.append(None if stall is None else stall.beat.rank)
+    return named
+
+
+def stay(*beats: Beat, looks: int = 4) -> list[list[Beat]]:
+    """The same places, look after look, by processes that go on beating."""
+    return [[replace(each, count=each.count + look) for each in beats] for look in range(looks)]
+
+
+def test_the_rank_that_waits_for_its_rows_is_named_and_not_those_that_wait_for_it() -> None:
+    assert watch(*stay(beat(0, 7, FORWARD), beat(1, 7, ROWS), beat(2, 7, FORWARD))) == [None, None, None, 1]
+
+
+def test_of_ranks_at_one_place_the_one_that_came_last_is_named() -> None:
+    first = [beat(0, 7, FORWARD), beat(1, 6, UPDATE)]
+    assert watch(first, *stay(beat(0, 7, FORWARD, count=2), beat(1, 7, FORWARD, count=2)))[-1] == 1
+
+
+def test_a_process_that_says_nothing_is_named_wherever_it_is() -> None:
+    silent = beat(1, 0, "starting", is_first=True)
+    looks = [[each, silent] for (each,) in stay(beat(0, 0, "starting", is_first=True))]
+    assert watch(*looks) == [None, None, None, 1]
+
+
+@pytest.mark.parametrize("part", ["starting", "validating", "saving", "logging", "rolling back"])
+def test_ranks_that_wait_for_one_that_loads_validates_or_saves_are_no_alarm(part: str) -> None:
+    assert watch(*stay(beat(0, 8, FORWARD), beat(1, 7, part), looks=9)) == [None] * 9
+
+
+def test_the_first_step_of_an_attempt_may_compile_as_long_as_it_takes() -> None:
+    assert watch(*stay(beat(0, 1, FORWARD, is_first=True), looks=9)) == [None] * 9
+
+
+@pytest.mark.parametrize(
+    ("slowest_s", "timeout_s", "looks_until"),
+    [(1.0, None, 3), (24.0, None, 3), (60.0, None, 6), (60.0, 30.0, 1)],  # more than 120 s, 5 x 60 s, 30 s
+)
+def test_the_limit_is_five_times_the_slowest_step_and_two_minutes_at_least_or_the_configs(
+    slowest_s: float, timeout_s: float | None, looks_until: int
+) -> None:
+    looks = stay(beat(0, 7, FORWARD), beat(1, 7, FORWARD, slowest_s=slowest_s), looks=9)
+    assert [name is not None for name in watch(*looks, timeout_s=timeout_s)].index(True) == looks_until
+
+
+def test_a_step_that_ends_and_a_worker_that_was_replaced_begin_anew() -> None:
+    looks = stay(beat(0, 7, FORWARD), looks=3)
+    moved = [[beat(0, 8, FORWARD, count=9)], [replace(beat(0, 8, FORWARD, count=1), pid=55)]]
+    assert watch(*looks, *moved, *stay(replace(beat(0, 8, FORWARD, count=2), pid=55), looks=2)) == [None] * 7
+
+
+def test_the_stacks_name_the_function_a_thread_is_in(tmp_path: Path) -> None:
+    dump_stacks(tmp_path / "stalls", 3)
+    assert "test_the_stacks_name_the_function_a_thread_is_in" in (tmp_path / "stalls" / "rank_3.txt").read_text()
+
+
+def test_how_long_it_took_to_go_on_is_said_once_at_the_first_step_of_the_new_attempt() -> None:
+    recovery, old, new = Recovery(), beat(0, 7, FORWARD), replace(beat(0, 6, "starting", is_first=True), pid=55)
+    looks = [
+        (Pulse(old), 10.0),
+        (Pulse(old, silent_s=2.0), 12.0),
+        (Pulse(new), 30.0),
+        (Pulse(replace(new, place=Place(8, ROWS, is_first=False))), 41.0),
+        (Pulse(replace(new, place=Place(9, ROWS, is_first=False))), 43.0),
+    ]
+    said = [recovery.observe({0: pulse}, now) for pulse, now in looks]
+    assert said == [
+        *("", "", ""),
+        "training goes on at step 8, 31 s after a worker was lost, 3 s of which its process took to start",
+        "",
+    ]

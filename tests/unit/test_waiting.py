@@ -1,0 +1,46 @@
+"""A run that waits says for what, after 5 s and every minute, and who holds it."""
+
+from __future__ import annotations
+
+import pytest
+
+from layerplan.waiting import Ask, Holding, Snapshot, WaitLog
+
+WORKERS = tuple(Ask(f"group/{number}", "worker", {"CPU": 1.5}, has_process=False) for number in range(2))
+OTHER = Holding("02000000", "placement group", {"CPU": 3.0})
+MINE = Holding("01000000", "SplitCoordinator", {"CPU": 0.5})
+BUSY = Snapshot(WORKERS, (MINE, OTHER), {"CPU": 0.5}, {"CPU": 4.0}, {"02000000": "cpt.py, pid 7 on 10.0.0.1"})
+
+
+def test_the_line_names_what_is_asked_what_is_free_and_who_holds_it_the_largest_first() -> None:
+    log = WaitLog("01000000")
+    assert [log.observe(BUSY, now) for now in (0.0, 3.0)] == ["", ""]
+    assert log.observe(BUSY, 6.0) == (
+        "6 s for 2 x worker of 1.5 CPU; free: 0.5 of 4 CPU; held: 3 CPU by job 02000000 (cpt.py, pid 7 on 10.0.0.1):"
+        " placement group; 0.5 CPU by this run: SplitCoordinator"
+    )
+
+
+def test_it_is_said_again_every_minute_and_the_end_once() -> None:
+    log = WaitLog("01000000")
+    said = {now: log.observe(BUSY, float(now)) for now in range(0, 141, 3)}
+    assert [now for now, line in said.items() if line] == [6, 66, 126]
+    assert log.observe(Snapshot(), 141.0) == "resources are there after 141 s"
+    assert log.observe(Snapshot(), 144.0) == ""
+
+
+@pytest.mark.parametrize(
+    ("held", "first_line_s"),
+    [(4.0, 6), (3.0, 30)],  # all is taken by what runs, or one CPU is not: a process to which it was given is starting
+)
+def test_an_actor_whose_process_starts_is_given_longer(held: float, first_line_s: int) -> None:
+    snapshot = Snapshot([Ask("a", "TracerActor", {"CPU": 1.0})], [Holding("02", "x", {"CPU": held})], {}, {"CPU": 4.0})
+    log = WaitLog("01")
+    assert next(now for now in range(0, 60, 3) if log.observe(snapshot, float(now))) == first_line_s
+
+
+def test_what_was_placed_meanwhile_and_what_waits_for_a_moment_is_not_a_wait() -> None:
+    log = WaitLog("01000000")
+    assert not any(
+        log.observe(Snapshot([Ask(str(now // 4), "f", {"CPU": 9.0})]), float(now)) for now in range(0, 60, 2)
+    )
