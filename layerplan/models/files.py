@@ -59,6 +59,15 @@ def find_model_file(name: str, filename: str, *, revision: str = "main") -> Path
         raise ModelError(f"model.name={name}: the hub has no {filename} ({first_line(error)})") from None
 
 
+def is_at_hand(name: str, filename: str, *, revision: str = "main") -> bool:
+    """Whether a file can be asked for without a network: a folder's always, a hub id's when the cache has it."""
+    if Path(name).expanduser().is_dir() or name.count("/") != 1:
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, filename, revision=revision), str)
+
+
 def _fetch(name: str, filename: str, revision: str) -> Path:
     """One file from the hub; raises the hub's own `EntryNotFoundError` when the model has no such file."""
     from huggingface_hub import hf_hub_download

@@ -14,7 +14,7 @@ from layerplan.config.sweep import SweepConfig
 from layerplan.corpus.joining import read_joining
 from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
-from layerplan.models.files import find_tokenizer_file, load_hf_config
+from layerplan.models.files import find_tokenizer_file, is_at_hand
 from layerplan.models.scratch_config import make_hf_config
 from layerplan.models.tokenizer_facts import describe_tokenizer
 from layerplan.pipeline.candidates import make_candidates, name_trial
@@ -112,19 +112,22 @@ def _shape(config: RunConfig) -> tuple[ModelShape, str]:
     if isinstance(config.model, ScratchModelConfig):
         values = make_hf_config(config.model, vocab_size=config.model.vocab_size)
         return ModelShape.from_hf_config(values), str(values["model_type"])
-    from layerplan.models.model_sizes import load_model_shape
+    from layerplan.models.published import load_shape_and_type
 
-    name, revision = config.model.name, revision_of(config)
-    shape = load_model_shape(name, revision=revision, trust_remote_code=trusts_remote_code(config))
-    return shape, str(load_hf_config(name, revision=revision)["model_type"])
+    return load_shape_and_type(
+        config.model.name, revision=revision_of(config), trust_remote_code=trusts_remote_code(config)
+    )
 
 
 def _describe_text(config: RunConfig) -> list[str]:
     """What the model's tokenizer is, and how documents are joined."""
     if isinstance(config.model, ScratchModelConfig):
         return ["tokenizer to be trained by the run"]
+    name, revision = config.model.name, revision_of(config)
+    if not is_at_hand(name, "tokenizer.json", revision=revision):
+        return [f"not known yet: the tokenizer of {name} is not on this machine; a run fetches it"]
     try:
-        joining = read_joining(config.corpus, find_tokenizer_file(config.model.name, revision=revision_of(config)))
+        joining = read_joining(config.corpus, find_tokenizer_file(name, revision=revision))
     except ModelError as error:
         return [f"not known yet: {error}"]
     return [f"documents are {joining}", *describe_tokenizer(joining.facts)]

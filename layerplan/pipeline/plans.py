@@ -9,7 +9,7 @@ import yaml
 
 from layerplan.config.plan import ExplicitPlanConfig, FreezeDeepPlanConfig, FreezeShallowPlanConfig
 from layerplan.errors import ConfigError, PlanError, first_line
-from layerplan.models.files import identify_model, load_hf_config
+from layerplan.models.files import identify_model
 from layerplan.plan.cost import explain_cost, predict_cost, render_cost_table
 from layerplan.plan.explain import explain_plan, name_ranges, render_layer_map
 from layerplan.plan.exports import export_names, read_rule
@@ -72,10 +72,9 @@ def print_prices(model_name: str, plans: Sequence[str], *, seq_len: int, revisio
     """
     if seq_len < 1:
         raise ConfigError(f"--seq-len {seq_len}: must be at least 1")
-    from layerplan.models.model_sizes import load_model_shape
+    from layerplan.models.published import load_shape_and_type
 
-    shape = load_model_shape(model_name, revision=revision)
-    model_type = str(load_hf_config(model_name, revision=revision)["model_type"])
+    shape, model_type = load_shape_and_type(model_name, revision=revision)
     model = ModelIdentity(name=Path(model_name).name, model_type=model_type, num_layers=shape.num_layers)
     chosen = {"full": make_full_plan(model, shape), **_list_usual(model, shape)}
     for path in plans:
