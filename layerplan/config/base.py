@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Self
+
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 
@@ -15,6 +18,13 @@ class StrictModel(BaseModel):
         validate_default=True,
         protected_namespaces=(),
     )
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some fields changed; raises `TypeError` for one that there is not, which pydantic would take."""
+        unknown = [name for name in update or () if name not in type(self).model_fields]
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no field {unknown[0]!r}")
+        return super().model_copy(update=update, deep=deep)
 
 
 def describe_fault(error: ValidationError) -> str:

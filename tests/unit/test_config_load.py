@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from layerplan.config.load import dump_config, load_config, validate_config
+from layerplan.config.train import TrainConfig
 from layerplan.errors import ConfigError
 
 MINIMAL = {"name": "run-1", "model": {"type": "scratch"}, "corpus": {"seq_len": 256}}
@@ -70,6 +71,13 @@ def test_an_unknown_key_inside_a_list_names_its_index():
 def test_a_fault_inside_a_union_has_the_path_that_was_written(plan: object, said: str):
     faults = faults_of({**MINIMAL, "plan": plan})
     assert any(fault.startswith(said) for fault in faults), faults
+
+
+def test_a_misspelt_field_of_a_copy_is_refused():
+    config = TrainConfig()
+    assert config.model_copy(update={"max_steps": 7}).max_steps == 7 and config.model_copy() == config
+    with pytest.raises(TypeError, match="TrainConfig has no field 'max_stepz'"):
+        config.model_copy(update={"max_stepz": 7})
 
 
 def test_a_batch_that_workers_cannot_share_is_refused():
