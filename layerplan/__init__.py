@@ -17,6 +17,7 @@ _OFFERED = {
     "FreezePlan": "layerplan.plan.freeze_plan",
     "make_plan": "layerplan.plan.policies",
     "apply_plan": "layerplan.models.freezing",
+    "plan_callback": "layerplan.models.trainer_callback",
     "build_token_store": "layerplan.corpus.build",
     "trace_model": "layerplan.pipeline.api",
     "evaluate": "layerplan.pipeline.api",
