@@ -9,13 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_model
+from transformers import AutoTokenizer
 
 import layerplan
 from layerplan.cli import COMMANDS, main
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig
 from layerplan.models.model_sizes import load_model_shape
 from layerplan.plan.layer_profile import ModelIdentity
-from tests.qwen3 import QWEN3_0P6B, QWEN3_0P6B_IDENTITY, build_tiny_qwen3
+from tests.qwen3 import QWEN3_0P6B, QWEN3_0P6B_IDENTITY, TINY_QWEN3, build_tiny_qwen3
+from tests.tiny_tokenizer import make_bytes, save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ("torch", "ray", "transformers", "vllm", "mlflow", "datasets", "pandas", "numpy", "pydantic")
@@ -103,6 +107,23 @@ def test_plans_are_shown_compared_and_priced(model: str, tmp_path: Path, capsys:
     shown = capsys.readouterr().out
     assert "rows of 1,024 tokens" in shown and "freeze_deep 1/2" in shown
     assert f"freeze_deep {layerplan.FreezePlan.load(Path(deep) / 'freeze_plan.json').sha256[:8]}" in shown
+
+
+def test_a_text_is_continued_as_a_plain_loop_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    files = {"config": TINY_QWEN3 | {"vocab_size": 257, "eos_token_id": 256}}
+    save_tokenizer(folder, make_bytes(), control=("<eos>",), **files)
+    model = build_tiny_qwen3(vocab_size=257)
+    save_model(model, str(folder / "model.safetensors"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("Hello").input_ids
+    for _ in range(6):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert main(["generate", str(folder), "Hello", "--tokens", "6"]) == 0
+    said = capsys.readouterr().out
+    assert said == f"{folder}\n    {tokenizer.decode(ids[5:], skip_special_tokens=True)!r}\n\n"
+    assert main(["generate", str(folder), "Hello", "--chat"]) == 1
+    assert "its tokenizer has no chat template; leave --chat out" in capsys.readouterr().err
 
 
 def test_the_examples_of_the_api_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
