@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from layerplan.redaction import find_hidden
 from layerplan.tracking.background import BackgroundSender, locate_store
 from layerplan.tracking.outbox import TrackingFolder
 from layerplan.tracking.position import count_backlog
+
+PATIENCE_S = 300.0
+"""With a store that neither takes anything nor fails; somebody is watching."""
 
 
 def sync(run_dir: Path, uri: str | None) -> None:
@@ -41,7 +45,7 @@ def sync(run_dir: Path, uri: str | None) -> None:
         lambda line: print(f"[tracking] {line}"),
     )
     sender.start()
-    sender.close()
+    sender.close(stalled_s=PATIENCE_S, in_all_s=math.inf)
     if not count_backlog(run_dir).is_empty:
         raise TrackingError(f"{run_dir}: not everything has arrived; run the same command again")
     print("[tracking] everything has arrived")

@@ -109,22 +109,27 @@ class BackgroundSender:
             f"{self._name_store(fault)}; tracking.required=true asks for it; without that the run begins anyway"
         )
 
-    def close(self) -> None:
-        """Waits while the store takes what is left, gives up soon when it fails, and says what has not arrived."""
+    def close(self, *, stalled_s: float = STALLED_S, in_all_s: float = CLOSE_S) -> None:
+        """Waits while the store takes what is left, gives up soon when it fails, and says what has not arrived.
+
+        Args:
+            stalled_s: Patience with a store that neither takes anything nor fails.
+            in_all_s: Patience in all.
+        """
         self._closing = True
         if self._process is not None and self._process.poll() is None:
             self._progress_at = time.monotonic()
             self._write("close\n")
-            self._wait_for_end()
+            self._wait_for_end(stalled_s, in_all_s)
             self._kill()
         self._say_what_is_left()
 
-    def _wait_for_end(self) -> None:
+    def _wait_for_end(self, stalled_s: float, in_all_s: float) -> None:
         assert self._process is not None
-        give_up = time.monotonic() + CLOSE_S
+        give_up = time.monotonic() + in_all_s
         while self._process.poll() is None:
             now = time.monotonic()
-            patience = DOWN_S if self._state in ("down", "busy") else STALLED_S
+            patience = DOWN_S if self._state in ("down", "busy") else stalled_s
             if now > give_up or now - self._progress_at > patience:
                 return
             with self._change:
