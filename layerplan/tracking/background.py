@@ -39,7 +39,7 @@ def open_outbox(config: TrackingConfig, run_dir: Path, run_name: str, report: Ca
     outbox = Outbox(folder)
     sender = BackgroundSender(locate_store(config, run_dir), config.experiment, folder, report)
     tracker = OutboxTracker(outbox, PARENT, run_name, close=sender.close)
-    sender.start()
+    sender.start(awaited=config.required)
     if config.required:
         sender.require()
     return tracker
@@ -63,13 +63,19 @@ class BackgroundSender:
         self._reason = ""
         self._said_at: float | None = None
         self._answered = False
+        self._is_awaited = False
         self._said_down = False
         self._failures = 0
         self._closing = False
         self._progress_at = time.monotonic()
 
-    def start(self) -> None:
-        """Starts the process; that it cannot be started is said and nothing more."""
+    def start(self, *, awaited: bool = False) -> None:
+        """Starts the process; that it cannot be started is said and nothing more.
+
+        Args:
+            awaited: Whether `require` follows, which says itself what is wrong with the store.
+        """
+        self._is_awaited = awaited
         root = str(Path(layerplan.__file__).parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
@@ -101,6 +107,7 @@ class BackgroundSender:
             self._change.wait_for(lambda: self._state not in ("new", "busy", "reached"), REQUIRED_S)
             state, reason = self._state, self._reason
         if state == "up":
+            self._is_awaited = False
             return
         self._closing = True
         self._kill()
@@ -168,7 +175,7 @@ class BackgroundSender:
             self._reason = text if kind == "down" else self._reason
             self._failures = self._failures + 1 if kind == "down" else 0 if kind == "up" else self._failures
             self._change.notify_all()
-        if kind == "down":
+        if kind == "down" and not self._is_awaited:
             self._say_down()
         elif kind == "up":
             self._say_up()
@@ -193,7 +200,7 @@ class BackgroundSender:
             self._report(f"{redact_uri(self._settings['uri'])} answers again; what was kept is being sent")
 
     def _say_when_silent(self) -> None:
-        if self._state == "new" and self._process is not None and self._process.poll() is None:
+        if self._state == "new" and not self._is_awaited and self._process is not None and self._process.poll() is None:
             self._take("down", f"no answer within {FIRST_WORD_S:.0f} s")
 
     def _name_store(self, reason: str) -> str:

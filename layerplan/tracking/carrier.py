@@ -77,6 +77,10 @@ class Carrier:
 
     def carry(self, longest_wait_s: float = 0.0) -> Carried:
         """Sends at most one piece of each source; a source that fails does not hold up the others."""
+        try:
+            self._store.open()
+        except Exception as error:
+            return Carried(failures=[error])
         carried = Carried()
         for source in list(self._list_sources()):
             backoff = self._backoffs[source.key]
@@ -88,7 +92,7 @@ class Carrier:
                 backoff.succeed()
             except RunMissingError as missing:
                 self._start_anew(missing.stage)
-                carried.lines += 1
+                return Carried(lines=1)
             except NotOpenedError:
                 source.reader.forget()
             except Exception as error:

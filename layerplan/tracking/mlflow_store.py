@@ -116,8 +116,9 @@ class MlflowStore:
         return self._book.get(stage) is not None
 
     def forget_run(self, stage: str) -> None:
-        """Leaves a run that is gone to be made anew; without the parent every stage is."""
+        """Leaves a run that is gone to be made anew; without the parent every stage is, in a store that is opened again."""
         self._book.remove(stage)
+        self._client = None
 
     def log_points(self, stage: str, points: Sequence[Point]) -> None:
         """Records numbers."""

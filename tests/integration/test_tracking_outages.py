@@ -162,8 +162,10 @@ def test_a_required_store_that_does_not_take_the_run_ends_it_with_one_line(run_d
         uri = f"sqlite:///{shutil.copy(database, run_dir.parent / 'mlflow.db')}"
         client = mlflow.MlflowClient(tracking_uri=uri)
         client.delete_experiment(client.create_experiment("layerplan"))
+    said: list[str] = []
     with pytest.raises(TrackingError) as caught:
-        open_tracker(TrackingConfig(uri=uri, required=True), run_dir, "run", lambda line: None)
+        open_tracker(TrackingConfig(uri=uri, required=True), run_dir, "run", said.append)
+    assert said == []
     words = str(caught.value)
     named = (
         "tracking.uri=http://***@127.0.0.1:9: " if what == "down" else "tracking.experiment=layerplan: was deleted in"
