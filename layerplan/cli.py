@@ -20,6 +20,7 @@ COMMANDS = {
     "sweep": ("layerplan.commands.sweep", "train several boundaries with Ray Tune and rank them"),
     "compare": ("layerplan.commands.compare", "judge finished runs against their base and each other"),
     "ledger": ("layerplan.commands.ledger", "prove from their ledgers what runs trained on"),
+    "track": ("layerplan.commands.track", "send a tracking store what did not arrive while it was down"),
     "generate": ("layerplan.commands.generate", "continue a text with models, side by side"),
     "push": ("layerplan.commands.push", "upload a finished run's model, card, plan and scores to the Hugging Face hub"),
     "report": ("layerplan.commands.report", "write the page of a run folder anew"),

@@ -18,6 +18,7 @@ from types import FrameType
 from layerplan.config.load import apply_overrides, load_config, validate_config
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError, LayerplanError, find_layerplan_error
+from layerplan.redaction import redact_text
 from layerplan.telemetry import disable_bars_in_logs, disable_telemetry
 
 
@@ -81,7 +82,7 @@ def _stop_on_sigterm(signum: int, frame: FrameType | None) -> None:
 def _report_fault(error: LayerplanError) -> int:
     faults = error.faults if isinstance(error, ConfigError) else (str(error),)
     for fault in faults:
-        print(f"error: {fault}", file=sys.stderr)
+        print(f"error: {redact_text(fault)}", file=sys.stderr)
     return error.exit_code
 
 
@@ -91,8 +92,8 @@ def _report(error: Exception) -> int:
     if fault is not None:
         return _report_fault(fault)
     with tempfile.NamedTemporaryFile("w", prefix="layerplan-", suffix=".log", delete=False) as log:
-        traceback.print_exception(error, file=log)
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        log.write(redact_text("".join(traceback.format_exception(error))))
+    first_line = redact_text(str(error).strip().splitlines()[0]) if str(error).strip() else "no message"
     print(
         f"error: {type(error).__name__}: {first_line}{_describe_loss(error)} (details: {Path(log.name)})",
         file=sys.stderr,

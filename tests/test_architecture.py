@@ -46,7 +46,7 @@ def test_eval_is_imported_by_from_only():
     ("engine", "home"),
     [
         ("vllm", "eval/generation.py"),
-        ("mlflow", "layerplan/tracking/mlflow_tracker.py"),
+        ("mlflow", "layerplan/tracking/mlflow_store.py"),
         ("fastokens", "layerplan/corpus/encoders.py"),
     ],
 )

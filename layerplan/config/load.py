@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError
+from layerplan.redaction import find_hidden, redact_text, redact_values
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -28,7 +29,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: With one line per fault.
     """
-    return validate_config(apply_overrides(_read_mapping(Path(path)), overrides))
+    config = validate_config(apply_overrides(_read_mapping(Path(path)), overrides))
+    _refuse_hidden(config)
+    return config
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -47,8 +50,20 @@ def validate_config(values: Mapping[str, Any]) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """Renders every resolved value as JSON that `load_config` accepts."""
-    return json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+    """Renders every resolved value as JSON that `load_config` accepts, but for credentials: those are hidden."""
+    return json.dumps(redact_values(config.model_dump(mode="json")), indent=2, ensure_ascii=False) + "\n"
+
+
+def _refuse_hidden(config: RunConfig) -> None:
+    """A config that was written without its credentials must get them again before anything asks with `***`."""
+    hidden = list(find_hidden(config.model_dump(mode="json")))
+    if hidden:
+        raise ConfigError(
+            *(
+                f"{path}={uri}: its credentials were not written down; give it again with --set {path}=..."
+                for path, uri in hidden
+            )
+        )
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -59,7 +74,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        where = " ".join(str(error).split())[:300]
+        where = redact_text(" ".join(str(error).split()))[:300]
         raise ConfigError(f"--config {path}: not valid YAML ({where})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: holds {type(values).__name__}, a mapping of fields is expected")
@@ -70,11 +85,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
-        raise ConfigError(f"--set {override}: expected key.path=value, for example train.max_steps=100")
+        raise ConfigError(f"--set {redact_text(override)}: expected key.path=value, for example train.max_steps=100")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: the value is not valid YAML") from None
+        raise ConfigError(f"--set {redact_text(override)}: the value is not valid YAML") from None
     node: Any = values
     for position, part in enumerate(parts[:-1]):
         node = _descend(node, part, ".".join(parts[: position + 1]), override)
@@ -91,13 +106,13 @@ def _descend(node: Any, part: str, so_far: str, override: str) -> Any:
     if child is None:
         child = node[part] = {}
     if not isinstance(child, dict | list):
-        raise ConfigError(f"--set {override}: {so_far} is {child!r}, it has no fields of its own")
+        raise ConfigError(redact_text(f"--set {override}: {so_far} is {child!r}, it has no fields of its own"))
     return child
 
 
 def _list_index(items: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
-        raise ConfigError(f"--set {override}: {part!r} is not an index of a list of {len(items)} items")
+        raise ConfigError(f"--set {redact_text(override)}: {part!r} is not an index of a list of {len(items)} items")
     return int(part)
 
 
@@ -124,9 +139,9 @@ def _describe_fault(fault: Any) -> str:
             kinds, kind = _list_kinds(node), str(fault["ctx"]["tag"])
             return f"{field}.type: {kind!r} is unknown; {_suggest(kind, kinds)}allowed: {', '.join(kinds)}"
         case "model_attributes_type" | "model_type" | "dict_type":
-            return f"{field}: a mapping of fields is expected (got {given!r})"
+            return f"{field}: a mapping of fields is expected{redact_text(f' (got {given!r})')}"
     message = str(fault["msg"]).removeprefix("Value error, ")
-    shown = "" if isinstance(given, Mapping | BaseModel) else f" (got {given!r})"
+    shown = "" if isinstance(given, Mapping | BaseModel) else redact_text(f" (got {given!r})")
     return f"{field}: {message}{shown}"
 
 

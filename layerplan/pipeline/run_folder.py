@@ -19,6 +19,7 @@ from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError
 from layerplan.plan.cost import COST_NAME
 from layerplan.plan.freeze_plan import PLAN_NAME
+from layerplan.redaction import redact_values
 
 MAY_CHANGE = (
     "storage_path",
@@ -203,12 +204,12 @@ def _check_characters(root: Path) -> None:
 
 def _check_same_config(folder: RunFolder, config: RunConfig) -> None:
     try:
-        earlier = _flatten(_fill_defaults(json.loads(folder.config.read_text(encoding="utf-8"))))
+        earlier = _flatten(redact_values(_fill_defaults(json.loads(folder.config.read_text(encoding="utf-8")))))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"name: {folder.config} of an earlier run cannot be read ({error}); choose another name"
         ) from None
-    now = _flatten(config.model_dump(mode="json"))
+    now = _flatten(json.loads(dump_config(config)))
     faults = [
         f"name: run {config.name!r} exists with {key}={earlier.get(key)!r}, this config has {now.get(key)!r};"
         " choose another name or the earlier value"

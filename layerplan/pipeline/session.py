@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from layerplan.config.run import RunConfig
 from layerplan.pipeline.run_folder import RunFolder
-from layerplan.pipeline.stages import RunContext
+from layerplan.pipeline.stages import RunContext, say
 from layerplan.ray_session import connect
 from layerplan.tracking.tracker import open_tracker
 
@@ -32,7 +32,7 @@ def open_run(config: RunConfig, folder: RunFolder, *, trains: bool = True) -> It
         min_cpus=workers * train.num_cpus_per_worker + DATA_CPUS + engines * evaluation.num_cpus_per_actor,
         min_gpus=(workers if train.use_gpu else 0) + engines * evaluation.num_gpus_per_actor,
     )
-    tracker = open_tracker(config.tracking, folder.root, config.name)
+    tracker = open_tracker(config.tracking, folder.root, config.name, lambda line: say("tracking", line))
     tracker.log_params({"seed": config.seed, "model": config.model.type, "plan": config.plan.type})
     try:
         yield RunContext(config, folder, tracker)

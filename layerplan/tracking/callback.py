@@ -6,14 +6,15 @@ from typing import Any
 
 from ray.train import UserCallback
 
+from layerplan.tracking.jsonl import EventLog
 from layerplan.tracking.tracker import Tracker
 
 
 class LineageCallback(UserCallback):
-    """Logs each committed checkpoint and each failure of a worker group. Runs in the controller process."""
+    """Notes each committed checkpoint and each failure of a worker group. Runs in the controller process."""
 
     def __init__(self, tracker: Tracker) -> None:
-        self._factory = tracker.make_sink_factory()
+        self._path = tracker.events_path()
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Notes a checkpoint as the newest complete one."""
@@ -26,7 +27,5 @@ class LineageCallback(UserCallback):
         self._note("worker_failure", 0, message)
 
     def _note(self, name: str, step: int, message: str) -> None:
-        if self._factory is not None:
-            sink = self._factory(step)
-            sink.log_event(name, step, message)
-            sink.close()
+        if self._path is not None:
+            EventLog(self._path, self._path.stem.removeprefix("events_")).log_event(name, step, message)

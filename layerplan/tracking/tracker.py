@@ -1,4 +1,7 @@
-"""A small protocol for the lineage of a run: parameters, metrics by step, events, artifacts, nested stages."""
+"""A small protocol for the lineage of a run: parameters, metrics by step, events, artifacts, nested stages.
+
+Everything is written into the run folder and carried to the store from there, so that no call waits for it or fails.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from typing import Any, Literal, Protocol
 
 from layerplan.config.tracking import TrackingConfig
 from layerplan.tracking.jsonl import JsonlSink
-from layerplan.tracking.sink import CompositeSink, Sink, SinkFactory
 
 Status = Literal["FINISHED", "FAILED"]
 
@@ -31,8 +33,11 @@ class Tracker(Protocol):
     def child(self, name: str) -> Tracker:
         """Opens the nested run of a stage; the same name continues the same run."""
 
-    def make_sink_factory(self) -> SinkFactory | None:
-        """A picklable factory of this run's metric sink, for a worker."""
+    def follow(self, path: Path, namespace: str) -> None:
+        """Takes the lines of a metrics file, under a namespace, as this run's; they are read while they are written."""
+
+    def events_path(self) -> Path | None:
+        """File to which another process appends what happens to this run; None when nothing is kept."""
 
     def close(self, status: Status = "FINISHED") -> None:
         """Ends the run."""
@@ -57,7 +62,10 @@ class NoopTracker:
         """Returns itself."""
         return self
 
-    def make_sink_factory(self) -> SinkFactory | None:
+    def follow(self, path: Path, namespace: str) -> None:
+        """Does nothing."""
+
+    def events_path(self) -> Path | None:
         """Has none."""
         return None
 
@@ -65,42 +73,35 @@ class NoopTracker:
         """Does nothing."""
 
 
-def open_tracker(config: TrackingConfig, run_dir: Path, run_name: str) -> Tracker:
+def open_tracker(
+    config: TrackingConfig, run_dir: Path, run_name: str, report: Callable[[str], None] = print
+) -> Tracker:
     """Opens the run's tracker; a run folder that was tracked before continues its run.
 
+    Args:
+        config: The config's tracking section.
+        run_dir: The run's folder.
+        run_name: Name of the parent run.
+        report: Takes a line about the store: that it does not answer, that it does again, what has not arrived.
+
     Raises:
-        TrackingError: When the store cannot be reached.
+        TrackingError: When `tracking.required` is set and the store does not take the run.
     """
     if config.backend != "mlflow":
         return NoopTracker()
-    from layerplan.tracking.mlflow_tracker import open_mlflow_run
+    from layerplan.tracking.background import open_outbox
 
-    uri = config.uri or f"sqlite:///{run_dir.parent / 'mlflow.db'}"
-    return open_mlflow_run(uri, config.experiment, run_dir, run_name)
+    return open_outbox(config, run_dir, run_name, report)
 
 
 class RunSinkFactory:
-    """Makes a worker's sink: `metrics.jsonl` of the run, and whatever the tracker adds. Travels by pickle."""
+    """Makes a worker's sink, the run's `metrics.jsonl`. Travels by pickle, and no address travels with it."""
 
-    def __init__(self, jsonl: Path | None, namespace: str, tracker: Tracker) -> None:
+    def __init__(self, jsonl: Path, namespace: str, tracker: Tracker) -> None:
         self._jsonl = jsonl
         self._namespace = namespace
-        self._factory: Callable[[int], Sink] | None = tracker.make_sink_factory()
+        tracker.follow(jsonl, namespace)
 
-    def __call__(self, start_step: int) -> Sink:
-        """Opens the sinks; lines of steps after `start_step` belong to a lost attempt and are dropped.
-
-        An attempt that was killed took its buffered points with it. The file has them all, so the kept lines go to the
-        tracker's sink again, which writes only what it lacks.
-        """
-        sinks: list[Sink] = []
-        tracked = self._factory(start_step) if self._factory is not None else None
-        if self._jsonl is not None:
-            jsonl = JsonlSink(self._jsonl, self._namespace, start_step)
-            sinks.append(jsonl)
-            if tracked is not None:
-                for step, values in jsonl.kept_metrics():
-                    tracked.log_metrics(values, step)
-        if tracked is not None:
-            sinks.append(tracked)
-        return CompositeSink(sinks)
+    def __call__(self, start_step: int) -> JsonlSink:
+        """Opens the sink; lines of steps after `start_step` belong to a lost attempt and are dropped."""
+        return JsonlSink(self._jsonl, self._namespace, start_step)

@@ -33,5 +33,8 @@ class MetricSink(Protocol):
     def log_event(self, name: str, step: int, message: str) -> None:
         """Takes something that happened, such as a skipped step."""
 
+    def drop_after(self, step: int) -> None:
+        """Drops the numbers of later steps, which are trained again."""
+
     def close(self) -> None:
         """Flushes what is buffered."""

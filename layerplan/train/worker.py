@@ -230,6 +230,8 @@ def make_hooks(
         restored = writer.restore()
         if restored is not None and ledger is not None and setup.rank == 0:
             ledger.drop_after(restored.step)
+        if restored is not None and recorders.sink is not None:
+            recorders.sink.drop_after(restored.step)
         return None if restored is None else recorders.note_horizon(request, restored)
 
     feed = open_feed(request, state, rank=setup.rank, world_size=setup.world_size)

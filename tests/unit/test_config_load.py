@@ -125,6 +125,40 @@ def test_the_resolved_config_is_accepted_again(tmp_path: Path):
     assert load_config(path) == config
 
 
+def test_credentials_are_not_written_down_and_must_be_given_again(tmp_path: Path):
+    source = {"path": "https://anna:hunter2@host/x.jsonl?token=hunter2"}
+    values = {**MINIMAL, "tracking": {"uri": "http://anna:hunter2@host:5000"}}
+    config = validate_config({**values, "corpus": {**MINIMAL["corpus"], "sources": [source]}})
+    path = tmp_path / "resolved_config.json"
+    path.write_text(dump_config(config))
+    assert "hunter2" not in path.read_text() and "hunter2" not in repr(config.tracking)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    remedy = "its credentials were not written down; give it again with --set"
+    assert caught.value.faults == (
+        f"corpus.sources.0.path=https://***@host/x.jsonl?token=***: {remedy} corpus.sources.0.path=...",
+        f"tracking.uri=http://***@host:5000: {remedy} tracking.uri=...",
+    )
+    given = [f"corpus.sources.0.path={source['path']}", "tracking.uri=http://anna:hunter2@host:5000"]
+    assert load_config(path, given) == config
+
+
+def test_no_fault_shows_a_credential(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    uri = "http://anna:hunter2@host"
+    for text, overrides in (
+        (f"tracking: {uri}", []),
+        (f"{{tracking: {{uri: ['{uri}']}}}}", []),
+        (f"tracking: {{uri: '{uri}'\nname: [", []),
+        (f"tracking: {{uri: '{uri}'}}", ["tracking.uri.x=1"]),
+        ("name: x", [f"tracking.uri:{uri}"]),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            load_config(path, overrides)
+        assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_config_is_valid(path: Path):
     assert load_config(path).name

@@ -94,3 +94,16 @@ def test_a_run_of_a_version_without_a_field_has_its_default(tmp_path: Path) -> N
     folder.config.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"exists with corpus.seq_len=32"):
         open_run_folder(config)
+
+
+def test_a_run_whose_address_has_credentials_is_continued_with_the_same_or_others(tmp_path: Path) -> None:
+    """They are not written down, so they cannot differ; a folder in which an earlier version wrote them continues too."""
+    with_credentials = [
+        make_config(tmp_path, sources=[{"path": f"https://anna:{password}@host/x.jsonl"}])
+        for password in ("one", "two")
+    ]
+    folder = open_run_folder(with_credentials[0])
+    assert "one" not in json.loads(folder.config.read_text(encoding="utf-8"))["corpus"]["sources"][0]["path"]
+    assert open_run_folder(with_credentials[1]) == folder
+    folder.config.write_text(json.dumps(with_credentials[0].model_dump(mode="json")), encoding="utf-8")
+    assert open_run_folder(with_credentials[1]) == folder

@@ -1,0 +1,238 @@
+"""The lineage in MLflow: one parent run per run folder, one nested run per stage.
+
+The run folder remembers its MLflow run ids, so that a resubmitted job continues the same runs; they are made when the
+store first answers. The client API is used throughout: it needs no global active run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities import LifecycleStage, Metric, Param
+from mlflow.exceptions import MlflowException
+
+from layerplan.errors import TrackingError, first_line
+from layerplan.redaction import redact_text, redact_uri
+from layerplan.tracking.outbox import PARENT, TrackingFolder
+
+MAX_PARAM_CHARS = 6000
+UID_TAG = "layerplan.uid"
+GONE, WRONG = "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"
+
+for _name in ("mlflow.store.db.utils", "alembic"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)  # it warns of every attempt, with the address
+
+
+class RefusedError(Exception):
+    """The store answers and will never take this."""
+
+
+class RunMissingError(Exception):
+    """The store does not know a stage's run: it is another store, or the run was removed for good."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(stage)
+        self.stage = stage
+
+
+class NotOpenedError(Exception):
+    """A stage's run was not made yet."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One number of a metric."""
+
+    key: str
+    value: float
+    time: int
+    step: int
+
+    @property
+    def identity(self) -> tuple[str, int, float | str]:
+        """What makes two points the same; the store keeps an infinity as the largest float."""
+        if math.isnan(self.value):
+            return self.key, self.step, "nan"
+        largest = sys.float_info.max
+        return self.key, self.step, min(max(self.value, -largest), largest)
+
+
+class MlflowStore:
+    """MLflow at one address, as one run folder uses it."""
+
+    def __init__(self, uri: str, experiment: str, folder: TrackingFolder) -> None:
+        self._uri = uri
+        self._experiment = experiment
+        self._artifacts = (folder.run_dir.parent / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
+        self._uid = folder.read_uid()
+        self._book = RunBook(folder.run_ids)
+        self._client: Any = None
+        self._experiment_id = ""
+
+    def open(self) -> None:
+        """Reaches the store and finds or makes the experiment; does nothing when that was done.
+
+        Raises:
+            TrackingError: When the experiment was deleted.
+        """
+        if self._client is not None:
+            return
+        client = mlflow.MlflowClient(tracking_uri=self._uri)
+        found = client.get_experiment_by_name(self._experiment)
+        if found is None:
+            self._experiment_id = client.create_experiment(self._experiment, artifact_location=self._artifacts)
+        else:
+            self._experiment_id = found.experiment_id
+            self._check_experiment(found)
+        self._client = client
+
+    def open_run(self, stage: str, name: str, time: int) -> None:
+        """Continues the stage's run, or makes it; a stage's lies in the parent's."""
+        known = self._book.get(stage)
+        if known is not None:
+            with self._about(stage):
+                self._client.update_run(known, status="RUNNING")
+            return
+        tags = {} if stage == PARENT else {"mlflow.parentRunId": self._run_id(PARENT), "layerplan.stage": stage}
+        tags[UID_TAG] = f"{self._uid}/{stage}"
+        # a server may have carried out a request whose answer never came
+        made = self._client.search_runs([self._experiment_id], f"tags.`{UID_TAG}` = '{tags[UID_TAG]}'", max_results=1)
+        run = (
+            made[0] if made else self._client.create_run(self._experiment_id, start_time=time, run_name=name, tags=tags)
+        )
+        self._book.put(stage, run.info.run_id)
+
+    def has_run(self, stage: str) -> bool:
+        """Whether the stage's run was made."""
+        return self._book.get(stage) is not None
+
+    def forget_run(self, stage: str) -> None:
+        """Leaves a run that is gone to be made anew; without the parent every stage is, in a store that is opened again."""
+        self._book.remove(stage)
+        self._client = None
+
+    def log_points(self, stage: str, points: Sequence[Point]) -> None:
+        """Records numbers."""
+        metrics = [Metric(point.key, point.value, point.time, point.step) for point in points]
+        with self._about(stage):
+            self._client.log_batch(self._run_id(stage), metrics=metrics)
+
+    def find_points(self, stage: str, points: Sequence[Point]) -> set[tuple[str, int, float | str]]:
+        """Identities of the points the store has at the keys and steps of these."""
+        first, run_id = min(point.step for point in points), self._run_id(stage)
+        with self._about(stage):
+            return {
+                Point(key, metric.value, 0, metric.step).identity
+                for key in {point.key for point in points}
+                for metric in self._client.get_metric_history(run_id, key)
+                if metric.step >= first
+            }
+
+    def log_params(self, stage: str, params: Mapping[str, str]) -> None:
+        """Records parameters that are not recorded yet; MLflow refuses to change one."""
+        with self._about(stage):
+            known = self._client.get_run(self._run_id(stage)).data.params
+            new = [Param(key, value[:MAX_PARAM_CHARS]) for key, value in params.items() if key not in known]
+            for start in range(0, len(new), 100):
+                self._client.log_batch(self._run_id(stage), params=new[start : start + 100])
+
+    def set_tag(self, stage: str, key: str, value: str) -> None:
+        """Sets a tag."""
+        with self._about(stage):
+            self._client.set_tag(self._run_id(stage), key, value[:MAX_PARAM_CHARS])
+
+    def log_artifact(self, stage: str, path: Path, into: str | None) -> None:
+        """Copies a file into the run's artifacts."""
+        with self._about(stage):
+            self._client.log_artifact(self._run_id(stage), str(path), into)
+
+    def close_run(self, stage: str, status: str, time: int) -> None:
+        """Ends the run."""
+        with self._about(stage):
+            self._client.set_terminated(self._run_id(stage), status=status, end_time=time)
+
+    def _run_id(self, stage: str) -> str:
+        run_id = self._book.get(stage)
+        if run_id is None:
+            raise NotOpenedError(stage)
+        return run_id
+
+    @contextmanager
+    def _about(self, stage: str) -> Iterator[None]:
+        """Tells a fault of what is sent from one of the run, and both from one of the store."""
+        try:
+            yield
+        except MlflowException as error:
+            if error.error_code not in (GONE, WRONG):
+                raise
+            self._check_run(stage)
+            if error.error_code == GONE:
+                raise
+            raise RefusedError(redact_text(first_line(error), self._uri)) from error
+
+    def _check_run(self, stage: str) -> None:
+        try:
+            run = self._client.get_run(self._run_id(stage))
+        except MlflowException as error:
+            if error.error_code == GONE:
+                raise RunMissingError(stage) from error
+            raise
+        if run.info.lifecycle_stage != LifecycleStage.ACTIVE:
+            self._check_experiment(self._client.get_experiment(run.info.experiment_id))
+            advice = self._advise(f"runs restore --run-id {run.info.run_id}")
+            raise TrackingError(
+                f"{redact_uri(self._uri)}: the run of stage {stage!r} was deleted; restore it with {advice}"
+            )
+
+    def _check_experiment(self, experiment: Any) -> None:
+        """Refuses an experiment in MLflow's trash: it takes no run, its name is taken, and it may lie there on purpose."""
+        if experiment.lifecycle_stage != LifecycleStage.ACTIVE:
+            advice = self._advise(f"experiments restore --experiment-id {experiment.experiment_id}")
+            raise TrackingError(
+                f"tracking.experiment={self._experiment}: was deleted in {redact_uri(self._uri)}; restore it with {advice},"
+                " or set tracking.experiment to another name"
+            )
+
+    def _advise(self, command: str) -> str:
+        return f"`MLFLOW_TRACKING_URI={redact_uri(self._uri)} mlflow {command}`"
+
+
+class RunBook:
+    """The run folder's memory of its MLflow run ids."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def get(self, stage: str) -> str | None:
+        """The stage's run id, or None."""
+        value = self._read().get(stage)
+        return str(value) if value is not None else None
+
+    def put(self, stage: str, run_id: str) -> None:
+        """Remembers a run id."""
+        self._write({**self._read(), stage: run_id})
+
+    def remove(self, stage: str) -> None:
+        """Forgets a stage, and with the parent all of them."""
+        self._write({} if stage == PARENT else {key: value for key, value in self._read().items() if key != stage})
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            known = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    def _write(self, known: Mapping[str, Any]) -> None:
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self._path)
