@@ -10,7 +10,6 @@ from rich.table import Table
 
 from jobs.dry_run import print_dry_run
 from jobs.entry import build_parser, run_job
-from jobs.run_folder import open_run_folder
 from layerplan.config.run import RunConfig
 from layerplan.corpus.manifest import Manifest
 from layerplan.errors import ConfigError
@@ -30,7 +29,7 @@ def build_corpus(config: RunConfig, args: argparse.Namespace) -> None:
 
     for check in (check_model, check_corpus, check_benchmarks):
         check(config)
-    with open_run(config, open_run_folder(config)) as context:
+    with open_run(config) as context:
         store = build_store(context, prepare_model(context))
     manifest = Manifest.load(store)
     Console(width=140).print(render_manifest(manifest, str(store)))

@@ -15,7 +15,6 @@ import sys
 from jobs.dry_run import print_dry_run
 from jobs.entry import build_parser, run_job
 from jobs.model_options import revision_of
-from jobs.run_folder import open_run_folder
 from layerplan.config.run import RunConfig
 
 
@@ -45,7 +44,7 @@ def continue_pretraining(config: RunConfig, args: argparse.Namespace) -> None:
 
     for check in (check_model, check_corpus, check_probes, check_benchmarks):
         check(config)
-    with open_run(config, open_run_folder(config)) as context:
+    with open_run(config) as context:
         model = prepare_model(context)
         recipe = ask_loss(context, model)
         store = build_store(context, model)

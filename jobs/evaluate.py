@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -19,12 +20,14 @@ from eval.runner import evaluate_model
 from eval.significance import compute_wilson
 from jobs.entry import build_parser, run_job
 from jobs.model_options import trusts_remote_code
-from jobs.run_folder import RunFolder, open_run_folder
+from jobs.run_folder import RunFolder, locate_run_folder
+from jobs.run_lease import hold_run
 from jobs.session import open_run
 from layerplan.config.load import dump_config
 from layerplan.config.model import PretrainedModelConfig
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError, EvaluationError
+from layerplan.inside import lies_inside
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.ray_session import connect
 
@@ -45,13 +48,15 @@ def evaluate(config: RunConfig, args: argparse.Namespace) -> None:
         for benchmark in map(load_benchmark, config.evaluation.benchmarks):
             print(f"{benchmark.name}: {len(benchmark.questions):,} questions of {len(benchmark.subjects)} subjects")
         return
-    engines = config.evaluation
-    connect(
-        config.cluster,
-        min_cpus=engines.num_actors * engines.num_cpus_per_actor,
-        min_gpus=engines.num_actors * engines.num_gpus_per_actor,
-    )
-    print_scores(evaluate_model(model, config.evaluation, out_dir, trust_remote_code=trusts_remote_code(config, model)))
+    engines, root = config.evaluation, locate_run_folder(config).root
+    with hold_run(root, config.name) if root.is_dir() and lies_inside(out_dir, root) else nullcontext():
+        connect(
+            config.cluster,
+            min_cpus=engines.num_actors * engines.num_cpus_per_actor,
+            min_gpus=engines.num_actors * engines.num_gpus_per_actor,
+        )
+        trusted = trusts_remote_code(config, model)
+        print_scores(evaluate_model(model, config.evaluation, out_dir, trust_remote_code=trusted))
     print(f"\nanswers   {out_dir}")
 
 
@@ -72,7 +77,7 @@ def score_run(config: RunConfig, steps: list[int]) -> None:
             f"{folder.root}: has no complete checkpoint of {f'step {missing[0]}' if missing else 'any step'};"
             f" there are {', '.join(map(str, there)) or 'none'}"
         )
-    with open_run(config, open_run_folder(config), trains=False) as context:
+    with open_run(config, trains=False) as context:
         model = prepare_model(context)
         scoring = describe_scoring(context, model, FreezePlan.load(folder.plan))
         for step, results in score_checkpoints(context, scoring, steps or there).items():

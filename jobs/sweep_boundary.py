@@ -16,7 +16,7 @@ from jobs.checks import check_corpus, check_model
 from jobs.dry_run import print_dry_run
 from jobs.entry import build_parser, run_job
 from jobs.model_options import revision_of, trusts_remote_code
-from jobs.run_folder import locate_run_folder, open_run_folder
+from jobs.run_folder import locate_run_folder
 from jobs.session import open_run
 from jobs.stages import RunContext, ask_loss, build_store, make_train_request, say, tracked, write_json
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig
@@ -44,7 +44,7 @@ def sweep_boundary(config: RunConfig, args: argparse.Namespace) -> None:
         check(config)
     sweep = config.sweep or DEFAULT_SWEEP
     check_search(sweep, locate_run_folder(config).sweep)
-    with open_run(config, open_run_folder(config)) as context:
+    with open_run(config) as context:
         model = prepare_model(context)
         recipe = ask_loss(context, model)
         store = build_store(context, model)

@@ -7,7 +7,6 @@ import sys
 
 from jobs.dry_run import print_dry_run
 from jobs.entry import build_parser, run_job
-from jobs.run_folder import open_run_folder
 from layerplan.config.run import RunConfig
 
 
@@ -23,7 +22,7 @@ def trace_layers(config: RunConfig, args: argparse.Namespace) -> None:
 
     for check in (check_model, check_probes):
         check(config)
-    with open_run(config, open_run_folder(config)) as context:
+    with open_run(config) as context:
         model = prepare_model(context)
         plan = decide_plan(context, model, trace(context, model))
         report = publish_report(context)
