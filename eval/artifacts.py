@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from eval.engine import EngineAnswer
 from eval.scoring import Answer, EvaluationResult, Protocol
+from layerplan.config.base import describe_fault
 from layerplan.errors import EvaluationError
 
 Results = dict[str, EvaluationResult]
@@ -72,7 +73,9 @@ def load_results(out_dir: Path) -> Results:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             results |= {key: EvaluationResult.model_validate(value) for key, value in stored.items()}
-        except (OSError, ValueError, AttributeError, ValidationError) as error:
+        except ValidationError as error:
+            raise EvaluationError(f"{path}: not the scores of a model ({describe_fault(error)})") from None
+        except (OSError, ValueError, AttributeError) as error:
             raise EvaluationError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
     return results
 

@@ -22,7 +22,7 @@ from eval.encoding import count_control_tokens, encode_prompts
 from eval.logits import choose_dtype
 from eval.resampling import BOOTSTRAP_SAMPLES
 from eval.significance import ALPHA, correct_holm
-from layerplan.config.base import StrictModel
+from layerplan.config.base import StrictModel, describe_fault
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.evaluation import EvaluationConfig, HeldOutConfig
 from layerplan.corpus.readers import Document
@@ -182,7 +182,9 @@ def load_held_out(out_dir: Path) -> dict[str, HeldOutResult]:
     for path in sorted((out_dir / HELD_OUT_FOLDER).glob("*.json")):
         try:
             found[path.stem] = HeldOutResult.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValidationError) as error:
+        except ValidationError as error:
+            raise EvaluationError(f"{path}: not a held-out result ({describe_fault(error)})") from None
+        except (OSError, ValueError) as error:
             raise EvaluationError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
     return found
 

@@ -21,6 +21,7 @@ from typing import Any
 from eval.csv_table import LETTERS, read_letter, read_table
 from layerplan.config.evaluation import BenchmarkConfig
 from layerplan.errors import EvaluationError
+from layerplan.inside import is_plain_name
 from layerplan.plan.hashing import compute_sha256
 
 CATEGORIES = ("STEM", "Social Science", "Humanities", "Other")
@@ -150,6 +151,8 @@ def _read_subjects(root: Path, name: str) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise EvaluationError(f"evaluation.benchmarks: {name}: {path} cannot be read ({error})") from None
     for subject, values in subjects.items():
+        if not is_plain_name(subject):
+            raise EvaluationError(f"{path}: subject {subject!r} is no name of a file in {root / '<split>'}")
         if values.get("category") not in CATEGORIES or not values.get("name_zh"):
             raise EvaluationError(
                 f"{path}: subject {subject} needs name_zh and a category out of {', '.join(CATEGORIES)}"

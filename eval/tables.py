@@ -13,6 +13,7 @@ from eval.items import CATEGORIES
 from eval.scoring import EvaluationResult
 from eval.significance import compute_wilson
 from layerplan.errors import EvaluationError
+from layerplan.plan.markdown import as_text
 
 TITLES = {"ceval": "C-Eval", "cmmlu": "CMMLU"}
 PROTOCOLS = ("generate", "logit")
@@ -75,7 +76,7 @@ def _check_protocols(models: Mapping[str, Results], benchmark: str) -> None:
 
 def _markdown(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f"**{title}**", "", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines += ["| " + " | ".join([as_text(name), *cells]) + " |" for name, *cells in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -60,6 +60,10 @@ class EvaluationError(LayerplanError):
     """A benchmark, a protocol or an engine cannot give a trustworthy score."""
 
 
+class RunBusyError(LayerplanError):
+    """Another process runs this run: two would write one folder."""
+
+
 class ClusterError(LayerplanError):
     """The Ray cluster is absent, too small, or cannot be started."""
 

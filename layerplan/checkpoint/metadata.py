@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from layerplan.checkpoint.seal import is_plain_name
 from layerplan.errors import CheckpointError
+from layerplan.inside import is_plain_name
 
 METADATA_NAME = ".metadata"
 

@@ -9,6 +9,7 @@ from layerplan import __version__
 from layerplan.checkpoint.export_report import ExportReport
 from layerplan.plan.explain import summarize_plan
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.markdown import as_code, as_text
 
 CARD_NAME = "README.md"
 
@@ -32,9 +33,10 @@ def render_model_card(plan: FreezePlan, *, step: int, state: dict[str, Any], rep
         "tags: [continued-pretraining, layer-freezing, layerplan]",
         "---",
         "",
-        f"# {short_name}, continued for {step:,} steps under a `{plan.plan_type}` freeze plan",
+        f"# {as_text(short_name)}, continued for {step:,} steps under a `{plan.plan_type}` freeze plan",
         "",
-        f"Base: `{plan.model.name}` at revision `{plan.model.revision}`. The base's licence and limits hold for this model too.",
+        f"Base: {as_code(plan.model.name)} at revision {as_code(plan.model.revision)}."
+        " The base's licence and limits hold for this model too.",
         "",
         *summarize_plan(plan),
         "| | |",

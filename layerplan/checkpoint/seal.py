@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, field_validator
 from layerplan.checkpoint.layout import FORMAT, STATE_NAME, read_json, write_json
 from layerplan.config.base import StrictModel, describe_fault
 from layerplan.errors import CheckpointError
+from layerplan.inside import is_plain_name
 
 SEAL_NAME = "seal.json"
 _SELF_KEY = "seal_xxh3_128"
@@ -74,11 +75,6 @@ class Marker:
     def finish(self) -> FileMark:
         """The mark of all bytes so far."""
         return FileMark(size=self._size, xxh3_128=self._hash.hexdigest())
-
-
-def is_plain_name(name: object) -> bool:
-    """Whether a name from a file is one in a folder, and leads nowhere else."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
 
 
 def mark_bytes(content: bytes) -> FileMark:

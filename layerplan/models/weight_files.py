@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from layerplan.errors import ModelError
+from layerplan.inside import leads_inside
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -138,14 +139,18 @@ def read_index(folder: Path) -> dict[str, str]:
     """Tensor to file of `model.safetensors.index.json`.
 
     Raises:
-        ModelError: When it cannot be read.
+        ModelError: When it cannot be read, or names a file outside the folder.
     """
     path = folder / INDEX_NAME
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in found.items()}
+        index = {str(name): str(file) for name, file in found.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"model.name={folder}: {INDEX_NAME} cannot be read ({error})") from None
+    for file in index.values():
+        if not leads_inside(file):
+            raise ModelError(f"model.name={folder}: {INDEX_NAME} names {file!r}; a file of this folder is expected")
+    return index
 
 
 def _explain_absence(folder: Path, safetensors: set[str]) -> str:

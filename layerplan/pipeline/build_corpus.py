@@ -8,7 +8,6 @@ from rich.table import Table
 from layerplan.config.run import RunConfig
 from layerplan.corpus.manifest import Manifest
 from layerplan.errors import ConfigError
-from layerplan.pipeline.run_folder import open_run_folder
 
 
 def build_corpus(config: RunConfig) -> None:
@@ -22,7 +21,7 @@ def build_corpus(config: RunConfig) -> None:
 
     for check in (check_model, check_corpus, check_benchmarks):
         check(config)
-    with open_run(config, open_run_folder(config)) as context:
+    with open_run(config) as context:
         store = build_store(context, prepare_model(context))
     manifest = Manifest.load(store)
     Console(width=140).print(render_manifest(manifest, str(store)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from layerplan.config.run import RunConfig
 from layerplan.pipeline.model_options import revision_of
-from layerplan.pipeline.run_folder import open_run_folder
 
 
 def continue_pretraining(config: RunConfig) -> None:
@@ -34,7 +33,7 @@ def continue_pretraining(config: RunConfig) -> None:
 
     for check in (check_model, check_corpus, check_probes, check_benchmarks):
         check(config)
-    with open_run(config, open_run_folder(config)) as context:
+    with open_run(config) as context:
         model = prepare_model(context)
         recipe = ask_loss(context, model)
         store = build_store(context, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -15,8 +16,10 @@ from eval.significance import compute_wilson
 from layerplan.config.load import dump_config
 from layerplan.config.run import RunConfig
 from layerplan.errors import EvaluationError
+from layerplan.inside import lies_inside
 from layerplan.pipeline.model_options import trusts_remote_code
-from layerplan.pipeline.run_folder import RunFolder, open_run_folder
+from layerplan.pipeline.run_folder import RunFolder, locate_run_folder
+from layerplan.pipeline.run_lease import hold_run
 from layerplan.pipeline.session import open_run
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.ray_session import connect
@@ -37,14 +40,15 @@ def score_model(config: RunConfig, model: str, out_dir: str | Path) -> Results:
         model: Folder or hub id.
         out_dir: Folder for the scores.
     """
-    engines = config.evaluation
-    connect(
-        config.cluster,
-        min_cpus=engines.num_actors * engines.num_cpus_per_actor,
-        min_gpus=engines.num_actors * engines.num_gpus_per_actor,
-    )
-    trusted = trusts_remote_code(config, model)
-    return evaluate_model(model, config.evaluation, Path(out_dir).resolve(), trust_remote_code=trusted)
+    engines, root, folder = config.evaluation, locate_run_folder(config).root, Path(out_dir).resolve()
+    with hold_run(root, config.name) if root.is_dir() and lies_inside(folder, root) else nullcontext():
+        connect(
+            config.cluster,
+            min_cpus=engines.num_actors * engines.num_cpus_per_actor,
+            min_gpus=engines.num_actors * engines.num_gpus_per_actor,
+        )
+        trusted = trusts_remote_code(config, model)
+        return evaluate_model(model, config.evaluation, folder, trust_remote_code=trusted)
 
 
 def print_dry_run(config: RunConfig) -> None:
@@ -75,7 +79,7 @@ def score_run(config: RunConfig, steps: list[int], *, is_dry_run: bool) -> None:
         print_dry_run(config)
         print(f"checkpoints of steps {', '.join(map(str, steps or there))}, below {folder.root}")
         return
-    with open_run(config, open_run_folder(config), trains=False) as context:
+    with open_run(config, trains=False) as context:
         model = prepare_model(context)
         scoring = describe_scoring(context, model, FreezePlan.load(folder.plan))
         for step, results in score_checkpoints(context, scoring, steps or there).items():

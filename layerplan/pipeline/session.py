@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from layerplan.config.run import RunConfig
-from layerplan.pipeline.run_folder import RunFolder
+from layerplan.pipeline.run_folder import locate_run_folder, open_run_folder
+from layerplan.pipeline.run_lease import hold_run
 from layerplan.pipeline.stages import RunContext, say
 from layerplan.ray_session import connect
 from layerplan.tracking.tracker import open_tracker
@@ -16,14 +17,23 @@ DATA_CPUS = 0.25
 
 
 @contextmanager
-def open_run(config: RunConfig, folder: RunFolder, *, trains: bool = True) -> Iterator[RunContext]:
-    """Connects to Ray, opens the parent run, and closes it as finished or failed.
+def open_run(config: RunConfig, *, trains: bool = True) -> Iterator[RunContext]:
+    """Takes the run's lease and folder, connects to Ray, opens the parent run, and closes it as finished or failed.
 
     Args:
         config: The run's config.
-        folder: Its folder.
         trains: Whether training workers must fit, and the engines that score beside them; else the engines alone.
+
+    Raises:
+        RunBusyError: When another process runs it.
+        ConfigError: When the folder belongs to another config or cannot be written.
     """
+    with hold_run(locate_run_folder(config).root, config.name):
+        yield from _open(config, trains)
+
+
+def _open(config: RunConfig, trains: bool) -> Iterator[RunContext]:
+    folder = open_run_folder(config)
     train, evaluation = config.train, config.evaluation
     workers = train.num_workers if trains else 0
     engines = evaluation.num_actors if not trains or evaluation.score_every_steps is not None else 0

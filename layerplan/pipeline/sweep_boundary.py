@@ -16,7 +16,7 @@ from layerplan.pipeline.base_model import prepare_model
 from layerplan.pipeline.candidates import make_candidates, name_trial
 from layerplan.pipeline.checks import check_corpus, check_model
 from layerplan.pipeline.model_options import revision_of, trusts_remote_code
-from layerplan.pipeline.run_folder import locate_run_folder, open_run_folder
+from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.pipeline.session import open_run
 from layerplan.pipeline.stages import RunContext, ask_loss, build_store, make_train_request, say, tracked, write_json
 from layerplan.sweep.objective import Trial
@@ -30,7 +30,7 @@ def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:
     for check in (check_model, check_corpus):
         check(config)
     check_search(sweep, locate_run_folder(config).sweep)
-    with open_run(config, open_run_folder(config)) as context:
+    with open_run(config) as context:
         model = prepare_model(context)
         recipe = ask_loss(context, model)
         store = build_store(context, model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from layerplan.config.run import RunConfig
-from layerplan.pipeline.run_folder import open_run_folder
 
 
 def trace_layers(config: RunConfig) -> None:
@@ -16,7 +15,7 @@ def trace_layers(config: RunConfig) -> None:
 
     for check in (check_model, check_probes):
         check(config)
-    with open_run(config, open_run_folder(config)) as context:
+    with open_run(config) as context:
         model = prepare_model(context)
         plan = decide_plan(context, model, trace(context, model))
         publish_report(context)

@@ -20,6 +20,7 @@ from layerplan.plan.describe import (
 )
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
+from layerplan.plan.markdown import as_text
 
 TRAINS, FROZEN = "■", "□"
 
@@ -71,7 +72,7 @@ def explain_plan(
         cost_here: The cost for the rows of the run at hand, shaped as `predicted_cost`, when the plan is from elsewhere.
     """
     lines = [
-        f"# Freeze plan `{plan.plan_type}` for {plan.model.name}",
+        f"# Freeze plan `{plan.plan_type}` for {as_text(plan.model.name)}",
         "",
         *summarize_plan(plan),
         *_cost_lines(plan, cost_here),

@@ -20,7 +20,13 @@ from layerplan.plan.layer_profile import LayerProfile
 Deviations = NDArray[np.float64]
 PARTICLE, SENSITIVE, SCORE, MUTED, FROZEN = "#b45309", "#1d4ed8", "#15803d", "#6b7280", "#dbeafe"
 matplotlib.rcParams.update(
-    {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
+    {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.fonttype": "none",
+        "text.parse_math": False,
+    }
 )
 
 

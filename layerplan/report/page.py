@@ -100,7 +100,9 @@ def save_figures(folder: Path, figures: dict[str, Figure]) -> None:
 
 
 def _head(run_dir: Path, plan: FreezePlan | None) -> str:
-    subtitle = f"{plan.model.name}, plan <code>{plan.plan_type}</code>" if plan is not None else ""
+    subtitle = (
+        f"{html.escape(plan.model.name)}, plan <code>{html.escape(plan.plan_type)}</code>" if plan is not None else ""
+    )
     return f'<h1>{html.escape(run_dir.name)}</h1><p class="soft">{subtitle}</p>'
 
 

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from layerplan.config.base import describe_fault
 from layerplan.config.train import TrainConfig
 from layerplan.errors import CheckpointError
+from layerplan.inside import lies_inside
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.train.metrics import MetricSink
@@ -108,6 +109,8 @@ def load_result(run_dir: Path) -> TrainResult | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         for key in ("final_checkpoint", "hf_dir"):
             values[key] = None if values[key] is None else run_dir / values[key]
+            if values[key] is not None and not lies_inside(values[key], run_dir):
+                raise ValueError(f"{key} leads out of the run folder")
         return TypeAdapter(TrainResult).validate_python(values)
     except ValidationError as error:
         fault = describe_fault(error)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from layerplan.pipeline.run_lease import hold_run
 
 CONFIG_FAULTS = [
     (["train.max_stepz=3"], ["train.max_stepz", "unknown"]),
@@ -61,6 +65,16 @@ def test_an_occupied_name_with_another_config_is_refused_and_kept(
     )
     fails(job, 2, "name: run 'quiet' exists with train.optimizer.learning_rate=0.001, this config has 0.5")
     assert digest(run) == before
+
+
+def test_a_name_that_is_being_run_is_refused_before_anything_is_written(
+    tiny_config: Path, tmp_path: Path, run_job: Callable[..., Any]
+) -> None:
+    with hold_run(tmp_path / "busy", "busy"):
+        settings = ("--set", f"storage_path={tmp_path}", "--set", "name=busy")
+        job = run_job("jobs/build_corpus.py", "--config", tiny_config, *settings)
+        fails(job, 1, f"name: run 'busy' is being run by process {os.getpid()} on {socket.gethostname()}")
+        assert len(list((tmp_path / "busy").iterdir())) == 1, "the lease of who runs it"
 
 
 def corrupt_parquet(folder: Path) -> None:

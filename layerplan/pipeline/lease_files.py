@@ -1,0 +1,64 @@
+"""The files of a run folder's lease, on a disk or in a bucket: one per holder, each whole or not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from layerplan.corpus.location import is_address, join_location, open_filesystem
+
+_PREFIX, _SUFFIX = "lease-", ".json"
+
+
+class LeaseFiles:
+    """The holders' files directly in a run folder."""
+
+    def __init__(self, root: Path | str) -> None:
+        self._root = root
+        self._filesystem, self._inner = open_filesystem(root)
+        if not is_address(root):
+            self._filesystem.create_dir(self._inner, recursive=True)
+
+    def locate(self, owner: str) -> str:
+        """Where the file of a holder lies, for messages."""
+        return join_location(self._root, _name(owner))
+
+    def list_owners(self) -> list[str]:
+        """Holders that have a file, sorted."""
+        infos = self._filesystem.get_file_info(pafs.FileSelector(self._inner, allow_not_found=True))
+        names = [info.base_name for info in infos if info.type == pafs.FileType.File]
+        return sorted(
+            name[len(_PREFIX) : -len(_SUFFIX)] for name in names if name.startswith(_PREFIX) and name.endswith(_SUFFIX)
+        )
+
+    def read(self, owner: str) -> str | None:
+        """The file's text; None when there is none."""
+        try:
+            with self._filesystem.open_input_stream(self._place(_name(owner))) as stream:
+                return bytes(stream.read()).decode(errors="replace")
+        except FileNotFoundError:
+            return None
+
+    def write(self, owner: str, text: str) -> None:
+        """Puts the file in place at once: a bucket does so by itself, a disk by a move."""
+        place = self._place(_name(owner))
+        aside = place if is_address(self._root) else self._place(f".{_name(owner)}.partial")
+        with self._filesystem.open_output_stream(aside) as stream:
+            stream.write(text.encode())
+        if aside != place:
+            self._filesystem.move(aside, place)
+
+    def remove(self, owner: str) -> None:
+        """Removes the file, if there is one."""
+        try:
+            self._filesystem.delete_file(self._place(_name(owner)))
+        except FileNotFoundError:
+            return
+
+    def _place(self, name: str) -> str:
+        return f"{self._inner}/{name}"
+
+
+def _name(owner: str) -> str:
+    return f"{_PREFIX}{owner}{_SUFFIX}"
