@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerplan.inside import is_plain_name
 from layerplan.plan.cost import COST_NAME, GIB, PlanCost
 from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
 
@@ -131,7 +132,9 @@ def _read_held_out(evaluation: Path) -> list[HeldOutText]:
     verdicts = _read(evaluation / "held_out_verdicts.json") or []
     texts = []
     for item in verdicts:
-        sizes = _read(evaluation / BASE / "held_out" / f"{item['name']}.json").get("document_bytes")
+        name = f"{item['name']}.json"
+        scores = _read(evaluation / BASE / "held_out" / name) if is_plain_name(name) else {}
+        sizes = scores.get("document_bytes")
         low, high = item["difference_interval"]
         numbers = (item["base"], item["trained"], (low, high), item["adjusted_p"])
         texts.append(HeldOutText(item["name"], len(sizes) if sizes else None, *numbers, item["sentence"]))

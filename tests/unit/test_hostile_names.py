@@ -92,7 +92,8 @@ def test_no_name_of_any_artifact_becomes_an_element_of_the_page(
         (folder / "scores.json").write_text(
             json.dumps({HOSTILE: {"question_mean": 1.0, "num_correct": 1, "num_asked": 1}})
         )
-    held_out = json.dumps([{"name": HOSTILE, "sentence": HOSTILE}])
+    numbers = {"base": 1.0, "trained": 1.0, "difference_interval": [0, 1], "adjusted_p": 1.0}
+    held_out = json.dumps([numbers | {"name": HOSTILE, "sentence": HOSTILE}])
     (run / "evaluation" / "held_out_verdicts.json").write_text(held_out)
     seen = Elements(write_report(run).read_text(encoding="utf-8"))
     assert not seen.names & {"script", "img", "onerror"}
