@@ -19,7 +19,8 @@ from layerplan.errors import ConfigError, RunBusyError
 from layerplan.pipeline.run_lease import hold_run
 
 ROOT = Path(__file__).resolve().parents[2]
-HOLD = "import sys\nfrom layerplan.pipeline.run_lease import hold_run\nwith hold_run(sys.argv[1], 'r'):\n print('held', flush=True)\n input()"
+IMPORT = "from layerplan.pipeline.run_lease import hold_run"
+HOLD = f"import sys\n{IMPORT}\nwith hold_run(sys.argv[1], 'r'):\n print('held', flush=True)\n input()"
 
 
 def silent(line: str) -> None:
