@@ -52,9 +52,8 @@ def _take_first_words(config: EvaluationConfig) -> list[str]:
     prompts: list[str] = []
     for item in config.held_out:
         texts = (document.text for document in iter_documents(CorpusConfig(sources=[item.source])))
-        found = (prompt for text in texts if text.strip() and (prompt := cut_prompt(text)) not in prompts)
-        prompts += islice(found, PROMPTS_PER_TEXT)
-    return prompts
+        prompts += map(cut_prompt, islice((text for text in texts if text.strip()), PROMPTS_PER_TEXT))
+    return list(dict.fromkeys(prompts))
 
 
 def _count_columns(text: str) -> int:

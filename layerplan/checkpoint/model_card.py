@@ -47,7 +47,7 @@ def render_model_card(plan: FreezePlan, *, step: int, state: dict[str, Any], rep
         f" written in {' and '.join(report.trained_dtypes)}, trained in float32 |",
         f"| freeze plan | `freeze_plan.json`, sha256 `{plan.sha256}` |",
         "",
-        f"Made with layerplan {__version__}. What the run measured after training stands below, and in its report.",
+        f"Made with layerplan {__version__}. What the model scores is in the run's report, beside its base.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -31,7 +31,7 @@ def describe_measurement(profile: LayerProfile) -> list[str]:
     ]
     start, end = profile.task_particle_interval
     theta = profile.options.get("task_particle_threshold", 0.5)
-    where = f"layers {start} to {end - 1}" if end > start else "no layer"
+    where = {0: "no layer", 1: f"layer {start}"}.get(max(0, end - start), f"layers {start} to {end - 1}")
     strongest = profile.task_particle_argmax
     lines.append(
         f"Task evidence moves by more than {theta:g} of itself in {where} (task particle), most in layer {strongest}"
@@ -39,7 +39,7 @@ def describe_measurement(profile: LayerProfile) -> list[str]:
     )
     sensitive = max(range(len(profile.layer_sensitivity)), key=lambda layer: profile.layer_sensitivity[layer])
     lines.append(
-        f"Masking the context before layer 0 moves the answer by {profile.js[0]:.3f} nats of Jensen-Shannon divergence;"
+        f"Masking the context before layer 0 moves the answer by {profile.js[0]:.3g} nats of Jensen-Shannon divergence;"
         f" the effect changes most at layer {sensitive}, by {profile.layer_sensitivity[sensitive]:.2f} of itself"
         f"{_interval(profile, 'layer_sensitivity', sensitive)}."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from layerplan.report.answers import Answers, Cost, HeldOutText, ValidationLoss, Work
@@ -17,7 +18,7 @@ LONGEST_LINE = 160
 
 def tabulate_texts(answers: Answers) -> Table:
     """Text that nobody trained on, before and after: a row for the validation rows, and one per held-out text."""
-    headings = ("text not trained on", "size", "base", "trained", "difference [95 %]", "p (Holm)")
+    headings = ("text not trained on", "unit", "base", "trained", "difference [95 %]", "p (Holm)")
     rows = [_validation_row(answers.validation)] if answers.validation is not None else []
     return headings, rows + [_held_out_row(text) for text in answers.held_out]
 
@@ -27,10 +28,10 @@ def describe_texts(answers: Answers) -> list[str]:
     lines = []
     if (loss := answers.validation) is not None and loss.base is not None:
         lines.append(
-            f"validation loss: {loss.base:.4f} before the first step, {loss.trained:.4f} after the last"
+            f"Validation loss: {loss.base:.4f} before the first step, {loss.trained:.4f} after the last"
             f" ({describe_change(loss.base, loss.trained)})."
         )
-    return lines + [f"{text.name}: {text.sentence}" for text in answers.held_out]
+    return lines + [f"{text.name}: {text.sentence.rstrip('.')}." for text in answers.held_out]
 
 
 def describe_change(first: float, last: float) -> str:
@@ -46,8 +47,8 @@ def describe_change(first: float, last: float) -> str:
 def tabulate_cost(cost: Cost) -> Table:
     """What the plan promised beside what the run took."""
     rows = [
-        ["parameters that train", f"{cost.trainable_params:,} of {cost.total_params:,}", NOTHING],
-        ["layers that backward enters", f"from layer {cost.first_gradient_layer} up", NOTHING],
+        ["parameters that train", _describe_params(cost), NOTHING],
+        ["backward goes down to", f"layer {cost.first_gradient_layer}", NOTHING],
         _work_row(cost.work),
         *([_work_row(cost.work_elsewhere, "; the plan was made for these")] if cost.work_elsewhere is not None else []),
         ["time in steps", _least_time(cost), _time(cost)],
@@ -59,11 +60,9 @@ def tabulate_cost(cost: Cost) -> Table:
 
 def describe_cost(cost: Cost) -> str:
     """The cost in one line."""
-    line = f"{_describe_work(cost.work)} in rows of {cost.work.seq_len:,} tokens"
+    line = _describe_work(cost.work, in_rows=True)
     if cost.work_elsewhere is not None:
-        line += (
-            f" (the plan was made for rows of {cost.work_elsewhere.seq_len:,}: {_describe_work(cost.work_elsewhere)})"
-        )
+        line += f" (where the plan was made: {_describe_work(cost.work_elsewhere, in_rows=True)})"
     if cost.train_s is not None:
         line += f"; {render_duration(cost.train_s)} in steps"
         line += f" at {cost.mfu:.0%} of the workers' full rate" if cost.mfu else ""
@@ -97,31 +96,39 @@ def list_metrics(answers: Answers) -> dict[str, float]:
 
 
 def list_continuations(answers: Answers) -> list[tuple[str, str]]:
-    """The first prompt as lines of (who, text on one line), shortened; empty when nothing was continued."""
-    for item in answers.continuations[:1]:
+    """One prompt as lines of (who, text on one line), shortened; the first that both models answered in words."""
+    in_words = [item for item in answers.continuations if (item.base or "").strip() and (item.trained or "").strip()]
+    for item in (in_words or answers.continuations)[:1]:
         said = (("prompt", item.prompt), ("base", item.base), ("trained", item.trained))
         return [(who, _shorten(show_text(text))) for who, text in said if text is not None]
     return []
 
 
 def show_text(text: str | None) -> str:
-    """A continuation as it is shown: a dash for one that was not asked for, words for one that is empty."""
-    return NOTHING if text is None else text or "(nothing: the model ended the text at once)"
+    """A continuation as it is shown: words for one that has none, and no more than one empty line in a row."""
+    if text is None:
+        return NOTHING
+    if not text:
+        return "(nothing: the model ended the text at once)"
+    if not text.strip():
+        return f"(white space only, {len(text):,} characters)"
+    return re.sub(r"(?:[ \t]*\n){3,}", "\n\n", text).rstrip()
 
 
 def _validation_row(loss: ValidationLoss) -> list[str]:
-    size = NOTHING if loss.num_rows is None else f"{loss.num_rows:,} rows"
+    size = "" if loss.num_rows is None else f" ({loss.num_rows:,} rows)"
     base, difference = "not measured", NOTHING
     if loss.base is not None:
         base, difference = f"{loss.base:.4f}", f"{loss.trained - loss.base:+.4f}"
-    return ["validation rows, nats per token", size, base, f"{loss.trained:.4f}", difference, NOTHING]
+    return [f"validation{size}", "nats/token", base, f"{loss.trained:.4f}", difference, NOTHING]
 
 
 def _held_out_row(text: HeldOutText) -> list[str]:
     low, high = text.interval
+    size = "" if text.num_documents is None else f" ({text.num_documents:,} documents)"
     return [
-        f"{text.name}, bits per byte",
-        NOTHING if text.num_documents is None else f"{text.num_documents:,} documents",
+        f"{text.name}{size}",
+        "bits/byte",
         f"{text.base:.4f}",
         f"{text.trained:.4f}",
         f"{text.trained - text.base:+.4f} [{low:+.4f}, {high:+.4f}]",
@@ -133,8 +140,13 @@ def _work_row(work: Work, note: str = "") -> list[str]:
     return [f"work in rows of {work.seq_len:,} tokens{note}", _describe_work(work), NOTHING]
 
 
-def _describe_work(work: Work) -> str:
-    return f"{work.flops_per_token / 1e9:.4g} GFLOP per token, {work.share_of_full:.1%} of training everything"
+def _describe_params(cost: Cost) -> str:
+    return f"{cost.trainable_params:,} of {cost.total_params:,} ({cost.trainable_params / cost.total_params:.1%})"
+
+
+def _describe_work(work: Work, *, in_rows: bool = False) -> str:
+    rows = f" in rows of {work.seq_len:,} tokens" if in_rows else ""
+    return f"{work.flops_per_token / 1e9:.4g} GFLOP per token{rows}, {work.share_of_full:.1%} of training everything"
 
 
 def _least_time(cost: Cost) -> str:

@@ -19,6 +19,7 @@ from layerplan.plan.layer_profile import LayerProfile
 
 Deviations = NDArray[np.float64]
 PARTICLE, SENSITIVE, SCORE, MUTED, FROZEN = "#b45309", "#1d4ed8", "#15803d", "#6b7280", "#dbeafe"
+DEVIATIONS = {"cosine": "cosine distance", "ce": "cross-entropy", "rank": "rank"}
 matplotlib.rcParams.update(
     {
         "font.size": 9,
@@ -148,7 +149,9 @@ def draw_semantic(profile: LayerProfile) -> Figure:
     for axes, (kind, values) in zip(panels, profile.semantic.items()):
         axes.plot(range(len(values.deviation)), values.deviation, "o-", color=SENSITIVE, markersize=3)
         axes.axvline(values.eof_layer, color=MUTED, linestyle="--", linewidth=1)
-        axes.set(title=f"{kind}, eof layer {values.eof_layer}", xlabel="layers passed")
+        axes.set(xlabel="layers passed")
+        axes.set_title(f"{DEVIATIONS.get(kind, kind)}, freezes to {values.eof_layer}", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -169,7 +172,7 @@ def draw_deviations(deviations: Mapping[str, Deviations], profile: LayerProfile)
                 is_frozen = index <= eof_layer
                 body.set(facecolor=SENSITIVE if is_frozen else PARTICLE, alpha=0.35, linewidth=0)
         axes.hlines(values.mean(0), [p - 0.3 for p in positions], [p + 0.3 for p in positions], color="#111827")
-        axes.set(ylabel=kind, xlim=(-0.7, values.shape[1] - 0.3))
+        axes.set(ylabel=DEVIATIONS.get(kind, kind), xlim=(-0.7, values.shape[1] - 0.3))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layers passed (blue: up to SALF's end of freezing)")
     return figure
@@ -206,5 +209,7 @@ def draw_loss(lines: Sequence[dict[str, Any]]) -> Figure:
         if points:
             axes.plot(*zip(*points), style, color=colour, label=label)
     axes.set(xlabel="optimizer step", ylabel="loss, nats per token")
-    axes.legend(frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False)
     return figure

@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 
 
 def render_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, style: str = "") -> str:
-    """An HTML table; every cell is escaped."""
+    """An HTML table that scrolls by itself where the page is narrower; every cell is escaped."""
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     opening = f'<table class="{style}">' if style else "<table>"
-    return f"{opening}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{opening}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def embed_svg(figure: Figure) -> str:

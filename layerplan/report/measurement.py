@@ -24,6 +24,13 @@ from layerplan.plan.layer_profile import PROBES_NAME, LayerProfile
 from layerplan.report.figures import Deviations
 from layerplan.report.html_parts import embed_svg, render_table
 
+INTRODUCTION = (
+    "Before training, the base answered short probes: a context, then a question about it. At every layer two things were"
+    " measured. The task particle (TP) says how much the layer moves the probability of the answer. The layer sensitivity"
+    " (LS) says how far the effect of hiding the context changes when it is hidden behind the layer instead of before it."
+    " The paper expects sensitive layers below and task particles above; S(k) says how well a boundary k between layers"
+    " k - 1 and k tells the two sides apart."
+)
 SHOWN_DEVIATIONS = ("cosine", "ce")
 CAPTIONS = {
     "profiles": "Normalised profiles (the paper's Figure 10): where task evidence moves, and where a masked context"
@@ -33,7 +40,8 @@ CAPTIONS = {
     " is stability and no evidence.",
     "task_particle": "Task particle by probe group (Figure 4, top row).",
     "layer_sensitivity": "Layer sensitivity by probe group (Figure 4, bottom row).",
-    "semantic": "SALF: mean deviation from the right answer after each layer, and where freezing would end.",
+    "semantic": "SALF, another method: mean deviation from the right answer after each layer, and the layer up to which it would"
+    " freeze (dashed).",
     "deviations": "The same deviations probe by probe (SALF, Figure 5); bars are means.",
 }
 CHECKS = {
@@ -65,9 +73,8 @@ def render_measurement(
     if profile is None:
         return ""
     choice = read_choice(plan) or choose_boundary(profile)
-    text = "<h2>What was measured</h2>" + _list_sentences(
-        [*describe_measurement(profile), *describe_certainty(profile, choice)]
-    )
+    text = f'<h2>What was measured of the layers</h2><p class="soft">{INTRODUCTION}</p>'
+    text += _list_sentences([*describe_measurement(profile), *describe_certainty(profile, choice)])
     for name, caption in CAPTIONS.items():
         if name in figures:
             text += f'<figure>{embed_svg(figures[name])}<figcaption class="soft">{html.escape(caption)}</figcaption></figure>'

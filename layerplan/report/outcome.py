@@ -44,7 +44,7 @@ def _render_continuations(answers: Answers) -> str:
         return ""
     trained = "trained" if answers.final_step is None else f"trained, step {answers.final_step:,}"
     rows = [[item.prompt, show_text(item.base), show_text(item.trained)] for item in answers.continuations]
-    note = "Each prompt is continued greedily, by the most likely token each time; the text is shown as it came."
+    note = "Each prompt is continued greedily, by the most likely token each time; runs of empty lines are shortened."
     return (
         "<h2>What it says now</h2>"
         + render_table(["prompt", "base", trained], rows, style="cases")

@@ -40,6 +40,12 @@ _PROOF_LABELS = {
     "logits_moved_by_rounding": "largest change of a logit by rounding to it, as a share of the largest logit",
 }
 
+_SCORES_NOTE = (
+    "Percent of questions answered rightly, of four choices. logit: the letter that is likeliest as the next token; generate:"
+    " the letter in the answer that the model writes. p is that of no difference, corrected for all comparisons made (Holm)."
+)
+_COUNTS = {"in": "documents read", "kept": "documents kept"}
+
 _STYLE = """
 :root{--ink:#111827;--soft:#4b5563;--line:#e5e7eb;--train:#b45309;--frozen:#dbeafe}
 body{font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Noto Sans CJK SC",sans-serif;color:var(--ink);
@@ -49,9 +55,10 @@ padding-bottom:.3rem}p{margin:.5rem 0}.soft{color:var(--soft)}table{border-colla
 th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}
 th{color:var(--soft);font-weight:600}.map{display:flex;gap:3px;margin:1rem 0;flex-wrap:wrap}.cell{min-width:34px;
 flex:1;text-align:center;padding:.5rem .2rem;border-radius:4px;font-size:.8rem}.on{background:var(--train);color:#fff}
-.off{background:var(--frozen);color:#1e3a8a}svg{max-width:100%;height:auto}code{font-size:.88em}
+.off{background:var(--frozen);color:#1e3a8a}svg{width:100%;height:auto}figure{margin:1rem 0}.scroll{overflow-x:auto}
+pre{overflow-x:auto}code{font-size:.88em}
 .verdict{border-left:3px solid var(--train);padding:.2rem 0 .2rem .8rem;margin:.6rem 0}
-.cases td{white-space:pre-wrap;vertical-align:top;width:33%}
+.cases td{white-space:pre-wrap;overflow-wrap:anywhere;vertical-align:top;width:33%}
 """
 
 
@@ -69,7 +76,7 @@ def write_report(run_dir: Path) -> Path:
         figures["loss"] = draw_loss(lines)
     save_figures(run_dir / FIGURES_NAME, figures)
     sections = [
-        _head(run_dir, plan),
+        _head(run_dir, plan, _read(run_dir / "training.json")),
         render_outcome(read_answers(run_dir)),
         _verdict_section(_read(run_dir / "verdicts.json") or []),
         render_checkpoint_scores(run_dir / "evaluation"),
@@ -99,10 +106,12 @@ def save_figures(folder: Path, figures: dict[str, Figure]) -> None:
         figure.savefig(folder / f"{name}.png", dpi=150)
 
 
-def _head(run_dir: Path, plan: FreezePlan | None) -> str:
-    subtitle = (
-        f"{html.escape(plan.model.name)}, plan <code>{html.escape(plan.plan_type)}</code>" if plan is not None else ""
-    )
+def _head(run_dir: Path, plan: FreezePlan | None, result: dict[str, Any] | None) -> str:
+    subtitle = ""
+    if plan is not None:
+        subtitle = f"{html.escape(plan.model.name)}, plan <code>{html.escape(plan.plan_type)}</code>"
+    if result is not None:
+        subtitle += f", continued for {result['final_step']:,} steps on {result['tokens_seen']:,} tokens"
     return f'<h1>{html.escape(run_dir.name)}</h1><p class="soft">{subtitle}</p>'
 
 
@@ -138,7 +147,7 @@ def _verdict_section(verdicts: Sequence[dict[str, Any]]) -> str:
         for item in verdicts
     )
     headings = ["benchmark", "questions", "base [95 %]", "trained [95 %]", "difference", "p (Holm)"]
-    return "<h2>The verdict</h2>" + render_table(headings, rows) + sentences
+    return f'<h2>The verdict of the benchmarks</h2>{render_table(headings, rows)}<p class="soft">{_SCORES_NOTE}</p>{sentences}'
 
 
 def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure]) -> str:
@@ -152,8 +161,6 @@ def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure])
             ["steps", f"{result['final_step']:,}"],
             ["tokens", f"{result['tokens_seen']:,}"],
             ["loss, first to last logged", f"{result['first_loss']:.3f} to {result['final_loss']:.3f}"],
-            ["tokens per second", f"{result['tokens_per_s']:,.0f}"],
-            ["MFU on the plan's own FLOPs", f"{result['mfu']:.1%}"],
             ["steps left out as not finite", str(result["skipped_steps"])],
         ]
         text += render_table(["measured", ""], rows)
@@ -179,9 +186,13 @@ def _proof_value(name: str, value: Any) -> str:
 def _corpus_section(manifest: dict[str, Any] | None) -> str:
     if manifest is None:
         return ""
-    rows = [[name, f"{count:,}"] for name, count in manifest["counts"].items()]
+    counts = manifest["counts"]
+    rows = [[label, f"{counts[name]:,}"] for name, label in _COUNTS.items() if name in counts]
+    rows += [
+        [f"left out: {name.replace('_', ' ')}", f"{count:,}"] for name, count in counts.items() if name not in _COUNTS
+    ]
     rows += [["rows", f"{manifest['num_rows']:,}"], ["tokens", f"{manifest['num_tokens']:,}"]]
-    return "<h2>Corpus</h2>" + render_table(["documents", "count"], rows)
+    return "<h2>Corpus</h2>" + render_table(["corpus", "count"], rows)
 
 
 def _config_section(run_dir: Path) -> str:

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from layerplan.report.answer_tables import show_text
+
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
@@ -27,6 +29,7 @@ def test_each_stage_leaves_its_artifact(finished_run: Path) -> None:
         "self_test.json",
         "freeze_plan.json",
         "freeze_plan.md",
+        "predicted_cost.json",
         "token_store/manifest.json",
         "metrics.jsonl",
         "training.json",
@@ -156,8 +159,13 @@ def test_the_lineage_is_one_parent_with_a_nested_run_per_stage(finished_run: Pat
     by_step = {line["step"]: line["train/loss"] for line in written if line["run"] == "train" and "train/loss" in line}
     assert {point.step: point.value for point in losses} == pytest.approx(by_step)
     assert stages["train"].data.params["max_steps"] == "40"
+    validated = client.get_metric_history(stages["train"].info.run_id, "validation/loss")
+    assert [point.step for point in validated] == [0, 20, 40]
+    training = read(finished_run / "training.json")
+    assert runs[0].data.metrics["result/validation_loss/base"] == validated[0].value == training["base_validation_loss"]
+    assert runs[0].data.metrics["cost/rows_seq_len"] == 64
     names = {item.path for item in client.list_artifacts(parent)}
-    assert {"report.html", "resolved_config.json", "figures"} <= names
+    assert {"report.html", "resolved_config.json", "figures", "model_card"} <= names
     assert {item.path for item in client.list_artifacts(stages["plan"].info.run_id)} >= {"freeze_plan.json"}
     assert {item.path for item in client.list_artifacts(stages["trace"].info.run_id)} >= {"layer_profile.json"}
 
@@ -170,8 +178,18 @@ def test_the_report_needs_nothing_from_outside(finished_run: Path) -> None:
     assert "tensors that train and have a gradient" in page
     for label in ("base", "step_00000040"):
         lines = (finished_run / "evaluation" / label / "continuations.jsonl").read_text(encoding="utf-8").split("\n")
-        assert html.escape(json.loads(lines[0])["text"]) in page
-    assert "<th>prompt</th><th>base</th><th>step_00000040</th>" in page
+        assert html.escape(show_text(json.loads(lines[0])["text"])) in page
+    assert "<th>prompt</th><th>base</th><th>trained, step 40</th>" in page
+
+
+def test_the_loss_before_the_first_step_is_everywhere(finished_run: Path) -> None:
+    training = read(finished_run / "training.json")
+    before, after = (f"{training[name]:.4f}" for name in ("base_validation_loss", "validation_loss"))
+    line = f"Validation loss: {before} before the first step, {after} after the last"
+    for name in ("report.html", "hf/step_00000040/README.md"):
+        assert line in (finished_run / name).read_text(encoding="utf-8"), name
+    assert line in " ".join((finished_run / "output.txt").read_text(encoding="utf-8").split())
+    assert "work in rows of 64 tokens" in (finished_run / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_scores_are_exported_in_the_papers_layout(finished_run: Path) -> None:

@@ -110,8 +110,8 @@ def test_the_text_before_and_after_is_the_same_everywhere(finished: Path) -> Non
         "12 documents",
     ):
         assert value in page and value in shown and value.replace("[", r"\[").replace("]", r"\]") in card, value
-    loss = "validation loss: 4.0000 before the first step, 3.0000 after the last (25 % lower)."
-    for line in (loss, f"notes: {SENTENCE}"):
+    loss = "Validation loss: 4.0000 before the first step, 3.0000 after the last (25 % lower)."
+    for line in (loss, f"notes: {SENTENCE}."):
         assert line in page and line in card and line in shown, line
     assert "- ceval/logit: no better" in card
     metrics = list_metrics(answers)
@@ -143,7 +143,7 @@ def test_a_plan_that_travelled_shows_both_lengths(tmp_path: Path) -> None:
     assert cost.work.flops_per_token < cost.work_elsewhere.flops_per_token
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "work in rows of 256 tokens<" in page and "work in rows of 4,096 tokens; the plan was made for these" in page
-    assert "in rows of 256 tokens (the plan was made for rows of 4,096: " in describe_cost(cost)
+    assert " in rows of 256 tokens, " in describe_cost(cost) and " in rows of 4,096 tokens, " in describe_cost(cost)
 
 
 def test_prompts_stand_side_by_side_as_they_came(finished: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_run_of_an_earlier_version_shows_what_it_has(tmp_path: Path) -> None:
     answers = read_answers(folder)
     page = write_report(folder).read_text(encoding="utf-8")
     assert "<td>not measured</td><td>3.0000</td><td>–</td>" in page
-    assert describe_texts(answers) == [f"notes: {SENTENCE}"]
+    assert describe_texts(answers) == [f"notes: {SENTENCE}."]
     assert answers.cost is not None and answers.cost.work.seq_len == 256 and answers.cost.checkpoint_gib is None
     assert answers.continuations == () and "What it says now" not in page
 
