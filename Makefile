@@ -8,14 +8,19 @@ RUNS ?= $(CURDIR)/runs
 UI_PORT ?= 5000
 TEST_PROCESSES ?= 2
 SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+SEED ?= 0
+ROUNDS ?= 3
+FAULTS ?= 4
+FILES ?= 200
 QUIET := RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
-.PHONY: help env demo test test-all test-unit check format ui clean
+.PHONY: help env demo test test-all test-unit chaos check format ui clean
 
 help:
 	@echo "make demo    run the quick start on a local Ray cluster and print its summary"
 	@echo "make test    run every test but the long ones"
 	@echo "make test-all  run the long ones too: kills, sweeps, phases"
+	@echo "make chaos   hurt seeded runs: SEED=$(SEED) ROUNDS=$(ROUNDS) FAULTS=$(FAULTS) FILES=$(FILES), about two minutes a round"
 	@echo "make check   formatter, linter, types, import contracts"
 	@echo "make ui      open MLflow on http://127.0.0.1:$(UI_PORT) over $(RUNS)"
 	@echo "make env     make the environment only; make clean removes it"
@@ -43,6 +48,9 @@ test-all: env
 
 test-unit: env
 	$(QUIET) $(BIN)/python -m pytest tests/unit tests/test_architecture.py -q $(SIDE_BY_SIDE)
+
+chaos: env
+	$(QUIET) $(BIN)/python -m tests.chaos.storm --seed $(SEED) --rounds $(ROUNDS) --faults $(FAULTS) --files $(FILES) $(CHAOS_OPTIONS)
 
 check: env
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ outside cannot write its stacks: then its node is asked what has become of it. N
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,8 @@ from layerplan.train.stall import Pulse, Stall, find_limit, find_slowest, find_s
 STALLS_NAME = "stalls"
 GONE = "gone"
 _ANSWER_TIMEOUT_S = 15.0
+_LOOK_TIMEOUT_S = 60.0
+"""Of a task on a node where something is wrong: its process has to start there."""
 _OPTIONS = {"num_cpus": 0, "max_restarts": -1}
 
 
@@ -131,10 +134,12 @@ class Watchdog:
 
 def look_at_process(beat: Beat) -> str:
     """Asks the worker's node what its process does: `stopped`, `sleeping`, ..., or `gone`."""
+    if beat.host == socket.gethostname() and beat.node_id == ray.get_runtime_context().get_node_id():
+        return _read_status(beat.pid)
     place = NodeAffinitySchedulingStrategy(node_id=beat.node_id, soft=False)
     asking = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(_read_status)
     try:
-        return str(ray.get(asking.remote(beat.pid), timeout=_ANSWER_TIMEOUT_S))
+        return str(ray.get(asking.remote(beat.pid), timeout=_LOOK_TIMEOUT_S))
     except ray.exceptions.GetTimeoutError:
         return "on a node that does not answer"
     except ray.exceptions.RayError:

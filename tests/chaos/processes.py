@@ -1,0 +1,238 @@
+"""Faults of processes: training workers, controller, driver, raylet and head killed or stopped, and files damaged in between.
+
+A storm is one run that is hurt at steps drawn from its seed and submitted again until it ends. Its ledger and its weights must be
+those of a quiet run. The seed fixes what is done at which step; how far a process is at that moment is the machine's matter.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from layerplan.checkpoint.index import list_checkpoints
+from tests.chaos.files import KINDS
+from tests.chaos.outcomes import Outcome
+from tests.chaos.tracking_server import TrackingServer
+from tests.chaos.victim import MAX_STEPS
+from tests.ray_script import start_script
+
+TIMEOUT_S = 900
+"""Of one submission: a driver that hangs for longer is one thing lost."""
+MOST_SUBMISSIONS = 12
+WORDS = re.compile(r"error:|\[watch\] no progress|is set aside|was never finished|stopped by|does not answer any more")
+AGAIN = "submit the same"
+RECOVERED = re.compile(r"\[watch\] training goes on at step \d+, (\d+) s after a worker was lost, (\d+) s of which")
+PROCESSES = {"worker": "RayTrainWorker", "controller": "TrainController", "raylet": "/raylet", "head": "/gcs_server"}
+"""Part of the name or of the command line, by what it is called here."""
+ENDS_THE_RUN = ("driver", "raylet", "head", "controller")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done once the ledger has so many steps."""
+
+    victim: str
+    signal: signal.Signals
+    at: int
+
+    @property
+    def name(self) -> str:
+        """As in the table."""
+        return f"{self.victim}: {self.signal.name}"
+
+
+CHOICES: tuple[tuple[str, signal.Signals], ...] = (
+    ("worker", signal.SIGKILL),
+    ("driver", signal.SIGKILL),
+    ("worker", signal.SIGSTOP),
+    ("driver", signal.SIGTERM),
+    ("controller", signal.SIGKILL),
+    ("raylet", signal.SIGKILL),
+    ("head", signal.SIGKILL),
+    ("tracking", signal.SIGKILL),
+)
+
+
+def draw_faults(draw: random.Random, number: int, choices: tuple[tuple[str, signal.Signals], ...]) -> list[Fault]:
+    """So many faults over the steps of one run, in order; each kind comes once before any comes twice."""
+    steps = sorted(draw.sample(range(2, MAX_STEPS - 3), number))
+    kinds = [kind for _ in range(number) for kind in draw.sample(choices, len(choices))][:number]
+    return [Fault(victim, number, at) for (victim, number), at in zip(kinds, steps, strict=True)]
+
+
+@dataclass
+class Storm:
+    """One run, its faults, and what came of them."""
+
+    folder: Path
+    """Has `base` and `store`; the run lies beside them."""
+    run: str
+    faults: list[Fault]
+    draw: random.Random
+    server: TrackingServer | None = None
+    outcomes: list[Outcome] = field(default_factory=list)
+    recoveries: list[tuple[int, int]] = field(default_factory=list)
+    """(seconds until training went on, seconds of them for the start of a process)."""
+    _family: list[psutil.Process] = field(default_factory=list)
+    """The driver and its processes when they were last hurt."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Of the run."""
+        return self.folder / self.run
+
+    def submit_until_done(self) -> None:
+        """Submits, hurts, damages, submits again."""
+        for number in range(MOST_SUBMISSIONS):
+            done, damage = self._submit(number)
+            if done:
+                self.outcomes += [Outcome(fault.name, "skipped: the run was over") for fault in self.faults]
+                return
+            if damage is not None:
+                self.outcomes.append(damage)
+        self.outcomes.append(Outcome("the run", "", f"not finished after {MOST_SUBMISSIONS} submissions"))
+
+    def _submit(self, number: int) -> tuple[bool, Outcome | None]:
+        """One submission to its end; whether the run is done, and the damage its end was used for."""
+        output = self.folder / f"{self.run}_{number}.txt"
+        arguments = [self.folder, self.run, *([self.server.address] if self.server else [])]
+        script, ray_folder = str(Path(__file__).with_name("victim.py")), str(self.folder / "ray")
+        with output.open("w") as handle:
+            process = start_script(script, *arguments, output=handle, RAY_TMPDIR=ray_folder)
+        hit: list[tuple[Fault, int]] = []
+        deadline = time.monotonic() + TIMEOUT_S
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                self._hurt_when_due(process, hit, output)
+                time.sleep(0.02)
+        finally:
+            hung = process.poll() is None
+            end_all(find_family(process.pid) if hung else [])
+        returncode = process.wait()
+        if hung:
+            self.outcomes.append(Outcome("a submission", output.name, f"it hung for {TIMEOUT_S} s"))
+        self._outlive(hit)
+        text = output.read_text(errors="replace")
+        self.recoveries += [(int(whole), int(start)) for whole, start in RECOVERED.findall(text)]
+        self.outcomes += [judge(fault, text, position, returncode) for fault, position in hit]
+        if returncode == 0:
+            return True, None
+        if not hit:
+            last = text.strip().splitlines()[-1] if text.strip() else "no output"
+            self.outcomes.append(Outcome("nothing", last, f"the run ended by itself with {returncode}"))
+        return False, self._damage_between()
+
+    def _hurt_when_due(self, process: subprocess.Popen[str], hit: list[tuple[Fault, int]], output: Path) -> None:
+        ledger = self.run_dir / "ledger.jsonl"
+        steps = len(ledger.read_text().splitlines()) if self.faults and ledger.exists() else 0
+        if not self.faults or steps < self.faults[0].at or (hit and hit[-1][0].victim in ENDS_THE_RUN):
+            return
+        fault = self.faults.pop(0)
+        if fault.victim == "tracking":
+            self._hurt_server(fault)
+            return
+        self._family = find_family(process.pid)
+        victims = [each for each in self._family if is_victim(each, fault.victim, process.pid)]
+        if not victims:
+            self.outcomes.append(Outcome(fault.name, "skipped: there was no such process at that moment"))
+            return
+        hit.append((fault, output.stat().st_size))
+        self.draw.choice(sorted(victims, key=lambda each: each.pid)).send_signal(fault.signal)
+
+    def _hurt_server(self, fault: Fault) -> None:
+        if self.server is None:
+            self.outcomes.append(Outcome(fault.name, "skipped: without a tracking server"))
+            return
+        self.server.restart()
+        self.outcomes.append(Outcome(fault.name, f"the server was away for {self.server.away_s:.0f} s"))
+
+    def _outlive(self, hit: list[tuple[Fault, int]]) -> None:
+        """Workers of a killed driver die a moment after it; what is left after a minute is one thing lost, and ended."""
+        if hit and hit[-1][0].victim in ENDS_THE_RUN:
+            _, alive = psutil.wait_procs(self._family, timeout=60)
+            if alive:
+                names = ", ".join(sorted({name_process(each) for each in alive}))
+                self.outcomes.append(Outcome("processes that outlive the run", names, f"{len(alive)} after 60 s"))
+                end_all(alive)
+
+    def _damage_between(self) -> Outcome | None:
+        """Half of the times: a file of the newest of several checkpoints is damaged, or Ray's own index is gone."""
+        whole = list_checkpoints(self.run_dir / "checkpoints")
+        if len(whole) < 2 or self.draw.random() < 0.5:
+            return None
+        file = self.draw.choice(
+            sorted(path for path in whole[0].iterdir() if path.name.startswith(("__", ".meta", "s")))
+        )
+        kind = self.draw.choice(sorted(KINDS))
+        file.write_bytes(KINDS[kind](file.read_bytes(), self.draw))
+        (self.run_dir / "checkpoints" / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+        return Outcome(f"newest checkpoint between submissions: {kind}", f"{file.parent.name}/{file.name}")
+
+
+def judge(fault: Fault, text: str, position: int, returncode: int) -> Outcome:
+    """What was said after a fault, and whether that was enough."""
+    after = text[position:].splitlines()
+    words = [line for line in after if WORDS.search(line) or RECOVERED.search(line)]
+    said = words[0] if words else f"(exit status {returncode})"
+    lost = ""
+    if fault.victim == "controller" and returncode and not any(AGAIN in line for line in after):
+        lost = "no word that submitting again continues"
+    if fault.signal == signal.SIGSTOP and not any("[watch] no progress" in line for line in after):
+        lost = "the stop was not told"
+    if returncode == 1 and not any(line.startswith("error: ") for line in after):
+        lost = lost or f"no line of ours at its end: {after[-1] if after else ''}"
+    return Outcome(fault.name, said, lost)
+
+
+def find_family(pid: int) -> list[psutil.Process]:
+    """A driver and everything below it."""
+    try:
+        driver = psutil.Process(pid)
+        return [driver, *driver.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def is_victim(process: psutil.Process, victim: str, driver: int) -> bool:
+    """Whether a process is of the kind that a fault hits."""
+    return process.pid == driver if victim == "driver" else PROCESSES[victim] in name_process(process)
+
+
+def name_process(process: psutil.Process) -> str:
+    """Its command, or nothing once it is gone."""
+    try:
+        return (process.cmdline() or [process.name()])[0]
+    except psutil.Error:
+        return ""
+
+
+def end_all(processes: list[psutil.Process]) -> None:
+    """Ends processes that this storm started."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def compare_runs(storm: Path, quiet: Path) -> Outcome:
+    """The two things that a storm must not change."""
+    results = [run / "training.json" for run in (storm, quiet)]
+    if not all(result.exists() for result in results):
+        return Outcome("a whole storm", "", "the run itself")
+    folders = [run / json.loads(result.read_text())["hf_dir"] for run, result in zip((storm, quiet), results)]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    ledgers = [(run / "ledger.jsonl").read_text() for run in (storm, quiet)]
+    lost = [name for name, pair in (("weights", weights), ("ledger", ledgers)) if pair[0] != pair[1]]
+    said = (
+        f"ledger of {len(ledgers[0].splitlines())} steps and {len(weights[0]):,} bytes of weights equal the quiet run's"
+    )
+    return Outcome("a whole storm", "" if lost else said, " and ".join(f"other {name}" for name in lost))

@@ -1,0 +1,66 @@
+"""A short seed of `make chaos`, and that it would see a loss."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.files import damage_files, fill_disk, try_checkpoint
+from tests.chaos.outcomes import Outcome, render_table
+from tests.chaos.processes import CHOICES, draw_faults
+from tests.chaos.storm import main
+from tests.tiny_checkpoint import RUN_ID, load, make_old, save
+
+
+def test_damaged_files_change_no_value_that_is_used_and_every_message_names_the_file(tmp_path: Path) -> None:
+    outcomes = damage_files(tmp_path, random.Random(3), 40)
+    assert [outcome for outcome in outcomes if outcome.lost] == []
+    assert len(outcomes) == 80 and sum(bool(outcome.said) for outcome in outcomes) > 60, render_table(outcomes)
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_it_is_used(tmp_path: Path) -> None:
+    outcome = fill_disk(tmp_path / "disk")
+    if outcome.said.startswith("skipped"):
+        pytest.skip(outcome.said)
+    assert outcome.lost == "", outcome
+    assert str(tmp_path / "disk" / "step_00000020") in outcome.said and "No space left on device" in outcome.said
+
+
+def test_a_storm_sees_what_no_seal_guards_and_weights_that_are_others(tmp_path: Path) -> None:
+    """Damaged checkpoints from before there were seals are loaded, or not, only when it is too late."""
+    folder = tmp_path / "checkpoints"
+    wanted = {path.name: load(path) for path in (save(folder, 10), save(folder, 20))}
+    (folder / "run_id").write_text(RUN_ID)
+    swapped = dict(zip(wanted, reversed(wanted.values())))
+    assert try_checkpoint(folder, swapped, random.Random(0)).lost == "other weights were used"
+    for name in wanted:
+        make_old(folder / name)
+    lost = [try_checkpoint(folder, wanted, random.Random(seed)).lost for seed in range(40)]
+    assert any("cannot be loaded" in each for each in lost), lost
+
+
+def test_a_seed_draws_the_same_faults_and_each_kind_before_any_twice() -> None:
+    drawn = [draw_faults(random.Random(5), len(CHOICES), CHOICES) for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert {(fault.victim, fault.signal) for fault in drawn[0]} == set(CHOICES)
+    assert [fault.at for fault in drawn[0]] == sorted(fault.at for fault in drawn[0])
+
+
+def test_the_table_has_a_row_for_each_kind_with_what_was_lost() -> None:
+    outcomes = [Outcome("bit", "a | b"), Outcome("bit", ""), Outcome("cut", "", "weights")]
+    assert render_table(outcomes).splitlines()[2:] == [
+        "| bit | 2 | a \\| b (1 without effect) | nothing |",
+        "| cut | 1 | nothing: no value changed | weights |",
+    ]
+
+
+@pytest.mark.long
+def test_a_run_that_loses_a_worker_and_its_driver_ends_as_a_quiet_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seed=1", "--rounds=1", "--kill=worker:SIGKILL,driver:SIGKILL", "--files=0"]) == 0, (
+        capsys.readouterr()
+    )
+    table = capsys.readouterr().out
+    assert "| worker: SIGKILL | 1 |" in table and "1 times training went on by itself" in table, table
+    assert "ledger of 24 steps and" in table, table
