@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_STEPS = 24
-STEP_S = 0.15
+STEP_S = 0.3
 
 
 @dataclass
