@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from jobs.model_options import find_base
 from jobs.stages import RunContext, list_benchmark_texts, say, tracked
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.model import ScratchModelConfig
@@ -26,7 +27,7 @@ def prepare_model(context: RunContext) -> str:
     """Returns the folder or hub id of the base model, making a scratch one first when the config asks for it."""
     model = context.config.model
     if not isinstance(model, ScratchModelConfig):
-        return model.name
+        return find_base(context.config)
     finished = load_result(context.folder.base_model)
     if finished is not None:
         say("base", f"found {finished.hf_dir}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from eval.items import load_benchmark
-from jobs.model_options import revision_of, trusts_remote_code
+from jobs.model_options import find_base, revision_of, trusts_remote_code
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.run import RunConfig
 from layerplan.corpus.joining import read_joining
@@ -24,7 +24,7 @@ def check_model(config: RunConfig) -> None:
     """
     if isinstance(config.model, ScratchModelConfig):
         return
-    name, revision = config.model.name, revision_of(config)
+    name, revision = find_base(config), revision_of(config)
     trusted = trusts_remote_code(config)
     check_base_model(name, revision=revision, trust_remote_code=trusted)
     vocab_size = load_model_shape(name, revision=revision, trust_remote_code=trusted).vocab_size

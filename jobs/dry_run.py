@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from jobs.model_options import revision_of, trusts_remote_code
+from jobs.model_options import find_base, revision_of, trusts_remote_code
 from jobs.run_folder import RunFolder
 from layerplan.config.load import dump_config
 from layerplan.config.model import ScratchModelConfig
@@ -39,6 +39,7 @@ def print_dry_run(config: RunConfig) -> None:
         LayerplanError: When model, plan or profile do not fit together.
     """
     print(dump_config(config))
+    config = config.model_copy(update={"train": config.train.assume_dtype()})
     shape, model_type = _shape(config)
     model = ModelIdentity(name=_model_name(config), model_type=model_type, num_layers=shape.num_layers)
     plan, note = _plan(config, model, shape)
@@ -60,7 +61,7 @@ def _shape(config: RunConfig) -> tuple[ModelShape, str]:
         return ModelShape.from_hf_config(values), str(values["model_type"])
     from layerplan.models.model_sizes import load_model_shape
 
-    name, revision = config.model.name, revision_of(config)
+    name, revision = find_base(config), revision_of(config)
     shape = load_model_shape(name, revision=revision, trust_remote_code=trusts_remote_code(config))
     return shape, str(load_hf_config(name, revision=revision)["model_type"])
 
@@ -70,14 +71,14 @@ def _describe_text(config: RunConfig) -> list[str]:
     if isinstance(config.model, ScratchModelConfig):
         return ["tokenizer to be trained by the run"]
     try:
-        joining = read_joining(config.corpus, find_tokenizer_file(config.model.name, revision=revision_of(config)))
+        joining = read_joining(config.corpus, find_tokenizer_file(find_base(config), revision=revision_of(config)))
     except ModelError as error:
         return [f"not known yet: {error}"]
     return [f"documents are {joining}", *describe_tokenizer(joining.facts)]
 
 
 def _model_name(config: RunConfig) -> str:
-    return "scratch" if isinstance(config.model, ScratchModelConfig) else Path(config.model.name).name
+    return "scratch" if isinstance(config.model, ScratchModelConfig) else Path(find_base(config)).name
 
 
 def _plan(config: RunConfig, model: ModelIdentity, shape: ModelShape) -> tuple[FreezePlan, str]:

@@ -1,4 +1,4 @@
-"""Scores any Hugging Face folder or hub id: `--model FOLDER --out FOLDER`, or the base model of the config.
+"""Scores any Hugging Face folder, GGUF file or hub id: `--model FOLDER --out FOLDER`, or the base model of the config.
 
 `--checkpoints` scores checkpoints of the config's own run that were not scored beside its training: all, or some steps.
 """
@@ -18,7 +18,7 @@ from eval.items import load_benchmark
 from eval.runner import evaluate_model
 from eval.significance import compute_wilson
 from jobs.entry import build_parser, run_job
-from jobs.model_options import trusts_remote_code
+from jobs.model_options import find_named, trusts_remote_code
 from jobs.run_folder import RunFolder, open_run_folder
 from jobs.session import open_run
 from layerplan.config.load import dump_config
@@ -39,6 +39,7 @@ def evaluate(config: RunConfig, args: argparse.Namespace) -> None:
         raise ConfigError(
             "--model: is required when the config's model is made from scratch; a folder or hub id is expected"
         )
+    model = find_named(model, config)
     out_dir = Path(args.out or Path(config.storage_path) / config.name / "evaluation" / Path(model).name).resolve()
     if args.dry_run:
         print(dump_config(config))
@@ -107,7 +108,7 @@ def print_scores(results: Results, *, title: str = "Accuracy, percent") -> None:
 
 if __name__ == "__main__":
     parser = build_parser("Score a model on C-Eval and CMMLU.")
-    parser.add_argument("--model", help="folder or hub id; the config's base model when left out")
+    parser.add_argument("--model", help="folder, GGUF file or hub id; the config's base model when left out")
     parser.add_argument("--out", help="folder for the scores")
     parser.add_argument(
         "--checkpoints",

@@ -12,6 +12,7 @@ from rich.table import Table
 from eval.significance import Verdict
 from layerplan.plan.explain import render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.layer_profile import ModelSource
 from layerplan.train.trainer import TrainResult
 
 WIDTH = 100
@@ -30,7 +31,17 @@ def print_summary(plan: FreezePlan, result: TrainResult, verdicts: Sequence[Verd
         highlight=False,
     )
     print_verdicts(verdicts)
+    if plan.model.source is not None:
+        print(f"note      {describe_repair(plan.model.source)}")
     print(f"\nreport    {report}")
+
+
+def describe_repair(source: ModelSource) -> str:
+    """What a run on de-quantised weights does not separate."""
+    return (
+        f"the base was de-quantised from {source.file}, so a part of any gain may repair rounded weights; the same run on"
+        " general text tells it apart"
+    )
 
 
 def describe_change(first: float, last: float) -> str:

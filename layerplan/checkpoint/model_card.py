@@ -33,6 +33,7 @@ def render_model_card(plan: FreezePlan, *, step: int, state: dict[str, Any], rep
         f"# {short_name}, continued for {step:,} steps under a `{plan.plan_type}` freeze plan",
         "",
         f"Base: `{plan.model.name}` at revision `{plan.model.revision}`. The base's licence and limits hold for this model too.",
+        *([f"Its weights were de-quantised from the GGUF file `{plan.model.source}`."] if plan.model.source else []),
         "",
         *summarize_plan(plan),
         "| | |",
