@@ -41,7 +41,7 @@ demo: env
 	@VENV=$(VENV) RUNS=$(RUNS) bash cluster/local/demo.sh
 
 test: env
-	$(QUIET) $(BIN)/python -m pytest tests -q $(SIDE_BY_SIDE) --durations=15 -m "not long"
+	$(QUIET) $(BIN)/python -m pytest tests -q $(SIDE_BY_SIDE) --durations=15 -m "not long and not real_model"
 
 test-all: env
 	$(QUIET) $(BIN)/python -m pytest tests -q $(SIDE_BY_SIDE) --durations=25

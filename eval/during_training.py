@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +53,11 @@ class CheckpointScoring:
         every = self.config.score_every_steps
         return range(0) if every is None else range(every, self.final_step, every)
 
+    def leaving_cores(self) -> CheckpointScoring:
+        """The same with one thread per engine, unless the config says how many: training needs the other cores."""
+        threads = self.config.num_threads_per_actor or 1
+        return replace(self, config=self.config.model_copy(update={"num_threads_per_actor": threads}))
+
     def __call__(self, checkpoint: Any) -> dict[str, float]:
         """Scores a committed checkpoint and returns its accuracies.
 
@@ -74,7 +79,7 @@ class CheckpointScoring:
         check_stop()
         try:
             step = int(read_train_state(path)["step"])
-            results = score_checkpoint(self, step, path, after_batch=check_stop)
+            results = score_checkpoint(self.leaving_cores(), step, path, after_batch=check_stop)
             if self.config.guardrail_points is not None:
                 self._stop_on_breach(step, results)
         except TaskCancelledError:

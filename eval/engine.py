@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from eval.cores import find_threads, use_cores
+
 
 @dataclass(frozen=True)
 class EngineSpec:
@@ -26,6 +28,10 @@ class EngineSpec:
     """Longest prompt with its answer, in tokens."""
     trust_remote_code: bool = False
     """Whether the user allowed the model's own code."""
+    num_threads: int | None = None
+    """Threads on a CPU; the engine's share of the node's cores when left out."""
+    num_engines: int = 1
+    """Engines that share the cores."""
 
 
 class EngineAnswer(NamedTuple):
@@ -54,6 +60,7 @@ def open_engine(spec: EngineSpec) -> Engine:
         EvaluationError: When vLLM cannot start.
         ModelError: When transformers cannot load the model.
     """
+    use_cores(find_threads(spec.num_threads, spec.num_engines))
     if spec.backend == "vllm":
         from eval.generation import VllmEngine
 

@@ -18,8 +18,10 @@ import torch
 from pydantic import Field, ValidationError
 
 from eval.artifacts import write_text
+from eval.cores import find_threads, use_cores
 from eval.encoding import count_control_tokens, encode_prompts
 from eval.logits import choose_dtype
+from eval.progress import ProgressLines
 from eval.resampling import BOOTSTRAP_SAMPLES
 from eval.significance import ALPHA, correct_holm
 from layerplan.config.base import StrictModel, describe_fault
@@ -94,7 +96,17 @@ def iter_windows(num_tokens: int, window: int) -> Iterator[tuple[int, int]]:
 class HeldOutActor:
     """A model that gives the negative log-likelihood of windows."""
 
-    def __init__(self, model: str, revision: str, dtype: str, num_gpus: float, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        revision: str,
+        dtype: str,
+        num_gpus: float,
+        trust_remote_code: bool = False,
+        num_threads: int | None = None,
+        num_engines: int = 1,
+    ) -> None:
+        use_cores(find_threads(num_threads, num_engines))
         self._device = torch.device("cuda" if num_gpus > 0 and torch.cuda.is_available() else "cpu")
         chosen = choose_dtype(dtype, self._device)
         loaded = load_causal_lm(model, revision=revision, dtype=chosen, trust_remote_code=trust_remote_code)
@@ -155,7 +167,7 @@ def score_held_out(
         before = stored.get(item.name)
         if before is None or before.model_dump(include=set(origin)) != origin:
             report(f"bits per byte of {len(documents):,} documents of {item.name}")
-            measured = _score_documents(model, revision, documents, config, trust_remote_code)
+            measured = _score_documents(model, revision, documents, config, trust_remote_code, report)
             before = HeldOutResult.model_validate(origin | measured)
             text = json.dumps(before.model_dump()) + "\n"
             write_text(out_dir / HELD_OUT_FOLDER / f"{item.name}.json", text)
@@ -251,7 +263,12 @@ def _judge_pair(base: HeldOutResult, trained: HeldOutResult, gaps: np.ndarray, p
 
 
 def _score_documents(
-    model: str, revision: str, documents: Sequence[str], config: EvaluationConfig, trust_remote_code: bool
+    model: str,
+    revision: str,
+    documents: Sequence[str],
+    config: EvaluationConfig,
+    trust_remote_code: bool,
+    report: Callable[[str], None],
 ) -> dict[str, object]:
     """The measured part of a result."""
     import ray
@@ -269,7 +286,15 @@ def _score_documents(
     ]
     scored = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // WINDOWS_PER_BATCH)).map_batches(
         HeldOutActor,
-        fn_constructor_args=(model, revision, config.dtype, config.num_gpus_per_actor, trust_remote_code),
+        fn_constructor_args=(
+            model,
+            revision,
+            config.dtype,
+            config.num_gpus_per_actor,
+            trust_remote_code,
+            config.num_threads_per_actor,
+            config.num_actors,
+        ),
         batch_size=WINDOWS_PER_BATCH,
         compute=ray.data.ActorPoolStrategy(size=config.num_actors),
         num_cpus=config.num_cpus_per_actor,
@@ -277,10 +302,13 @@ def _score_documents(
     )
     nats = [0.0] * len(documents)
     answered = 0
+    progress = ProgressLines("windows of held-out text", len(rows), report)
     try:
-        for record in scored.take_all():
-            nats[int(record["document"])] += float(record["nats"])
-            answered += 1
+        for batch in scored.iter_batches(batch_size=None, prefetch_batches=0):
+            for document, value in zip(batch["document"], batch["nats"], strict=True):
+                nats[int(document)] += float(value)
+            answered += len(batch["nats"])
+            progress.add(len(batch["nats"]))
     except Exception as error:
         fault = find_layerplan_error(error)
         words = " ".join(str(error).split())[:300]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.engine import EngineAnswer, EngineSpec, open_engine
+from eval.progress import ProgressLines
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError, LayerplanError, find_layerplan_error
 from layerplan.plan.hashing import compute_sha256
@@ -83,6 +84,7 @@ def ask_all(
     config: EvaluationConfig,
     work_dir: Path,
     *,
+    report: Callable[[str], None] = lambda line: None,
     after_batch: Callable[[], None] = lambda: None,
 ) -> list[EngineAnswer]:
     """Asks every prompt once and returns the answers in order. Ray must be initialised.
@@ -92,6 +94,7 @@ def ask_all(
         spec: The engine of each actor.
         config: Size of the pool and of its batches.
         work_dir: Folder, reachable from every node, for the ledger and the engines' logs.
+        report: Receives a line from time to time.
         after_batch: Called once a batch is in the ledger; what it raises ends the asking and loses nothing.
 
     Raises:
@@ -102,9 +105,11 @@ def ask_all(
     todo = [index for index in _order(asks, spec.backend) if index not in ledger.answers]
     logs = work_dir / LOGS_NAME
     if todo:
+        progress = ProgressLines("prompts answered", len(asks), report, done=len(ledger.answers))
         with _explained(spec, logs), ledger:
             for batch in _stream([(index, asks[index]) for index in todo], spec, config, logs):
                 ledger.add(batch)
+                progress.add(len(batch["index"]))
                 after_batch()
     missing = len(asks) - len(ledger.answers)
     if missing:

@@ -58,7 +58,16 @@ def evaluate_model(
         report(f"asking {sum(len(benchmark.questions) for benchmark in todo):,} questions with {config.backend}")
         prompts = choose_continuations(config)
         outputs, continuations = _ask_benchmarks(
-            model, revision, trust_remote_code, config, todo or benchmarks[:1], todo, prompts, out_dir, after_batch
+            model,
+            revision,
+            trust_remote_code,
+            config,
+            todo or benchmarks[:1],
+            todo,
+            prompts,
+            out_dir,
+            report,
+            after_batch,
         )
         write_continuations(out_dir, prompts, continuations)
         for benchmark in todo:
@@ -169,6 +178,7 @@ def _ask_benchmarks(
     asked: Sequence[Benchmark],
     to_continue: Sequence[tuple[str, int]],
     out_dir: Path,
+    report: Callable[[str], None],
     after_batch: Callable[[], None],
 ) -> tuple[dict[str, list[list[EngineAnswer]]], list[EngineAnswer]]:
     """Answers per benchmark and repeat, and the continuations; `worded` benchmarks say which tokens the letters are."""
@@ -205,10 +215,13 @@ def _ask_benchmarks(
         letter_ids=letters.pop(),
         max_length=max(lengths),
         trust_remote_code=trust_remote_code,
+        num_threads=config.num_threads_per_actor,
+        num_engines=config.num_actors,
     )
     orders = [order_repeat(num_questions, repeat) for repeat in range(config.repeats)]
     shuffled = [asks[index] for order in orders for index in order]
-    answers = ask_all([*shuffled, *asks[num_questions:]], spec, config, out_dir, after_batch=after_batch)
+    every = [*shuffled, *asks[num_questions:]]
+    answers = ask_all(every, spec, config, out_dir, report=report, after_batch=after_batch)
     outputs: dict[str, list[list[EngineAnswer]]] = {benchmark.name: [] for benchmark in asked}
     for repeat, order in enumerate(orders):
         by_question = dict(zip(order, answers[repeat * num_questions :]))

@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": ("layerplan.commands.compare", "judge finished runs against their base and each other"),
     "ledger": ("layerplan.commands.ledger", "prove from their ledgers what runs trained on"),
     "track": ("layerplan.commands.track", "send a tracking store what did not arrive while it was down"),
+    "convert": ("layerplan.commands.convert", "make a safetensors folder of a GGUF file"),
     "generate": ("layerplan.commands.generate", "continue a text with models, side by side"),
     "push": ("layerplan.commands.push", "upload a finished run's model, card, plan and scores to the Hugging Face hub"),
     "report": ("layerplan.commands.report", "write the page of a run folder anew"),

@@ -37,6 +37,11 @@ def render_model_card(plan: FreezePlan, *, step: int, state: dict[str, Any], rep
         "",
         f"Base: {as_code(plan.model.name)} at revision {as_code(plan.model.revision)}."
         " The base's licence and limits hold for this model too.",
+        *(
+            [f"Its weights were de-quantised from the GGUF file {as_code(str(plan.model.source))}."]
+            if plan.model.source
+            else []
+        ),
         "",
         *summarize_plan(plan),
         "| | |",

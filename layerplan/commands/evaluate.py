@@ -51,7 +51,9 @@ def execute(args: argparse.Namespace) -> None:
             "--model: is required when the config's model is made from scratch; a folder or hub id is expected"
         )
     from layerplan.pipeline.evaluate import evaluate, print_dry_run
+    from layerplan.pipeline.model_options import find_named
 
+    model = find_named(model, config)
     if args.dry_run:
         print_dry_run(config)
     else:

@@ -16,7 +16,8 @@ class SourceConfig(StrictModel):
     """A folder or file (JSONL plain/gz/zst, Parquet, Arrow, .txt/.md/.rst), local or at an `s3://`, `gs://` or other
     fsspec address; `hub://owner/dataset`: a Hugging Face data set, streamed, with the token of `HF_TOKEN` or
     `hf auth login`; or `machine://docs`: the documentation already on this machine (`machine://docs/python` and
-    `machine://docs/packages` are its two halves)."""
+    `machine://docs/packages` are its two halves); or `machine://catalogues/zh_CN`: the message catalogues that installed
+    packages have for a language."""
     format: Literal["auto", "jsonl", "parquet", "arrow", "text"] = "auto"
     """`auto` goes by the file name's ending."""
     id_column: str = "id"

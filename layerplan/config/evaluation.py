@@ -59,6 +59,8 @@ class EvaluationConfig(StrictModel):
     """Engines (data parallel)."""
     num_cpus_per_actor: float = Field(default=0.5, ge=0)
     """CPU share each engine reserves on Ray."""
+    num_threads_per_actor: int | None = Field(default=None, ge=1)
+    """Threads of an engine on a CPU; left out, the node's cores shared among the engines, and one each beside training."""
     num_gpus_per_actor: float = Field(default=0.0, ge=0)
     """GPUs each engine uses; above 1 it splits the model over them (tensor parallel)."""
     repeats: int = Field(default=1, ge=1, le=20)

@@ -11,11 +11,13 @@ from layerplan.config.corpus import SourceConfig
 
 
 class PretrainedModelConfig(StrictModel):
-    """An existing causal language model: a Hugging Face folder or a hub id."""
+    """An existing causal language model: a Hugging Face folder, a GGUF file or a hub id."""
 
     type: Literal["pretrained"] = "pretrained"
     name: str = Field(min_length=1)
-    """Folder with `config.json`, tokenizer and safetensors weights, or a hub id such as `Qwen/Qwen3-0.6B`."""
+    """Folder with `config.json`, tokenizer and safetensors weights; or a hub id such as `Qwen/Qwen3-0.6B`; or a `.gguf`
+    file, by its path or as `package://<import name>/<file>` inside an installed Python package, which is converted once
+    into `<storage_path>/gguf_models/`."""
     revision: str = "main"
     """Branch, tag or commit of a hub id; ignored for folders."""
     trust_remote_code: bool = False

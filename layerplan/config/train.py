@@ -71,8 +71,9 @@ class TrainConfig(StrictModel):
     """CPU share each worker reserves on Ray."""
     use_gpu: bool = False
     """Give each worker one GPU."""
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Dtype of the matrix products; masters of what trains are always float32."""
+    compute_dtype: Literal["float32", "bfloat16", "auto"] = "bfloat16"
+    """Dtype of the matrix products; masters of what trains are always float32. `auto` is bfloat16 on GPUs; on CPUs the run
+    measures both at its start, takes bfloat16 where it is at least 1.2 times as fast, and keeps what it took."""
     parallelism: Literal["auto", "replicate", "shard"] = "auto"
     """Whole model on every worker, or FSDP2 shards; `auto` replicates when the model fits into a worker's memory."""
     num_replicas: int = Field(default=1, ge=1)
@@ -124,6 +125,12 @@ class TrainConfig(StrictModel):
     """Prove before every checkpoint, by checksums, that frozen tensors still have their bytes."""
     write_ledger: bool = False
     """Write a hash of the row ids of every step (`ledger.jsonl`)."""
+
+    def assume_dtype(self) -> TrainConfig:
+        """The same with the dtype that can be told without measuring: bfloat16 on GPUs, float32, the larger, on CPUs."""
+        if self.compute_dtype != "auto":
+            return self
+        return self.model_copy(update={"compute_dtype": "bfloat16" if self.use_gpu else "float32"})
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainConfig:

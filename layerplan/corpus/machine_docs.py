@@ -1,7 +1,8 @@
-"""`machine://docs`: the documentation every Python machine already has, so that a first run needs no download.
+"""`machine://`: text every Python machine already has, so that a first run needs no download.
 
-Three kinds, in a fixed order: the language reference's topic texts, the docstrings of the standard library, and the
-README that installed packages carry in their metadata.
+`machine://docs` has three kinds, in a fixed order: the language reference's topic texts, the docstrings of the standard
+library, and the README that installed packages carry in their metadata. `machine://catalogues/<language>` are the message
+catalogues that installed packages have for a language, such as `zh_CN`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,36 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from layerplan.corpus.catalogues import find_catalogues, read_catalogues
+from layerplan.errors import CorpusError
+
 MACHINE_DOCS = "machine://docs"
 PYTHON_DOCS, PACKAGE_DOCS = "machine://docs/python", "machine://docs/packages"
 ALL_MACHINE_DOCS = (MACHINE_DOCS, PYTHON_DOCS, PACKAGE_DOCS)
-TOPICS, STDLIB, PACKAGE = "topics", "stdlib:", "package:"
+CATALOGUES = "machine://catalogues/"
+TOPICS, STDLIB, PACKAGE, CATALOGUE = "topics", "stdlib:", "package:", "catalogue:"
+
+
+def is_machine_source(path: str) -> bool:
+    """Whether a source's path means text of this machine."""
+    return path in ALL_MACHINE_DOCS or path.startswith(CATALOGUES)
 
 
 def iter_machine_units(source: str = MACHINE_DOCS) -> Iterator[str]:
-    """Names the units: `topics`, `stdlib:<file>`, `package:<name>`; a narrower source names its own kinds only."""
+    """Names the units: `topics`, `stdlib:<file>`, `package:<name>`, `catalogue:<language>`; of the source's kinds only.
+
+    Raises:
+        CorpusError: When no package has catalogues for the language.
+    """
+    if source.startswith(CATALOGUES):
+        language = source.removeprefix(CATALOGUES)
+        if not find_catalogues(language):
+            raise CorpusError(
+                f"corpus.sources: {source}: no installed package has message catalogues for {language!r}; a language such"
+                " as zh_CN, de or ru is expected, and a package with translations, such as pycountry"
+            )
+        yield CATALOGUE + language
+        return
     if source != PACKAGE_DOCS:
         yield from _iter_python_units()
     if source != PYTHON_DOCS:
@@ -42,6 +65,8 @@ def read_machine_unit(name: str) -> Iterator[tuple[str, str]]:
         yield from _read_topics()
     elif name.startswith(STDLIB):
         yield from _read_docstrings(name.removeprefix(STDLIB))
+    elif name.startswith(CATALOGUE):
+        yield from read_catalogues(name.removeprefix(CATALOGUE))
     else:
         yield from _read_package(name.removeprefix(PACKAGE))
 

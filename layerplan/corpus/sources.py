@@ -15,7 +15,7 @@ from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.corpus.hub import HUB, list_hub_files
 from layerplan.corpus.layout import Layout, choose_files
 from layerplan.corpus.location import COMPRESSIONS, FileEntry, hide_keys, is_compressed, list_files, split_options
-from layerplan.corpus.machine_docs import ALL_MACHINE_DOCS, iter_machine_units
+from layerplan.corpus.machine_docs import is_machine_source, iter_machine_units
 from layerplan.corpus.readers import Document, is_apart, read_unit
 from layerplan.errors import CorpusError
 
@@ -108,7 +108,7 @@ def iter_documents(config: CorpusConfig) -> Iterator[Document]:
 
 def _list_source(index: int, source: SourceConfig, unit_bytes: int) -> tuple[list[Unit], str | None]:
     """A source's units, and a line about the files that are not among them."""
-    if source.path in ALL_MACHINE_DOCS:
+    if is_machine_source(source.path):
         return [Unit(index, name, MACHINE, 0, MACHINE_UNIT_BYTES) for name in iter_machine_units(source.path)], None
     layout = _lay_out(source)
     units = [

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from layerplan.errors import ModelError, first_line
+from layerplan.models.gguf_file import SOURCE_NAME, read_source
 from layerplan.models.weight_files import INDEX_NAME, OTHER_FORMATS, WEIGHTS_NAME, read_index
 from layerplan.plan.layer_profile import ModelIdentity
 
 WEIGHT_SUFFIXES = (*OTHER_FORMATS, ".safetensors", ".onnx_data", ".tflite", ".ot", ".mlmodel", ".pkl", ".distcp")
-OWN_FILES = ("README.md", "freeze_plan.json")
-"""What an export writes itself; the base's own card and plan are about another model."""
+OWN_FILES = ("README.md", "freeze_plan.json", SOURCE_NAME)
+"""What an export says itself; the base's own card, plan and source are about another model."""
 
 TOKENIZER_SIBLINGS = ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json")
 """Files beside `tokenizer.json` that name its tokens; a model may lack any of them."""
@@ -173,6 +174,7 @@ def identify_model(name: str, *, revision: str = "main") -> ModelIdentity:
         model_type=config["model_type"],
         num_layers=num_layers,
         weights_sha256=weights,
+        source=read_source(folder),
     )
 
 

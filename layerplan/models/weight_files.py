@@ -160,6 +160,9 @@ def _explain_absence(folder: Path, safetensors: set[str]) -> str:
     others = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in OTHER_FORMATS)
     if not others:
         return "the folder has no *.safetensors weights; it is not a whole checkpoint"
+    ggufs = [name for name in others if name.lower().endswith(".gguf")]
+    if ggufs:
+        return f"the folder has no *.safetensors weights; name the GGUF file itself, such as {folder / ggufs[0]}"
     return (
         f"the folder has no *.safetensors weights, only {others[0]}{' ...' if len(others) > 1 else ''}; other formats are"
         " not read: load it with transformers and save it again with `save_pretrained`, which writes safetensors"

@@ -13,6 +13,7 @@ from layerplan.corpus.sources import iter_documents
 from layerplan.models.files import identify_model
 from layerplan.models.model_sizes import load_model_shape
 from layerplan.models.scratch import build_scratch_model, train_tokenizer
+from layerplan.pipeline.model_options import find_base
 from layerplan.pipeline.stages import RunContext, list_benchmark_texts, say, tracked
 from layerplan.plan.policies import make_full_plan
 from layerplan.tracking.tracker import RunSinkFactory
@@ -26,7 +27,7 @@ def prepare_model(context: RunContext) -> str:
     """Returns the folder or hub id of the base model, making a scratch one first when the config asks for it."""
     model = context.config.model
     if not isinstance(model, ScratchModelConfig):
-        return model.name
+        return find_base(context.config)
     finished = load_result(context.folder.base_model)
     if finished is not None:
         say("base", f"found {finished.hf_dir}")

@@ -11,7 +11,7 @@ from layerplan.errors import ModelError
 from layerplan.models.base_check import check_base_model
 from layerplan.models.files import find_tokenizer_file
 from layerplan.models.model_sizes import load_model_shape
-from layerplan.pipeline.model_options import revision_of, trusts_remote_code
+from layerplan.pipeline.model_options import find_base, revision_of, trusts_remote_code
 from layerplan.plan.decide import wants_profile
 from layerplan.tracer.pool import collect_probes
 
@@ -24,7 +24,7 @@ def check_model(config: RunConfig) -> None:
     """
     if isinstance(config.model, ScratchModelConfig):
         return
-    name, revision = config.model.name, revision_of(config)
+    name, revision = find_base(config), revision_of(config)
     trusted = trusts_remote_code(config)
     check_base_model(name, revision=revision, trust_remote_code=trusted)
     vocab_size = load_model_shape(name, revision=revision, trust_remote_code=trusted).vocab_size

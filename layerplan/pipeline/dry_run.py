@@ -18,7 +18,7 @@ from layerplan.models.files import find_tokenizer_file, is_at_hand
 from layerplan.models.scratch_config import make_hf_config
 from layerplan.models.tokenizer_facts import describe_tokenizer
 from layerplan.pipeline.candidates import make_candidates, name_trial
-from layerplan.pipeline.model_options import revision_of, trusts_remote_code
+from layerplan.pipeline.model_options import find_base, revision_of, trusts_remote_code
 from layerplan.pipeline.run_folder import RunFolder
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, PlanCost, explain_cost, predict_cost, render_cost_table
@@ -42,6 +42,7 @@ def print_dry_run(config: RunConfig) -> None:
         LayerplanError: When model, plan or profile do not fit together.
     """
     print(dump_config(config))
+    config = config.model_copy(update={"train": config.train.assume_dtype()})
     model, shape = describe_model(config)
     plan, note = _plan(config, model, shape)
     print("text   " + "\n       ".join(_describe_text(config)))
@@ -115,7 +116,7 @@ def _shape(config: RunConfig) -> tuple[ModelShape, str]:
     from layerplan.models.published import load_shape_and_type
 
     return load_shape_and_type(
-        config.model.name, revision=revision_of(config), trust_remote_code=trusts_remote_code(config)
+        find_base(config), revision=revision_of(config), trust_remote_code=trusts_remote_code(config)
     )
 
 
@@ -123,7 +124,7 @@ def _describe_text(config: RunConfig) -> list[str]:
     """What the model's tokenizer is, and how documents are joined."""
     if isinstance(config.model, ScratchModelConfig):
         return ["tokenizer to be trained by the run"]
-    name, revision = config.model.name, revision_of(config)
+    name, revision = find_base(config), revision_of(config)
     if not is_at_hand(name, "tokenizer.json", revision=revision):
         return [f"not known yet: the tokenizer of {name} is not on this machine; a run fetches it"]
     try:
@@ -134,7 +135,7 @@ def _describe_text(config: RunConfig) -> list[str]:
 
 
 def _model_name(config: RunConfig) -> str:
-    return "scratch" if isinstance(config.model, ScratchModelConfig) else Path(config.model.name).name
+    return "scratch" if isinstance(config.model, ScratchModelConfig) else Path(find_base(config)).name
 
 
 def _plan(config: RunConfig, model: ModelIdentity, shape: ModelShape) -> tuple[FreezePlan, str]:

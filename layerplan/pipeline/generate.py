@@ -10,6 +10,7 @@ import torch
 
 from layerplan.errors import ConfigError, ModelError
 from layerplan.models.causal_lm import load_causal_lm, load_tokenizer
+from layerplan.pipeline.model_options import find_model
 from layerplan.train.request import load_result
 
 
@@ -36,10 +37,10 @@ def print_continuations(
 
 
 def find_trained(name: str) -> str:
-    """The trained model of a run's folder; any other name as it is."""
+    """The trained model of a run's folder; the model of any other name."""
     folder = Path(name).expanduser()
     result = load_result(folder) if folder.is_dir() and not (folder / "config.json").exists() else None
-    return str(result.hf_dir) if result is not None else name
+    return str(result.hf_dir) if result is not None else find_model(name)
 
 
 @torch.inference_mode()

@@ -6,6 +6,31 @@ from pathlib import Path
 
 from layerplan.config.run import RunConfig
 
+PREFIX = "[model] "
+
+
+def find_base(config: RunConfig) -> str:
+    """Folder or hub id of the config's existing model; a GGUF file is converted first, once, beside the runs."""
+    return find_named(config.model.name, config)  # type: ignore[union-attr]
+
+
+def find_named(name: str, config: RunConfig) -> str:
+    """The same for any name; the conversion lies where all runs of `storage_path` and all their nodes reach it."""
+    return find_model(name, config.storage_path)
+
+
+def find_model(name: str, storage_path: str = "runs") -> str:
+    """Folder or hub id of a model; a GGUF file is converted, once, below `storage_path`."""
+    if "://" not in name and not name.lower().endswith(".gguf"):
+        return name  # spares a dry run the import
+    from layerplan.models import gguf_cache
+
+    return gguf_cache.find_model(name, Path(storage_path).expanduser(), report=_say)
+
+
+def _say(line: str) -> None:
+    print(PREFIX + line, flush=True)
+
 
 def revision_of(config: RunConfig) -> str:
     """Revision of a hub model; `main` for models made here."""

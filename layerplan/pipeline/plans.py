@@ -10,6 +10,7 @@ import yaml
 from layerplan.config.plan import ExplicitPlanConfig, FreezeDeepPlanConfig, FreezeShallowPlanConfig
 from layerplan.errors import ConfigError, PlanError, first_line
 from layerplan.models.files import identify_model
+from layerplan.pipeline.model_options import find_model
 from layerplan.plan.cost import explain_cost, predict_cost, render_cost_table
 from layerplan.plan.explain import explain_plan, name_ranges, render_layer_map
 from layerplan.plan.exports import export_names, read_rule
@@ -74,6 +75,7 @@ def print_prices(model_name: str, plans: Sequence[str], *, seq_len: int, revisio
         raise ConfigError(f"--seq-len {seq_len}: must be at least 1")
     from layerplan.models.published import load_shape_and_type
 
+    model_name = find_model(model_name)
     shape, model_type = load_shape_and_type(model_name, revision=revision)
     model = ModelIdentity(name=Path(model_name).name, model_type=model_type, num_layers=shape.num_layers)
     chosen = {"full": make_full_plan(model, shape), **_list_usual(model, shape)}
@@ -98,7 +100,7 @@ def print_export(path: str, tool: str, model_name: str) -> None:
     """
     from layerplan.models.parameter_names import build_by_name, name_parameters
 
-    print(export_names(name_parameters(build_by_name(model_name), read_plan(path)), tool), end="")
+    print(export_names(name_parameters(build_by_name(find_model(model_name)), read_plan(path)), tool), end="")
 
 
 def import_plan(path: str, tool: str, model_name: str, out: str) -> None:
@@ -116,6 +118,7 @@ def import_plan(path: str, tool: str, model_name: str, out: str) -> None:
         raise PlanError(f"{path}: cannot be read ({first_line(error)})") from None
     if not isinstance(values, dict):
         raise PlanError(f"{path}: a mapping of fields is expected")
+    model_name = find_model(model_name)
     model, shape = build_by_name(model_name), load_model_shape(model_name)
     rule = read_rule(values, tool, num_layers=shape.num_layers)
     config = ExplicitPlanConfig(**find_selectors(model, rule))

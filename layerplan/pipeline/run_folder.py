@@ -102,6 +102,11 @@ class RunFolder:
         return self.root / "self_test.json"
 
     @property
+    def compute_dtype(self) -> Path:
+        """Rates by which `train.compute_dtype: auto` was decided."""
+        return self.root / "compute_dtype.json"
+
+    @property
     def token_store(self) -> Path:
         """Packed rows of the corpus."""
         return self.root / "token_store"

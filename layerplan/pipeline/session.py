@@ -11,6 +11,7 @@ from layerplan.pipeline.run_lease import hold_run
 from layerplan.pipeline.stages import RunContext, say
 from layerplan.ray_session import connect
 from layerplan.tracking.tracker import open_tracker
+from layerplan.train.compute_dtype import settle_dtype
 
 DATA_CPUS = 0.25
 """A reading task must fit beside the training workers, or training would wait for data forever."""
@@ -42,6 +43,10 @@ def _open(config: RunConfig, trains: bool) -> Iterator[RunContext]:
         min_cpus=workers * train.num_cpus_per_worker + DATA_CPUS + engines * evaluation.num_cpus_per_actor,
         min_gpus=(workers if train.use_gpu else 0) + engines * evaluation.num_gpus_per_actor,
     )
+    train, measured = settle_dtype(train, folder.compute_dtype)
+    if measured is not None:
+        say("train", str(measured))
+    config = config.model_copy(update={"train": train})
     tracker = open_tracker(config.tracking, folder.root, config.name, lambda line: say("tracking", line))
     tracker.log_params({"seed": config.seed, "model": config.model.type, "plan": config.plan.type})
     try:

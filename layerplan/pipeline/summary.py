@@ -12,6 +12,7 @@ from rich.table import Table
 from eval.significance import Verdict
 from layerplan.plan.explain import render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.layer_profile import ModelSource
 from layerplan.report.answer_tables import (
     describe_change,
     describe_cost,
@@ -44,6 +45,8 @@ def print_summary(
     print_answers(answers, console)
     if verdicts:
         print_verdicts(verdicts)
+    if plan.model.source is not None:
+        print(f"note      {describe_repair(plan.model.source)}")
     print(f"\nreport    {report}")
 
 
@@ -62,6 +65,14 @@ def print_answers(answers: Answers, console: Console) -> None:
         console.print("\nWhat it says now:", highlight=False)
     for who, text in said:
         console.print(f"  {who:<9}{text}", highlight=False, markup=False)
+
+
+def describe_repair(source: ModelSource) -> str:
+    """What a run on de-quantised weights does not separate."""
+    return (
+        f"the base was de-quantised from {source.file}, so a part of any gain may repair rounded weights; the same run on"
+        " general text tells it apart"
+    )
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:

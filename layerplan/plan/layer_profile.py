@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from layerplan.config.base import StrictModel, describe_fault
 from layerplan.errors import PlanError
@@ -27,6 +27,23 @@ ENOUGH_ANSWERS = 30
 SealedT = TypeVar("SealedT", bound=StrictModel)
 
 
+class ModelSource(StrictModel):
+    """The GGUF file a model's weights were de-quantised from."""
+
+    file: str
+    """File name."""
+    sha256: str
+    """Hash of its bytes."""
+    tensor_types: dict[str, int]
+    """GGUF type to number of tensors, commonest first."""
+    note: str = ""
+    """What of the file could not be taken over as it says; empty when nothing."""
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {name}" for name, count in self.tensor_types.items())
+        return f"{self.file} (sha256 {self.sha256[:12]}; tensors: {kinds})"
+
+
 class ModelIdentity(StrictModel):
     """Which model an artifact belongs to."""
 
@@ -40,6 +57,16 @@ class ModelIdentity(StrictModel):
     """Decoder layers."""
     weights_sha256: str | None = None
     """Hash over the names, shapes and bytes of the weights, when they were at hand."""
+    source: ModelSource | None = None
+    """Where the weights were converted from; None for weights as they were published."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_source(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Identities without a source read as they did before there were sources, so that old artifacts keep their hash."""
+        values: dict[str, Any] = handler(self)
+        if self.source is None:
+            values.pop("source", None)
+        return values
 
 
 class SemanticProfile(StrictModel):

@@ -70,13 +70,17 @@ def find_peak_flops(config: TrainConfig, device: torch.device) -> float:
 
 
 def measure_matmul_flops(
-    device: torch.device, dtype: torch.dtype, size: int = 1024, clock: Callable[[], float] = time.perf_counter
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int = 1024,
+    clock: Callable[[], float] = time.perf_counter,
+    num_tries: int = 12,
 ) -> float:
     """Best rate of a square matrix product in FLOP/s, over a few tries; about 0.2 s on a CPU."""
     size = size if device.type == "cpu" else 8192
     left = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
-    for _ in range(12):
+    for _ in range(num_tries):
         started = clock()
         torch.mm(left, left)
         if device.type == "cuda":

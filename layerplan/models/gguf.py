@@ -1,0 +1,152 @@
+"""GGUF in, safetensors out: a folder that `transformers`, vLLM and `tokenizers` open like any other model's.
+
+Weights are de-quantised by the `gguf` package and laid out by `transformers`, so they equal what its own GGUF reader gives,
+bit for bit; `accelerate`, which that reader wants, is not needed. Tensors stream: memory holds one shard, the tensor
+at hand twice in float32, and the tokenizer. Only a model whose files spell its tensors otherwise than its modules (one
+matrix per expert, say) is held whole once.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from layerplan.errors import ModelError, first_line
+from layerplan.models.gguf_file import SOURCE_NAME, GgufFile, open_gguf
+from layerplan.models.weight_files import INDEX_NAME, WEIGHTS_NAME
+from layerplan.plan.layer_profile import ModelSource
+
+SHARD_BYTES = 1 << 30
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+def convert_gguf(path: Path, out_dir: Path, *, dtype: Dtype = "auto") -> ModelSource:
+    """Writes config, tokenizer, weights and `gguf_source.json` of a GGUF file to a folder of its own.
+
+    The folder is made aside and moved into place once every tensor of the model is accounted for.
+
+    Args:
+        path: The GGUF file.
+        out_dir: Folder to make; its parent may be missing.
+        dtype: What the weights are written in; `auto` is the narrowest that holds every stored value exactly, which for
+            quantised files is float32.
+
+    Raises:
+        ModelError: When the file cannot be read as a causal language model, or `out_dir` is there and no such folder.
+    """
+    if out_dir.exists():
+        raise ModelError(f"{out_dir}: exists already; name another folder, or remove it")
+    file = open_gguf(path)
+    source = file.describe_source()
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent) as aside:
+        made = Path(aside) / out_dir.name
+        made.mkdir()
+        _write_model(file, Path(aside), made, file.choose_dtype() if dtype == "auto" else dtype)
+        (made / SOURCE_NAME).write_text(source.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        _move_into_place(made, out_dir)
+    return source
+
+
+def _write_model(file: GgufFile, work: Path, out_dir: Path, dtype_name: str) -> None:
+    import torch
+
+    from layerplan.models.base_check import check_base_model
+    from layerplan.models.gguf_tensors import iter_tensors, read_facts
+    from layerplan.models.meta import build_without_memory
+
+    facts = read_facts(file)
+    config, model = facts.config, build_without_memory(facts.config, name=str(file.path))
+    _write_tokenizer(file, work / "alone", out_dir)
+    config.architectures = [type(model).__name__]
+    config.dtype = getattr(torch, dtype_name)
+    config.__dict__.pop("_model_name_or_path", None)
+    config.save_pretrained(out_dir)
+    if model.can_generate():
+        model.generation_config.save_pretrained(out_dir)
+    write_shards(iter_tensors(file, facts, model, config.dtype), out_dir, shard_bytes=SHARD_BYTES)
+    _spell_as_stored(model, out_dir)
+    try:
+        check_base_model(str(out_dir))
+    except ModelError as error:
+        raise ModelError(str(error).replace(str(out_dir), str(file.path))) from None
+
+
+def _write_tokenizer(file: GgufFile, alone: Path, out_dir: Path) -> None:
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    alone.mkdir()  # transformers would read what lies beside the file, which may be another model's
+    (alone / "model.gguf").symlink_to(file.path.resolve())
+    try:
+        AutoTokenizer.from_pretrained(str(alone), gguf_file="model.gguf").save_pretrained(out_dir)
+        Tokenizer.from_file(str(out_dir / "tokenizer.json"))
+    except Exception as error:  # a library's code over data of any shape
+        kind = file.reader.fields.get("tokenizer.ggml.model")
+        said = repr(kind.contents()) if kind is not None else "none"
+        raise ModelError(
+            f"model.name={file.path}: its tokenizer ({said}) cannot be rebuilt ({first_line(error)}); convert the model's"
+            " safetensors, or save its tokenizer.json with them"
+        ) from None
+
+
+def write_shards(tensors: Iterable[tuple[str, Any]], out_dir: Path, *, shard_bytes: int) -> None:
+    """Writes tensors as they come: one `model.safetensors`, or shards of about `shard_bytes` with their index."""
+    parts: list[tuple[Path, list[str]]] = []
+    held: dict[str, Any] = {}
+    total = size = 0
+    for name, value in tensors:
+        if held and size + value.nbytes > shard_bytes:
+            parts.append(_write_part(held, out_dir, len(parts)))
+            held, size = {}, 0
+        held[name] = value.contiguous()
+        size += value.nbytes
+        total += value.nbytes
+    parts.append(_write_part(held, out_dir, len(parts)))
+    if len(parts) == 1:
+        parts[0][0].replace(out_dir / WEIGHTS_NAME)
+        return
+    places: dict[str, str] = {}
+    for number, (part, names) in enumerate(parts, start=1):
+        final = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        part.replace(out_dir / final)
+        places |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (out_dir / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_part(tensors: dict[str, Any], out_dir: Path, number: int) -> tuple[Path, list[str]]:
+    from safetensors.torch import save_file
+
+    path = out_dir / f"part-{number:05d}"
+    save_file(tensors, path, metadata={"format": "pt"})
+    return path, list(tensors)
+
+
+def _spell_as_stored(model: Any, out_dir: Path) -> None:
+    """Rewrites the weights where a model's files have other tensors than its modules, as one per expert."""
+    from safetensors.torch import load_file
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = model.state_dict()
+    if set(revert_weight_conversion(model, state)) == set(state):
+        return
+    written = sorted(out_dir.glob("*.safetensors"))
+    for path in written:
+        model.load_state_dict(load_file(path), strict=False, assign=True)
+    model.tie_weights()
+    for path in (*written, out_dir / INDEX_NAME):
+        path.unlink(missing_ok=True)
+    model.save_pretrained(out_dir, max_shard_size=SHARD_BYTES)
+
+
+def _move_into_place(made: Path, out_dir: Path) -> None:
+    try:
+        made.rename(out_dir)
+    except OSError:
+        if not out_dir.is_dir():
+            raise
+        # another process finished the same conversion first; its folder is as good
