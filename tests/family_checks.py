@@ -204,6 +204,8 @@ def _compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
 
 def _name_remedy(recipe: LossRecipe) -> str:
     remedies = []
+    if recipe.rows == "reset":
+        remedies.append("starts of documents given")
     if recipe.rows == "alone":
         remedies.append("one document per row")
     if recipe.attention == "eager":

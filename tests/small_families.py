@@ -40,6 +40,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 8.0},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "bloom": {"n_layer": 3, "n_head": 4},
+    "llama4_text": {"attention_chunk_size": 8, "intermediate_size_mlp": 48, "moe_layers": []},
 }
 
 

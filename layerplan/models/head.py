@@ -85,6 +85,21 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
         instance.update(kept)
 
 
+@contextmanager
+def run_once(module: nn.Module) -> Iterator[None]:
+    """Lets a module run for its first call alone; its later ones get the same output, whatever they bring."""
+    kept: list[Any] = []
+    plain = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not kept:
+            kept.append(plain(*args, **kwargs))
+        return kept[0]
+
+    with replaced_forward(module, forward):
+        yield
+
+
 @torch.no_grad()
 def _after_head(model: nn.Module, head: nn.Module, logits_CV: Tensor) -> Tensor:
     ids = torch.zeros((1, len(logits_CV)), dtype=torch.long, device=logits_CV.device)

@@ -5,6 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+Rows = Literal["packed", "reset", "alone"]
+"""`packed`: documents share rows, told apart by positions that restart; `reset`: by the starts of documents besides, for
+layers that carry state; `alone`: one document per row, padded at its end."""
+ROWS_TEXT = {
+    "packed": "packed rows",
+    "reset": "packed rows with the starts of documents given",
+    "alone": "one document per row",
+}
+"""In words."""
+
 
 @dataclass(frozen=True)
 class HeadForm:
@@ -22,8 +32,8 @@ class HeadForm:
 class LossRecipe:
     """One rung of the ladder of `the self-test`."""
 
-    rows: Literal["packed", "alone"] = "packed"
-    """`packed`: documents share rows, told apart by positions that restart; `alone`: one document per row, padded at its end."""
+    rows: Rows = "packed"
+    """How documents are told apart."""
     attention: Literal["any", "eager"] = "any"
     """`eager`: only the model's own attention code computes what the model means."""
     head: HeadForm = field(default_factory=HeadForm)
@@ -32,9 +42,8 @@ class LossRecipe:
     @property
     def text(self) -> str:
         """The recipe in one line; equal for equal losses."""
-        rows = "packed rows" if self.rows == "packed" else "one document per row"
         attention = "any attention" if self.attention == "any" else "plain attention"
-        parts = [rows, attention, "linear head" if self.head.kind == "linear" else "its own head"]
+        parts = [ROWS_TEXT[self.rows], attention, "linear head" if self.head.kind == "linear" else "its own head"]
         if self.head.factor != 1.0:
             parts.append(f"logits times {self.head.factor:g}")
         if self.head.softcap is not None:

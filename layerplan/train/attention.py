@@ -11,12 +11,14 @@ recipe.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerplan.config.train import TrainConfig
+from layerplan.errors import first_line
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.model_shape import ModelShape
 
@@ -87,3 +89,21 @@ def _attend(name: str, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> 
         output: Tensor = torch.compile(flex_attention)(query, key, value, block_mask=mask, enable_gqa=True)
         return output
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+def set_attention(model: nn.Module, name: str) -> None:
+    """Sets transformers' attention implementation.
+
+    Raises:
+        ValueError: When the model does not have it.
+    """
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise ValueError(f"no {name} attention: {first_line(error)}") from None
+
+
+def try_set_attention(model: nn.Module, name: str) -> None:
+    """As `set_attention`; a model that cannot be told keeps its own code."""
+    with suppress(ValueError):
+        set_attention(model, name)

@@ -19,11 +19,10 @@ from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.memory import MemoryEstimate, choose_placement, choose_placements, explain_shortage
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
-from layerplan.train.attention import IMPLEMENTATIONS, choose_attention
+from layerplan.train.attention import IMPLEMENTATIONS, choose_attention, try_set_attention
 from layerplan.train.loss_proof import agree_on_recipe
 from layerplan.train.optim import build_optimizer
 from layerplan.train.request import TrainRequest
-from layerplan.train.self_test import try_set_attention
 from layerplan.train.sharding import PlacedModel, place_model
 
 

@@ -3,74 +3,88 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from layerplan.models.causal_lm import find_decoder_parts
 from layerplan.models.positions import positions_of
+from layerplan.plan.loss_recipe import Rows
 from layerplan.train.loss import IGNORED
 from layerplan.train.step import TensorBatch
 
-LENGTHS = (10, 16)
-"""Tokens of the test's documents."""
+LENGTH = 16
+"""Tokens of each predicted document, where no window needs more."""
+OTHER_LENGTH = 13
+"""Tokens of the document before them in a packed row: both then start where no chunk of a power of two does."""
+PADDING = 3
+"""Tokens behind the end of the longest document that stands alone in its row, as training has them."""
 MAX_WINDOW_TOKENS = 4096 + 64
 """A longer window than this is not looked behind."""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """The test's documents, one row each, without padding."""
+    """The test's documents, (T,) each."""
 
-    ids: tuple[Tensor, ...]
+    whole: Tensor
+    """Every token of it is predicted."""
+    part: Tensor
+    """Its first half is predicted, and nothing behind that must matter."""
+    other: Tensor
+    """Nothing of it is predicted: it must not matter at all."""
 
     @property
     def num_labels(self) -> int:
         """Tokens that are predicted."""
-        return sum(len(each) - 1 for each in self.ids)
+        return sum(piece.num_labels for piece in self._pieces())
 
     def alone(self) -> Iterator[TensorBatch]:
-        """One batch per document, no positions given."""
-        for each in self.ids:
-            labels = torch.full_like(each, IGNORED)
-            labels[:-1] = each[1:]
-            yield TensorBatch(each[None], None, labels[None], len(each) - 1)
+        """Rows of one document, no positions given, nothing padded: documents of one length share a batch."""
+        pieces = self._pieces()
+        together = len(self.whole) == len(self.part)
+        yield from (_stack(each) for each in ([pieces] if together else [[piece] for piece in pieces]))
 
-    def batch(self, rows: str, *, part: int | None = None, changed: bool = False) -> TensorBatch:
-        """The documents as a recipe's rows.
+    def trial(self, rows: Rows) -> TensorBatch:
+        """The same labels in a recipe's rows, behind the other document; the part ends in other tokens."""
+        return _arrange(self._trial_pieces(), rows)
 
-        Args:
-            rows: `packed` or `alone`.
-            part: Labels of the second document alone, before this token of it; None labels everything.
-            changed: Every token that these labels must not depend on is another one.
-        """
-        pieces = []
-        for index, each in enumerate(self.ids):
-            stop = 0 if part is not None and index != 1 else part
-            labels = torch.full_like(each, IGNORED)
-            labels[:-1] = each[1:]
-            if stop is not None:
-                labels[max(0, stop - 1) :] = IGNORED
-            ids = each
-            if changed:
-                assert stop is not None, "only a part has something outside"
-                ids = torch.cat([each[:stop], each[stop:].roll(1)])
-            pieces.append((ids, torch.arange(len(each), device=each.device), labels))
-        return _join(pieces) if rows == "packed" else _stack(pieces)
+    def outside(self, rows: Rows) -> Tensor:
+        """(B, T) bool: the positions of `trial` that no label must depend on: none of their document's is at or behind them."""
+        marks = [replace(piece, ids=piece.outside) for piece in self._trial_pieces()]
+        return _arrange(marks, rows, fill=1).input_ids_BT.bool()
 
-    def outside(self, rows: str, part: int) -> Tensor:
-        """(B, T) bool: positions that the labels of `part` must not depend on."""
-        marks = []
-        for index, each in enumerate(self.ids):
-            mark = torch.ones_like(each)
-            if index == 1:
-                mark[:part] = 0
-            marks.append((mark, mark, mark))
-        joined = _join(marks) if rows == "packed" else _stack(marks)
-        return joined.input_ids_BT.bool()
+    def _pieces(self) -> list[_Piece]:
+        return [_Piece(self.whole, len(self.whole) - 1), _Piece(self.part, max(0, len(self.part) // 2 - 1))]
+
+    def _trial_pieces(self) -> list[_Piece]:
+        whole, part = self._pieces()
+        stop = part.num_labels + 1
+        changed = torch.cat([part.ids[:stop], part.ids[stop:].roll(1)])
+        return [_Piece(self.other, 0), replace(part, ids=changed), whole]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A document, of which so many tokens from the second on are predicted."""
+
+    ids: Tensor
+    num_labels: int
+
+    @property
+    def labels(self) -> Tensor:
+        labels = torch.full_like(self.ids, IGNORED)
+        labels[: self.num_labels] = self.ids[1 : self.num_labels + 1]
+        return labels
+
+    @property
+    def outside(self) -> Tensor:
+        """1 where no label is at or behind a position."""
+        return (torch.arange(len(self.ids), device=self.ids.device) >= self.num_labels).long()
 
 
 def make_documents(model: nn.Module, seq_len: int, *, with_window: bool = True) -> Documents:
@@ -85,11 +99,11 @@ def make_documents(model: nn.Module, seq_len: int, *, with_window: bool = True) 
     device = parts.embeddings.weight.device
     config = model.config.get_text_config()
     longest = min(seq_len, positions_of(config) or seq_len)
-    lengths = [min(length, longest) for length in LENGTHS]
+    lengths = [min(length, longest) for length in (LENGTH, LENGTH, OTHER_LENGTH)]
     if with_window:
         window = find_shortest_window(config.to_dict())
-        if window is not None and max(lengths) < window + 4 and window + 16 <= min(longest, MAX_WINDOW_TOKENS):
-            lengths[1] = window + 16
+        if window is not None and lengths[0] < window + 4 and window + 16 <= min(longest, MAX_WINDOW_TOKENS):
+            lengths[0] = window + 16
     generator = torch.Generator().manual_seed(0)
     end = getattr(config, "eos_token_id", None)
     end = end[0] if isinstance(end, list) else end
@@ -100,7 +114,7 @@ def make_documents(model: nn.Module, seq_len: int, *, with_window: bool = True) 
         if isinstance(end, int) and 0 <= end < num_tokens:
             ids[-1] = end
         documents.append(ids.to(device))
-    return Documents(tuple(documents))
+    return Documents(*documents)
 
 
 def find_shortest_window(config: dict[str, Any]) -> int | None:
@@ -111,13 +125,20 @@ def find_shortest_window(config: dict[str, Any]) -> int | None:
     return min([*found, *(window for window in nested if window is not None)], default=None)
 
 
-def _join(pieces: list[tuple[Tensor, Tensor, Tensor]]) -> TensorBatch:
-    ids, positions, labels = (torch.cat(each)[None] for each in zip(*pieces))
-    return TensorBatch(ids, positions, labels, int((labels != IGNORED).sum()))
+def _arrange(pieces: list[_Piece], rows: Rows, *, fill: int = 0) -> TensorBatch:
+    return _stack(pieces, padding=PADDING, fill=fill) if rows == "alone" else _join(pieces)
 
 
-def _stack(pieces: list[tuple[Tensor, Tensor, Tensor]]) -> TensorBatch:
-    pad: Callable[..., Tensor] = nn.utils.rnn.pad_sequence
-    ids = pad([piece[0] for piece in pieces], batch_first=True)
-    labels = pad([piece[2] for piece in pieces], batch_first=True, padding_value=IGNORED)
+def _join(pieces: list[_Piece]) -> TensorBatch:
+    """One packed row."""
+    ids, labels = (torch.cat(each)[None] for each in zip(*((piece.ids, piece.labels) for piece in pieces)))
+    positions = torch.cat([torch.arange(len(piece.ids), device=ids.device) for piece in pieces])
+    return TensorBatch(ids, positions[None], labels, int((labels != IGNORED).sum()))
+
+
+def _stack(pieces: list[_Piece], *, padding: int = 0, fill: int = 0) -> TensorBatch:
+    """One document per row, filled up behind its end."""
+    size = max(len(piece.ids) for piece in pieces) + padding
+    ids = torch.stack([F.pad(piece.ids, (0, size - len(piece.ids)), value=fill) for piece in pieces])
+    labels = torch.stack([F.pad(piece.labels, (0, size - len(piece.labels)), value=IGNORED) for piece in pieces])
     return TensorBatch(ids, None, labels, int((labels != IGNORED).sum()))

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from layerplan.corpus.rows import PackedRows
 from layerplan.models.causal_lm import find_decoder_parts
+from layerplan.models.document_starts import find_start_arguments, mark_starts
 from layerplan.models.head import make_inputs, run_to_head
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.train.loss import IGNORED, LossOptions, compute_loss_sum, make_labels
@@ -42,6 +43,7 @@ class LossModel(nn.Module):
         self.causal_lm = causal_lm
         self.recipe = recipe or LossRecipe()
         self._head_path = find_decoder_parts(causal_lm).lm_head_path
+        self._start_arguments = find_start_arguments(causal_lm) if self.recipe.rows == "reset" else ()
         self._loss_options = LossOptions(self.recipe.head.softcap, z_weight, compiled)
 
     def forward(self, batch: TensorBatch, scale: float = 1.0, *, naive: bool = False) -> Tensor:
@@ -53,6 +55,8 @@ class LossModel(nn.Module):
             naive: Through the model's own logits, all of them at once: what the self-test compares with.
         """
         inputs = make_inputs(self.causal_lm, batch.input_ids_BT, batch.position_ids_BT)
+        if self.recipe.rows == "reset" and batch.position_ids_BT is not None:
+            inputs |= mark_starts(self._start_arguments, batch.position_ids_BT)
         labels_N = batch.labels_BT.flatten()
         if naive or self.recipe.head.kind == "own":
             return _sum_plain_loss(self.causal_lm(**inputs).logits.flatten(0, 1), labels_N, self._loss_options.z_weight)
@@ -94,9 +98,12 @@ def make_batch(rows: PackedRows, device: torch.device) -> TensorBatch:
 
 
 def make_batches(rows: PackedRows, size: int, recipe: LossRecipe, device: torch.device) -> list[TensorBatch]:
-    """Cuts a rank's rows into micro-batches of at most `size` rows, or of as many tokens where documents stand alone."""
-    if recipe.rows == "packed":
-        return [make_batch(piece, device) for piece in rows.split(size)]
+    """Cuts a rank's rows into micro-batches of at most `size` rows, or of as many tokens where documents stand alone.
+
+    Where a model is given the starts of documents, each row is a micro-batch: starts are counted along one row.
+    """
+    if recipe.rows != "alone":
+        return [make_batch(piece, device) for piece in rows.split(size if recipe.rows == "packed" else 1)]
     documents = sorted(_split_documents(rows), key=len, reverse=True)
     limit = size * rows.input_ids.shape[1]
     batches, start = [], 0
@@ -117,7 +124,7 @@ def equalise(
     batches: list[TensorBatch], recipe: LossRecipe, device: torch.device, world_size: int
 ) -> list[TensorBatch]:
     """As many micro-batches on every rank: sharded layers are gathered together. Packed rows are that already."""
-    if recipe.rows == "packed" or world_size == 1:
+    if recipe.rows != "alone" or world_size == 1:
         return batches
     most = torch.tensor([len(batches)], device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import DataCollatorWithFlattening
 
 from layerplan.corpus.rows import PackedRows, make_rows
 from layerplan.errors import CheckpointError, ModelError
+from layerplan.models.document_starts import find_start_arguments, mark_starts
 from layerplan.models.head import find_head_form
 from layerplan.plan.loss_recipe import HeadForm, LossRecipe
 from layerplan.train import self_test, step
+from layerplan.train.attention import set_attention
 from layerplan.train.loss_proof import prove_loss
-from layerplan.train.self_test import ask_model, confirm_recipe, set_attention
+from layerplan.train.self_test import ask_model, confirm_recipe
 from layerplan.train.state import TrainState
-from layerplan.train.step import LossModel, make_batches
+from layerplan.train.step import LossModel, accumulate_gradients, make_batches
 from tests.family_oracle import compute_own_loss, use_eager
 from tests.small_families import OTHERS, WINDOWED, build_family
 
@@ -28,11 +31,16 @@ LENGTHS = (20, 30, 14)
 
 def pack(documents: list[torch.Tensor], seq_len: int = 72) -> PackedRows:
     """One row, padded at its end."""
-    ids = torch.cat(documents).numpy().astype(np.int32)
-    starts = np.cumsum([0, *(len(each) for each in documents[:-1])]).astype(np.int32)
-    row = np.zeros((1, seq_len), np.int32)
-    row[0, : len(ids)] = ids
-    return make_rows(np.zeros(1, np.int64), row, [starts], np.asarray([len(ids)], np.int32))
+    return pack_rows([documents], seq_len)
+
+
+def pack_rows(rows: list[list[torch.Tensor]], seq_len: int = 72) -> PackedRows:
+    ids = np.zeros((len(rows), seq_len), np.int32)
+    used = np.asarray([sum(map(len, documents)) for documents in rows], np.int32)
+    for row, documents in enumerate(rows):
+        ids[row, : used[row]] = torch.cat(documents).numpy()
+    starts = [np.cumsum([0, *map(len, documents[:-1])]).astype(np.int32) for documents in rows]
+    return make_rows(np.arange(len(rows), dtype=np.int64), ids, starts, used)
 
 
 def draw_documents() -> list[torch.Tensor]:
@@ -73,14 +81,108 @@ def test_the_loss_of_a_packed_row_and_its_gradients_are_those_of_every_document_
         ("codegen", "packed", "any"),
         ("lfm2", "alone", "any"),
         ("bloom", "alone", "any"),
+        ("llama4_text", "alone", "any"),
     ],
 )
 def test_the_cheapest_way_that_is_exact_is_taken(family: str, rows: str, attention: str) -> None:
-    """LFM2's convolutions and BLOOM's biases take no notice of positions; PyTorch's kernels cap no scores as Gemma 2 does."""
+    """LFM2's convolutions, BLOOM's biases and Llama 4's chunks take no notice of where documents start; PyTorch's kernels cap no
+    scores as Gemma 2 does.
+    """
     report = ask_model(build_family(family), seq_len=72)
     assert (report.recipe.rows, report.recipe.attention) == (rows, attention)
     assert bool(report.refused) == ((rows, attention) != ("packed", "any"))
     assert "price" in report.sentence or not report.refused
+
+
+def convolve_within_documents(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """What the CUDA kernel that LFM2 asks for does with `seq_idx`: no product crosses into another document."""
+    marks = torch.zeros_like(hidden[:, 0]) if seq_idx is None else seq_idx
+    total = hidden * weight[:, -1:]
+    for step_back in range(1, weight.shape[-1]):
+        is_same = (marks[:, step_back:] == marks[:, :-step_back])[:, None]
+        earlier = hidden[:, :, :-step_back] * weight[:, -1 - step_back, None] * is_same
+        total = total + nn.functional.pad(earlier, (step_back, 0))
+    return total if bias is None else total + bias[:, None]
+
+
+def test_starts_of_documents_are_given_to_layers_whose_kernels_obey_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, documents = build_family("lfm2"), draw_documents()
+    monkeypatch.setattr("transformers.models.lfm2.modeling_lfm2.causal_conv1d_fn", convolve_within_documents)
+    report = ask_model(model, seq_len=72)
+    assert (report.recipe.rows, report.recipe.attention, len(report.refused)) == ("reset", "any", 2)
+    assert "a micro-batch is one row" in report.sentence
+    monkeypatch.undo()  # documents alone need no kernel of ours
+    use_eager(model)
+    wanted = compute_own_loss(model, [document[None] for document in documents])
+    wanted.backward()
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    model.zero_grad()
+    monkeypatch.setattr("transformers.models.lfm2.modeling_lfm2.causal_conv1d_fn", convolve_within_documents)
+    model.set_attn_implementation("sdpa")
+
+    rows = pack_rows([documents[:2], documents[2:]])
+    batches = make_batches(rows, 2, report.recipe, CPU)
+    found = accumulate_gradients(LossModel(model, report.recipe), batches, 1.0)
+
+    assert [tuple(batch.input_ids_BT.shape) for batch in batches] == [(1, 72), (1, 72)]
+    assert float(found) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value.grad, gradients[name], rtol=1e-3, atol=2e-3, msg=name)
+    placed = LossModel(model, report.recipe)
+    confirm_recipe(placed, seq_len=72, dtype=torch.float32)
+    monkeypatch.undo()
+    with pytest.raises(ModelError, match="placed for training"):
+        confirm_recipe(placed, seq_len=72, dtype=torch.float32)
+
+
+def test_starts_are_those_of_the_library_and_only_where_a_forward_pass_declares_them() -> None:
+    lengths = (3, 2, 4)
+    names = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    collate = DataCollatorWithFlattening(return_position_ids=True, return_flash_attn_kwargs=True, return_seq_idx=True)
+    wanted = collate([{"input_ids": list(range(length))} for length in lengths])
+    found = mark_starts(names, wanted["position_ids"])
+    for name in names[:3]:
+        assert found[name].dtype == wanted[name].dtype and found[name].tolist() == wanted[name].tolist()
+    assert [found[name] for name in names[3:]] == [wanted[name] for name in names[3:]] == [4, 4]
+
+    class Named(nn.Module):
+        def forward(self, input_ids: torch.Tensor, seq_idx: torch.Tensor | None = None, **rest: Any) -> None:
+            """Declares one by name; what else it takes, nobody knows."""
+
+    assert find_start_arguments(build_family("lfm2")) == names
+    assert find_start_arguments(build_family("bloom")) == ()
+    assert find_start_arguments(Named()) == ("seq_idx",)
+
+
+def test_the_weights_are_read_once_for_each_thing_that_is_asked() -> None:
+    """Once for what follows the layers, for the documents alone, and for the recipe; once placed, for the last two."""
+    model, passes = build_family("qwen3"), []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    report = ask_model(model, seq_len=72)
+    assert len(passes) == 3
+    confirm_recipe(LossModel(model, report.recipe), seq_len=72, dtype=torch.float32)
+    handle.remove()
+    assert len(passes) == 5
+
+
+def test_a_gradient_that_is_wrong_by_a_little_everywhere_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off by 2e-4 in every parameter: less than what rounding may do to one, more than it may do to all."""
+    compute = step.compute_loss_sum
+
+    def stretched(*args: Any, **options: Any) -> torch.Tensor:
+        loss = compute(*args, **options)
+        return loss + 2e-4 * (loss - loss.detach())
+
+    monkeypatch.setattr(step, "compute_loss_sum", stretched)
+    report = ask_model(build_family("qwen3"), seq_len=72)
+    assert report.recipe.head.kind == "own"
+    assert "the gradient of all parameters differs by 0.0002 of its norm" in report.refused[0]
 
 
 def change_head(model: nn.Module, family: str, what: str) -> None:
@@ -263,6 +365,9 @@ def test_a_recipe_survives_its_json() -> None:
     recipe = LossRecipe("alone", "eager", HeadForm("linear", 0.25, 30.0))
     assert LossRecipe.from_json(recipe.to_json()) == recipe
     assert recipe.text == "one document per row, plain attention, linear head, logits times 0.25, logits capped at 30"
+    reset = LossRecipe("reset")
+    assert LossRecipe.from_json(reset.to_json()) == reset
+    assert reset.text == "packed rows with the starts of documents given, any attention, linear head"
 
 
 def test_documents_alone_fill_no_more_tokens_than_packed_rows_and_lose_no_label() -> None:
