@@ -157,7 +157,8 @@ def decide_plan(context: RunContext, model_name: str, profile: LayerProfile | No
     shape = load_model_shape(model_name, revision=revision_of(config), trust_remote_code=trusts_remote_code(config))
     if context.folder.plan.exists():
         plan = FreezePlan.load(context.folder.plan)
-        check_planned_steps(plan, config.train.max_steps, context.folder.plan)
+        if plan.planned_steps is not None:
+            check_planned_steps(plan, config.train.max_steps, context.folder.plan)
     else:
         plan = resolve_plan(config.plan, PlanContext(identity, shape, config.train, seq_len, profile))
     plan.check_model(identity)
