@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.planted import PLANTED
 from tests.ray_script import script_environment
+from tests.sockets import watch_listening
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB_TIMEOUT_S = 420
@@ -112,7 +115,7 @@ def start_job() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             cwd=ROOT,
-            env=script_environment(RAY_TMPDIR=folders[-1].name, **(env or {})),
+            env=script_environment(**({"RAY_TMPDIR": folders[-1].name} | (env or {}))),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -152,13 +155,28 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory, corpus_source: dict[st
 
 
 @pytest.fixture(scope="session")
-def finished_run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory, run_job: Callable[..., Job]) -> Path:
-    """A run of the whole chain that nothing interrupted, scored by vLLM under both protocols."""
+def finished_run(
+    request: pytest.FixtureRequest,
+    tiny_config: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    start_job: Callable[..., subprocess.Popen[str]],
+) -> Path:
+    """A run of the whole chain that nothing interrupted, scored by vLLM under both protocols.
+
+    It was given secrets, and what it listened on lies beside it.
+    """
     storage = tmp_path_factory.mktemp("runs")
-    job = run_job(
+    ray_folder = tempfile.TemporaryDirectory(prefix="lpq", dir="/tmp", ignore_cleanup_errors=True)
+    request.addfinalizer(ray_folder.cleanup)
+    process = start_job(
         *("jobs/cpt.py", "--config", tiny_config, "--set", f"storage_path={storage}", "--set", "name=quiet"),
         *("--set", "evaluation.backend=vllm", "--set", "evaluation.protocols=[logit, generate]"),
+        env=PLANTED | {"RAY_TMPDIR": ray_folder.name},
     )
-    assert job.returncode == 0, job.output[-6000:]
-    (storage / "quiet" / "output.txt").write_text(job.output, encoding="utf-8")
+    with watch_listening(process.pid) as listening:
+        output, _ = process.communicate(timeout=JOB_TIMEOUT_S)
+    assert process.returncode == 0, output[-6000:]
+    (storage / "quiet" / "output.txt").write_text(output, encoding="utf-8")
+    seen = {"listening": sorted(listening), "ray_folder": ray_folder.name}
+    (storage / "listening.json").write_text(json.dumps(seen), encoding="utf-8")
     return storage / "quiet"
