@@ -55,6 +55,7 @@ from layerplan.corpus.stream import iter_rank_steps
 from layerplan.corpus.tokenize import UnitTokenizer
 from layerplan.corpus.writer import StoreWriter
 from layerplan.models.scratch import train_tokenizer
+from layerplan.ray_access import LOOPBACK, ask_for_token, stay_on_loopback
 
 MIB = 2**20
 SIMULATED_ROWS = 64_000_000
@@ -314,7 +315,10 @@ def measure_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         say(f"{name}: {value}")
 
     note("interleaved", measure_interleaved(config, tokenizer.read_text(), questions, folder / "interleaved"))
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", _temp_dir=tempfile.mkdtemp(prefix="lpr"))
+    ask_for_token(os.environ, "token", make=True)
+    stay_on_loopback(os.environ)
+    options = {"include_dashboard": False, "logging_level": "ERROR", "_temp_dir": tempfile.mkdtemp(prefix="lpr")}
+    ray.init(address="local", num_cpus=2, _node_ip_address=LOOPBACK, **options)
     ray.data.DataContext.get_current().enable_progress_bars = False
     for library in LIBRARIES:
         with BareTurns(tokenizer.read_text(), sample) as bare:

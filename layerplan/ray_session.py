@@ -13,8 +13,10 @@ from contextlib import contextmanager
 
 from layerplan.config.cluster import ClusterConfig
 from layerplan.errors import ClusterError, first_line
+from layerplan.ray_access import LOOPBACK, ask_for_token, is_loopback, stay_on_loopback
 from layerplan.telemetry import QUIET_VARIABLES
 from layerplan.waiting import start_watching
+from layerplan.worker_secrets import collect_secrets
 
 WORKER_VARIABLES = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -27,15 +29,15 @@ WORKER_VARIABLES = {
 }
 """Defaults of the workers; what the user's environment sets wins."""
 
-PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "PYTHONPATH")
-"""Variables of the submitting process that its workers need too."""
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "PYTHONPATH")
+"""Variables of the submitting process that its workers need too, and that everybody may see."""
 
 
 def connect(config: ClusterConfig, *, min_cpus: float, min_gpus: float = 0) -> None:
     """Connects to Ray and checks that the cluster can hold the run.
 
-    A cluster named by the config or by RAY_ADDRESS (as under `ray job submit`) is used; otherwise a local one starts
-    with its dashboard on loopback. Without the dashboard Ray Train would leak the resources of stopped runs.
+    A cluster named by the config or by RAY_ADDRESS (as under `ray job submit`) is used; otherwise a local one starts that
+    listens on loopback only and wants a token. Without its dashboard Ray Train would leak the resources of stopped runs.
 
     Raises:
         ClusterError: When no cluster can be reached or started, or it is too small.
@@ -44,10 +46,9 @@ def connect(config: ClusterConfig, *, min_cpus: float, min_gpus: float = 0) -> N
 
     if not ray.is_initialized():
         address = config.address or os.environ.get("RAY_ADDRESS")
-        if address is None:
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only, and gone with this process
-        else:
-            os.environ.setdefault("RAY_AUTH_MODE", config.auth_mode)
+        ask_for_token(os.environ, config.auth_mode, make=address is None)
+        if address is None or is_loopback(address):
+            stay_on_loopback(os.environ)
         try:
             with _own_sigterm():
                 _init(address, config)
@@ -95,15 +96,18 @@ def _init(address: str | None, config: ClusterConfig) -> None:
     if address is not None:
         if "://" not in address and address != "auto":
             variables["RAY_ADDRESS"] = address
-        ray.init(address=address, runtime_env={"env_vars": variables}, logging_level=logging.WARNING)
+        secrets = collect_secrets(os.environ)
+        hook = {"worker_process_setup_hook": secrets} if secrets else {}
+        ray.init(address=address, runtime_env={"env_vars": variables, **hook}, logging_level=logging.WARNING)
         return
     port = _find_free_port()
-    variables["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    variables["RAY_API_SERVER_ADDRESS"] = f"http://{LOOPBACK}:{port}"
     ray.init(
         address="local",
         num_cpus=config.num_cpus,
         include_dashboard=True,
-        dashboard_host="127.0.0.1",
+        _node_ip_address=LOOPBACK,
+        dashboard_host=LOOPBACK,
         dashboard_port=port,
         runtime_env={"env_vars": variables},
         logging_level=logging.WARNING,
@@ -113,7 +117,7 @@ def _init(address: str | None, config: ClusterConfig) -> None:
 def _find_free_port() -> int:
     """Not Ray's usual 8265: two runs started at once would both find it free, and Ray does not look for another then."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((LOOPBACK, 0))
         return int(listener.getsockname()[1])
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def script_environment(**extra: str) -> dict[str, str]:
     """The environment of a process that starts Ray or talks to one."""
-    env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    env = os.environ | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
     env |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     return env | extra
 

@@ -17,4 +17,4 @@ class ClusterConfig(StrictModel):
     num_cpus: int | None = Field(default=None, ge=1)
     """CPUs of the local cluster; left out, every core."""
     auth_mode: Literal["token", "disabled"] = "token"
-    """Ray's authentication; only sets the variable when the environment has not."""
+    """Whether clients need Ray's token, on a local cluster too; what `RAY_AUTH_MODE` says in the environment wins."""

@@ -22,6 +22,7 @@ from layerplan.errors import LayerplanError, TrainingError, find_layerplan_error
 from layerplan.models.files import identify_model
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.model_shape import ModelShape
+from layerplan.ray_access import list_loopback_variables
 from layerplan.train.feed import check_feed
 from layerplan.train.request import STOP_REQUEST, TrainRequest, TrainResult, load_result
 from layerplan.train.resume import check_resumable, reset_ray_index
@@ -102,6 +103,7 @@ def _shape(request: TrainRequest) -> ModelShape:
 
 
 def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Path:
+
     from layerplan.train.watchdog import watching_stalls
 
     config = request.config
@@ -120,13 +122,15 @@ def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Path:
 
 def _run_ray_train(request: TrainRequest, callbacks: Sequence[Any]) -> None:
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from layerplan.train.rendezvous import choose_torch_config
 
     config = request.config
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"request": request},
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config.use_gpu else "gloo"),
+        torch_config=choose_torch_config("cpu:gloo,cuda:nccl" if config.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=config.use_gpu,
@@ -138,7 +142,9 @@ def _run_ray_train(request: TrainRequest, callbacks: Sequence[Any]) -> None:
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             callbacks=list(callbacks),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", **request.env}},
+            worker_runtime_env={
+                "env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", **list_loopback_variables(), **request.env}
+            },
         ),
         validation_config=None
         if request.validation is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,9 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from tests.planted import PLANTED
 from tests.ray_script import script_environment
+from tests.sockets import watch_listening
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB_TIMEOUT_S = 600
@@ -113,7 +116,7 @@ def start_job() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             cwd=ROOT,
-            env=script_environment(RAY_TMPDIR=folders[-1].name, **(env or {})),
+            env=script_environment(**({"RAY_TMPDIR": folders[-1].name} | (env or {}))),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -151,11 +154,15 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory, corpus_source: dict[st
 
 @pytest.fixture(scope="session")
 def finished_run(
-    corpus_source: dict[str, object], tmp_path_factory: pytest.TempPathFactory, run_job: Callable[..., Job]
+    request: pytest.FixtureRequest,
+    corpus_source: dict[str, object],
+    tmp_path_factory: pytest.TempPathFactory,
+    start_job: Callable[..., subprocess.Popen[str]],
 ) -> Path:
     """A run of the whole chain that nothing interrupted, scored by vLLM under both protocols.
 
-    Processes that run tests side by side share it: the first one that needs it makes it.
+    It was given secrets, and what it listened on lies beside it. Processes that run tests side by side share it: the first
+    one that needs it makes it.
     """
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -163,20 +170,29 @@ def finished_run(
     storage = shared / "finished"
     with FileLock(shared / "finished.lock"):
         if not (storage / "quiet" / "output.txt").exists():
-            make_finished_run(storage, corpus_source, run_job)
+            ray_folder = tempfile.TemporaryDirectory(prefix="lpq", dir="/tmp", ignore_cleanup_errors=True)
+            request.addfinalizer(ray_folder.cleanup)
+            make_finished_run(storage, corpus_source, start_job, ray_folder.name)
     return storage / "quiet"
 
 
-def make_finished_run(storage: Path, corpus_source: dict[str, object], run_job: Callable[..., Job]) -> None:
+def make_finished_run(
+    storage: Path, corpus_source: dict[str, object], start_job: Callable[..., subprocess.Popen[str]], ray_folder: str
+) -> None:
     """Runs the chain; what it printed, written last, says that it is whole."""
     storage.mkdir(exist_ok=True)
-    job = run_job(
+    process = start_job(
         *("jobs/cpt.py", "--config", write_tiny_config(storage / "tiny.yaml", corpus_source)),
         *("--set", f"storage_path={storage}", "--set", "name=quiet"),
         *("--set", "evaluation.backend=vllm", "--set", "evaluation.protocols=[logit, generate]"),
+        env=PLANTED | {"RAY_TMPDIR": ray_folder},
     )
-    assert job.returncode == 0, job.output[-6000:]
-    (storage / "quiet" / "output.txt").write_text(job.output, encoding="utf-8")
+    with watch_listening(process.pid) as listening:
+        output, _ = process.communicate(timeout=JOB_TIMEOUT_S)
+    assert process.returncode == 0, output[-6000:]
+    seen = {"listening": sorted(listening), "ray_folder": ray_folder}
+    (storage / "listening.json").write_text(json.dumps(seen), encoding="utf-8")
+    (storage / "quiet" / "output.txt").write_text(output, encoding="utf-8")
 
 
 def write_tiny_config(path: Path, corpus_source: dict[str, object]) -> Path:

@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.planted import MARK, PLANTED, find_files_with
+from tests.sockets import find_open, watch_listening
+
 ROOT = Path(__file__).resolve().parents[2]
 RunJob = Callable[..., Any]
 
@@ -204,20 +207,23 @@ def test_runs_are_compared_with_their_base(finished_run: Path, tmp_path: Path, r
 
 
 def test_a_job_is_submitted_to_a_cluster_made_for_it(config: Path, tmp_path: Path) -> None:
-    """`make demo`'s script: it starts a cluster with token authentication, submits, shows the end, and stops it all."""
+    """`make demo`'s script: it starts a closed cluster, submits, shows the end and no secret, and stops it all."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    done = subprocess.run(
+    demo = subprocess.Popen(
         ["bash", "cluster/local/demo.sh", *settings(name="submitted", **{"train.num_cpus_per_worker": 0.25})],
-        env=env | {"VENV": sys.prefix, "RUNS": str(tmp_path), "CONFIG": str(config)},
+        env=env | PLANTED | {"VENV": sys.prefix, "RUNS": str(tmp_path), "CONFIG": str(config)},
         cwd=ROOT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=400,
-        check=False,
     )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert f"report    {tmp_path / 'submitted' / 'report.html'}" in done.stdout
+    with watch_listening(demo.pid) as listening:
+        output, errors = demo.communicate(timeout=400)
+    assert demo.returncode == 0, output[-5000:] + errors[-2000:]
+    assert f"report    {tmp_path / 'submitted' / 'report.html'}" in output
     assert (tmp_path / "submitted" / "report.html").is_file()
-    assert "make ui" in done.stdout
+    assert "make ui" in output
+    assert "raylet" in {name for name, _ in listening} and find_open(listening) == set()
+    assert find_files_with(MARK, tmp_path) == [] and MARK not in output + errors
     left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False).stdout
     assert left == "", "a process of the job is left"

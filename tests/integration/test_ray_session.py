@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +41,7 @@ def foreign_cluster() -> Iterator[str]:
 def test_a_worker_asks_its_own_cluster_whether_a_run_is_alive(foreign_cluster: str) -> None:
     done = run_script(__file__, timeout_s=300, RAY_TMPDIR=foreign_cluster)
     assert done.returncode == 0 and "the same cluster: True" in done.stdout, done.stdout[-3000:]
+    assert "asked for a token: True, which lies in no file: True" in done.stdout
 
 
 if __name__ == "__main__":
@@ -46,7 +50,17 @@ if __name__ == "__main__":
 
     from layerplan.config.cluster import ClusterConfig
     from layerplan.ray_session import connect
+    from tests.planted import find_files_with
 
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        os.environ.pop(name)
+    os.environ["HOME"] = os.environ["RAY_TMPDIR"]
     connect(ClusterConfig(num_cpus=1), min_cpus=1)
+    dashboard = ray.get_runtime_context().runtime_env["env_vars"]["RAY_API_SERVER_ADDRESS"]
+    try:
+        urllib.request.urlopen(f"{dashboard}/api/v0/tasks", timeout=30)
+    except urllib.error.HTTPError as error:
+        is_kept = find_files_with(os.environ["RAY_AUTH_TOKEN"], Path(os.environ["RAY_TMPDIR"])) == []
+        print(f"asked for a token: {error.code == 401}, which lies in no file: {is_kept}")
     ask = ray.remote(lambda: [node.node_id for node in list_nodes()])
     print("the same cluster:", ray.get(ask.remote()) == [node["NodeID"] for node in ray.nodes()])
