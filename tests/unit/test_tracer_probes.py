@@ -194,7 +194,7 @@ def test_an_antsynnet_folder_is_read_and_its_faults_are_named(tmp_path: Path, da
 
 def test_the_probes_option_of_the_job_names_the_field() -> None:
     args = build_trace_parser().parse_args(["--config", "x", "--set", "seed=5", "--probes", "/words/antsynnet"])
-    quickstart = Path(__file__).resolve().parents[2] / "jobs" / "configs" / "quickstart.yaml"
+    quickstart = Path(__file__).resolve().parents[2] / "jobs" / "configs" / "quickstart_scratch.yaml"
     config = load_config(str(quickstart), args.set)
     assert (config.seed, config.trace.probes) == (5, "/words/antsynnet")
 
