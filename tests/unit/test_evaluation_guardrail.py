@@ -120,7 +120,7 @@ def test_settings_that_contradict_each_other_are_refused(values: dict[str, Any],
 
 
 def test_scored_steps_must_have_checkpoints() -> None:
-    config = ROOT / "jobs" / "configs" / "quickstart.yaml"
+    config = ROOT / "jobs" / "configs" / "quickstart_scratch.yaml"
     with pytest.raises(
         ConfigError, match=r"score_every_steps=30 must be a multiple of train\.checkpoint_every_steps=20"
     ):

@@ -196,7 +196,7 @@ def test_the_probes_option_of_the_job_names_the_field() -> None:
     args = build_parser("trace").parse_args(
         ["trace", "--config", "x", "--set", "seed=5", "--probes", "/words/antsynnet"]
     )
-    quickstart = Path(__file__).resolve().parents[2] / "jobs" / "configs" / "quickstart.yaml"
+    quickstart = Path(__file__).resolve().parents[2] / "jobs" / "configs" / "quickstart_scratch.yaml"
     config = load_config(str(quickstart), args.set)
     assert (config.seed, config.trace.probes) == (5, "/words/antsynnet")
 
