@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from eval.cores import find_threads, use_cores
+from layerplan.models.cores import find_threads, use_cores
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import torch
 from pydantic import Field, ValidationError
 
 from eval.artifacts import write_text
-from eval.cores import find_threads, use_cores
 from eval.encoding import count_control_tokens, encode_prompts
 from eval.logits import choose_dtype
 from eval.progress import ProgressLines
@@ -31,6 +30,7 @@ from layerplan.corpus.readers import Document
 from layerplan.corpus.sources import iter_documents
 from layerplan.errors import EvaluationError, find_layerplan_error
 from layerplan.models.causal_lm import load_causal_lm, load_tokenizer
+from layerplan.models.cores import find_threads, use_cores
 from layerplan.models.files import identify_model
 from layerplan.models.positions import find_max_positions
 from layerplan.plan.hashing import compute_sha256
