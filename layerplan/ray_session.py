@@ -74,7 +74,9 @@ def quiet_engines() -> None:
     for name in names:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that the bars are off
-    ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = sys.stderr.isatty()
+    context.issue_detectors_config.detectors = []  # six lines every 30 s on how to tune Ray, to who runs a model of any size
 
 
 @contextmanager
