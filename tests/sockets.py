@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-EVERY_S = 2.0
+EVERY_S = 5.0
 
 
 def list_listening(pid: int) -> set[tuple[str, str]]:
