@@ -163,7 +163,7 @@ class _Lineage:
 
     def _send_one(self, stage: str, do: str, line: Line) -> None:
         if do == "open":
-            self.store.open_run(stage, line["name"], line["time"])
+            self.store.open_run(stage, line["name"], line["time"], parent=line.get("parent", PARENT))
         elif do == "close":
             self.store.close_run(stage, line["status"], line["time"])
         elif do == "params":

@@ -95,14 +95,14 @@ class MlflowStore:
             self._check_experiment(found)
         self._client = client
 
-    def open_run(self, stage: str, name: str, time: int) -> None:
-        """Continues the stage's run, or makes it; a stage's lies in the parent's."""
+    def open_run(self, stage: str, name: str, time: int, parent: str = PARENT) -> None:
+        """Continues the stage's run, or makes it, nested in the run of another stage."""
         known = self._book.get(stage)
         if known is not None:
             with self._about(stage):
                 self._client.update_run(known, status="RUNNING")
             return
-        tags = {} if stage == PARENT else {"mlflow.parentRunId": self._run_id(PARENT), "layerplan.stage": stage}
+        tags = {} if stage == PARENT else {"mlflow.parentRunId": self._run_id(parent), "layerplan.stage": stage}
         tags[UID_TAG] = f"{self._uid}/{stage}"
         # a server may have carried out a request whose answer never came
         made = self._client.search_runs([self._experiment_id], f"tags.`{UID_TAG}` = '{tags[UID_TAG]}'", max_results=1)

@@ -125,11 +125,18 @@ class Outbox:
 class OutboxTracker:
     """One run of the lineage, kept in the outbox."""
 
-    def __init__(self, outbox: Outbox, stage: str, name: str, close: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        outbox: Outbox,
+        stage: str,
+        name: str,
+        close: Callable[[], None] | None = None,
+        parent: str = PARENT,
+    ) -> None:
         self._outbox = outbox
         self._stage = stage
         self._close = close
-        outbox.note(stage, "open", name=name)
+        outbox.note(stage, "open", name=name, parent=parent)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Records parameters; the store keeps the first value of each."""
@@ -150,8 +157,8 @@ class OutboxTracker:
         self._outbox.note(self._stage, "tags", values={key: redact_text(str(value)) for key, value in tags.items()})
 
     def child(self, name: str) -> OutboxTracker:
-        """Opens the nested run of a stage."""
-        return OutboxTracker(self._outbox, name, name)
+        """Opens a run that is nested in this one."""
+        return OutboxTracker(self._outbox, name, name, parent=self._stage)
 
     def follow(self, path: Path, namespace: str) -> None:
         """Has the lines that a worker appends to a file sent as metrics of this run."""

@@ -56,6 +56,17 @@ def log_attempt(run_dir: Path, start_step: int, stop_step: int, *, shift: float 
     parent.close()
 
 
+def test_a_run_lies_in_the_run_it_was_opened_from(run_dir: Path, uri: str, client: Any):
+    _, sweep = open_stage(run_dir, "sweep")
+    trial = sweep.child("sweep_boundary_01")
+    trial.log_params({"boundary": 1})
+    trial.close()
+    assert carry(run_dir, uri) == []
+    made = ids(run_dir)
+    assert client.get_run(made["sweep"]).data.tags["mlflow.parentRunId"] == made["parent"]
+    assert client.get_run(made["sweep_boundary_01"]).data.tags["mlflow.parentRunId"] == made["sweep"]
+
+
 def test_a_resubmitted_run_continues_in_the_same_runs_and_no_step_is_there_twice(run_dir: Path, uri: str, client: Any):
     log_attempt(run_dir, 0, 3)
     assert carry(run_dir, uri) == []
