@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +100,3 @@ def points_of(client: Any, run_id: str, key: str) -> list[tuple[int, float]]:
     """Step and value of every point of a metric, in the order they were logged."""
     history = sorted(client.get_metric_history(run_id, key), key=lambda point: point.timestamp)
     return [(point.step, point.value) for point in history]
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, kib: int) -> Iterator[bool]:
-    """A file system of its own size at a folder; yields whether it could be mounted."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
-    mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    try:
-        yield mounted
-    finally:
-        if mounted:
-            subprocess.run(["umount", "-l", str(folder)], check=False)

@@ -10,7 +10,6 @@ import pytest
 from tests.chaos.files import damage_files, fill_disk, try_checkpoint
 from tests.chaos.outcomes import Outcome, render_table
 from tests.chaos.processes import CHOICES, draw_faults
-from tests.chaos.storm import main
 from tests.tiny_checkpoint import RUN_ID, load, make_old, save
 
 
@@ -54,13 +53,3 @@ def test_the_table_has_a_row_for_each_kind_with_what_was_lost() -> None:
         "| bit | 2 | a \\| b (1 without effect) | nothing |",
         "| cut | 1 | nothing: no value changed | weights |",
     ]
-
-
-@pytest.mark.long
-def test_a_run_that_loses_a_worker_and_its_driver_ends_as_a_quiet_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--seed=6", "--rounds=1", "--kill=worker:SIGKILL,driver:SIGKILL", "--files=0"]) == 0, (
-        capsys.readouterr()
-    )
-    table = capsys.readouterr().out
-    assert "| worker: SIGKILL | 1 |" in table and "1 times training went on by itself" in table, table
-    assert "ledger of 24 steps and" in table, table

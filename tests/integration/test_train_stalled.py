@@ -29,7 +29,7 @@ KILLED_AT = 5
 @pytest.mark.long
 def test_a_stopped_worker_is_named_and_replaced_and_a_finished_run_takes_more_steps(tmp_path: Path) -> None:
     make_inputs(tmp_path)
-    done = run_script(__file__, tmp_path, timeout_s=400)
+    done = run_script(__file__, tmp_path, timeout_s=800)
     assert done.returncode == 1, done.stdout[-5000:]
     run = tmp_path / "run"
 
