@@ -218,7 +218,7 @@ def test_a_job_is_submitted_to_a_cluster_made_for_it(config: Path, tmp_path: Pat
         text=True,
     )
     with watch_listening(demo.pid) as listening:
-        output, errors = demo.communicate(timeout=400)
+        output, errors = demo.communicate(timeout=800)
     assert demo.returncode == 0, output[-5000:] + errors[-2000:]
     assert f"report    {tmp_path / 'submitted' / 'report.html'}" in output
     assert (tmp_path / "submitted" / "report.html").is_file()
