@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-START_TIMEOUT_S = 240
+START_TIMEOUT_S = 500
 
 
 @pytest.mark.long
