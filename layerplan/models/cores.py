@@ -1,4 +1,4 @@
-"""How many cores one engine or tracer computes on: Ray gives a process one thread per CPU it reserves, so by default one."""
+"""How many cores one engine computes on: Ray gives a process one thread per CPU it reserves, so by default one."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ import torch
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import LayerplanError
 from layerplan.models.causal_lm import load_causal_lm
-from layerplan.models.cores import find_threads, use_cores
 from layerplan.tracer.encode import EncodedProbe
 from layerplan.tracer.meter import ProbeMeter
 from layerplan.tracer.model_runner import LayerRunner
@@ -70,7 +69,6 @@ def decode_batch(values: Any) -> list[EncodedProbe]:
 
 def _build_meter(model_name: str, revision: str, trust_remote_code: bool, config: TraceConfig) -> ProbeMeter:
     on_gpu = torch.cuda.is_available() and config.num_gpus_per_actor > 0
-    use_cores(find_threads(None, config.num_actors))
     # float32: rounding to bfloat16 alone moves JS by up to 3e-2
     model = load_causal_lm(model_name, revision=revision, trust_remote_code=trust_remote_code, dtype=torch.float32)
     return ProbeMeter(LayerRunner(model.to("cuda" if on_gpu else "cpu")), config)
