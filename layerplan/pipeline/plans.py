@@ -14,12 +14,11 @@ from layerplan.pipeline.model_options import find_model
 from layerplan.plan.cost import explain_cost, predict_cost, render_cost_table
 from layerplan.plan.explain import explain_plan, name_ranges, render_layer_map
 from layerplan.plan.exports import export_names, read_rule
-from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan, make_plan
 
-PLAN_NAME = "freeze_plan.json"
 ENDS = ("train_embeddings", "train_final_norm", "train_lm_head", "tied")
 
 

@@ -148,7 +148,7 @@ def _read_cost(run_dir: Path, training: Mapping[str, Any]) -> Cost | None:
     if not here:
         return None
     cost = PlanCost.model_validate(here["plan"])
-    lines = [line for line in _read_lines(run_dir / "metrics.jsonl") if line.get("run") == "train"]
+    lines = [line for line in read_lines(run_dir / "metrics.jsonl") if line.get("run") == "train"]
     predicted = [line["perf/predicted_memory_gib"] for line in lines if "perf/predicted_memory_gib" in line]
     peaks = [line["perf/peak_memory_gib"] for line in lines if "perf/peak_memory_gib" in line]
     return Cost(
@@ -186,7 +186,7 @@ def _pair_continuations(evaluation: Path, scored: list[str]) -> list[Continuatio
 
 
 def _read_continuations(folder: Path) -> dict[str, str]:
-    records = _read_lines(folder / "continuations.jsonl")
+    records = read_lines(folder / "continuations.jsonl")
     return {record["prompt"]: record["text"] for record in records}
 
 
@@ -195,7 +195,7 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """JSON lines, which end at a line feed and nowhere else: a model may write U+2028. One that was cut is left out."""
     found = []
     for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from layerplan.plan.explain import describe_older_rule
 from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
-from layerplan.report.answers import read_answers
+from layerplan.report.answers import read_answers, read_lines
 from layerplan.report.figures import build_layer_figures, draw_loss
 from layerplan.report.html_parts import embed_svg, render_table
 from layerplan.report.measurement import read_deviations, render_measurement
@@ -71,19 +71,20 @@ def write_report(run_dir: Path) -> Path:
     plan = FreezePlan.load(run_dir / PLAN_NAME) if (run_dir / PLAN_NAME).exists() else None
     profile = LayerProfile.load(run_dir / "layer_profile.json") if (run_dir / "layer_profile.json").exists() else None
     figures = build_layer_figures(profile, plan, read_deviations(run_dir)) if profile is not None else {}
-    lines = [line for line in _read_lines(run_dir / "metrics.jsonl") if line.get("run") == "train"]
+    training = _read(run_dir / "training.json")
+    lines = [line for line in read_lines(run_dir / "metrics.jsonl") if line.get("run") == "train"]
     if lines:
         figures["loss"] = draw_loss(lines)
     save_figures(run_dir / FIGURES_NAME, figures)
     sections = [
-        _head(run_dir, plan, _read(run_dir / "training.json")),
+        _head(run_dir, plan, training),
         render_outcome(read_answers(run_dir)),
         _verdict_section(_read(run_dir / "verdicts.json") or []),
         render_checkpoint_scores(run_dir / "evaluation"),
         _plan_section(plan),
-        _training_section(_read(run_dir / "training.json"), figures),
+        _training_section(training, figures),
         render_measurement(profile, figures, plan),
-        _proof_section(_read(run_dir / "export.json"), _read(run_dir / "training.json")),
+        _proof_section(_read(run_dir / "export.json"), training),
         _corpus_section(_read(run_dir / "token_store" / "manifest.json")),
         _config_section(run_dir),
     ]
@@ -209,9 +210,3 @@ def _interval(value: float, interval: Sequence[float]) -> str:
 
 def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
