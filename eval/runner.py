@@ -12,7 +12,8 @@ from eval.continuations import are_continued, choose_continuations
 from eval.encoding import AnswerTokens, describe_encoding, encode_prompts, find_answer_tokens
 from eval.engine import EngineAnswer, EngineSpec
 from eval.extraction import EXTRACTION_VERSION, extract_answer
-from eval.held_out import is_held_out_scored, score_held_out
+from eval.held_out import is_held_out_scored
+from eval.held_out_scoring import score_held_out
 from eval.items import Benchmark, Question, load_benchmark
 from eval.pool import Ask, ask_all, clear_ledger
 from eval.preflight import check_lengths, check_model_files

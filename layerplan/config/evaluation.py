@@ -34,6 +34,8 @@ class HeldOutConfig(StrictModel):
     """Name in files and tables."""
     source: SourceConfig
     """Where the documents lie; give `max_documents` for a large source."""
+    max_chars: int | None = Field(default=None, ge=1)
+    """Score only the first so many characters of each document; whole documents when left out."""
 
 
 class EvaluationConfig(StrictModel):

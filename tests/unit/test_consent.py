@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval.engine import EngineSpec, open_engine
-from eval.held_out import HeldOutActor
+from eval.held_out_scoring import HeldOutActor
 from layerplan.config.run import RunConfig
 from layerplan.errors import ModelError
 from layerplan.pipeline.model_options import trusts_remote_code

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval.held_out import HeldOutActor, HeldOutResult, iter_windows, judge_held_out, read_held_out
+from eval.held_out import HeldOutResult, judge_held_out, read_held_out
+from eval.held_out_scoring import HeldOutActor, iter_windows
 from layerplan.config.corpus import CorpusConfig, DecontaminationConfig, SourceConfig
 from layerplan.config.evaluation import HeldOutConfig
 from layerplan.config.run import RunConfig
@@ -254,3 +255,10 @@ def test_a_held_out_text_without_documents_is_refused(tmp_path: Path):
     item = HeldOutConfig.model_validate({"name": "notes", "source": {"path": str(tmp_path / "held.jsonl")}})
     with pytest.raises(EvaluationError, match=r"evaluation\.held_out: notes: .* holds no document"):
         read_held_out(item)
+
+
+def test_long_documents_can_be_cut(tmp_path: Path):
+    write_jsonl(tmp_path / "held.jsonl", {"id": "a", "text": "北京 is the capital"}, {"id": "b", "text": "one"})
+    source = {"path": str(tmp_path / "held.jsonl")}
+    item = HeldOutConfig.model_validate({"name": "notes", "source": source, "max_chars": 5})
+    assert [document.text for document in read_held_out(item)] == ["北京 is", "one"]

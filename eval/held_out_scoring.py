@@ -1,0 +1,219 @@
+"""Measures bits per byte on held-out text: windows of every text through one pool of a model's actors.
+
+A document's tokens are cut into windows of the model's length; each token is predicted exactly once, the first of the
+document from the beginning- or end-of-text token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.artifacts import write_text
+from eval.encoding import count_control_tokens, encode_prompts
+from eval.held_out import HELD_OUT_FOLDER, HeldOutResult, load_held_out, read_held_out
+from eval.logits import choose_dtype
+from eval.progress import ProgressLines
+from layerplan.config.evaluation import EvaluationConfig
+from layerplan.errors import EvaluationError, find_layerplan_error
+from layerplan.models.causal_lm import load_causal_lm, load_tokenizer
+from layerplan.models.cores import find_threads, use_cores
+from layerplan.models.files import identify_model
+from layerplan.models.positions import find_max_positions
+from layerplan.plan.hashing import compute_sha256
+
+MAX_WINDOW = 2048
+"""Longest window, in tokens; bounds the logits held at once."""
+WINDOWS_PER_BATCH = 4
+"""Few, so that a slow machine says something from time to time."""
+
+
+@dataclass
+class _Text:
+    """A text that is not scored yet."""
+
+    name: str
+    documents: list[str]
+    origin: dict[str, Any]
+    encoded: list[list[int]] = field(default_factory=list)
+    nats: list[float] = field(default_factory=list)
+    windows_left: int = 0
+
+
+def iter_windows(num_tokens: int, window: int) -> Iterator[tuple[int, int]]:
+    """Yields (start, stop) of the tokens each window predicts; every token lies in exactly one."""
+    for start in range(0, num_tokens, window):
+        yield start, min(start + window, num_tokens)
+
+
+class HeldOutActor:
+    """A model that gives the negative log-likelihood of windows."""
+
+    def __init__(
+        self,
+        model: str,
+        revision: str,
+        dtype: str,
+        num_gpus: float,
+        trust_remote_code: bool = False,
+        num_threads: int | None = None,
+        num_engines: int = 1,
+    ) -> None:
+        use_cores(find_threads(num_threads, num_engines))
+        self._device = torch.device("cuda" if num_gpus > 0 and torch.cuda.is_available() else "cpu")
+        chosen = choose_dtype(dtype, self._device)
+        loaded = load_causal_lm(model, revision=revision, dtype=chosen, trust_remote_code=trust_remote_code)
+        self._model = loaded.to(self._device)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Takes rows `text, document, ids`; `ids` starts with the token the first prediction looks back on."""
+        return {
+            "text": batch["text"],
+            "document": batch["document"],
+            "nats": [self.compute_nats([int(t) for t in ids]) for ids in batch["ids"]],
+        }
+
+    def compute_nats(self, ids: Sequence[int]) -> float:
+        """Negative log-likelihood of `ids[1:]` given `ids[0]`, in float32 log-probabilities summed in float64."""
+        with torch.inference_mode():
+            tokens = torch.tensor([list(ids)], device=self._device)
+            logits = self._model(input_ids=tokens[:, :-1], use_cache=False).logits[0].float()
+            picked = logits.gather(1, tokens[0, 1:, None]).squeeze(1) - torch.logsumexp(logits, -1)
+            return float(-picked.double().sum())
+
+
+def score_held_out(
+    model: str,
+    config: EvaluationConfig,
+    out_dir: Path,
+    *,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    report: Callable[[str], None] = print,
+) -> dict[str, HeldOutResult]:
+    """Scores a model on every held-out text; writes `held_out/<name>.json`. Ray must be initialised.
+
+    What was scored before with the same weights on the same text is read back. The rest goes through one pool.
+
+    Returns:
+        Name of each text to its result.
+
+    Raises:
+        EvaluationError: When a text has no document, or the tokenizer no end-of-text token.
+        CorpusError: When a text cannot be read.
+    """
+    if not config.held_out:
+        return {}
+    texts = _describe_texts(model, config, revision)
+    found = load_held_out(out_dir)
+    wanted = [text for text in texts if not _is_scored(text, found.get(text.name))]
+    if wanted:
+        documents = " and ".join(f"{len(text.documents):,} documents of {text.name}" for text in wanted)
+        report(f"bits per byte of {documents}")
+        for result in _measure(model, revision, wanted, config, trust_remote_code, report):
+            found[result.name] = result
+            write_text(out_dir / HELD_OUT_FOLDER / f"{result.name}.json", json.dumps(result.model_dump()) + "\n")
+    return {text.name: found[text.name] for text in texts}
+
+
+def _describe_texts(model: str, config: EvaluationConfig, revision: str) -> list[_Text]:
+    """The texts, and what a result of each says about where it comes from."""
+    identity = identify_model(model, revision=revision)
+    tokenizer = load_tokenizer(model, revision=revision)
+    texts = []
+    for item in config.held_out:
+        documents = [document.text for document in read_held_out(item)]
+        origin = {
+            "name": item.name,
+            "text_sha256": compute_sha256(documents),
+            "model": identity.name,
+            "weights_sha256": identity.weights_sha256,
+            "dtype": config.dtype,
+            "num_control_tokens": count_control_tokens(tokenizer, documents),
+        }
+        texts.append(_Text(item.name, documents, origin))
+    return texts
+
+
+def _is_scored(text: _Text, before: HeldOutResult | None) -> bool:
+    return before is not None and before.model_dump(include=set(text.origin)) == text.origin
+
+
+def _sum_up(text: _Text, window: int) -> HeldOutResult:
+    sizes = [len(document.encode("utf-8")) for document in text.documents]
+    measured = {
+        "window": window,
+        "bits_per_byte": sum(text.nats) / math.log(2) / sum(sizes),
+        "num_tokens": sum(map(len, text.encoded)),
+        "document_nats": text.nats,
+        "document_bytes": sizes,
+    }
+    return HeldOutResult.model_validate(text.origin | measured)
+
+
+def _measure(
+    model: str,
+    revision: str,
+    texts: Sequence[_Text],
+    config: EvaluationConfig,
+    trust_remote_code: bool,
+    report: Callable[[str], None],
+) -> Iterator[HeldOutResult]:
+    """Yields each text's result as soon as its last window is in."""
+    import ray
+
+    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise EvaluationError(f"{model}: its tokenizer has neither a beginning nor an end-of-text token")
+    window = min(find_max_positions(model, revision=revision) or MAX_WINDOW, MAX_WINDOW)
+    for text in texts:
+        text.encoded = encode_prompts(tokenizer, text.documents, add_special_tokens=False)
+        text.nats = [0.0] * len(text.documents)
+        text.windows_left = sum(len(list(iter_windows(len(ids), window))) for ids in text.encoded)
+    rows = [
+        {"text": place, "document": index, "ids": [first, *ids][start : stop + 1]}
+        for place, text in enumerate(texts)
+        for index, ids in enumerate(text.encoded)
+        for start, stop in iter_windows(len(ids), window)
+    ]
+    scored = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // WINDOWS_PER_BATCH)).map_batches(
+        HeldOutActor,
+        fn_constructor_args=(
+            model,
+            revision,
+            config.dtype,
+            config.num_gpus_per_actor,
+            trust_remote_code,
+            config.num_threads_per_actor,
+            config.num_actors,
+        ),
+        batch_size=WINDOWS_PER_BATCH,
+        compute=ray.data.ActorPoolStrategy(size=config.num_actors),
+        num_cpus=config.num_cpus_per_actor,
+        num_gpus=config.num_gpus_per_actor,
+    )
+    answered = 0
+    progress = ProgressLines("windows of held-out text", len(rows), report)
+    try:
+        for batch in scored.iter_batches(batch_size=None, prefetch_batches=0):
+            for place, document, value in zip(batch["text"], batch["document"], batch["nats"], strict=True):
+                texts[int(place)].nats[int(document)] += float(value)
+                texts[int(place)].windows_left -= 1
+            answered += len(batch["nats"])
+            progress.add(len(batch["nats"]))
+            for place in dict.fromkeys(int(place) for place in batch["text"]):
+                if texts[place].windows_left == 0:
+                    yield _sum_up(texts[place], window)
+    except Exception as error:
+        fault = find_layerplan_error(error)
+        words = " ".join(str(error).split())[:300]
+        raise (type(fault)(*fault.args) if fault else EvaluationError(f"{model}: held-out text: {words}")) from error
+    if answered != len(rows):
+        raise EvaluationError(f"{model}: {answered} windows came back of {len(rows)} of held-out text")
