@@ -29,10 +29,8 @@ from layerplan.config.evaluation import EvaluationConfig, HeldOutConfig
 from layerplan.corpus.readers import Document
 from layerplan.corpus.sources import iter_documents
 from layerplan.errors import EvaluationError, find_layerplan_error
-from layerplan.models.causal_lm import load_causal_lm, load_tokenizer
 from layerplan.models.cores import find_threads, use_cores
-from layerplan.models.files import identify_model
-from layerplan.models.positions import find_max_positions
+from layerplan.models.ref import ModelRef
 from layerplan.plan.hashing import compute_sha256
 
 HELD_OUT_FOLDER = "held_out"
@@ -98,19 +96,16 @@ class HeldOutActor:
 
     def __init__(
         self,
-        model: str,
-        revision: str,
+        model: ModelRef,
         dtype: str,
         num_gpus: float,
-        trust_remote_code: bool = False,
         num_threads: int | None = None,
         num_engines: int = 1,
     ) -> None:
         use_cores(find_threads(num_threads, num_engines))
         self._device = torch.device("cuda" if num_gpus > 0 and torch.cuda.is_available() else "cpu")
         chosen = choose_dtype(dtype, self._device)
-        loaded = load_causal_lm(model, revision=revision, dtype=chosen, trust_remote_code=trust_remote_code)
-        self._model = loaded.to(self._device)
+        self._model: Any = model.load(dtype=chosen).to(self._device)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Takes rows `document, ids`; `ids` starts with the token the first prediction looks back on."""
@@ -129,12 +124,10 @@ class HeldOutActor:
 
 
 def score_held_out(
-    model: str,
+    model: ModelRef,
     config: EvaluationConfig,
     out_dir: Path,
     *,
-    revision: str = "main",
-    trust_remote_code: bool = False,
     report: Callable[[str], None] = print,
 ) -> dict[str, HeldOutResult]:
     """Scores a model on every held-out text; writes `held_out/<name>.json`. Ray must be initialised.
@@ -150,8 +143,8 @@ def score_held_out(
     """
     if not config.held_out:
         return {}
-    identity = identify_model(model, revision=revision)
-    tokenizer = load_tokenizer(model, revision=revision)
+    identity = model.identity()
+    tokenizer = model.tokenizer()
     stored = load_held_out(out_dir)
     found: dict[str, HeldOutResult] = {}
     for item in config.held_out:
@@ -167,7 +160,7 @@ def score_held_out(
         before = stored.get(item.name)
         if before is None or before.model_dump(include=set(origin)) != origin:
             report(f"bits per byte of {len(documents):,} documents of {item.name}")
-            measured = _score_documents(model, revision, documents, config, trust_remote_code, report)
+            measured = _score_documents(model, documents, config, report)
             before = HeldOutResult.model_validate(origin | measured)
             text = json.dumps(before.model_dump()) + "\n"
             write_text(out_dir / HELD_OUT_FOLDER / f"{item.name}.json", text)
@@ -263,21 +256,19 @@ def _judge_pair(base: HeldOutResult, trained: HeldOutResult, gaps: np.ndarray, p
 
 
 def _score_documents(
-    model: str,
-    revision: str,
+    model: ModelRef,
     documents: Sequence[str],
     config: EvaluationConfig,
-    trust_remote_code: bool,
     report: Callable[[str], None],
 ) -> dict[str, object]:
     """The measured part of a result."""
     import ray
 
-    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = model.tokenizer()
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise EvaluationError(f"{model}: its tokenizer has neither a beginning nor an end-of-text token")
-    window = min(find_max_positions(model, revision=revision) or MAX_WINDOW, MAX_WINDOW)
+    window = min(model.max_positions() or MAX_WINDOW, MAX_WINDOW)
     encoded = encode_prompts(tokenizer, documents, add_special_tokens=False)
     rows = [
         {"document": index, "ids": [first, *ids][start : stop + 1]}
@@ -288,10 +279,8 @@ def _score_documents(
         HeldOutActor,
         fn_constructor_args=(
             model,
-            revision,
             config.dtype,
             config.num_gpus_per_actor,
-            trust_remote_code,
             config.num_threads_per_actor,
             config.num_actors,
         ),
