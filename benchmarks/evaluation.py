@@ -81,6 +81,7 @@ def score_ours(model: str, data: Path, out: Path, few_shot: int, max_questions: 
     from eval.scoring import pick_letter
     from layerplan.config.evaluation import BenchmarkConfig
     from layerplan.models.causal_lm import load_tokenizer
+    from layerplan.models.ref import ModelRef
 
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(model)
@@ -95,7 +96,7 @@ def score_ours(model: str, data: Path, out: Path, few_shot: int, max_questions: 
     tokens = find_answer_tokens(tokenizer, model, cue="\n" + template.cue, prefix=template.answer_prefix)
     encoded = encode_prompts(tokenizer, prompts, add_special_tokens=True, control_tokens="token")
     ids = [[*found, *tokens.appended] for found in encoded]
-    spec = EngineSpec(model, "main", "transformers", "float32", 0, tokens.letters, POSITIONS)
+    spec = EngineSpec(ModelRef(model), "transformers", "float32", 0, tokens.letters, POSITIONS)
     answers = open_engine(spec).ask(ids, [1] * len(ids))
     questions = [question for benchmark in benchmarks for question in benchmark.questions]
     with out.open("w", encoding="utf-8") as handle:

@@ -32,6 +32,7 @@ def answer(model: str, backend: str, dtype: str, num_gpus: int, out: Path, max_q
     from eval.prompts import TEMPLATES, format_prompts
     from layerplan.config.evaluation import BenchmarkConfig
     from layerplan.models.causal_lm import load_tokenizer
+    from layerplan.models.ref import ModelRef
 
     path = str(Path(os.environ["LAYERPLAN_DATA"]) / "ceval")
     benchmark = load_benchmark(BenchmarkConfig(name="ceval", path=path, max_questions=max_questions))
@@ -39,7 +40,7 @@ def answer(model: str, backend: str, dtype: str, num_gpus: int, out: Path, max_q
     tokens = find_answer_tokens(tokenizer, model, cue="\n" + template.cue, prefix="")
     ids = encode_prompts(tokenizer, format_prompts(benchmark, style="official"), add_special_tokens=True)
     longest = max(map(len, ids)) + NEW_TOKENS
-    engine = open_engine(EngineSpec(model, "main", backend, dtype, num_gpus, tokens.letters, longest))
+    engine = open_engine(EngineSpec(ModelRef(model), backend, dtype, num_gpus, tokens.letters, longest))
     answers = engine.ask(ids, [NEW_TOKENS] * len(ids))
     values = [{"tokens": item.token_ids, "letters": item.letter_logprobs} for item in answers]
     out.write_text(json.dumps(values), encoding="utf-8")

@@ -22,6 +22,7 @@ from layerplan.checkpoint.index import list_checkpoints
 from layerplan.checkpoint.layout import CHECKPOINTS_NAME, STATE_NAME, name_step, parse_step, read_train_state
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import CheckpointError, EvaluationError
+from layerplan.models.ref import ModelRef
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.ray_session import quiet_engines
 
@@ -36,15 +37,12 @@ class CheckpointScoring:
     """What is needed to score a checkpoint of one run, and what Ray Train calls with one."""
 
     run_dir: Path
-    base_model: str
+    base: ModelRef
     plan: FreezePlan
     config: EvaluationConfig
     final_step: int
     stop_file: Path
     """Made when the guardrail breaks."""
-    revision: str = "main"
-    trust_remote_code: bool = False
-    """Whether the user allowed the base's own code; it holds for the exports made of it."""
     export_dtype: Literal["base", "float32"] = "base"
 
     @property
@@ -124,20 +122,17 @@ def score_checkpoint(
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
         export_hf(
-            base=scoring.base_model,
+            base=scoring.base,
             checkpoint=checkpoint,
             out_dir=exported,
             plan=scoring.plan,
-            revision=scoring.revision,
-            trust_remote_code=scoring.trust_remote_code,
             export_dtype=scoring.export_dtype,
         )
     try:
         return evaluate_model(
-            str(exported),
+            scoring.base.at(exported),
             scoring.config,
             out_dir,
-            trust_remote_code=scoring.trust_remote_code,
             report=lambda line: print(f"[evaluate] {label}: {line}", flush=True),
             after_batch=after_batch,
         )
@@ -150,7 +145,9 @@ def score_checkpoint(
 def find_scores(scoring: CheckpointScoring, step: int) -> Results | None:
     """The scores of a step under this config, or None when they are not whole."""
     label = name_step(step)
-    return load_finished(str(scoring.run_dir / "hf" / label), scoring.config, scoring.run_dir / "evaluation" / label)
+    return load_finished(
+        scoring.base.at(scoring.run_dir / "hf" / label), scoring.config, scoring.run_dir / "evaluation" / label
+    )
 
 
 def find_checkpoints(run_dir: Path) -> dict[int, Path]:

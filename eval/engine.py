@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from layerplan.models.cores import find_threads, use_cores
+from layerplan.models.ref import ModelRef
 
 
 @dataclass(frozen=True)
 class EngineSpec:
     """Which model an engine loads, and how."""
 
-    model: str
-    """Folder or hub id."""
-    revision: str
+    model: ModelRef
     backend: str
     """`vllm` or `transformers`."""
     dtype: str
@@ -26,8 +25,6 @@ class EngineSpec:
     """Tokens whose log-probabilities are asked for."""
     max_length: int
     """Longest prompt with its answer, in tokens."""
-    trust_remote_code: bool = False
-    """Whether the user allowed the model's own code."""
     num_threads: int | None = None
     """Threads on a CPU; the engine's share of the node's cores when left out."""
     num_engines: int = 1

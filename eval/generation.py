@@ -13,7 +13,6 @@ from typing import Any
 
 from eval.engine import EngineAnswer, EngineSpec
 from layerplan.errors import EvaluationError
-from layerplan.models.causal_lm import load_tokenizer
 
 
 class VllmEngine:
@@ -30,9 +29,9 @@ class VllmEngine:
         options: dict[str, Any] = {"tensor_parallel_size": max(1, int(spec.num_gpus))}
         try:
             self._engine = LLM(
-                model=spec.model,
-                revision=spec.revision,
-                trust_remote_code=spec.trust_remote_code,
+                model=spec.model.name,
+                revision=spec.model.revision,
+                trust_remote_code=spec.model.trust_remote_code,
                 dtype=dtype,
                 seed=0,
                 max_model_len=spec.max_length,
@@ -48,7 +47,7 @@ class VllmEngine:
                 " evaluation.backend: transformers scores whatever was trained"
             ) from error
         self._letter_ids = spec.letter_ids
-        self._tokenizer = load_tokenizer(spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        self._tokenizer = spec.model.tokenizer()
 
     def ask(self, prompt_ids: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> list[EngineAnswer]:
         """Answers every prompt greedily, in order."""

@@ -22,10 +22,8 @@ from eval.logits import choose_dtype
 from eval.progress import ProgressLines
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError, find_layerplan_error
-from layerplan.models.causal_lm import load_causal_lm, load_tokenizer
 from layerplan.models.cores import find_threads, use_cores
-from layerplan.models.files import identify_model
-from layerplan.models.positions import find_max_positions
+from layerplan.models.ref import ModelRef
 from layerplan.plan.hashing import compute_sha256
 
 MAX_WINDOW = 2048
@@ -57,19 +55,16 @@ class HeldOutActor:
 
     def __init__(
         self,
-        model: str,
-        revision: str,
+        model: ModelRef,
         dtype: str,
         num_gpus: float,
-        trust_remote_code: bool = False,
         num_threads: int | None = None,
         num_engines: int = 1,
     ) -> None:
         use_cores(find_threads(num_threads, num_engines))
         self._device = torch.device("cuda" if num_gpus > 0 and torch.cuda.is_available() else "cpu")
         chosen = choose_dtype(dtype, self._device)
-        loaded = load_causal_lm(model, revision=revision, dtype=chosen, trust_remote_code=trust_remote_code)
-        self._model = loaded.to(self._device)
+        self._model: Any = model.load(dtype=chosen).to(self._device)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Takes rows `text, document, ids`; `ids` starts with the token the first prediction looks back on."""
@@ -89,12 +84,10 @@ class HeldOutActor:
 
 
 def score_held_out(
-    model: str,
+    model: ModelRef,
     config: EvaluationConfig,
     out_dir: Path,
     *,
-    revision: str = "main",
-    trust_remote_code: bool = False,
     report: Callable[[str], None] = print,
 ) -> dict[str, HeldOutResult]:
     """Scores a model on every held-out text; writes `held_out/<name>.json`. Ray must be initialised.
@@ -110,22 +103,22 @@ def score_held_out(
     """
     if not config.held_out:
         return {}
-    texts = _describe_texts(model, config, revision)
+    texts = _describe_texts(model, config)
     found = load_held_out(out_dir)
     wanted = [text for text in texts if not _is_scored(text, found.get(text.name))]
     if wanted:
         documents = " and ".join(f"{len(text.documents):,} documents of {text.name}" for text in wanted)
         report(f"bits per byte of {documents}")
-        for result in _measure(model, revision, wanted, config, trust_remote_code, report):
+        for result in _measure(model, wanted, config, report):
             found[result.name] = result
             write_text(out_dir / HELD_OUT_FOLDER / f"{result.name}.json", json.dumps(result.model_dump()) + "\n")
     return {text.name: found[text.name] for text in texts}
 
 
-def _describe_texts(model: str, config: EvaluationConfig, revision: str) -> list[_Text]:
+def _describe_texts(model: ModelRef, config: EvaluationConfig) -> list[_Text]:
     """The texts, and what a result of each says about where it comes from."""
-    identity = identify_model(model, revision=revision)
-    tokenizer = load_tokenizer(model, revision=revision)
+    identity = model.identity()
+    tokenizer = model.tokenizer()
     texts = []
     for item in config.held_out:
         documents = [document.text for document in read_held_out(item)]
@@ -158,21 +151,19 @@ def _sum_up(text: _Text, window: int) -> HeldOutResult:
 
 
 def _measure(
-    model: str,
-    revision: str,
+    model: ModelRef,
     texts: Sequence[_Text],
     config: EvaluationConfig,
-    trust_remote_code: bool,
     report: Callable[[str], None],
 ) -> Iterator[HeldOutResult]:
     """Yields each text's result as soon as its last window is in."""
     import ray
 
-    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = model.tokenizer()
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise EvaluationError(f"{model}: its tokenizer has neither a beginning nor an end-of-text token")
-    window = min(find_max_positions(model, revision=revision) or MAX_WINDOW, MAX_WINDOW)
+    window = min(model.max_positions() or MAX_WINDOW, MAX_WINDOW)
     for text in texts:
         text.encoded = encode_prompts(tokenizer, text.documents, add_special_tokens=False)
         text.nats = [0.0] * len(text.documents)
@@ -187,10 +178,8 @@ def _measure(
         HeldOutActor,
         fn_constructor_args=(
             model,
-            revision,
             config.dtype,
             config.num_gpus_per_actor,
-            trust_remote_code,
             config.num_threads_per_actor,
             config.num_actors,
         ),

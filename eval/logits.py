@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from eval.engine import EngineAnswer, EngineSpec
-from layerplan.models.causal_lm import load_causal_lm, load_tokenizer
 
 MAX_BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
 """Prompt tokens of one forward pass: on a CPU activations stay in the cache (a quarter less time than with 16,384)."""
@@ -27,11 +26,8 @@ class TransformersEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self._device = torch.device("cuda" if spec.num_gpus > 0 and torch.cuda.is_available() else "cpu")
         dtype = choose_dtype(spec.dtype, self._device)
-        model = load_causal_lm(
-            spec.model, revision=spec.revision, dtype=dtype, trust_remote_code=spec.trust_remote_code
-        )
-        self._model = model.to(self._device)
-        self._tokenizer = load_tokenizer(spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        self._model = spec.model.load(dtype=dtype).to(self._device)
+        self._tokenizer = spec.model.tokenizer()
         self._letter_ids = list(spec.letter_ids)
         keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if keeps else {}

@@ -132,7 +132,7 @@ class Ledger:
     def __init__(self, path: Path, prompts: Sequence[Any], spec: EngineSpec) -> None:
         self._path = path
         self._key = compute_sha256(
-            [list(prompts), spec.model, spec.revision, spec.backend, spec.dtype, spec.letter_ids]
+            [list(prompts), spec.model.name, spec.model.revision, spec.backend, spec.dtype, spec.letter_ids]
         )
         self.answers: dict[int, EngineAnswer] = {}
         if path.exists():

@@ -6,38 +6,34 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from layerplan.errors import EvaluationError
-from layerplan.models.base_check import refuse_code_without_consent
-from layerplan.models.files import load_hf_config
-from layerplan.models.positions import find_max_positions
+from layerplan.models.ref import ModelRef
 from layerplan.models.weight_files import read_stored_tensors
 
 
-def check_model_files(model: str, revision: str, *, trust_remote_code: bool = False) -> None:
+def check_model_files(model: ModelRef) -> None:
     """Refuses a model whose own code is not allowed, and a folder whose weights were not written to the end.
 
     Raises:
         ModelError: Naming the code, or the file that is missing or shorter than its own header says.
     """
-    config = load_hf_config(model, revision=revision)
-    refuse_code_without_consent(model, config, trust_remote_code=trust_remote_code)
-    folder = Path(model).expanduser()
+    model.check_consent()
+    folder = Path(model.name).expanduser()
     if folder.is_dir():
         read_stored_tensors(folder)
 
 
-def check_lengths(model: str, revision: str, lengths: Sequence[int], names: Sequence[str]) -> None:
+def check_lengths(model: ModelRef, lengths: Sequence[int], names: Sequence[str]) -> None:
     """Refuses a model whose positions cannot hold a prompt and its answer.
 
     Args:
-        model: Folder or hub id.
-        revision: Revision on the hub.
+        model: Whose positions.
         lengths: Tokens of each prompt with its answer.
         names: What each prompt is called.
 
     Raises:
         EvaluationError: Naming the longest prompt.
     """
-    limit = find_max_positions(model, revision=revision)
+    limit = model.max_positions()
     if limit is None or not lengths:
         return
     longest = max(range(len(lengths)), key=lambda index: lengths[index])

@@ -21,18 +21,16 @@ from eval.prompts import TEMPLATES, describe_template, format_prompts
 from eval.scoring import Answer, EvaluationResult, Protocol, ScoreOrigin, pick_letter, score_answers
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError
-from layerplan.models.causal_lm import load_tokenizer
-from layerplan.models.files import identify_model, name_folder
+from layerplan.models.files import name_folder
+from layerplan.models.ref import ModelRef
 from layerplan.plan.hashing import compute_sha256
 
 
 def evaluate_model(
-    model: str,
+    model: ModelRef,
     config: EvaluationConfig,
     out_dir: Path,
     *,
-    revision: str = "main",
-    trust_remote_code: bool = False,
     report: Callable[[str], None] = print,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Results:
@@ -49,9 +47,9 @@ def evaluate_model(
         EvaluationError: When a benchmark, prompt or engine cannot give a trustworthy score.
         ModelError: When the model's files are not whole.
     """
-    check_model_files(model, revision, trust_remote_code=trust_remote_code)
+    check_model_files(model)
     benchmarks = _load_benchmarks(config)
-    origins = _describe_origins(model, revision, benchmarks, config)
+    origins = _describe_origins(model, benchmarks, config)
     finished = load_results(out_dir)
     done = {item.name: _read_finished(finished, item, config, origins[item.name]) for item in benchmarks}
     todo = [benchmark for benchmark in benchmarks if done[benchmark.name] is None]
@@ -60,8 +58,6 @@ def evaluate_model(
         prompts = choose_continuations(config)
         outputs, continuations = _ask_benchmarks(
             model,
-            revision,
-            trust_remote_code,
             config,
             todo or benchmarks[:1],
             todo,
@@ -93,11 +89,11 @@ def evaluate_model(
                 {protocol: repeats[0] for protocol, repeats in answers.items()},
             )
         clear_ledger(out_dir)
-    score_held_out(model, config, out_dir, revision=revision, trust_remote_code=trust_remote_code, report=report)
+    score_held_out(model, config, out_dir, report=report)
     return {key: result for results in done.values() if results is not None for key, result in results.items()}
 
 
-def load_finished(model: str, config: EvaluationConfig, out_dir: Path, *, revision: str = "main") -> Results | None:
+def load_finished(model: ModelRef, config: EvaluationConfig, out_dir: Path) -> Results | None:
     """Everything asked for, when it was scored before; the model's folder need not exist any more, so its name counts.
 
     Raises:
@@ -110,7 +106,7 @@ def load_finished(model: str, config: EvaluationConfig, out_dir: Path, *, revisi
         if first is None or first.origin is None:
             return None
         known = {"weights_sha256": first.origin.weights_sha256, "encoding": first.origin.encoding}
-        origin = _make_origin(name_folder(Path(model)), revision, config, **known)
+        origin = _make_origin(name_folder(Path(model.name)), model, config, **known)
         results = _read_finished(stored, benchmark, config, origin)
         if results is None:
             return None
@@ -143,25 +139,25 @@ def make_protocol_id(benchmark: Benchmark, protocol: Protocol, config: Evaluatio
 
 
 def _describe_origins(
-    model: str, revision: str, benchmarks: Sequence[Benchmark], config: EvaluationConfig
+    model: ModelRef, benchmarks: Sequence[Benchmark], config: EvaluationConfig
 ) -> dict[str, ScoreOrigin]:
     """Of each benchmark, what its scores come from."""
-    identity = identify_model(model, revision=revision)
-    tokenizer = load_tokenizer(model, revision=revision)
+    identity = model.identity()
+    tokenizer = model.tokenizer()
     origins = {}
     for benchmark in benchmarks:
         tokens = _answer_tokens(tokenizer, model, benchmark, config)
         prompts = format_prompts(benchmark, style=config.style)
         encoding = describe_encoding(tokenizer, prompts, tokens, style=config.style)
         known = {"weights_sha256": identity.weights_sha256, "encoding": encoding}
-        origins[benchmark.name] = _make_origin(identity.name, revision, config, **known)
+        origins[benchmark.name] = _make_origin(identity.name, model, config, **known)
     return origins
 
 
-def _make_origin(name: str, revision: str, config: EvaluationConfig, **known: Any) -> ScoreOrigin:
+def _make_origin(name: str, model: ModelRef, config: EvaluationConfig, **known: Any) -> ScoreOrigin:
     return ScoreOrigin(
         model=name,
-        revision=revision,
+        revision=model.revision,
         **known,
         style=config.style,
         num_few_shot=config.num_few_shot,
@@ -171,9 +167,7 @@ def _make_origin(name: str, revision: str, config: EvaluationConfig, **known: An
 
 
 def _ask_benchmarks(
-    model: str,
-    revision: str,
-    trust_remote_code: bool,
+    model: ModelRef,
     config: EvaluationConfig,
     worded: Sequence[Benchmark],
     asked: Sequence[Benchmark],
@@ -183,7 +177,7 @@ def _ask_benchmarks(
     after_batch: Callable[[], None],
 ) -> tuple[dict[str, list[list[EngineAnswer]]], list[EngineAnswer]]:
     """Answers per benchmark and repeat, and the continuations; `worded` benchmarks say which tokens the letters are."""
-    tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = model.tokenizer()
     limit = config.max_new_tokens if "generate" in config.protocols else 1
     tokens = {benchmark.name: _answer_tokens(tokenizer, model, benchmark, config) for benchmark in worded}
     letters = {item.letters for item in tokens.values()}
@@ -206,16 +200,14 @@ def _ask_benchmarks(
     num_questions = len(asks)
     asks += [Ask(ids, length) for ids, (_, length) in zip(continued, to_continue, strict=True)]
     lengths = [len(ask.ids) + ask.max_new_tokens for ask in asks]
-    check_lengths(model, revision, lengths, names)
+    check_lengths(model, lengths, names)
     spec = EngineSpec(
         model=model,
-        revision=revision,
         backend=config.backend,
         dtype=config.dtype,
         num_gpus=config.num_gpus_per_actor,
         letter_ids=letters.pop(),
         max_length=max(lengths),
-        trust_remote_code=trust_remote_code,
         num_threads=config.num_threads_per_actor,
         num_engines=config.num_actors,
     )
@@ -240,9 +232,9 @@ def order_repeat(num_questions: int, repeat: int) -> list[int]:
     return order
 
 
-def _answer_tokens(tokenizer: Any, model: str, benchmark: Benchmark, config: EvaluationConfig) -> AnswerTokens:
+def _answer_tokens(tokenizer: Any, model: ModelRef, benchmark: Benchmark, config: EvaluationConfig) -> AnswerTokens:
     template = TEMPLATES[config.style, benchmark.name]
-    return find_answer_tokens(tokenizer, model, cue="\n" + template.cue, prefix=template.answer_prefix)
+    return find_answer_tokens(tokenizer, model.name, cue="\n" + template.cue, prefix=template.answer_prefix)
 
 
 def _make_answers(

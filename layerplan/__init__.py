@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _OFFERED = {
     "RunConfig": "layerplan.config.run",
     "load_config": "layerplan.config.load",
+    "ModelRef": "layerplan.models.ref",
     "LayerProfile": "layerplan.plan.layer_profile",
     "FreezePlan": "layerplan.plan.freeze_plan",
     "make_plan": "layerplan.plan.policies",
@@ -30,6 +31,7 @@ __all__ = ["__version__", *_OFFERED]
 if TYPE_CHECKING:
     from layerplan.config.load import load_config as load_config
     from layerplan.config.run import RunConfig as RunConfig
+    from layerplan.models.ref import ModelRef as ModelRef
     from layerplan.plan.freeze_plan import FreezePlan as FreezePlan
     from layerplan.plan.layer_profile import LayerProfile as LayerProfile
     from layerplan.plan.policies import make_plan as make_plan

@@ -28,6 +28,7 @@ from layerplan.models.causal_lm import load_causal_lm
 from layerplan.models.files import identify_model
 from layerplan.models.freezing import apply_plan, check_gradient_coverage
 from layerplan.models.model_sizes import load_model_shape
+from layerplan.models.ref import ModelRef
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.model_shape import ModelShape
@@ -267,7 +268,7 @@ def _check_export(family: Family) -> str:
     optimizer.step(grad_scale=torch.ones(()))
     checkpoint, out = family.folder.parent / "checkpoint", family.folder.parent / "hf"
     save_checkpoint(checkpoint, family.model, optimizer, None)
-    export_hf(base=str(family.folder), checkpoint=checkpoint, out_dir=out, plan=plan)
+    export_hf(base=ModelRef(str(family.folder)), checkpoint=checkpoint, out_dir=out, plan=plan)
     base, exported = (dict(load_causal_lm(str(each)).named_parameters()) for each in (family.folder, out))
     for name, value in family.model.named_parameters():
         if not torch.equal(exported[name], value):

@@ -13,6 +13,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 TRACKED = [ROOT / line for line in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()]
 SOURCES = [path for path in TRACKED if path.suffix == ".py" and path.exists()]
+LIBRARY = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("layerplan", "eval", "jobs")]
 SCRIPTS = [path for path in TRACKED if path.suffix in (".sh", ".sbatch") or path.name == "run"]
 LOCKS = [ROOT / "requirements/cpu.txt", ROOT / "requirements/gpu.txt"]
 
@@ -51,14 +52,26 @@ def test_eval_is_imported_by_from_only():
     ],
 )
 def test_an_engine_is_imported_in_its_one_module_only(engine: str, home: str):
-    library = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("layerplan", "eval", "jobs")]
     users = {
         str(path.relative_to(ROOT))
-        for path in library
+        for path in LIBRARY
         for module, _ in imports_of(path)
         if package_of(module) == engine
     }
     assert users == {home}
+
+
+def test_a_model_is_handed_on_as_a_reference_and_never_without_its_consent():
+    """A name that travels apart from its revision and its consent arrives somewhere without one of them."""
+    outside = [path for path in LIBRARY if path.relative_to(ROOT).parts[:2] != ("layerplan", "models")]
+    loose = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in outside
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        and {"revision", "trust_remote_code"} & {each.arg for each in (*node.args.args, *node.args.kwonlyargs)}
+    ]
+    assert loose == []
 
 
 def test_tests_have_no_init_and_no_file_is_called_utils():

@@ -10,33 +10,33 @@ from torch import Tensor, nn
 
 from layerplan.checkpoint.export_weights import BaseWeights
 from layerplan.errors import CheckpointError
-from layerplan.models.causal_lm import load_causal_lm
 from layerplan.models.freezing import compute_tensor_hashes
 from layerplan.models.positions import positions_of
+from layerplan.models.ref import ModelRef
 from layerplan.models.weight_files import have_equal_bytes, read_stored_tensors
 
 LOGIT_BOUND = 1e-3
 """Largest difference of a logit that two computations of the same float32 weights may show, relative to the largest."""
 
 
-def check_export(folder: Path, weights: BaseWeights, model: nn.Module, *, trust_remote_code: bool = False) -> None:
+def check_export(export: ModelRef, weights: BaseWeights, model: nn.Module) -> None:
     """Compares the files with the base's, byte for byte, and the model they make with the one in memory.
 
     The model in memory has its trained parameters rounded to the dtype they are exported in, so the comparison is of
     equal weights: it needs no allowance for rounding, and shows a config or code that describes another model.
 
     Args:
-        folder: The export.
+        export: The folder it lies in, and the consent to the base's code.
         weights: The base's tensors.
         model: The trained model, float32.
-        trust_remote_code: Whether the user allowed the model's own code.
 
     Raises:
         CheckpointError: Naming the first tensor that differs and which side of the plan it is on, or the largest
             difference of a logit.
     """
+    folder = Path(export.name)
     _check_frozen_bytes(folder, weights)
-    reloaded = load_causal_lm(str(folder), trust_remote_code=trust_remote_code)
+    reloaded = export.load()
     _check_values(folder, weights, model, reloaded)
     wanted, found = compute_logits(model), compute_logits(reloaded)
     difference = float((wanted - found).abs().max())

@@ -17,20 +17,18 @@ from layerplan.checkpoint.index import prove_checkpoint
 from layerplan.checkpoint.layout import STATE_NAME, read_train_state
 from layerplan.checkpoint.model_card import CARD_NAME, render_model_card
 from layerplan.errors import CheckpointError
-from layerplan.models.causal_lm import load_causal_lm
-from layerplan.models.files import fetch_model_folder, hash_weight_files, list_companions
+from layerplan.models.files import hash_weight_files, list_companions
 from layerplan.models.freezing import apply_plan
+from layerplan.models.ref import ModelRef
 from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
 
 
 def export_hf(
     *,
-    base: str,
+    base: ModelRef,
     checkpoint: Path,
     out_dir: Path,
     plan: FreezePlan,
-    revision: str = "main",
-    trust_remote_code: bool = False,
     export_dtype: Literal["base", "float32"] = "base",
 ) -> ExportReport:
     """Writes the trained model as safetensors and proves that the frozen tensors are the base's, byte for byte.
@@ -39,22 +37,20 @@ def export_hf(
     tokenizer, generation config, code, licence), `freeze_plan.json` and a model card.
 
     Args:
-        base: Folder or hub id of the base.
+        base: The base.
         checkpoint: What was trained.
         out_dir: Folder of the export; appears only when everything was proved.
         plan: What was frozen.
-        revision: Of a hub id.
-        trust_remote_code: Whether the user allowed the model's own code.
         export_dtype: Dtype of the trained tensors: the one the base keeps each in, or float32.
 
     Raises:
         CheckpointError: When the base is no longer the one the plan was made for, a frozen tensor has other bytes than
             in the base, a trained one did not arrive, or the reloaded model computes other logits.
     """
-    _check_base(base, plan)
-    model: Any = load_causal_lm(base, revision=revision, trust_remote_code=trust_remote_code)
+    _check_base(base.name, plan)
+    model: Any = base.load()
     applied = apply_plan(model, plan)
-    source = fetch_model_folder(base, revision=revision, with_weights=True)
+    source = base.folder(with_weights=True)
     weights = sort_base_weights(model, source, applied.trainable, as_float32=export_dtype == "float32")
     parameters = dict(model.named_parameters())
     if warning := prove_checkpoint(checkpoint, plan.sealed().sha256):
@@ -78,7 +74,7 @@ def export_hf(
     if export_dtype == "float32" and any(weights.stored[name].dtype != "F32" for name in weights.direct):
         _say_float32(partial)
     plan.save(partial / PLAN_NAME)
-    check_export(partial, weights, model, trust_remote_code=trust_remote_code)
+    check_export(base.at(partial), weights, model)
     dtypes = {str(dtype).removeprefix("torch.") for each in weights.dtypes.values() for dtype in each}
     report = ExportReport(out_dir, len(applied.frozen), len(applied.trainable), changed, tuple(sorted(dtypes)), moved)
     state = _read_state(checkpoint)

@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> None:
     """Prints a continuation per model."""
+    from layerplan.models.ref import ModelRef
     from layerplan.pipeline.generate import print_continuations
 
-    trusts = args.trust_remote_code
-    print_continuations(args.models, args.text, tokens=args.tokens, is_chat=args.chat, trust_remote_code=trusts)
+    models = [ModelRef(name, trust_remote_code=args.trust_remote_code) for name in args.models]
+    print_continuations(models, args.text, tokens=args.tokens, is_chat=args.chat)

@@ -42,7 +42,9 @@ def execute(args: argparse.Namespace) -> None:
         case "diff":
             plans.print_difference(*args.plans)
         case "price":
-            plans.print_prices(args.model, args.plan, seq_len=args.seq_len, revision=args.revision)
+            from layerplan.models.ref import ModelRef
+
+            plans.print_prices(ModelRef(args.model, args.revision), args.plan, seq_len=args.seq_len)
         case "export":
             plans.print_export(args.plan, args.to, args.model)
         case "import":

@@ -12,7 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from layerplan.models.model_sizes import load_model_shape, make_model_shape
+from layerplan.models.model_sizes import make_model_shape
+from layerplan.models.ref import ModelRef
 from layerplan.plan.model_shape import ModelShape
 
 
@@ -30,18 +31,13 @@ def find_published(name: str, *, revision: str = "main") -> Mapping[str, Any] | 
     return list_published().get(name)
 
 
-def load_shape_and_type(
-    name: str, *, revision: str = "main", trust_remote_code: bool = False
-) -> tuple[ModelShape, str]:
+def load_shape_and_type(model: ModelRef) -> tuple[ModelShape, str]:
     """Sizes and model type, from what is published where it can be.
 
     Raises:
         ModelError: When the config is missing or no causal language model can be built from it.
     """
-    from layerplan.models.files import load_hf_config
-
-    published = find_published(name, revision=revision)
+    published = find_published(model.name, revision=model.revision)
     if published is not None:
         return make_model_shape(published), str(published["model_type"])
-    shape = load_model_shape(name, revision=revision, trust_remote_code=trust_remote_code)
-    return shape, str(load_hf_config(name, revision=revision)["model_type"])
+    return model.shape(), str(model.config()["model_type"])

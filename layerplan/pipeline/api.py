@@ -65,6 +65,8 @@ def evaluate(model: str, out: str, **evaluation: Any) -> Results:
         LayerplanError: When the model or a benchmark cannot be used.
     """
     from layerplan.pipeline.evaluate import score_model
+    from layerplan.pipeline.model_options import find_base
 
     values = {"name": "evaluate", "model": {"type": "pretrained", "name": model}, "evaluation": evaluation}
-    return score_model(validate_config(values), model, out)
+    config = validate_config(values)
+    return score_model(config, find_base(config), out)

@@ -10,8 +10,7 @@ from layerplan.config.model import ScratchModelConfig
 from layerplan.config.train import TrainConfig
 from layerplan.corpus.build import build_token_store
 from layerplan.corpus.sources import iter_documents
-from layerplan.models.files import identify_model
-from layerplan.models.model_sizes import load_model_shape
+from layerplan.models.ref import ModelRef
 from layerplan.models.scratch import build_scratch_model, train_tokenizer
 from layerplan.pipeline.model_options import find_base
 from layerplan.pipeline.stages import RunContext, list_benchmark_texts, say, tracked
@@ -23,15 +22,15 @@ TOKENIZER_SAMPLE_CHARS = 8_000_000
 """Text the tokenizer is trained on; more changes the merges little."""
 
 
-def prepare_model(context: RunContext) -> str:
-    """Returns the folder or hub id of the base model, making a scratch one first when the config asks for it."""
+def prepare_model(context: RunContext) -> ModelRef:
+    """Returns the base model, making a scratch one first when the config asks for it."""
     model = context.config.model
     if not isinstance(model, ScratchModelConfig):
         return find_base(context.config)
     finished = load_result(context.folder.base_model)
     if finished is not None:
         say("base", f"found {finished.hf_dir}")
-        return str(finished.hf_dir)
+        return ModelRef(str(finished.hf_dir))
     with tracked(context, "base_model") as tracker:
         tracker.log_params(model.model_dump(mode="json"))
         untrained = _make_untrained(context, model)
@@ -45,12 +44,12 @@ def prepare_model(context: RunContext) -> str:
             seed=context.config.seed,
             report=lambda line: say("base", line),
         )
-        shape = load_model_shape(str(untrained))
-        plan = make_full_plan(identify_model(str(untrained)), shape)
+        start = ModelRef(str(untrained))
+        plan = make_full_plan(start.identity(), start.shape())
         result = run_training(
             TrainRequest(
                 run_dir=context.folder.base_model,
-                model_path=str(untrained),
+                model=start,
                 plan=plan,
                 store=store,
                 config=_pretrain_config(context.config.train, model),
@@ -61,7 +60,7 @@ def prepare_model(context: RunContext) -> str:
         say("base", f"loss {result.first_loss:.3f} -> {result.final_loss:.3f} in {result.final_step} steps")
     if result.stopped_early:
         raise SystemExit(143)
-    return str(result.hf_dir)
+    return ModelRef(str(result.hf_dir))
 
 
 def _make_untrained(context: RunContext, model: ScratchModelConfig) -> Path:

@@ -7,7 +7,6 @@ config is refused and a dry run answers before the engines are imported, which t
 from __future__ import annotations
 
 from layerplan.config.run import RunConfig
-from layerplan.pipeline.model_options import revision_of
 
 
 def continue_pretraining(config: RunConfig) -> None:
@@ -42,17 +41,17 @@ def continue_pretraining(config: RunConfig) -> None:
         check_guardrail(context)
         scoring = describe_scoring(context, model, plan)
         judges = config.evaluation.evaluate_base
-        base = evaluate(context, model, "base", revision=revision_of(config)) if judges and scoring.due_steps else None
+        base = evaluate(context, model, "base") if judges and scoring.due_steps else None
         result = train(context, model, plan, store, recipe)
         check_guardrail(context)
-        if result.stopped_early:
+        if result.stopped_early or result.hf_dir is None:
             raise SystemExit(143)
         score_checkpoints(context, scoring, scoring.due_steps)
         label = name_step(result.final_step)
         verdicts = []
-        scores = evaluate(context, str(result.hf_dir), label)
+        scores = evaluate(context, model.at(result.hf_dir), label)
         if judges:
-            base = base or evaluate(context, model, "base", revision=revision_of(config))
+            base = base or evaluate(context, model, "base")
             verdicts = judge(context, base, scores, label)
         answers = publish_report(context)
         publish_card(context, answers, verdicts, result.hf_dir)

@@ -8,10 +8,7 @@ from layerplan.config.run import RunConfig
 from layerplan.corpus.joining import read_joining
 from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
-from layerplan.models.base_check import check_base_model
-from layerplan.models.files import find_tokenizer_file
-from layerplan.models.model_sizes import load_model_shape
-from layerplan.pipeline.model_options import find_base, revision_of, trusts_remote_code
+from layerplan.pipeline.model_options import find_base
 from layerplan.plan.decide import wants_profile
 from layerplan.tracer.pool import collect_probes
 
@@ -24,14 +21,13 @@ def check_model(config: RunConfig) -> None:
     """
     if isinstance(config.model, ScratchModelConfig):
         return
-    name, revision = find_base(config), revision_of(config)
-    trusted = trusts_remote_code(config)
-    check_base_model(name, revision=revision, trust_remote_code=trusted)
-    vocab_size = load_model_shape(name, revision=revision, trust_remote_code=trusted).vocab_size
-    joining = read_joining(config.corpus, find_tokenizer_file(name, revision=revision))
+    model = find_base(config)
+    model.check()
+    vocab_size = model.shape().vocab_size
+    joining = read_joining(config.corpus, model.tokenizer_file())
     if joining.num_ids > vocab_size:
         raise ModelError(
-            f"model.name={name}: documents can yield token {joining.facts.name(joining.num_ids - 1)}, the embedding has"
+            f"model.name={model}: documents can yield token {joining.facts.name(joining.num_ids - 1)}, the embedding has"
             f" {vocab_size:,} rows; the tokenizer does not fit the model"
         )
 

@@ -14,11 +14,11 @@ from layerplan.config.sweep import SweepConfig
 from layerplan.corpus.joining import read_joining
 from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
-from layerplan.models.files import find_tokenizer_file, is_at_hand
+from layerplan.models.files import is_at_hand
 from layerplan.models.scratch_config import make_hf_config
 from layerplan.models.tokenizer_facts import describe_tokenizer
 from layerplan.pipeline.candidates import make_candidates, name_trial
-from layerplan.pipeline.model_options import find_base, revision_of, trusts_remote_code
+from layerplan.pipeline.model_options import find_base
 from layerplan.pipeline.run_folder import RunFolder
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, PlanCost, explain_cost, predict_cost, render_cost_table
@@ -115,27 +115,25 @@ def _shape(config: RunConfig) -> tuple[ModelShape, str]:
         return ModelShape.from_hf_config(values), str(values["model_type"])
     from layerplan.models.published import load_shape_and_type
 
-    return load_shape_and_type(
-        find_base(config), revision=revision_of(config), trust_remote_code=trusts_remote_code(config)
-    )
+    return load_shape_and_type(find_base(config))
 
 
 def _describe_text(config: RunConfig) -> list[str]:
     """What the model's tokenizer is, and how documents are joined."""
     if isinstance(config.model, ScratchModelConfig):
         return ["tokenizer to be trained by the run"]
-    name, revision = find_base(config), revision_of(config)
-    if not is_at_hand(name, "tokenizer.json", revision=revision):
-        return [f"not known yet: the tokenizer of {name} is not on this machine; a run fetches it"]
+    model = find_base(config)
+    if not is_at_hand(model.name, "tokenizer.json", revision=model.revision):
+        return [f"not known yet: the tokenizer of {model} is not on this machine; a run fetches it"]
     try:
-        joining = read_joining(config.corpus, find_tokenizer_file(name, revision=revision))
+        joining = read_joining(config.corpus, model.tokenizer_file())
     except ModelError as error:
         return [f"not known yet: {error}"]
     return [f"documents are {joining}", *describe_tokenizer(joining.facts)]
 
 
 def _model_name(config: RunConfig) -> str:
-    return "scratch" if isinstance(config.model, ScratchModelConfig) else Path(find_base(config)).name
+    return "scratch" if isinstance(config.model, ScratchModelConfig) else Path(find_base(config).name).name
 
 
 def _plan(config: RunConfig, model: ModelIdentity, shape: ModelShape) -> tuple[FreezePlan, str]:

@@ -17,7 +17,7 @@ from layerplan.config.load import dump_config
 from layerplan.config.run import RunConfig
 from layerplan.errors import EvaluationError
 from layerplan.inside import lies_inside
-from layerplan.pipeline.model_options import trusts_remote_code
+from layerplan.models.ref import ModelRef
 from layerplan.pipeline.run_folder import RunFolder, locate_run_folder
 from layerplan.pipeline.run_lease import hold_run
 from layerplan.pipeline.session import open_run
@@ -25,19 +25,19 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.ray_session import connect
 
 
-def evaluate(config: RunConfig, model: str, out: str | None = None) -> None:
+def evaluate(config: RunConfig, model: ModelRef, out: str | None = None) -> None:
     """Scores the model and prints a table; the arguments are those of `score_model`."""
-    out_dir = Path(out or Path(config.storage_path) / config.name / "evaluation" / Path(model).name).resolve()
+    out_dir = Path(out or Path(config.storage_path) / config.name / "evaluation" / Path(model.name).name).resolve()
     print_scores(score_model(config, model, out_dir))
     print(f"\nanswers   {out_dir}")
 
 
-def score_model(config: RunConfig, model: str, out_dir: str | Path) -> Results:
+def score_model(config: RunConfig, model: ModelRef, out_dir: str | Path) -> Results:
     """Scores any model.
 
     Args:
         config: Whose evaluation settings hold.
-        model: Folder or hub id.
+        model: The model, with the consent to its code.
         out_dir: Folder for the scores.
     """
     engines, root, folder = config.evaluation, locate_run_folder(config).root, Path(out_dir).resolve()
@@ -47,8 +47,7 @@ def score_model(config: RunConfig, model: str, out_dir: str | Path) -> Results:
             min_cpus=engines.num_actors * engines.num_cpus_per_actor,
             min_gpus=engines.num_actors * engines.num_gpus_per_actor,
         )
-        trusted = trusts_remote_code(config, model)
-        return evaluate_model(model, config.evaluation, folder, trust_remote_code=trusted)
+        return evaluate_model(model, config.evaluation, folder)
 
 
 def print_dry_run(config: RunConfig) -> None:

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from layerplan.config.model import ScratchModelConfig
 from layerplan.config.run import RunConfig
+from layerplan.models.ref import ModelRef
 
 PREFIX = "[model] "
 
 
-def find_base(config: RunConfig) -> str:
-    """Folder or hub id of the config's existing model; a GGUF file is converted first, once, beside the runs."""
+def find_base(config: RunConfig) -> ModelRef:
+    """The config's existing model; a GGUF file is converted first, once, beside the runs."""
     return find_named(config.model.name, config)  # type: ignore[union-attr]
 
 
-def find_named(name: str, config: RunConfig) -> str:
-    """The same for any name; the conversion lies where all runs of `storage_path` and all their nodes reach it."""
-    return find_model(name, config.storage_path)
+def find_named(name: str, config: RunConfig) -> ModelRef:
+    """The same for any folder, hub id or GGUF file, with the config's revision and consent where they are meant for it.
+
+    The consent is to one model's code, so it holds for that model and for what the run exports of it, not for any other.
+    A conversion lies where all runs of `storage_path` and all their nodes reach it.
+    """
+    found, own = find_model(name, config.storage_path), config.model
+    if isinstance(own, ScratchModelConfig):
+        return ModelRef(found)
+    base = ModelRef(found, own.revision, own.trust_remote_code)
+    if name == own.name:
+        return base
+    run = Path(config.storage_path).expanduser().resolve() / config.name
+    return base.at(found) if Path(found).expanduser().resolve().is_relative_to(run) else ModelRef(found)
 
 
 def find_model(name: str, storage_path: str = "runs") -> str:
@@ -30,20 +43,3 @@ def find_model(name: str, storage_path: str = "runs") -> str:
 
 def _say(line: str) -> None:
     print(PREFIX + line, flush=True)
-
-
-def revision_of(config: RunConfig) -> str:
-    """Revision of a hub model; `main` for models made here."""
-    return getattr(config.model, "revision", "main")
-
-
-def trusts_remote_code(config: RunConfig, model: str | None = None) -> bool:
-    """Whether the user allowed the Python code of the config's model, or of this one.
-
-    The consent is to one model's code, so it holds for that model and for what the run exports of it, not for any other.
-    """
-    is_allowed = bool(getattr(config.model, "trust_remote_code", False))
-    if not is_allowed or model is None or model == getattr(config.model, "name", None):
-        return is_allowed
-    run = Path(config.storage_path).expanduser().resolve() / config.name
-    return Path(model).expanduser().resolve().is_relative_to(run)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from layerplan.config.plan import ExplicitPlanConfig, FreezeDeepPlanConfig, FreezeShallowPlanConfig
 from layerplan.errors import ConfigError, PlanError, first_line
-from layerplan.models.files import identify_model
+from layerplan.models.ref import ModelRef
 from layerplan.pipeline.model_options import find_model
 from layerplan.plan.cost import explain_cost, predict_cost, render_cost_table
 from layerplan.plan.explain import explain_plan, name_ranges, render_layer_map
@@ -63,7 +64,7 @@ def print_difference(first: str, second: str) -> None:
         print("phases: they differ; the layers above are those of the first one")
 
 
-def print_prices(model_name: str, plans: Sequence[str], *, seq_len: int, revision: str = "main") -> None:
+def print_prices(model: ModelRef, plans: Sequence[str], *, seq_len: int) -> None:
     """Prints the cost of usual plans and of the given ones, each beside full training.
 
     Raises:
@@ -74,17 +75,19 @@ def print_prices(model_name: str, plans: Sequence[str], *, seq_len: int, revisio
         raise ConfigError(f"--seq-len {seq_len}: must be at least 1")
     from layerplan.models.published import load_shape_and_type
 
-    model_name = find_model(model_name)
-    shape, model_type = load_shape_and_type(model_name, revision=revision)
-    model = ModelIdentity(name=Path(model_name).name, model_type=model_type, num_layers=shape.num_layers)
-    chosen = {"full": make_full_plan(model, shape), **_list_usual(model, shape)}
+    model = replace(model, name=find_model(model.name))
+    shape, model_type = load_shape_and_type(model)
+    identity = ModelIdentity(name=Path(model.name).name, model_type=model_type, num_layers=shape.num_layers)
+    chosen = {"full": make_full_plan(identity, shape), **_list_usual(identity, shape)}
     for path in plans:
         plan = read_plan(path)
         if plan.model.num_layers != shape.num_layers:
-            raise PlanError(f"{path}: made for {plan.model.num_layers} layers, {model_name} has {shape.num_layers}")
+            raise PlanError(f"{path}: made for {plan.model.num_layers} layers, {model} has {shape.num_layers}")
         chosen[f"{plan.plan_type} {plan.sha256[:8]}"] = plan
     costs = {name: predict_cost(plan, shape, seq_len=seq_len) for name, plan in chosen.items()}
-    print(f"{model.name}: {shape.num_layers} layers, {shape.total_params:,} parameters, rows of {seq_len:,} tokens\n")
+    print(
+        f"{identity.name}: {shape.num_layers} layers, {shape.total_params:,} parameters, rows of {seq_len:,} tokens\n"
+    )
     print(render_cost_table(costs))
     for name in list(costs)[1:]:
         print(f"\n{name}: {explain_cost(chosen[name], shape, costs[name], costs['full'])}", end="")
@@ -108,7 +111,6 @@ def import_plan(path: str, tool: str, model_name: str, out: str) -> None:
     Raises:
         LayerplanError: When the file or the model cannot be read, or no plan says what the configuration does.
     """
-    from layerplan.models.model_sizes import load_model_shape
     from layerplan.models.parameter_names import build_by_name, find_selectors, name_parameters
 
     try:
@@ -117,11 +119,11 @@ def import_plan(path: str, tool: str, model_name: str, out: str) -> None:
         raise PlanError(f"{path}: cannot be read ({first_line(error)})") from None
     if not isinstance(values, dict):
         raise PlanError(f"{path}: a mapping of fields is expected")
-    model_name = find_model(model_name)
-    model, shape = build_by_name(model_name), load_model_shape(model_name)
+    base = ModelRef(find_model(model_name))
+    model, shape = build_by_name(base.name), base.shape()
     rule = read_rule(values, tool, num_layers=shape.num_layers)
     config = ExplicitPlanConfig(**find_selectors(model, rule))
-    plan = make_plan(config, model=identify_model(model_name), shape=shape)
+    plan = make_plan(config, model=base.identity(), shape=shape)
     for name in (names := name_parameters(model, plan)).all:
         if rule(name) != (name in names.trainable):
             raise PlanError(

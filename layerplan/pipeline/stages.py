@@ -26,9 +26,7 @@ from layerplan.corpus.joining import Joining, check_joining, describe_unknown, r
 from layerplan.corpus.manifest import Manifest, resolve_store
 from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
-from layerplan.models.files import find_tokenizer_file, identify_model
-from layerplan.models.model_sizes import load_model_shape
-from layerplan.pipeline.model_options import revision_of, trusts_remote_code
+from layerplan.models.ref import ModelRef
 from layerplan.pipeline.run_folder import RunFolder
 from layerplan.plan.boundary_choice import choose_boundary, find_options
 from layerplan.plan.decide import PlanContext, check_planned_steps, resolve_plan, wants_profile
@@ -72,10 +70,10 @@ def tracked(context: RunContext, stage: str) -> Iterator[Tracker]:
     tracker.close(status="FINISHED")
 
 
-def build_store(context: RunContext, model_name: str) -> Path | str:
+def build_store(context: RunContext, model: ModelRef) -> Path | str:
     """Builds the token store, or checks the given one against the config and the model's tokenizer."""
     corpus = context.config.corpus
-    tokenizer = find_tokenizer_file(model_name, revision=revision_of(context.config))
+    tokenizer = model.tokenizer_file()
     if corpus.store is not None:
         store = resolve_store(corpus.store)
         manifest = Manifest.load(store)
@@ -102,18 +100,13 @@ def build_store(context: RunContext, model_name: str) -> Path | str:
     return corpus.upload_to or context.folder.token_store
 
 
-def ask_loss(context: RunContext, model_name: str) -> LossRecipe | None:
+def ask_loss(context: RunContext, model: ModelRef) -> LossRecipe | None:
     """Asks the model how its loss over documents is computed; None when the training workers have to ask."""
     path = context.folder.self_test
     if path.exists():
         return read_recipe(json.loads(path.read_text(encoding="utf-8")))
     with tracked(context, "self_test") as tracker:
-        report = ask_in_task(
-            model_name,
-            revision=revision_of(context.config),
-            trust_remote_code=trusts_remote_code(context.config),
-            seq_len=context.config.corpus.seq_len,
-        )
+        report = ask_in_task(model, seq_len=context.config.corpus.seq_len)
         if report is None:
             say("self-test", "the model does not fit into this node's memory; the training workers ask it")
             return None
@@ -125,7 +118,7 @@ def ask_loss(context: RunContext, model_name: str) -> LossRecipe | None:
     return recipe
 
 
-def trace(context: RunContext, model_name: str) -> LayerProfile | None:
+def trace(context: RunContext, model: ModelRef) -> LayerProfile | None:
     """Measures the layers when the plan needs it; returns the profile, or None when nothing was measured."""
     if context.folder.profile.exists():
         say("trace", f"found {context.folder.profile}")
@@ -133,15 +126,9 @@ def trace(context: RunContext, model_name: str) -> LayerProfile | None:
     if not wants_profile(context.config.plan):
         say("trace", f"skipped: plan type {context.config.plan.type!r} needs no measurement")
         return None
-    say("trace", f"measuring the layers of {model_name}")
+    say("trace", f"measuring the layers of {model}")
     with tracked(context, "trace") as tracker:
-        profile = trace_model(
-            model_name,
-            context.config.trace,
-            revision=revision_of(context.config),
-            trust_remote_code=trusts_remote_code(context.config),
-            out_dir=context.folder.root,
-        )
+        profile = trace_model(model, context.config.trace, out_dir=context.folder.root)
         _log_profile(tracker, profile, context.folder)
     options = find_options(context.config.plan).model_copy(update={"without_evidence": "midpoint"})
     for line in (*describe_measurement(profile), *describe_certainty(profile, choose_boundary(profile, options))):
@@ -149,12 +136,10 @@ def trace(context: RunContext, model_name: str) -> LayerProfile | None:
     return profile
 
 
-def decide_plan(context: RunContext, model_name: str, profile: LayerProfile | None) -> FreezePlan:
+def decide_plan(context: RunContext, model: ModelRef, profile: LayerProfile | None) -> FreezePlan:
     """Makes the freeze plan, or reads the one that was made before."""
     config = context.config
-    identity = identify_model(model_name, revision=revision_of(config))
-    seq_len = config.corpus.seq_len
-    shape = load_model_shape(model_name, revision=revision_of(config), trust_remote_code=trusts_remote_code(config))
+    identity, shape, seq_len = model.identity(), model.shape(), config.corpus.seq_len
     if context.folder.plan.exists():
         plan = FreezePlan.load(context.folder.plan)
         if plan.planned_steps is not None:
@@ -184,7 +169,7 @@ def decide_plan(context: RunContext, model_name: str, profile: LayerProfile | No
 
 
 def train(
-    context: RunContext, model_name: str, plan: FreezePlan, store: Path | str, recipe: LossRecipe | None
+    context: RunContext, model: ModelRef, plan: FreezePlan, store: Path | str, recipe: LossRecipe | None
 ) -> TrainResult:
     """Trains exactly the plan; a finished training is read back, an interrupted one continues."""
     config = context.config
@@ -193,9 +178,9 @@ def train(
         sinks = RunSinkFactory(context.folder.metrics, "train", tracker)
         result = run_training(
             replace(
-                make_train_request(context, model_name, plan, store, sinks),
+                make_train_request(context, model, plan, store, sinks),
                 recipe=recipe,
-                validation=_make_validation(describe_scoring(context, model_name, plan)),
+                validation=_make_validation(describe_scoring(context, model, plan)),
             ),
             callbacks=[LineageCallback(tracker)],
         )
@@ -205,35 +190,31 @@ def train(
 
 
 def make_train_request(
-    context: RunContext, model_name: str, plan: FreezePlan, store: Path | str, sink_factory: RunSinkFactory | None
+    context: RunContext, model: ModelRef, plan: FreezePlan, store: Path | str, sink_factory: RunSinkFactory | None
 ) -> TrainRequest:
     """The request of the run itself; sweeps vary it."""
     config = context.config
     return TrainRequest(
         run_dir=context.folder.root,
-        model_path=model_name,
+        model=model,
         plan=plan,
         store=store,
         config=config.train,
         seed=config.seed,
         sink_factory=sink_factory,
-        revision=revision_of(config),
-        trust_remote_code=trusts_remote_code(config),
     )
 
 
-def describe_scoring(context: RunContext, model_name: str, plan: FreezePlan) -> CheckpointScoring:
+def describe_scoring(context: RunContext, model: ModelRef, plan: FreezePlan) -> CheckpointScoring:
     """What scoring a checkpoint of this run needs."""
     config = context.config
     return CheckpointScoring(
         run_dir=context.folder.root,
-        base_model=model_name,
+        base=model,
         plan=plan,
         config=config.evaluation,
         final_step=config.train.max_steps,
         stop_file=context.folder.root / STOP_REQUEST,
-        revision=revision_of(config),
-        trust_remote_code=trusts_remote_code(config),
         export_dtype=config.train.export_dtype,
     )
 
@@ -264,7 +245,7 @@ def check_guardrail(context: RunContext) -> None:
         )
 
 
-def evaluate(context: RunContext, model: str, label: str, *, revision: str = "main") -> Results:
+def evaluate(context: RunContext, model: ModelRef, label: str) -> Results:
     """Scores one model into `evaluation/<label>`."""
     folder = context.folder.evaluation / label
     with tracked(context, f"evaluate_{label}") as tracker:
@@ -272,8 +253,6 @@ def evaluate(context: RunContext, model: str, label: str, *, revision: str = "ma
             model,
             context.config.evaluation,
             folder,
-            revision=revision,
-            trust_remote_code=trusts_remote_code(context.config),
             report=lambda line: say("evaluate", f"{label}: {line}"),
         )
         _log_scores(tracker, folder, results, int(label.removeprefix("step_")) if label.startswith("step_") else 0)

@@ -10,12 +10,10 @@ from rich.table import Table
 
 from layerplan.config.run import RunConfig
 from layerplan.config.sweep import SweepConfig
-from layerplan.models.files import identify_model
-from layerplan.models.model_sizes import load_model_shape
+from layerplan.models.ref import ModelRef
 from layerplan.pipeline.base_model import prepare_model
 from layerplan.pipeline.candidates import make_candidates, name_trial
 from layerplan.pipeline.checks import check_corpus, check_model
-from layerplan.pipeline.model_options import revision_of, trusts_remote_code
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.pipeline.session import open_run
 from layerplan.pipeline.stages import RunContext, ask_loss, build_store, make_train_request, say, tracked, write_json
@@ -53,16 +51,14 @@ def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:
         print_results(results)
 
 
-def make_trials(context: RunContext, tracker: Tracker, model_name: str, sweep: SweepConfig) -> list[Trial]:
+def make_trials(context: RunContext, tracker: Tracker, model: ModelRef, sweep: SweepConfig) -> list[Trial]:
     """One trial per candidate, each with its plan saved and its nested run opened.
 
     Raises:
         ConfigError: When a boundary does not fit the model.
     """
     config = context.config
-    identity = identify_model(model_name, revision=revision_of(config))
-    shape = load_model_shape(model_name, revision=revision_of(config), trust_remote_code=trusts_remote_code(config))
-    candidates = make_candidates(config, sweep, identity, shape)
+    candidates = make_candidates(config, sweep, model.identity(), model.shape())
     trials = []
     for boundary, plan in candidates.items():
         name = name_trial(boundary)

@@ -9,7 +9,7 @@ import torch
 
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import LayerplanError
-from layerplan.models.causal_lm import load_causal_lm
+from layerplan.models.ref import ModelRef
 from layerplan.tracer.encode import EncodedProbe
 from layerplan.tracer.meter import ProbeMeter
 from layerplan.tracer.model_runner import LayerRunner
@@ -20,8 +20,8 @@ FAULT = "fault"
 class TracerActor:
     """Maps rows that hold one batch of encoded probes each to one row per probe, or to one row with a fault."""
 
-    def __init__(self, model_name: str, revision: str, trust_remote_code: bool, config: TraceConfig) -> None:
-        self._arguments = (model_name, revision, trust_remote_code, config)
+    def __init__(self, model: ModelRef, config: TraceConfig) -> None:
+        self._arguments = (model, config)
         self._meter: ProbeMeter | None = None
         self._fault: LayerplanError | None = None
 
@@ -67,8 +67,8 @@ def decode_batch(values: Any) -> list[EncodedProbe]:
     ]
 
 
-def _build_meter(model_name: str, revision: str, trust_remote_code: bool, config: TraceConfig) -> ProbeMeter:
+def _build_meter(model: ModelRef, config: TraceConfig) -> ProbeMeter:
     on_gpu = torch.cuda.is_available() and config.num_gpus_per_actor > 0
     # float32: rounding to bfloat16 alone moves JS by up to 3e-2
-    model = load_causal_lm(model_name, revision=revision, trust_remote_code=trust_remote_code, dtype=torch.float32)
-    return ProbeMeter(LayerRunner(model.to("cuda" if on_gpu else "cpu")), config)
+    loaded = model.load(dtype=torch.float32)
+    return ProbeMeter(LayerRunner(loaded.to("cuda" if on_gpu else "cpu")), config)

@@ -12,9 +12,7 @@ import pyarrow.parquet as pq
 
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import ModelError, ProbeError
-from layerplan.models.causal_lm import load_tokenizer
-from layerplan.models.files import identify_model
-from layerplan.models.positions import find_max_positions
+from layerplan.models.ref import ModelRef
 from layerplan.plan.layer_profile import PROBES_NAME, LayerProfile
 from layerplan.tracer.actor import FAULT, TracerActor, encode_batch
 from layerplan.tracer.aggregate import build_profile
@@ -25,14 +23,7 @@ from layerplan.tracer.probes import Probe, hash_probes, load_probes, make_probes
 PROFILE_NAME = "layer_profile.json"
 
 
-def trace_model(
-    model_name: str,
-    config: TraceConfig,
-    *,
-    out_dir: Path,
-    revision: str = "main",
-    trust_remote_code: bool = False,
-) -> LayerProfile:
+def trace_model(model: ModelRef, config: TraceConfig, *, out_dir: Path) -> LayerProfile:
     """Measures the layers of a model; writes `layer_profile.json` and the per-probe values beside it.
 
     Ray must be initialised. Per-probe values are kept, so any aggregate can be recomputed without the model. The result
@@ -44,15 +35,13 @@ def trace_model(
         ModelError: When the model cannot be traced.
     """
     probes = collect_probes(config)
-    model = identify_model(model_name, revision=revision)
-    if model.num_layers < 2:
-        raise ModelError(f"model.name={model_name}: has {model.num_layers} layer; tracing needs at least 2")
-    tokenizer = load_tokenizer(model_name, revision=revision, trust_remote_code=trust_remote_code)
-    max_tokens = find_max_positions(model_name, revision=revision)
-    encoded = encode_probes(probes, tokenizer, max_tokens, mask_check_every=config.mask_check_every)
-    records = _measure(encoded, model_name, revision, trust_remote_code, config)
+    identity = model.identity()
+    if identity.num_layers < 2:
+        raise ModelError(f"model.name={model}: has {identity.num_layers} layer; tracing needs at least 2")
+    encoded = encode_probes(probes, model.tokenizer(), model.max_positions(), mask_check_every=config.mask_check_every)
+    records = _measure(encoded, model, config)
     check_complete([probe.id for probe in probes], [record["id"] for record in records])
-    profile = build_profile(records, model=model, config=config, probe_set_sha256=hash_probes(probes))
+    profile = build_profile(records, model=identity, config=config, probe_set_sha256=hash_probes(probes))
     out_dir.mkdir(parents=True, exist_ok=True)
     _write_records(out_dir / PROBES_NAME, records)
     profile.save(out_dir / PROFILE_NAME)
@@ -88,16 +77,14 @@ def check_complete(expected: list[str], measured: list[str]) -> None:
         )
 
 
-def _measure(
-    encoded: list[EncodedProbe], model_name: str, revision: str, trust_remote_code: bool, config: TraceConfig
-) -> list[dict[str, Any]]:
+def _measure(encoded: list[EncodedProbe], model: ModelRef, config: TraceConfig) -> list[dict[str, Any]]:
     import ray
 
     rows = [{"probes": encode_batch(batch)} for batch in make_batches(encoded, config.batch_size)]
     # one block per batch: a block is what an actor takes, and what is measured again when the actor dies
     measured = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         TracerActor,
-        fn_constructor_args=(model_name, revision, trust_remote_code, config),
+        fn_constructor_args=(model, config),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, len(rows))),
         num_cpus=config.num_cpus_per_actor,

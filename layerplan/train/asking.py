@@ -7,11 +7,12 @@ from typing import Any
 import ray
 
 from layerplan.errors import find_layerplan_error
+from layerplan.models.ref import ModelRef
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.ray_session import quiet_engines
 
 
-def ask_in_task(name: str, *, revision: str, trust_remote_code: bool, seq_len: int) -> dict[str, Any] | None:
+def ask_in_task(model: ModelRef, *, seq_len: int) -> dict[str, Any] | None:
     """Asks a model how its loss is computed, in a process of its own on the cluster at hand.
 
     Returns:
@@ -22,9 +23,8 @@ def ask_in_task(name: str, *, revision: str, trust_remote_code: bool, seq_len: i
         ModelError: When it cannot be loaded, or its loss not be computed exactly.
     """
     task = ray.remote(num_cpus=1, max_retries=0)(_ask)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code, "seq_len": seq_len}
     try:
-        report: dict[str, Any] | None = ray.get(task.remote(name, options))
+        report: dict[str, Any] | None = ray.get(task.remote(model, seq_len))
     except ray.exceptions.RayError as error:
         fault = find_layerplan_error(error)
         if fault is None:
@@ -38,9 +38,9 @@ def read_recipe(report: dict[str, Any]) -> LossRecipe:
     return LossRecipe.from_json(report["recipe"])
 
 
-def _ask(name: str, options: dict[str, Any]) -> dict[str, Any] | None:
+def _ask(model: ModelRef, seq_len: int) -> dict[str, Any] | None:
     from layerplan.train.loss_proof import ask_by_name
 
     quiet_engines()
-    report = ask_by_name(name, **options)
+    report = ask_by_name(model, seq_len=seq_len)
     return None if report is None else report.to_json()

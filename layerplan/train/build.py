@@ -11,7 +11,6 @@ from torch import nn
 
 from layerplan.checkpoint.dcp import Parked, load_parked
 from layerplan.errors import TrainingError
-from layerplan.models.causal_lm import load_causal_lm
 from layerplan.models.freezing import AppliedPlan, apply_plan
 from layerplan.plan.cost import GIB
 from layerplan.plan.freeze_plan import FreezePlan
@@ -83,9 +82,7 @@ def build_model(
         )
     placement, estimate = choose_placement(plan, shape, config, **limits)
     torch.manual_seed(request.seed)
-    causal_lm = load_causal_lm(
-        request.model_path, revision=request.revision, trust_remote_code=request.trust_remote_code
-    )
+    causal_lm = request.model.load()
     recipe = request.recipe or agree_on_recipe(causal_lm, seq_len=seq_len, rank=rank, world_size=world_size)
     placement = replace(placement, attention=choose_attention(config, shape, seq_len, device, recipe))
     try_set_attention(causal_lm, IMPLEMENTATIONS[placement.attention])

@@ -13,7 +13,6 @@ from layerplan.corpus.on_the_fly import LaneStream, check_lanes, open_chunks
 from layerplan.corpus.rows import PackedRows
 from layerplan.corpus.start_check import check_files
 from layerplan.corpus.stream import iter_rank_steps, make_schedule
-from layerplan.models.model_sizes import load_model_shape
 from layerplan.train.request import TrainRequest
 from layerplan.train.state import TrainState
 
@@ -98,9 +97,7 @@ def open_feed(request: TrainRequest, state: TrainState, *, rank: int, world_size
 
 def count_embeddings(request: TrainRequest) -> int:
     """Token ids that the model has embeddings for."""
-    return load_model_shape(
-        request.model_path, revision=request.revision, trust_remote_code=request.trust_remote_code
-    ).vocab_size
+    return request.model.shape().vocab_size
 
 
 def check_feed(store: Path | str, *, num_lanes: int, seed: int) -> None:

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import nn
 
 from layerplan.errors import CheckpointError, ModelError
-from layerplan.models.causal_lm import find_decoder_parts, load_causal_lm
+from layerplan.models.causal_lm import find_decoder_parts
+from layerplan.models.ref import ModelRef
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.train.sample_documents import find_shortest_window
 from layerplan.train.self_test import SelfTestReport, ask_model, confirm_recipe
@@ -26,14 +27,16 @@ from layerplan.train.step import LossModel
 _BYTES_PER_PARAMETER = 4
 
 
-def ask_by_name(name: str, *, revision: str, trust_remote_code: bool, seq_len: int) -> SelfTestReport | None:
+def ask_by_name(model: ModelRef, *, seq_len: int) -> SelfTestReport | None:
     """Loads a model and asks it; None when its float32 weights do not fit into memory."""
-    stored = sum(path.stat().st_size for path in Path(name).expanduser().glob("*.safetensors"))  # nothing for a hub id
+    stored = sum(
+        path.stat().st_size for path in Path(model.name).expanduser().glob("*.safetensors")
+    )  # nothing for a hub id
     if 2 * stored > _free_bytes():
         return None
     torch.set_num_threads(os.cpu_count() or 1)
-    model = load_causal_lm(name, revision=revision, trust_remote_code=trust_remote_code)
-    return ask_model(model, seq_len=seq_len, with_gradients=has_room_for_gradients(model))
+    loaded = model.load()
+    return ask_model(loaded, seq_len=seq_len, with_gradients=has_room_for_gradients(loaded))
 
 
 def has_room_for_gradients(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from layerplan.config.base import describe_fault
 from layerplan.config.train import TrainConfig
 from layerplan.errors import CheckpointError
 from layerplan.inside import lies_inside
+from layerplan.models.ref import ModelRef
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.train.metrics import MetricSink
@@ -39,7 +40,7 @@ class TrainRequest:
     """Everything a training run needs; travels to the workers."""
 
     run_dir: Path
-    model_path: str
+    model: ModelRef
     plan: FreezePlan
     store: Path | str
     """Token store: a local folder, or an address such as `s3://bucket/store`."""
@@ -49,8 +50,6 @@ class TrainRequest:
     """(start step) to the sink of rank 0."""
     recipe: LossRecipe | None = None
     """How the model's loss is computed; None lets the workers ask it."""
-    revision: str = "main"
-    trust_remote_code: bool = False
     validation: CheckpointValidation | None = None
     """Called with checkpoints while training goes on; None calls nothing."""
     env: Mapping[str, str] = field(default_factory=dict)

@@ -19,9 +19,7 @@ from layerplan.checkpoint.index import AWAITS_NAME, list_checkpoints, prune_chec
 from layerplan.checkpoint.layout import CHECKPOINTS_NAME, name_step, read_train_state
 from layerplan.corpus.manifest import Manifest
 from layerplan.errors import LayerplanError, TrainingError, find_layerplan_error
-from layerplan.models.files import identify_model
 from layerplan.plan.cost import predict_cost
-from layerplan.plan.model_shape import ModelShape
 from layerplan.ray_access import list_loopback_variables
 from layerplan.train.feed import check_feed
 from layerplan.train.request import STOP_REQUEST, TrainRequest, TrainResult, load_result
@@ -77,9 +75,9 @@ def check_training_fits(request: TrainRequest) -> None:
         TrainingError: Rows longer than the model's positions, or a tokenizer larger than its embedding.
         PlanError: A plan for another model.
     """
-    request.plan.check_model(identify_model(request.model_path, revision=request.revision))
+    request.plan.check_model(request.model.identity())
     manifest = Manifest.load(request.store)
-    shape = _shape(request)
+    shape = request.model.shape()
     if manifest.seq_len > shape.max_position_embeddings:
         raise TrainingError(
             f"corpus.seq_len={manifest.seq_len}: the model has {shape.max_position_embeddings} positions"
@@ -94,12 +92,6 @@ def check_training_fits(request: TrainRequest) -> None:
             f"{request.store}: holds token {manifest.max_id}, the model's embedding has rows 0 to {shape.vocab_size - 1};"
             " the store was built for another model"
         )
-
-
-def _shape(request: TrainRequest) -> ModelShape:
-    from layerplan.models.model_sizes import load_model_shape
-
-    return load_model_shape(request.model_path, revision=request.revision, trust_remote_code=request.trust_remote_code)
 
 
 def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Path:
@@ -201,12 +193,10 @@ def _export(request: TrainRequest, checkpoint: Path, step: int) -> Path:
 
     folder = request.run_dir / HF_NAME / name_step(step)
     report = export_hf(
-        base=request.model_path,
+        base=request.model,
         checkpoint=checkpoint,
         out_dir=folder,
         plan=request.plan,
-        revision=request.revision,
-        trust_remote_code=request.trust_remote_code,
         export_dtype=request.config.export_dtype,
     )
     report.save(request.run_dir / EXPORT_NAME)
@@ -249,7 +239,7 @@ def _overall_mfu(request: TrainRequest, state: TrainState) -> float:
 
     if not state.peak_flops:
         return 0.0
-    flops = predict_cost(request.plan, _shape(request), seq_len=Manifest.load(request.store).seq_len).total_flops
+    flops = predict_cost(request.plan, request.model.shape(), seq_len=Manifest.load(request.store).seq_len).total_flops
     return compute_mfu(
         state.tokens_seen / max(state.train_s, 1e-9),
         flops,

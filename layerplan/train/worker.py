@@ -16,7 +16,6 @@ import torch.distributed as dist
 from layerplan.checkpoint.layout import CHECKPOINTS_NAME
 from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.store import load_validation_rows
-from layerplan.models.model_sizes import load_model_shape
 from layerplan.plan.cost import GIB, predict_cost
 from layerplan.plan.explain import explain_changes
 from layerplan.plan.freeze_plan import FreezePlan, PlanPhase
@@ -54,7 +53,7 @@ def train_phases(request: TrainRequest, mark: Mark) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     manifest = Manifest.load(request.store)
-    shape = load_model_shape(request.model_path, revision=request.revision, trust_remote_code=request.trust_remote_code)
+    shape = request.model.shape()
     num_nodes = count_ray_nodes(world_size)
     if rank == 0:
         print(f"[train] workers: {world_size} on {num_nodes} Ray node{'s' if num_nodes > 1 else ''}", flush=True)

@@ -42,6 +42,7 @@ def make_request(folder: Path, run: str) -> Any:
     from layerplan.config.plan import FreezeShallowPlanConfig
     from layerplan.config.train import OptimizerConfig, TrainConfig
     from layerplan.models.files import identify_model, load_hf_config
+    from layerplan.models.ref import ModelRef
     from layerplan.plan.model_shape import ModelShape
     from layerplan.plan.policies import make_plan
     from layerplan.train.request import TrainRequest
@@ -69,7 +70,7 @@ def make_request(folder: Path, run: str) -> Any:
         optimizer=OptimizerConfig(learning_rate=1e-2),
         write_ledger=True,
     )
-    return TrainRequest(folder / run, base, plan, folder / "store", config, seed=0)
+    return TrainRequest(folder / run, ModelRef(base), plan, folder / "store", config, seed=0)
 
 
 def main() -> None:

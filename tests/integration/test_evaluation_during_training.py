@@ -20,6 +20,7 @@ from eval.prompts import TEMPLATES, format_prompts
 from eval.scoring import pick_letter
 from layerplan.config.evaluation import BenchmarkConfig
 from layerplan.models.causal_lm import load_tokenizer
+from layerplan.models.ref import ModelRef
 
 RunJob = Callable[..., Any]
 MAX_STEPS = 4000
@@ -33,7 +34,7 @@ def own_answers(seed_model: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
     tokenizer = load_tokenizer(seed_model)
     tokens = find_answer_tokens(tokenizer, seed_model, cue="\n" + template.cue, prefix="")
     ids = encode_prompts(tokenizer, format_prompts(benchmark, style="official"), add_special_tokens=True)
-    spec = EngineSpec(seed_model, "main", "transformers", "float32", 0, tokens.letters, 1024)
+    spec = EngineSpec(ModelRef(seed_model), "transformers", "float32", 0, tokens.letters, 1024)
     answers = open_engine(spec).ask(ids, [1] * len(ids))
     root = tmp_path_factory.mktemp("own_answers")
     subjects = {item.subject: {"name_zh": item.subject_zh, "category": item.category} for item in benchmark.questions}

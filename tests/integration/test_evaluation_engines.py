@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from eval.pool import LEDGER_NAME, Ask, ask_all
 from eval.runner import evaluate_model
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError, ModelError
+from layerplan.models.ref import ModelRef
 from tests.model_folders import give_code
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +45,7 @@ def make_config(**values: object) -> EvaluationConfig:
 
 def make_asks(count: int, *, max_new_tokens: int) -> tuple[list[Ask], EngineSpec]:
     asks = [Ask([5 + index % 40] * (20 + index % 3) + [index % 250 + 5], max_new_tokens) for index in range(count)]
-    return asks, EngineSpec("", "main", "transformers", "float32", 0, (36, 37, 38, 39), 256)
+    return asks, EngineSpec(ModelRef(""), "transformers", "float32", 0, (36, 37, 38, 39), 256)
 
 
 def ledger_lines(folder: Path) -> list[dict[str, object]]:
@@ -54,7 +56,7 @@ def ledger_lines(folder: Path) -> list[dict[str, object]]:
 def test_a_killed_engine_loses_and_repeats_nothing(ray_local: None, model: str, tmp_path: Path) -> None:
     """The actor's process is killed after some batches; what it had answered stays, the rest is asked once."""
     asks, spec = make_asks(40, max_new_tokens=24)
-    spec = EngineSpec(model, *list(vars(spec).values())[1:])
+    spec = replace(spec, model=ModelRef(model))
     config = make_config()
     killed: list[int] = []
 
@@ -81,7 +83,7 @@ def test_a_killed_engine_loses_and_repeats_nothing(ray_local: None, model: str, 
 
 def test_a_killed_job_asks_only_what_is_left(ray_local: None, model: str, tmp_path: Path) -> None:
     asks, spec = make_asks(8, max_new_tokens=2)
-    spec = EngineSpec(model, *list(vars(spec).values())[1:])
+    spec = replace(spec, model=ModelRef(model))
     whole = ask_all(asks, spec, make_config(), tmp_path)
     path = tmp_path / LEDGER_NAME
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -97,7 +99,7 @@ def test_a_killed_job_asks_only_what_is_left(ray_local: None, model: str, tmp_pa
 def test_an_engine_that_keeps_dying_fails_with_its_own_last_words(ray_local: None, model: str, tmp_path: Path) -> None:
     """Tokens beyond the vocabulary make the engine raise each time: two restarts, then its own words."""
     asks, spec = make_asks(4, max_new_tokens=1)
-    spec = EngineSpec(model, *list(vars(spec).values())[1:])
+    spec = replace(spec, model=ModelRef(model))
     bad = [*asks, Ask([10**6], 1)]
     with pytest.raises(
         EvaluationError, match=r"(died 3|restarted 2) times; its last words: .*IndexError: index out of range"
@@ -116,9 +118,10 @@ from eval import logits
 from eval.pool import Ask, ask_all
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError
+from layerplan.models.ref import ModelRef
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False,
          runtime_env={{"worker_process_setup_hook": "crash_hook.install"}})
-spec = EngineSpec({model!r}, "main", "transformers", "float32", 0, (36, 37, 38, 39), 256)
+spec = EngineSpec(ModelRef({model!r}), "transformers", "float32", 0, (36, 37, 38, 39), 256)
 config = EvaluationConfig(backend="transformers", batch_size=2, num_cpus_per_actor=0.5)
 try:
     ask_all([Ask([5, 6, 7], 1)] * 4, spec, config, Path({str(tmp_path / "out")!r}))
@@ -150,7 +153,7 @@ def test_vllm_and_transformers_agree_token_for_token(ray_local: None, model: str
     options |= {"continuation_prompts": ["计算机的"], "continuation_tokens": 8}
     found = {}
     for backend in ("vllm", "transformers"):
-        evaluate_model(model, make_config(**options, backend=backend), tmp_path / backend)
+        evaluate_model(ModelRef(model), make_config(**options, backend=backend), tmp_path / backend)
         found[backend] = [load_answers(tmp_path / backend, "ceval", protocol) for protocol in ("logit", "generate")]
         assert (tmp_path / backend / "continuations.jsonl").is_file()
         assert not (tmp_path / backend / LEDGER_NAME).exists()
@@ -174,9 +177,11 @@ def test_a_model_of_its_own_code_is_scored_once_that_is_allowed(
     held_out = [{"name": "tides", "source": {"path": str(tmp_path / "text.txt")}}]
     config = make_config(backend=backend, protocols=["logit"], held_out=held_out, batch_size=64)
     with pytest.raises(ModelError, match=r"modeling_tidal\.TidalForCausalLM.*model\.trust_remote_code: true"):
-        evaluate_model(str(coded), config, tmp_path / "refused")
-    evaluate_model(str(coded), config, tmp_path / "allowed", trust_remote_code=True)
-    evaluate_model(model, make_config(protocols=["logit"], held_out=held_out, batch_size=64), tmp_path / "plain")
+        evaluate_model(ModelRef(str(coded)), config, tmp_path / "refused")
+    evaluate_model(ModelRef(str(coded), trust_remote_code=True), config, tmp_path / "allowed")
+    evaluate_model(
+        ModelRef(model), make_config(protocols=["logit"], held_out=held_out, batch_size=64), tmp_path / "plain"
+    )
     mine, theirs = (load_answers(tmp_path / name, "ceval", "logit") for name in ("allowed", "plain"))
     assert len(mine) == 64
     for one, other in zip(mine, theirs, strict=True):
@@ -191,7 +196,7 @@ def test_what_cannot_be_scored_is_one_clear_error(ray_local: None, model: str, t
     weights = half / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(ModelError, match=r"model\.safetensors has .* bytes, its header promises .*half-written"):
-        evaluate_model(str(half), make_config(), tmp_path / "out")
+        evaluate_model(ModelRef(str(half)), make_config(), tmp_path / "out")
     short = tmp_path / "short"
     shutil.copytree(model, short)
     values = json.loads((short / "config.json").read_text())
@@ -199,4 +204,4 @@ def test_what_cannot_be_scored_is_one_clear_error(ray_local: None, model: str, t
     with pytest.raises(
         EvaluationError, match=r"question [a-z_]+/\d+ needs \d+ tokens with its answer, the model has 60"
     ):
-        evaluate_model(str(short), make_config(), tmp_path / "out")
+        evaluate_model(ModelRef(str(short)), make_config(), tmp_path / "out")

@@ -179,6 +179,7 @@ def main() -> None:
     import ray
 
     from layerplan.config.cluster import ClusterConfig
+    from layerplan.models.ref import ModelRef
     from layerplan.ray_session import connect
     from layerplan.train.trainer import TrainRequest, run_training
 
@@ -193,7 +194,7 @@ def main() -> None:
             result = run_training(
                 TrainRequest(
                     run_dir,
-                    str(folder / "base"),
+                    ModelRef(str(folder / "base")),
                     plan,
                     folder / "store",
                     make_train_config(),

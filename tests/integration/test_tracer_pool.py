@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import ModelError, ProbeError
+from layerplan.models.ref import ModelRef
 from layerplan.plan.layer_profile import PROBES_NAME, LayerProfile
 from layerplan.tracer import pool
 from layerplan.tracer.actor import TracerActor
@@ -106,7 +107,7 @@ def quiet(ray_local: None, trained_model: Path, config: TraceConfig) -> tuple[La
     """The measurement by one actor that nothing disturbed, made once."""
     out_dir = trained_model.parent / "quiet"
     if not (out_dir / pool.PROFILE_NAME).exists():
-        trace_model(str(trained_model), config, out_dir=out_dir)
+        trace_model(ModelRef(str(trained_model)), config, out_dir=out_dir)
     return LayerProfile.load(out_dir / pool.PROFILE_NAME), out_dir
 
 
@@ -138,7 +139,9 @@ def test_an_actor_killed_mid_way_loses_nothing_and_counts_nothing_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pool, "TracerActor", make_dying_actor(tmp_path))
-    disturbed = trace_model(str(trained_model), config.model_copy(update={"num_actors": 2}), out_dir=tmp_path / "out")
+    disturbed = trace_model(
+        ModelRef(str(trained_model)), config.model_copy(update={"num_actors": 2}), out_dir=tmp_path / "out"
+    )
     assert (tmp_path / "died").exists()
     batches = [tuple(json.loads(line)) for line in (tmp_path / "batches").read_text().splitlines()]
     # the killed one, and what the actor had finished but Ray had not taken over yet
@@ -196,7 +199,7 @@ def test_nan_weights_are_named_through_the_pool(
     AutoTokenizer.from_pretrained(trained_model).save_pretrained(tmp_path / "broken")
     named = r"^Qwen3ForCausalLM: parameter model\.layers\.1\.mlp\.down_proj\.weight holds NaN or infinite values$"
     with pytest.raises(ModelError, match=named):
-        trace_model(str(tmp_path / "broken"), config, out_dir=tmp_path)
+        trace_model(ModelRef(str(tmp_path / "broken")), config, out_dir=tmp_path)
     assert not (tmp_path / pool.PROFILE_NAME).exists()
 
 
@@ -207,14 +210,14 @@ def test_inputs_that_cannot_be_traced_are_refused_before_an_actor_starts(
     (tmp_path / "long.jsonl").write_text(json.dumps(probe), encoding="utf-8")
     long = config.model_copy(update={"probes": str(tmp_path / "long.jsonl")})
     with pytest.raises(ProbeError, match=r"probe long: has \d+ tokens, the model 64 positions"):
-        trace_model(str(trained_model), long, out_dir=tmp_path)
+        trace_model(ModelRef(str(trained_model)), long, out_dir=tmp_path)
     one = tmp_path / "one"
     one.mkdir()
     values = json.loads((trained_model / "config.json").read_text())
     (one / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 1}))
     (one / "model.safetensors").write_bytes((trained_model / "model.safetensors").read_bytes())
     with pytest.raises(ModelError, match="has 1 layer; tracing needs at least 2"):
-        trace_model(str(one), config, out_dir=tmp_path)
+        trace_model(ModelRef(str(one)), config, out_dir=tmp_path)
     (one / "config.json").write_text(json.dumps(values | {"model_type": "no_such_family", "num_hidden_layers": 4}))
     with pytest.raises(ModelError, match="no_such_family"):
         from layerplan.models.causal_lm import load_causal_lm

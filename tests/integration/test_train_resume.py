@@ -107,6 +107,7 @@ def make_request(folder: Path, run: str) -> Any:
     from layerplan.config.plan import FreezeShallowPlanConfig
     from layerplan.config.train import OptimizerConfig, TrainConfig
     from layerplan.models.files import identify_model, load_hf_config
+    from layerplan.models.ref import ModelRef
     from layerplan.plan.model_shape import ModelShape
     from layerplan.plan.policies import make_plan
     from layerplan.train.trainer import TrainRequest
@@ -135,7 +136,7 @@ def make_request(folder: Path, run: str) -> Any:
     driver = os.getpid()
     run_dir = folder / run
     sink: Callable[[int], Any] | None = None if run == "quiet" else lambda start: AccidentSink(run_dir, driver)
-    return TrainRequest(run_dir, base, plan, folder / "store", config, seed=0, sink_factory=sink)
+    return TrainRequest(run_dir, ModelRef(base), plan, folder / "store", config, seed=0, sink_factory=sink)
 
 
 def main() -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from eval.engine import EngineSpec, open_engine
 from eval.held_out_scoring import HeldOutActor
 from layerplan.config.run import RunConfig
+from layerplan.config.trace import TraceConfig
 from layerplan.errors import ModelError
-from layerplan.pipeline.model_options import trusts_remote_code
+from layerplan.models.ref import ModelRef
+from layerplan.pipeline.model_options import find_base, find_named
+from layerplan.tracer.actor import FAULT, TracerActor, encode_batch
+from layerplan.tracer.encode import EncodedProbe
+from layerplan.train.asking import read_recipe
+from layerplan.train.loss_proof import ask_by_name
 from tests.model_folders import give_code, save_tiny_base
 from tests.tiny_corpus import make_byte_tokenizer
 
@@ -25,26 +33,50 @@ def make_config(tmp_path: Path, **model: object) -> RunConfig:
 
 def test_consent_holds_for_the_model_and_the_runs_own_exports_and_no_other(tmp_path: Path) -> None:
     exported = tmp_path / "runs" / "tides" / "hf" / "step_00000004"
-    asked = make_config(tmp_path, name="owner/base", trust_remote_code=True)
-    assert trusts_remote_code(asked)
-    assert trusts_remote_code(asked, "owner/base")
-    assert trusts_remote_code(asked, str(exported))
-    assert not trusts_remote_code(asked, "owner/other")
-    assert not trusts_remote_code(asked, str(tmp_path / "runs" / "tides_2" / "hf"))
-    assert not trusts_remote_code(make_config(tmp_path, name="owner/base"), str(exported))
+    asked = make_config(tmp_path, name="owner/base", revision="v2", trust_remote_code=True)
+    assert find_base(asked) == find_named("owner/base", asked) == ModelRef("owner/base", "v2", True)
+    assert find_named(str(exported), asked) == ModelRef(str(exported), trust_remote_code=True)
+    for other in ("owner/other", str(tmp_path / "runs" / "tides_2" / "hf")):
+        assert find_named(other, asked) == ModelRef(other)
+    assert not find_named(str(exported), make_config(tmp_path, name="owner/base")).trust_remote_code
 
 
 def test_the_engine_and_the_held_out_scores_run_the_code_when_allowed(tmp_path: Path) -> None:
     base = save_tiny_base(tmp_path, vocab_size=300)
     make_byte_tokenizer(base)
-    spec = EngineSpec(str(base), "main", "transformers", "float32", 0, (5, 6, 7, 8), 32)
+    spec = EngineSpec(ModelRef(str(base)), "transformers", "float32", 0, (5, 6, 7, 8), 32)
     plain = open_engine(spec).ask([[1, 2, 3]], [4])[0]
-    nats = HeldOutActor(str(base), "main", "float32", 0).compute_nats([1, 2, 3])
+    nats = HeldOutActor(ModelRef(str(base)), "float32", 0).compute_nats([1, 2, 3])
     give_code(base)
     with pytest.raises(ModelError, match=REFUSED):
         open_engine(spec)
     with pytest.raises(ModelError, match=REFUSED):
-        HeldOutActor(str(base), "main", "float32", 0)
-    coded = open_engine(replace(spec, trust_remote_code=True)).ask([[1, 2, 3]], [4])[0]
+        HeldOutActor(ModelRef(str(base)), "float32", 0)
+    trusted = ModelRef(str(base), trust_remote_code=True)
+    coded = open_engine(replace(spec, model=trusted)).ask([[1, 2, 3]], [4])[0]
     assert (coded.letter_logprobs, coded.token_ids) == (plain.letter_logprobs, plain.token_ids)
-    assert HeldOutActor(str(base), "main", "float32", 0, True).compute_nats([1, 2, 3]) == nats
+    assert HeldOutActor(trusted, "float32", 0).compute_nats([1, 2, 3]) == nats
+
+
+def test_the_tracer_and_the_self_test_run_the_code_when_allowed(tmp_path: Path) -> None:
+    """The same weights without the code are the oracle."""
+    base = save_tiny_base(tmp_path, vocab_size=300)
+    make_byte_tokenizer(base)
+    rows = {"probes": [encode_batch([EncodedProbe("p", "tides", (1, 2, 3, 4), (True, True, False, False), 5)])]}
+    plain = TracerActor(ModelRef(str(base)), TraceConfig())(rows)
+    recipe = read_recipe(_report(ModelRef(str(base))))
+    trusted = ModelRef(str(give_code(base)), trust_remote_code=True)
+    refused = TracerActor(ModelRef(str(base)), TraceConfig())(rows)
+    with pytest.raises(ModelError, match=REFUSED):
+        raise pickle.loads(refused[FAULT][0])
+    traced = TracerActor(trusted, TraceConfig())(rows)
+    assert {name: np.asarray(each).tolist() for name, each in traced.items()} == {
+        name: np.asarray(each).tolist() for name, each in plain.items()
+    }
+    assert read_recipe(_report(trusted)) == recipe
+
+
+def _report(model: ModelRef) -> dict[str, object]:
+    report = ask_by_name(model, seq_len=8)
+    assert report is not None
+    return report.to_json()

@@ -19,6 +19,7 @@ from eval.scoring import Answer, score_answers
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.config.load import load_config
 from layerplan.errors import ConfigError, EvaluationError
+from layerplan.models.ref import ModelRef
 from layerplan.plan.freeze_plan import FreezePlan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +42,12 @@ def write_scores(folder: Path, right: int, *, asked: int = 200, output: str = ""
 def make_scoring(run_dir: Path, **values: Any) -> CheckpointScoring:
     plan = FreezePlan.model_construct()
     return CheckpointScoring(
-        run_dir, "base", plan, EvaluationConfig.model_validate(values), final_step=100, stop_file=run_dir / "stop"
+        run_dir,
+        ModelRef("base"),
+        plan,
+        EvaluationConfig.model_validate(values),
+        final_step=100,
+        stop_file=run_dir / "stop",
     )
 
 
@@ -134,7 +140,7 @@ def test_what_a_model_writes_survives_the_files(tmp_path: Path) -> None:
     assert [item.output for item in load_answers(tmp_path, "ceval", "logit")] == [text, text]
     write_continuations(tmp_path, [(text, 4)], [EngineAnswer((), [1], text)])
     assert load_continued(tmp_path) == [(text, 4)]
-    spec = EngineSpec("m", "main", "transformers", "float32", 0, (1, 2, 3, 4), 8)
+    spec = EngineSpec(ModelRef("m"), "transformers", "float32", 0, (1, 2, 3, 4), 8)
     with Ledger(tmp_path / "ledger", ["p"], spec) as ledger:
         ledger.add({"index": [0], "logprobs": [[-1.0]], "token_ids": ["[7]"], "output": [text], "pid": [1]})
     assert Ledger(tmp_path / "ledger", ["p"], spec).answers == {0: EngineAnswer((-1.0,), [7], text)}

@@ -25,6 +25,7 @@ from layerplan.config.evaluation import BenchmarkConfig
 from layerplan.config.model import ScratchModelConfig
 from layerplan.models.causal_lm import load_tokenizer
 from layerplan.models.files import hash_weight_files
+from layerplan.models.ref import ModelRef
 from layerplan.models.scratch import build_scratch_model, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +81,7 @@ def test_predictions_are_the_harness_own_question_for_question(begins: bool, dat
         ids = encode_prompts(
             tokenizer, format_prompts(benchmark, style="lm_eval"), add_special_tokens=True, control_tokens="token"
         )
-        spec = EngineSpec(str(tmp_path), "main", "transformers", "float32", 0, tokens.letters, POSITIONS)
+        spec = EngineSpec(ModelRef(str(tmp_path)), "transformers", "float32", 0, tokens.letters, POSITIONS)
         answers = open_engine(spec).ask([[*found, *tokens.appended] for found in ids], [1] * len(ids))
         for question, answer in zip(benchmark.questions, answers, strict=True):
             predicted[f"{name}/{question.id}"] = pick_letter(answer.letter_logprobs)

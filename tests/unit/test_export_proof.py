@@ -27,6 +27,7 @@ from layerplan.models.causal_lm import load_causal_lm
 from layerplan.models.files import identify_model
 from layerplan.models.freezing import apply_plan
 from layerplan.models.model_sizes import make_model_shape
+from layerplan.models.ref import ModelRef
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan, make_plan
@@ -45,7 +46,8 @@ class Run:
     model: nn.Module
 
     def export(self, out: Path, **options: Any) -> ExportReport:
-        return export_hf(base=str(self.base), checkpoint=self.checkpoint, out_dir=out, plan=self.plan, **options)
+        base = ModelRef(str(self.base), trust_remote_code=options.pop("trust_remote_code", False))
+        return export_hf(base=base, checkpoint=self.checkpoint, out_dir=out, plan=self.plan, **options)
 
 
 def train_briefly(base: Path, out: Path, shape: dict[str, Any] = TINY_QWEN3, **options: Any) -> Run:
@@ -353,4 +355,4 @@ def test_a_checkpoint_of_another_plan_is_refused(run: Run, tmp_path: Path) -> No
     shape = ModelShape.from_hf_config(TINY_QWEN3)
     other = make_plan(FreezeDeepPlanConfig(boundary=2), model=run.plan.model, shape=shape)
     with pytest.raises(CheckpointError, match="cannot be loaded"):
-        export_hf(base=str(run.base), checkpoint=run.checkpoint, out_dir=tmp_path / "out", plan=other)
+        export_hf(base=ModelRef(str(run.base)), checkpoint=run.checkpoint, out_dir=tmp_path / "out", plan=other)

@@ -53,7 +53,7 @@ def test_every_offered_name_is_there_and_is_documented(name: str) -> None:
 
 def test_a_name_that_is_not_offered_is_an_error_that_lists_those_that_are() -> None:
     with pytest.raises(
-        AttributeError, match="has no attribute 'train_model'; it offers FreezePlan, LayerProfile, RunConfig"
+        AttributeError, match="has no attribute 'train_model'; it offers FreezePlan, LayerProfile, ModelRef, RunConfig"
     ):
         layerplan.train_model  # noqa: B018
 

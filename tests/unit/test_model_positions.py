@@ -12,6 +12,7 @@ import transformers as hf
 from eval.preflight import check_lengths
 from layerplan.errors import EvaluationError
 from layerplan.models.positions import find_max_positions, read_max_positions
+from layerplan.models.ref import ModelRef
 
 TINY = {"vocab_size": 32, "n_embd": 8, "n_layer": 1, "n_head": 1}
 
@@ -66,13 +67,13 @@ def test_the_models_config_class_says_what_bounds_it(values: dict[str, Any], bou
 
 
 def test_a_prompt_too_long_for_gpt2_is_refused_by_its_questions_id(tmp_path: Path) -> None:
-    model = str(save(tmp_path, hf.GPT2Config(**TINY, n_positions=64)))
+    model = ModelRef(str(save(tmp_path, hf.GPT2Config(**TINY, n_positions=64))))
     assert "max_position_embeddings" not in json.loads((tmp_path / "config.json").read_text())
     with pytest.raises(EvaluationError, match=r"question law/2 needs 500 tokens .* the model has 64 positions; 1 of 2"):
-        check_lengths(model, "main", [64, 500], ["law/1", "law/2"])
-    check_lengths(model, "main", [64], ["law/1"])
+        check_lengths(model, [64, 500], ["law/1", "law/2"])
+    check_lengths(model, [64], ["law/1"])
 
 
 def test_a_model_without_positions_takes_any_prompt(tmp_path: Path) -> None:
-    model = str(save(tmp_path, hf.MambaConfig(hidden_size=8, num_hidden_layers=1)))
-    check_lengths(model, "main", [100_000], ["law/1"])
+    model = ModelRef(str(save(tmp_path, hf.MambaConfig(hidden_size=8, num_hidden_layers=1))))
+    check_lengths(model, [100_000], ["law/1"])

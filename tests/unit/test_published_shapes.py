@@ -6,6 +6,7 @@ import pytest
 
 from layerplan.cli import main
 from layerplan.models.published import find_published, list_published, load_shape_and_type
+from layerplan.models.ref import ModelRef
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ from layerplan.models.published import find_published, list_published, load_shap
     ],
 )
 def test_a_published_shape_has_the_published_number_of_parameters(name: str, total: int) -> None:
-    shape, model_type = load_shape_and_type(name)
+    shape, model_type = load_shape_and_type(ModelRef(name))
     assert shape.total_params == total
     assert model_type in name.lower().replace(".", "").replace("-", "") or model_type in ("llama", "qwen2", "qwen3_moe")
 
