@@ -54,6 +54,16 @@ def dump_config(config: RunConfig) -> str:
     return json.dumps(redact_values(config.model_dump(mode="json")), indent=2, ensure_ascii=False) + "\n"
 
 
+def flatten_values(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping of dotted paths; lists stay whole."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, child in value.items():
+        flat.update(flatten_values(child, f"{prefix}.{key}" if prefix else key))
+    return flat
+
+
 def _refuse_hidden(config: RunConfig) -> None:
     """A config that was written without its credentials must get them again before anything asks with `***`."""
     hidden = list(find_hidden(config.model_dump(mode="json")))

@@ -8,8 +8,8 @@ from pathlib import Path
 from eval.artifacts import write_text
 from eval.significance import Verdict
 from layerplan.checkpoint.model_card import CARD_NAME
+from layerplan.pipeline.lineage import note_results
 from layerplan.pipeline.stages import RunContext
-from layerplan.report.answer_tables import list_metrics
 from layerplan.report.answers import Answers, read_answers
 from layerplan.report.card import add_results
 from layerplan.report.page import write_report
@@ -23,7 +23,7 @@ def publish_report(context: RunContext) -> Answers:
     """
     report = write_report(context.folder.root)
     answers = read_answers(context.folder.root)
-    context.tracker.log_metrics(list_metrics(answers), step=answers.final_step or 0)
+    note_results(context.tracker, context.folder.root)
     for path in (report, context.folder.config):
         context.tracker.log_artifact(path)
     for path in sorted(context.folder.figures.glob("*.png")):

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from layerplan.config.load import dump_config
+from layerplan.config.load import dump_config, flatten_values
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError
 from layerplan.plan.cost import COST_NAME
@@ -209,12 +209,12 @@ def _check_characters(root: Path) -> None:
 
 def _check_same_config(folder: RunFolder, config: RunConfig) -> None:
     try:
-        earlier = _flatten(redact_values(_fill_defaults(json.loads(folder.config.read_text(encoding="utf-8")))))
+        earlier = flatten_values(redact_values(_fill_defaults(json.loads(folder.config.read_text(encoding="utf-8")))))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"name: {folder.config} of an earlier run cannot be read ({error}); choose another name"
         ) from None
-    now = _flatten(json.loads(dump_config(config)))
+    now = flatten_values(json.loads(dump_config(config)))
     faults = [
         f"name: run {config.name!r} exists with {key}={earlier.get(key)!r}, this config has {now.get(key)!r};"
         " choose another name or the earlier value"
@@ -247,13 +247,3 @@ def _fill_defaults(values: Any) -> Any:
 
 def _may_change(key: str) -> bool:
     return any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping of dotted paths; lists stay whole."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, child in value.items():
-        flat.update(_flatten(child, f"{prefix}.{key}" if prefix else key))
-    return flat

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from layerplan.config.run import RunConfig
-from layerplan.pipeline.run_folder import locate_run_folder, open_run_folder
+from layerplan.pipeline.lineage import note_config
+from layerplan.pipeline.run_folder import RunFolder, locate_run_folder, open_run_folder
 from layerplan.pipeline.run_lease import hold_run
 from layerplan.pipeline.stages import RunContext, say
 from layerplan.ray_session import connect
-from layerplan.tracking.tracker import open_tracker
+from layerplan.tracking.address import describe_address
+from layerplan.tracking.background import locate_store
+from layerplan.tracking.tracker import Status, open_tracker, status_of
 from layerplan.train.compute_dtype import settle_dtype
 
 DATA_CPUS = 0.25
@@ -48,10 +51,21 @@ def _open(config: RunConfig, trains: bool) -> Iterator[RunContext]:
         say("train", str(measured))
     config = config.model_copy(update={"train": train})
     tracker = open_tracker(config.tracking, folder.root, config.name, lambda line: say("tracking", line))
-    tracker.log_params({"seed": config.seed, "model": config.model.type, "plan": config.plan.type})
+    note_config(tracker, config)
+    status: Status = "FINISHED"
     try:
         yield RunContext(config, folder, tracker)
-    except BaseException:
-        tracker.close(status="FAILED")
+    except BaseException as error:
+        status = status_of(error)
         raise
-    tracker.close(status="FINISHED")
+    finally:
+        tracker.close(status=status)
+        _print_address(config, folder)
+
+
+def _print_address(config: RunConfig, folder: RunFolder) -> None:
+    if config.tracking.backend != "mlflow":
+        return
+    address = describe_address(locate_store(config.tracking, folder.root), folder.root)
+    if address is not None:
+        print(f"lineage   {address}", flush=True)

@@ -27,6 +27,7 @@ from layerplan.corpus.manifest import Manifest, resolve_store
 from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
 from layerplan.models.ref import ModelRef
+from layerplan.pipeline.lineage import note_corpus, note_results
 from layerplan.pipeline.run_folder import RunFolder
 from layerplan.plan.boundary_choice import choose_boundary, find_options
 from layerplan.plan.decide import PlanContext, check_planned_steps, resolve_plan, wants_profile
@@ -38,7 +39,7 @@ from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.policies import predict_beside_full
 from layerplan.tracer.pool import trace_model
 from layerplan.tracking.callback import LineageCallback
-from layerplan.tracking.tracker import RunSinkFactory, Tracker
+from layerplan.tracking.tracker import RunSinkFactory, Tracker, status_of
 from layerplan.train.asking import ask_in_task, read_recipe
 from layerplan.train.request import STOP_REQUEST, CheckpointValidation, TrainRequest, TrainResult, load_result
 from layerplan.train.trainer import run_training
@@ -64,8 +65,8 @@ def tracked(context: RunContext, stage: str) -> Iterator[Tracker]:
     tracker = context.tracker.child(stage)
     try:
         yield tracker
-    except BaseException:
-        tracker.close(status="FAILED")
+    except BaseException as error:
+        tracker.close(status=status_of(error))
         raise
     tracker.close(status="FINISHED")
 
@@ -80,6 +81,7 @@ def build_store(context: RunContext, model: ModelRef) -> Path | str:
         _check_store(manifest, store, corpus.seq_len, read_joining(corpus, tokenizer))
         looked_for = hash_held_out(list_held_out_texts(context.config), corpus.decontamination)
         warn_of_held_out(manifest, store, looked_for, lambda line: say("corpus", line))
+        note_corpus(context.tracker, manifest, store)
         say("corpus", f"using {store}")
         return store
     with tracked(context, "corpus") as tracker:
@@ -97,7 +99,9 @@ def build_store(context: RunContext, model: ModelRef) -> Path | str:
         tracker.log_params(joining | {"control_tokens": manifest.control_tokens})
         tracker.log_metrics({f"corpus/{name}": float(count) for name, count in manifest.counts.items()}, step=0)
         tracker.log_artifact(context.folder.token_store / "manifest.json")
-    return corpus.upload_to or context.folder.token_store
+    store = corpus.upload_to or context.folder.token_store
+    note_corpus(context.tracker, manifest, store)
+    return store
 
 
 def ask_loss(context: RunContext, model: ModelRef) -> LossRecipe | None:
@@ -158,6 +162,7 @@ def decide_plan(context: RunContext, model: ModelRef, profile: LayerProfile | No
                 tracker.log_params({"boundary_p": choice.p_value, "boundary_decided_by": choice.decided_by})
             for path in (context.folder.plan, context.folder.plan_text, context.folder.predicted_cost):
                 tracker.log_artifact(path)
+    note_results(context.tracker, context.folder.root)
     say("plan", plan.reason)
     if older := describe_older_rule(plan):
         say("plan", older)
@@ -185,6 +190,7 @@ def train(
             callbacks=[LineageCallback(tracker)],
         )
         _log_result(tracker, result, context.folder)
+    note_results(context.tracker, context.folder.root)
     say("train", f"loss {result.first_loss:.3f} -> {result.final_loss:.3f}, {result.tokens_seen:,} tokens")
     return result
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from rich.console import Console
@@ -17,10 +18,11 @@ from layerplan.pipeline.checks import check_corpus, check_model
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.pipeline.session import open_run
 from layerplan.pipeline.stages import RunContext, ask_loss, build_store, make_train_request, say, tracked, write_json
+from layerplan.report.lineage import list_trial_results, render_sweep
 from layerplan.sweep.objective import Trial
 from layerplan.sweep.search import check_search, save_search
 from layerplan.sweep.tuner import TrialResult, run_sweep
-from layerplan.tracking.tracker import RunSinkFactory, Tracker
+from layerplan.tracking.tracker import NOTE_TAG, RunSinkFactory, Status, Tracker, status_of
 
 
 def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:
@@ -33,7 +35,7 @@ def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:
         recipe = ask_loss(context, model)
         store = build_store(context, model)
         with tracked(context, "sweep") as tracker:
-            trials = make_trials(context, tracker, model, sweep)
+            trials, runs = make_trials(context, tracker, model, sweep)
             save_search(sweep, context.folder.sweep)
             request = make_train_request(context, model, trials[0].plan, store, None)
             train = config.train.model_copy(
@@ -43,33 +45,66 @@ def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:
                     "validate_every_steps": min(config.train.validate_every_steps, sweep.max_steps),
                 }
             )
-            results = run_sweep(
-                sweep, replace(request, run_dir=context.folder.sweep, config=train, recipe=recipe), trials
-            )
+            request = replace(request, run_dir=context.folder.sweep, config=train, recipe=recipe)
+            with end_trials(runs) as finish:
+                results = run_sweep(sweep, request, trials, finish)
             write_json(context.folder.sweep / "results.json", [vars(result) for result in results])
             tracker.log_artifact(context.folder.sweep / "results.json")
+            _note_best(context.tracker, results)
         print_results(results)
 
 
-def make_trials(context: RunContext, tracker: Tracker, model: ModelRef, sweep: SweepConfig) -> list[Trial]:
+def make_trials(
+    context: RunContext, tracker: Tracker, model: ModelRef, sweep: SweepConfig
+) -> tuple[list[Trial], dict[str, Tracker]]:
     """One trial per candidate, each with its plan saved and its nested run opened.
+
+    Returns:
+        The trials, and their runs by the trials' names.
 
     Raises:
         ConfigError: When a boundary does not fit the model.
     """
     config = context.config
     candidates = make_candidates(config, sweep, model.identity(), model.shape())
-    trials = []
+    trials, runs = [], {}
     for boundary, plan in candidates.items():
         name = name_trial(boundary)
         folder = context.folder.sweep / name
         plan.save(folder / "freeze_plan.json")
-        child = tracker.child(f"sweep_{name}")
+        child = runs[name] = tracker.child(f"sweep_{name}")
         child.log_params({"boundary": boundary, "plan_sha256": plan.sha256})
+        child.set_tags({"layerplan.plan_sha256": plan.sha256, "layerplan.plan_type": plan.plan_type})
         child.log_artifact(folder / "freeze_plan.json")
         trials.append(Trial(name, plan, RunSinkFactory(folder / "metrics.jsonl", name, child)))
     say("sweep", f"{len(trials)} boundaries: {', '.join(map(str, candidates))}")
-    return trials
+    return trials, runs
+
+
+@contextmanager
+def end_trials(runs: Mapping[str, Tracker]) -> Iterator[Callable[[TrialResult], None]]:
+    """Gives what ends a trial's run with its numbers, and ends those that are left when the search ended without them."""
+    left = dict(runs)
+
+    def finish(result: TrialResult) -> None:
+        run = left.pop(result.name)
+        run.log_metrics(list_trial_results(vars(result)), step=result.step)
+        run.close(status="FINISHED")
+
+    status: Status = "FAILED"
+    try:
+        yield finish
+    except BaseException as error:
+        status = status_of(error)
+        raise
+    finally:
+        for run in left.values():
+            run.close(status=status)
+
+
+def _note_best(tracker: Tracker, results: Sequence[TrialResult]) -> None:
+    tracker.set_tags({NOTE_TAG: render_sweep([vars(result) for result in results])})
+    tracker.log_metrics(list_trial_results(vars(results[0])), step=results[0].step)
 
 
 def print_results(results: Sequence[TrialResult]) -> None:

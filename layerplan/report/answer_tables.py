@@ -87,6 +87,8 @@ def list_metrics(answers: Answers) -> dict[str, float]:
             "cost/share_of_full/predicted": cost.work.share_of_full,
             "cost/train_s/at_full_rate": cost.least_train_s,
             "cost/train_s/measured": cost.train_s,
+            "cost/tokens_per_s/measured": cost.tokens_per_s,
+            "cost/mfu/measured": cost.mfu,
             "cost/memory_gib/predicted": cost.predicted_memory_gib,
             "cost/memory_gib/measured": cost.peak_memory_gib,
             "cost/checkpoint_gib/predicted": cost.predicted_checkpoint_gib,

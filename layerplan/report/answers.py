@@ -108,7 +108,7 @@ class Answers:
 
 def read_answers(run_dir: Path) -> Answers:
     """Reads them from a run folder, finished or not, of this or an earlier version."""
-    training = _read(run_dir / "training.json")
+    training = read_json(run_dir / "training.json")
     step = training.get("final_step")
     evaluation = run_dir / "evaluation"
     scored = [BASE, *sorted(path.name for path in evaluation.glob("step_*") if any(path.glob("*.json")))]
@@ -124,16 +124,16 @@ def read_answers(run_dir: Path) -> Answers:
 def _read_validation(run_dir: Path, training: Mapping[str, Any]) -> ValidationLoss | None:
     if training.get("validation_loss") is None:
         return None
-    rows = _read(run_dir / "token_store" / "manifest.json").get("num_validation_rows")
+    rows = read_json(run_dir / "token_store" / "manifest.json").get("num_validation_rows")
     return ValidationLoss(rows, training.get("base_validation_loss"), training["validation_loss"])
 
 
 def _read_held_out(evaluation: Path) -> list[HeldOutText]:
-    verdicts = _read(evaluation / "held_out_verdicts.json") or []
+    verdicts = read_json(evaluation / "held_out_verdicts.json") or []
     texts = []
     for item in verdicts:
         name = f"{item['name']}.json"
-        scores = _read(evaluation / BASE / "held_out" / name) if is_plain_name(name) else {}
+        scores = read_json(evaluation / BASE / "held_out" / name) if is_plain_name(name) else {}
         sizes = scores.get("document_bytes")
         low, high = item["difference_interval"]
         numbers = (item["base"], item["trained"], (low, high), item["adjusted_p"])
@@ -144,7 +144,7 @@ def _read_held_out(evaluation: Path) -> list[HeldOutText]:
 def _read_cost(run_dir: Path, training: Mapping[str, Any]) -> Cost | None:
     plan = FreezePlan.load(run_dir / PLAN_NAME) if (run_dir / PLAN_NAME).exists() else None
     planned = plan.predicted_cost if plan is not None else {}
-    here = _read(run_dir / COST_NAME) or planned
+    here = read_json(run_dir / COST_NAME) or planned
     if not here:
         return None
     cost = PlanCost.model_validate(here["plan"])
@@ -174,7 +174,7 @@ def _read_work(predicted: Mapping[str, Any]) -> Work:
 
 def _measure_checkpoint(run_dir: Path, training: Mapping[str, Any]) -> float | None:
     """Size of the last checkpoint by its seal; None without one."""
-    seal = _read(run_dir / (training.get("final_checkpoint") or "") / "seal.json") if training else {}
+    seal = read_json(run_dir / (training.get("final_checkpoint") or "") / "seal.json") if training else {}
     return sum(mark["size"] for mark in seal["files"].values()) / GIB if seal else None
 
 
@@ -190,7 +190,7 @@ def _read_continuations(folder: Path) -> dict[str, str]:
     return {record["prompt"]: record["text"] for record in records}
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     """A JSON file; an empty object when there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 

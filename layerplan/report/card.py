@@ -21,11 +21,12 @@ def add_results(card: str, answers: Answers, verdicts: Sequence[str]) -> str:
     """
     before, _, rest = card.partition(BEGIN)
     after = rest.partition(END)[2]
-    lines = [*_render_texts(answers, verdicts), *_render_cost(answers), *_render_continuations(answers.continuations)]
+    lines = [*render_texts(answers, verdicts), *render_cost(answers), *_render_continuations(answers.continuations)]
     return f"{before.rstrip()}\n\n{BEGIN}\n" + "\n".join(lines) + f"\n{END}\n" + after.lstrip()
 
 
-def _render_texts(answers: Answers, verdicts: Sequence[str]) -> list[str]:
+def render_texts(answers: Answers, verdicts: Sequence[str]) -> list[str]:
+    """Texts before and after as a table, and a sentence on each and on each benchmark; nothing when there is neither."""
     table = tabulate_texts(answers)
     sentences = [*describe_texts(answers), *verdicts]
     if not table[1] and not sentences:
@@ -34,14 +35,15 @@ def _render_texts(answers: Answers, verdicts: Sequence[str]) -> list[str]:
         "",
         "## Better than its base?",
         "",
-        *_render_table(table),
+        *render_card_rows(table),
         "",
         *(f"- {_escape(line)}" for line in sentences),
     ]
 
 
-def _render_cost(answers: Answers) -> list[str]:
-    return [] if answers.cost is None else ["", "## What it cost", "", *_render_table(tabulate_cost(answers.cost))]
+def render_cost(answers: Answers) -> list[str]:
+    """What it cost as a table; nothing when that is not known."""
+    return [] if answers.cost is None else ["", "## What it cost", "", *render_card_rows(tabulate_cost(answers.cost))]
 
 
 def _render_continuations(items: Sequence[Continuation]) -> list[str]:
@@ -54,7 +56,8 @@ def _render_continuations(items: Sequence[Continuation]) -> list[str]:
     return lines
 
 
-def _render_table(table: Table) -> list[str]:
+def render_card_rows(table: Table) -> list[str]:
+    """A table as lines of Markdown; none without rows."""
     headings, rows = table
     if not rows:
         return []

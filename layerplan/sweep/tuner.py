@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,20 +33,33 @@ class TrialResult:
     """Predicted FLOPs per token as a share of full training."""
 
 
-def run_sweep(config: SweepConfig, request: TrainRequest, trials: Sequence[Trial]) -> list[TrialResult]:
+def run_sweep(
+    config: SweepConfig,
+    request: TrainRequest,
+    trials: Sequence[Trial],
+    on_finished: Callable[[TrialResult], None] = lambda result: None,
+) -> list[TrialResult]:
     """Runs every trial and returns their results, best first.
+
+    Args:
+        config: The sweep.
+        request: What all trials share.
+        trials: The candidates.
+        on_finished: Called with each trial that came to its end, before an error is raised for those that did not.
 
     Raises:
         TrainingError: When a trial fails; the message carries its own.
     """
     by_name = {trial.name: trial for trial in trials}
     grid = _make_tuner(config, request, by_name).fit()
+    results = [_read_result(result.metrics or {}, by_name) for result in grid if result.error is None]
+    for result in results:
+        on_finished(result)
     failed = [result.error for result in grid if result.error is not None]
     if failed:
         raise TrainingError(f"sweep: {len(failed)} of {len(trials)} trials failed; the first: {failed[0]}") from failed[
             0
         ]
-    results = [_read_result(result.metrics or {}, by_name) for result in grid]
     return sorted(results, key=lambda item: (item.validation_loss is None, item.validation_loss, item.name))
 
 

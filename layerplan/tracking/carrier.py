@@ -172,8 +172,11 @@ class _Lineage:
         elif do == "tags":
             for item in line["values"].items():
                 _split([item], lambda part: self.store.set_tag(stage, *part[0]), self._refuse_item(stage, "tag"))
+        elif do == "dataset":
+            item = (line["values"]["name"], line["values"])
+            _split([item], lambda part: self.store.log_dataset(stage, part[0][1]), self._refuse_item(stage, "dataset"))
 
-    def _refuse_item(self, stage: str, kind: str) -> Callable[[tuple[str, str], str], None]:
+    def _refuse_item(self, stage: str, kind: str) -> Callable[[tuple[str, Any], str], None]:
         return lambda item, reason: self.refuse(stage, f"{kind} {item[0]}", reason)
 
 

@@ -11,21 +11,27 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import LifecycleStage, Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param
 from mlflow.exceptions import MlflowException
 
 from layerplan.errors import TrackingError, first_line
 from layerplan.redaction import redact_text, redact_uri
 from layerplan.tracking.outbox import PARENT, TrackingFolder
+from layerplan.tracking.tracker import NOTE_TAG, RUN_ID
 
 MAX_PARAM_CHARS = 6000
+MAX_NAME_CHARS, MAX_DIGEST_CHARS = 500, 36
+"""MLflow's limits of a dataset."""
 UID_TAG = "layerplan.uid"
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
+"""Without it MLflow's page takes an experiment for one of GenAI traces, and shows that it has none."""
+GUESSED_KINDS = ("", "no_inferred_type")
 GONE, WRONG = "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"
 
 for _name in ("mlflow.store.db.utils", "alembic"):
@@ -73,6 +79,7 @@ class MlflowStore:
         self._uri = uri
         self._experiment = experiment
         self._artifacts = (folder.run_dir.parent / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
+        self._place = folder.place
         self._uid = folder.read_uid()
         self._book = RunBook(folder.run_ids)
         self._client: Any = None
@@ -89,10 +96,11 @@ class MlflowStore:
         client = mlflow.MlflowClient(tracking_uri=self._uri)
         found = client.get_experiment_by_name(self._experiment)
         if found is None:
-            self._experiment_id = client.create_experiment(self._experiment, artifact_location=self._artifacts)
+            self._experiment_id = client.create_experiment(self._experiment, self._artifacts, tags={KIND_TAG: KIND})
         else:
             self._experiment_id = found.experiment_id
             self._check_experiment(found)
+            _set_kind(client, found)
         self._client = client
 
     def open_run(self, stage: str, name: str, time: int, parent: str = PARENT) -> None:
@@ -101,6 +109,8 @@ class MlflowStore:
         if known is not None:
             with self._about(stage):
                 self._client.update_run(known, status="RUNNING")
+                if stage == PARENT:
+                    self._note_place(self._client.get_run(known))
             return
         tags = {} if stage == PARENT else {"mlflow.parentRunId": self._run_id(parent), "layerplan.stage": stage}
         tags[UID_TAG] = f"{self._uid}/{stage}"
@@ -110,6 +120,8 @@ class MlflowStore:
             made[0] if made else self._client.create_run(self._experiment_id, start_time=time, run_name=name, tags=tags)
         )
         self._book.put(stage, run.info.run_id)
+        if stage == PARENT:
+            self._note_place(run)
 
     def has_run(self, stage: str) -> bool:
         """Whether the stage's run was made."""
@@ -146,9 +158,25 @@ class MlflowStore:
                 self._client.log_batch(self._run_id(stage), params=new[start : start + 100])
 
     def set_tag(self, stage: str, key: str, value: str) -> None:
-        """Sets a tag."""
+        """Sets a tag; a description learns the run's id."""
         with self._about(stage):
-            self._client.set_tag(self._run_id(stage), key, value[:MAX_PARAM_CHARS])
+            run_id = self._run_id(stage)
+            value = value.replace(RUN_ID, run_id) if key == NOTE_TAG else value
+            self._client.set_tag(run_id, key, value[:MAX_PARAM_CHARS])
+
+    def log_dataset(self, stage: str, values: Mapping[str, Any]) -> None:
+        """Records what the run trains on; the store keeps one that it has already."""
+        source = str(values["source"])
+        dataset = Dataset(
+            name=str(values["name"])[:MAX_NAME_CHARS],
+            digest=str(values["digest"])[:MAX_DIGEST_CHARS],
+            source_type=source.partition("://")[0] if "://" in source else "local",
+            source=json.dumps({"uri": source}),
+            profile=json.dumps(values["profile"]),
+        )
+        with self._about(stage):
+            tags = [InputTag("mlflow.data.context", "training")]
+            self._client.log_inputs(self._run_id(stage), [DatasetInput(dataset, tags)])
 
     def log_artifact(self, stage: str, path: Path, into: str | None) -> None:
         """Copies a file into the run's artifacts."""
@@ -159,6 +187,12 @@ class MlflowStore:
         """Ends the run."""
         with self._about(stage):
             self._client.set_terminated(self._run_id(stage), status=status, end_time=time)
+
+    def _note_place(self, run: Any) -> None:
+        place = {"experiment_id": run.info.experiment_id, "run_id": run.info.run_id}
+        partial = self._place.with_suffix(".partial")
+        partial.write_text(json.dumps(place) + "\n", encoding="utf-8")
+        partial.replace(self._place)
 
     def _run_id(self, stage: str) -> str:
         run_id = self._book.get(stage)
@@ -204,6 +238,14 @@ class MlflowStore:
 
     def _advise(self, command: str) -> str:
         return f"`MLFLOW_TRACKING_URI={redact_uri(self._uri)} mlflow {command}`"
+
+
+def _set_kind(client: Any, experiment: Any) -> None:
+    """Says what the experiment is, in place of MLflow's guess; a person's choice stays, as does that of who may not."""
+    kind = experiment.tags.get(KIND_TAG, "")
+    if kind in GUESSED_KINDS or kind.endswith("_inferred"):
+        with suppress(MlflowException):
+            client.set_experiment_tag(experiment.experiment_id, KIND_TAG, KIND)
 
 
 class RunBook:

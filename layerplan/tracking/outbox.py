@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from layerplan.redaction import redact_text
+from layerplan.redaction import redact_text, redact_values
 from layerplan.tracking.journal import Journal, read_lines
-from layerplan.tracking.tracker import Status
+from layerplan.tracking.tracker import Dataset, Status
 
 PARENT = "parent"
 
@@ -67,6 +67,11 @@ class TrackingFolder:
         if not path.exists():
             path.write_text(uuid.uuid4().hex, encoding="utf-8")
         return path.read_text(encoding="utf-8")
+
+    @property
+    def place(self) -> Path:
+        """Where MLflow has the parent run: its experiment and its id."""
+        return self.root / "mlflow_run.json"
 
     def events_of(self, stage: str) -> Path:
         """What another process than the driver notes about a stage."""
@@ -155,6 +160,10 @@ class OutboxTracker:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags."""
         self._outbox.note(self._stage, "tags", values={key: redact_text(str(value)) for key, value in tags.items()})
+
+    def log_dataset(self, dataset: Dataset) -> None:
+        """Records what the run trains on."""
+        self._outbox.note(self._stage, "dataset", values=redact_values(asdict(dataset)))
 
     def child(self, name: str) -> OutboxTracker:
         """Opens a run that is nested in this one."""

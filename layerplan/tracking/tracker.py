@@ -6,13 +6,31 @@ Everything is written into the run folder and carried to the store from there, s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from layerplan.config.tracking import TrackingConfig
 from layerplan.tracking.jsonl import JsonlSink
 
-Status = Literal["FINISHED", "FAILED"]
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+NOTE_TAG = "mlflow.note.content"
+"""What a run's page shows as its description, in Markdown."""
+RUN_ID = "{run_id}"
+"""Stands in a description for the store's id of the run, which is not known when it is written."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a run trains on."""
+
+    name: str
+    digest: str
+    """Hash of its content."""
+    source: str
+    """Folder or address."""
+    profile: Mapping[str, Any] = field(default_factory=dict)
+    """Its sizes and counts."""
 
 
 class Tracker(Protocol):
@@ -29,6 +47,9 @@ class Tracker(Protocol):
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags, replacing earlier values."""
+
+    def log_dataset(self, dataset: Dataset) -> None:
+        """Records what the run trains on."""
 
     def child(self, name: str) -> Tracker:
         """Opens the nested run of a stage; the same name continues the same run."""
@@ -58,6 +79,9 @@ class NoopTracker:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Does nothing."""
 
+    def log_dataset(self, dataset: Dataset) -> None:
+        """Does nothing."""
+
     def child(self, name: str) -> Tracker:
         """Returns itself."""
         return self
@@ -71,6 +95,11 @@ class NoopTracker:
 
     def close(self, status: Status = "FINISHED") -> None:
         """Does nothing."""
+
+
+def status_of(error: BaseException) -> Status:
+    """How a run ended that something ended: by a fault, or because it was told to stop."""
+    return "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
 
 
 def open_tracker(

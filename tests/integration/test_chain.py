@@ -163,6 +163,15 @@ def test_the_lineage_is_one_parent_with_a_nested_run_per_stage(finished_run: Pat
     assert [point.step for point in validated] == [0, 20, 40]
     training = read(finished_run / "training.json")
     assert runs[0].data.metrics["result/validation_loss/base"] == validated[0].value == training["base_validation_loss"]
+    assert runs[0].data.params["train.max_steps"] == "40" and runs[0].data.metrics["result/tokens_seen"] > 0
+    assert runs[0].data.tags["layerplan.plan_sha256"] == read(finished_run / "freeze_plan.json")["sha256"]
+    (corpus,) = runs[0].inputs.dataset_inputs
+    assert runs[0].data.tags["layerplan.corpus_sha256"].startswith(corpus.dataset.digest)
+    pictures = re.findall(r"run_uuid=(\w+)&path=figures%2F(\w+\.png)", runs[0].data.tags["mlflow.note.content"])
+    kept = {Path(file.path).name for file in client.list_artifacts(parent, "figures")}
+    assert pictures and {run for run, _ in pictures} == {parent} and {name for _, name in pictures} <= kept
+    page = f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs/{parent}"
+    assert f"lineage   {page}" in (finished_run / "output.txt").read_text(encoding="utf-8")
     assert runs[0].data.metrics["cost/rows_seq_len"] == 64
     names = {item.path for item in client.list_artifacts(parent)}
     assert {"report.html", "resolved_config.json", "figures", "model_card"} <= names

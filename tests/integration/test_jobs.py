@@ -136,7 +136,8 @@ def test_a_sweep_trains_three_boundaries_as_nested_runs(
     for boundary in (1, 2, 3):
         trial = stage[f"sweep_boundary_{boundary:02d}"]
         assert trial.data.tags["mlflow.parentRunId"] == stage["sweep"].info.run_id
-        assert trial.data.params["boundary"] == str(boundary)
+        assert trial.data.params["boundary"] == str(boundary) and trial.info.status == "FINISHED"
+        assert trial.data.metrics["result/validation_loss/trained"] in losses
         assert [point.step for point in client.get_metric_history(trial.info.run_id, "train/loss")] == [1, 4]
 
 

@@ -21,6 +21,7 @@ from layerplan.plan.policies import make_plan, predict_beside_full
 from layerplan.report.answer_tables import describe_cost, describe_texts, list_metrics, tabulate_cost
 from layerplan.report.answers import read_answers
 from layerplan.report.card import BEGIN, END, add_results
+from layerplan.report.lineage import fit_sections, list_results, render_note, render_sweep
 from layerplan.report.page import write_report
 from tests.qwen3 import QWEN3_0P6B, QWEN3_0P6B_IDENTITY
 
@@ -144,6 +145,46 @@ def test_a_plan_that_travelled_shows_both_lengths(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "work in rows of 256 tokens<" in page and "work in rows of 4,096 tokens; the plan was made for these" in page
     assert " in rows of 256 tokens, " in describe_cost(cost) and " in rows of 4,096 tokens, " in describe_cost(cost)
+
+
+def test_what_runs_are_compared_by_is_in_the_lineage(tmp_path: Path) -> None:
+    run = leave_run(tmp_path)
+    verdict = {"benchmark": "ceval", "protocol": "logit", "accuracy": 40.0, "accuracy_interval": [30.0, 50.0]}
+    verdict |= {"reference_accuracy": 35.0, "reference_interval": [25.0, 45.0], "adjusted_p": 0.5}
+    verdict |= {"difference": 5.0, "difference_interval": [-3.0, 13.0], "sentence": "no better: +5.0 points"}
+    write(run / "verdicts.json", [verdict])
+    numbers = list_results(run, read_answers(run))
+    accuracy = "result/ceval/logit/accuracy"
+    assert [numbers[f"{accuracy}/trained{end}"] for end in ("_low", "", "_high")] == [30.0, 40.0, 50.0]
+    assert [numbers[f"{accuracy}/base{end}"] for end in ("_low", "", "_high")] == [25.0, 35.0, 45.0]
+    assert numbers[f"{accuracy}/difference_low"] == -3.0 and numbers[f"{accuracy}/adjusted_p"] == 0.5
+    assert (numbers["result/train_loss/first"], numbers["result/train_loss/final"]) == (5.0, 4.0)
+    assert (numbers["cost/tokens_per_s/measured"], numbers["cost/mfu/measured"]) == (50.0, 0.25)
+    assert numbers["result/tokens_seen"] == 5000 and numbers["cost/memory_gib/measured"] == 1.75
+    assert 0 < numbers["cost/share_of_full/predicted"] < 1 and numbers["result/notes/bits_per_byte/trained"] == 1.2
+
+
+def test_a_description_says_what_a_run_has_come_to(tmp_path: Path) -> None:
+    make_plan_for(256).save(tmp_path / PLAN_NAME)
+    planned = render_note(tmp_path, read_answers(tmp_path))
+    assert "under a `freeze_deep` plan." in planned and "Better than its base?" not in planned and "![" not in planned
+    run = leave_run(tmp_path)
+    write_report(run)
+    note = render_note(run, read_answers(run))
+    assert "plan, trained for 20 steps." in note and "- notes: better than the base: 1.2000 against 1.5000" in note
+    assert "![loss](get-artifact?run_uuid={run_id}&path=figures%2Floss.png)" in note
+    assert len(note) <= 5000
+
+
+def test_a_description_leaves_out_what_does_not_fit_and_says_so() -> None:
+    assert fit_sections(["a", "b"]) == "a\n\nb"
+    assert fit_sections(["a", "b" * 5000, "c"]) == "a\n\nc\n\nThe rest is in `report.html` among the artifacts."
+    trials = [
+        {"boundary": number, "validation_loss": None, "train_loss": 2.0, "flops_share": 0.5, "tokens_per_s": None}
+        for number in range(1, 400)
+    ]
+    table = render_sweep(trials)
+    assert len(table) <= 5000 and "| 1 | - | 2.0000 | 50.0% | - |" in table
 
 
 def test_prompts_stand_side_by_side_as_they_came(finished: Path) -> None:

@@ -1,0 +1,185 @@
+"""What people meet in MLflow: the experiment's kind, a run's settings, corpus, description and address, and how runs end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerplan.config.load import dump_config, validate_config
+from layerplan.errors import TrainingError
+from layerplan.pipeline.lineage import list_params, note_config
+from layerplan.pipeline.sweep_boundary import end_trials
+from layerplan.sweep.tuner import TrialResult
+from layerplan.tracking.address import describe_address, list_addresses
+from layerplan.tracking.outbox import PARENT, Outbox, OutboxTracker, TrackingFolder
+from layerplan.tracking.position import count_backlog
+from layerplan.tracking.tracker import NOTE_TAG, RUN_ID, Dataset
+from tests.mlflow_server import carry, make_database, open_stage
+
+SECRET = "hunter2-open-sesame"
+KIND = "mlflow.experimentKind"
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_database(tmp_path_factory.mktemp("store") / "mlflow.db")
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, empty_database: Path) -> Path:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def uri(run_dir: Path) -> str:
+    return f"sqlite:///{run_dir.parent / 'mlflow.db'}"
+
+
+@pytest.fixture
+def client(uri: str) -> Any:
+    import mlflow
+
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def open_parent(run_dir: Path) -> OutboxTracker:
+    return OutboxTracker(Outbox(TrackingFolder(run_dir)), PARENT, run_dir.name)
+
+
+def get_run(client: Any, run_dir: Path, stage: str = PARENT) -> Any:
+    return client.get_run(json.loads((run_dir / "mlflow_runs.json").read_text())[stage])
+
+
+def test_an_experiment_says_that_models_are_trained_in_it(run_dir: Path, uri: str, client: Any) -> None:
+    """Else MLflow 3 opens it on the overview of GenAI traces."""
+    open_parent(run_dir)
+    assert carry(run_dir, uri) == []
+    assert client.get_experiment_by_name("layerplan").tags[KIND] == "custom_model_development"
+
+
+@pytest.mark.parametrize(
+    ("there", "then"),
+    [
+        (None, "custom_model_development"),
+        ("genai_development_inferred", "custom_model_development"),
+        ("no_inferred_type", "custom_model_development"),
+        ("finetuning", "finetuning"),
+    ],
+)
+def test_the_kind_of_an_older_experiment_replaces_a_guess_and_no_choice(
+    run_dir: Path, uri: str, client: Any, there: str | None, then: str
+) -> None:
+    client.create_experiment("layerplan", tags={} if there is None else {KIND: there})
+    open_parent(run_dir)
+    assert carry(run_dir, uri) == []
+    assert client.get_experiment_by_name("layerplan").tags[KIND] == then
+
+
+def test_every_setting_is_a_parameter_of_the_parent(run_dir: Path, uri: str, client: Any) -> None:
+    sources = [{"path": f"/data/part_{number:03d}.jsonl"} for number in range(40)]
+    config = validate_config(
+        {
+            "name": "run",
+            "model": {"type": "pretrained", "name": "m"},
+            "corpus": {"sources": sources},
+            "train": {"max_steps": 321, "optimizer": {"learning_rate": 3e-5}},
+            "tracking": {"uri": f"http://anna:{SECRET}@mlflow.example:5000"},
+        }
+    )
+    assert len(list_params(config)) > 100, "more than MLflow takes in one call"
+    note_config(open_parent(run_dir), config)
+    assert carry(run_dir, uri) == [] and count_backlog(run_dir).refused == 0
+    params = get_run(client, run_dir).data.params
+    assert set(list_params(config)) <= params.keys()
+    assert params["train.max_steps"] == "321" and float(params["train.optimizer.learning_rate"]) == 3e-5
+    assert params["model.name"] == "m" and params["tracking.uri"] == "http://***@mlflow.example:5000"
+    assert (
+        params["corpus.sources"].startswith('[{"path": "/data/part_000.jsonl"') and params["corpus.sources"][-1] == "…"
+    )
+    assert max(map(len, params.values())) == 500, "servers before 2.10 take no more"
+    assert SECRET not in (run_dir / "tracking" / "lineage.jsonl").read_text()
+
+
+def test_the_corpus_is_the_runs_input_once(run_dir: Path, uri: str, client: Any) -> None:
+    digest = "0123456789abcdef" * 4
+    dataset = Dataset(
+        "a.txt + b.txt", digest, f"s3://anna:{SECRET}@bucket/store", {"num_rows": 7, "documents": {"in": 9}}
+    )
+    open_parent(run_dir).log_dataset(dataset)
+    carry(run_dir, uri)
+    open_parent(run_dir).log_dataset(dataset)
+    (run_dir / "tracking" / "sent.json").unlink()
+    assert carry(run_dir, uri) == [] and count_backlog(run_dir).refused == 0
+    (given,) = get_run(client, run_dir).inputs.dataset_inputs
+    assert {tag.key: tag.value for tag in given.tags} == {"mlflow.data.context": "training"}
+    assert (given.dataset.name, given.dataset.digest) == ("a.txt + b.txt", digest[:36])
+    assert given.dataset.source_type == "s3" and json.loads(given.dataset.source) == {"uri": "s3://***@bucket/store"}
+    assert json.loads(given.dataset.profile) == {"num_rows": 7, "documents": {"in": 9}}
+
+
+def test_a_description_points_to_pictures_of_its_own_run(run_dir: Path, uri: str, client: Any) -> None:
+    parent, stage = open_stage(run_dir, "train")
+    for tracker in (parent, stage):
+        tracker.set_tags({NOTE_TAG: f"![loss](get-artifact?run_uuid={RUN_ID}&path=loss.png)", "other": RUN_ID})
+    assert carry(run_dir, uri) == []
+    for name in (PARENT, "train"):
+        run = get_run(client, run_dir, name)
+        assert run.data.tags[NOTE_TAG] == f"![loss](get-artifact?run_uuid={run.info.run_id}&path=loss.png)"
+        assert run.data.tags["other"] == RUN_ID
+
+
+def make_result(boundary: int) -> TrialResult:
+    return TrialResult(f"boundary_{boundary:02d}", boundary, 4, 2.5, 2.25, 100.0, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [(TrainingError("one failed"), "FAILED"), (SystemExit(143), "KILLED"), (KeyboardInterrupt(), "KILLED")],
+)
+def test_a_sweeps_trials_end_as_they_ended(
+    run_dir: Path, uri: str, client: Any, end: BaseException, status: str
+) -> None:
+    _, sweep = open_stage(run_dir, "sweep")
+    runs = {f"boundary_{number:02d}": sweep.child(f"sweep_boundary_{number:02d}") for number in (1, 2)}
+    with pytest.raises(type(end)), end_trials(runs) as finish:
+        finish(make_result(1))
+        raise end
+    assert carry(run_dir, uri) == []
+    done, left = (get_run(client, run_dir, f"sweep_boundary_{number:02d}") for number in (1, 2))
+    assert (done.info.status, left.info.status) == ("FINISHED", status)
+    assert done.data.metrics["result/validation_loss/trained"] == 2.5 and done.data.metrics["boundary"] == 1
+    assert done.data.metrics["cost/share_of_full/predicted"] == 0.75
+
+
+def test_a_run_is_found_in_a_browser(run_dir: Path, uri: str, client: Any) -> None:
+    assert describe_address(uri, run_dir) is None, "the store has not taken it"
+    open_parent(run_dir)
+    carry(run_dir, uri)
+    info = get_run(client, run_dir).info
+    page = f"#/experiments/{info.experiment_id}/runs/{info.run_id}"
+    assert describe_address(uri, run_dir) == (
+        f"http://127.0.0.1:5000/{page} when served by: mlflow ui --backend-store-uri {uri}"
+    )
+    for given in ("https://mlflow.example/team/", f"https://anna:{SECRET}@mlflow.example/team?token={SECRET}"):
+        assert describe_address(given, run_dir) == f"https://mlflow.example/team/{page}"
+    assert describe_address("databricks", run_dir) is None
+
+
+def test_the_newest_runs_of_a_database_are_listed_first(run_dir: Path, uri: str, client: Any) -> None:
+    elsewhere, newer = run_dir.parent / "elsewhere", run_dir.parent / "newer"
+    for folder, address in ((run_dir, None), (elsewhere, "http://mlflow.example"), (newer, None)):
+        folder.mkdir(exist_ok=True)
+        values = {"name": folder.name, "model": {"type": "pretrained", "name": "m"}, "tracking": {"uri": address}}
+        (folder / "resolved_config.json").write_text(dump_config(validate_config(values)))
+        open_parent(folder)
+        carry(folder, uri)
+    (run_dir.parent / "not_a_run").mkdir()
+    found = list(list_addresses(run_dir.parent, 5011))
+    assert [name for name, _ in found] == ["newer", "run"]
+    assert found[1][1] == f"http://127.0.0.1:5011/#/experiments/1/runs/{get_run(client, run_dir).info.run_id}"
