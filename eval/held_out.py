@@ -34,6 +34,7 @@ from layerplan.models.cores import find_threads, use_cores
 from layerplan.models.files import identify_model
 from layerplan.models.positions import find_max_positions
 from layerplan.plan.hashing import compute_sha256
+from layerplan.storage.mirror import fetch_folder
 
 HELD_OUT_FOLDER = "held_out"
 MAX_WINDOW = 2048
@@ -109,6 +110,7 @@ class HeldOutActor:
         use_cores(find_threads(num_threads, num_engines))
         self._device = torch.device("cuda" if num_gpus > 0 and torch.cuda.is_available() else "cpu")
         chosen = choose_dtype(dtype, self._device)
+        fetch_folder(Path(model))
         loaded = load_causal_lm(model, revision=revision, dtype=chosen, trust_remote_code=trust_remote_code)
         self._model = loaded.to(self._device)
 

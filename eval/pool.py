@@ -24,6 +24,7 @@ from eval.progress import ProgressLines
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError, LayerplanError, find_layerplan_error
 from layerplan.plan.hashing import compute_sha256
+from layerplan.storage.mirror import fetch_folder
 
 MAX_RESTARTS = 2
 LEDGER_NAME = "answers.partial.jsonl"
@@ -45,6 +46,7 @@ class EngineActor:
         self._spec = spec
         self._faults = 0
         _log_stderr(Path(log_dir))
+        fetch_folder(Path(spec.model))
         self._engine = open_engine(spec)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

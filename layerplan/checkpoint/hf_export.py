@@ -21,12 +21,13 @@ from layerplan.models.causal_lm import load_causal_lm
 from layerplan.models.files import fetch_model_folder, hash_weight_files, list_companions
 from layerplan.models.freezing import apply_plan
 from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
+from layerplan.storage.paths import StoredPath
 
 
 def export_hf(
     *,
     base: str,
-    checkpoint: Path,
+    checkpoint: StoredPath,
     out_dir: Path,
     plan: FreezePlan,
     revision: str = "main",
@@ -113,7 +114,7 @@ def _say_float32(folder: Path) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
+def _read_state(checkpoint: StoredPath) -> dict[str, Any]:
     return read_train_state(checkpoint) if (checkpoint / STATE_NAME).exists() else {}
 
 

@@ -14,8 +14,9 @@ from layerplan.models.files import identify_model
 from layerplan.models.model_sizes import load_model_shape
 from layerplan.models.scratch import build_scratch_model, train_tokenizer
 from layerplan.pipeline.model_options import find_base
-from layerplan.pipeline.stages import RunContext, list_benchmark_texts, say, tracked
+from layerplan.pipeline.stages import RunContext, list_benchmark_texts, name_store, say, send_store, tracked
 from layerplan.plan.policies import make_full_plan
+from layerplan.storage.mirror import carry_folder
 from layerplan.tracking.tracker import RunSinkFactory
 from layerplan.train.trainer import TrainRequest, load_result, run_training
 
@@ -27,7 +28,9 @@ def prepare_model(context: RunContext) -> str:
     """Returns the folder or hub id of the base model, making a scratch one first when the config asks for it."""
     model = context.config.model
     if not isinstance(model, ScratchModelConfig):
-        return find_base(context.config)
+        found = find_base(context.config)
+        carry_folder(Path(found))  # a conversion, for the workers of other nodes
+        return found
     finished = load_result(context.folder.base_model)
     if finished is not None:
         say("base", f"found {finished.hf_dir}")
@@ -38,7 +41,7 @@ def prepare_model(context: RunContext) -> str:
         corpus = _pretrain_corpus(context, model)
         store = context.folder.base_model / "token_store"
         build_token_store(
-            corpus,
+            send_store(corpus, store),
             untrained,
             store,
             questions=list_benchmark_texts(context.config),
@@ -47,15 +50,17 @@ def prepare_model(context: RunContext) -> str:
         )
         shape = load_model_shape(str(untrained))
         plan = make_full_plan(identify_model(str(untrained)), shape)
+        context.folder.carry()
         result = run_training(
             TrainRequest(
                 run_dir=context.folder.base_model,
                 model_path=str(untrained),
                 plan=plan,
-                store=store,
+                store=name_store(store),
                 config=_pretrain_config(context.config.train, model),
                 seed=context.config.seed,
                 sink_factory=RunSinkFactory(context.folder.metrics, "base_model", tracker),
+                records=(context.folder.metrics,),
             )
         )
         say("base", f"loss {result.first_loss:.3f} -> {result.final_loss:.3f} in {result.final_step} steps")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from layerplan.config.run import RunConfig
+from layerplan.pipeline.run_folder import locate_run_folder
+from layerplan.storage.working import is_remote, make_private
 
 PREFIX = "[model] "
 
@@ -15,8 +17,14 @@ def find_base(config: RunConfig) -> str:
 
 
 def find_named(name: str, config: RunConfig) -> str:
-    """The same for any name; the conversion lies where all runs of `storage_path` and all their nodes reach it."""
-    return find_model(name, config.storage_path)
+    """The same for any name; the conversion lies where all runs of `storage_path` and all their nodes reach it.
+
+    Of runs in a bucket that is their working folder, from which a run sends it to the bucket.
+    """
+    folder = locate_run_folder(config).root.parent
+    if is_remote(config.storage_path):
+        make_private(folder)
+    return find_model(name, str(folder))
 
 
 def find_model(name: str, storage_path: str = "runs") -> str:
@@ -45,5 +53,5 @@ def trusts_remote_code(config: RunConfig, model: str | None = None) -> bool:
     is_allowed = bool(getattr(config.model, "trust_remote_code", False))
     if not is_allowed or model is None or model == getattr(config.model, "name", None):
         return is_allowed
-    run = Path(config.storage_path).expanduser().resolve() / config.name
+    run = locate_run_folder(config).root
     return Path(model).expanduser().resolve().is_relative_to(run)

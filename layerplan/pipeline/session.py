@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from layerplan.config.run import RunConfig
+from layerplan.errors import StorageError
 from layerplan.pipeline.run_folder import locate_run_folder, open_run_folder
 from layerplan.pipeline.run_lease import hold_run
 from layerplan.pipeline.stages import RunContext, say
 from layerplan.ray_session import connect
+from layerplan.storage.working import find_home
 from layerplan.tracking.tracker import open_tracker
 from layerplan.train.compute_dtype import settle_dtype
 
@@ -29,7 +31,7 @@ def open_run(config: RunConfig, *, trains: bool = True) -> Iterator[RunContext]:
         RunBusyError: When another process runs it.
         ConfigError: When the folder belongs to another config or cannot be written.
     """
-    with hold_run(locate_run_folder(config).root, config.name):
+    with hold_run(find_home(locate_run_folder(config).root), config.name):
         yield from _open(config, trains)
 
 
@@ -47,11 +49,16 @@ def _open(config: RunConfig, trains: bool) -> Iterator[RunContext]:
     if measured is not None:
         say("train", str(measured))
     config = config.model_copy(update={"train": train})
+    if folder.mirror is not None and config.tracking.backend == "mlflow" and config.tracking.uri is None:
+        say("tracking", f"the lineage stays on this machine, in {folder.root.parent}; set tracking.uri")
     tracker = open_tracker(config.tracking, folder.root, config.name, lambda line: say("tracking", line))
     tracker.log_params({"seed": config.seed, "model": config.model.type, "plan": config.plan.type})
     try:
         yield RunContext(config, folder, tracker)
     except BaseException:
         tracker.close(status="FAILED")
+        with suppress(StorageError):  # what the run failed with is to be told
+            folder.carry()
         raise
     tracker.close(status="FINISHED")
+    folder.carry()

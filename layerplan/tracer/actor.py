@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import LayerplanError
 from layerplan.models.causal_lm import load_causal_lm
+from layerplan.storage.mirror import fetch_folder
 from layerplan.tracer.encode import EncodedProbe
 from layerplan.tracer.meter import ProbeMeter
 from layerplan.tracer.model_runner import LayerRunner
@@ -68,6 +70,7 @@ def decode_batch(values: Any) -> list[EncodedProbe]:
 
 
 def _build_meter(model_name: str, revision: str, trust_remote_code: bool, config: TraceConfig) -> ProbeMeter:
+    fetch_folder(Path(model_name))
     on_gpu = torch.cuda.is_available() and config.num_gpus_per_actor > 0
     # float32: rounding to bfloat16 alone moves JS by up to 3e-2
     model = load_causal_lm(model_name, revision=revision, trust_remote_code=trust_remote_code, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -9,6 +10,7 @@ import ray
 from layerplan.errors import find_layerplan_error
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.ray_session import quiet_engines
+from layerplan.storage.mirror import fetch_folder
 
 
 def ask_in_task(name: str, *, revision: str, trust_remote_code: bool, seq_len: int) -> dict[str, Any] | None:
@@ -42,5 +44,6 @@ def _ask(name: str, options: dict[str, Any]) -> dict[str, Any] | None:
     from layerplan.train.loss_proof import ask_by_name
 
     quiet_engines()
+    fetch_folder(Path(name))
     report = ask_by_name(name, **options)
     return None if report is None else report.to_json()

@@ -53,6 +53,8 @@ class TrainRequest:
     trust_remote_code: bool = False
     validation: CheckpointValidation | None = None
     """Called with checkpoints while training goes on; None calls nothing."""
+    records: tuple[Path, ...] = ()
+    """Files beside the ledger that grow while training, such as those of the sink."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the workers."""
     board: Any = None
