@@ -8,7 +8,6 @@ wait. When a score breaks the guardrail, the workers are asked to save and stop,
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,10 @@ from layerplan.errors import CheckpointError, EvaluationError
 from layerplan.models.ref import ModelRef
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.ray_session import quiet_engines
+from layerplan.storage.flag import Flag
+from layerplan.storage.mirror import carry_file, carry_folder, fetch_folder
+from layerplan.storage.paths import StoredPath, remove_tree
+from layerplan.storage.working import find_home
 
 GUARDRAIL_NAME = "guardrail.json"
 BASE = "base"
@@ -41,7 +44,7 @@ class CheckpointScoring:
     plan: FreezePlan
     config: EvaluationConfig
     final_step: int
-    stop_file: Path
+    stop_file: Path | Flag
     """Made when the guardrail breaks."""
     export_dtype: Literal["base", "float32"] = "base"
 
@@ -68,7 +71,7 @@ class CheckpointScoring:
         from ray.exceptions import TaskCancelledError
 
         quiet_engines()
-        path = Path(checkpoint.path)
+        path = find_home(self.run_dir / CHECKPOINTS_NAME / Path(checkpoint.path).name)
 
         def check_stop() -> None:
             if self.stop_file.exists():
@@ -76,6 +79,8 @@ class CheckpointScoring:
 
         check_stop()
         try:
+            self.base.fetch()
+            fetch_folder(self.run_dir / "evaluation" / BASE)
             step = int(read_train_state(path)["step"])
             results = score_checkpoint(self.leaving_cores(), step, path, after_batch=check_stop)
             if self.config.guardrail_points is not None:
@@ -94,12 +99,13 @@ class CheckpointScoring:
         if breach is not None:
             found = {"step": step, "verdict": breach.model_dump(mode="json")}
             write_text(self.run_dir / GUARDRAIL_NAME, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+            carry_file(self.run_dir / GUARDRAIL_NAME)
             print(f"[evaluate] guardrail: {breach.sentence} Training stops", flush=True)
             self.stop_file.touch()
 
 
 def score_checkpoint(
-    scoring: CheckpointScoring, step: int, checkpoint: Path, *, after_batch: Callable[[], None] = lambda: None
+    scoring: CheckpointScoring, step: int, checkpoint: StoredPath, *, after_batch: Callable[[], None] = lambda: None
 ) -> Results:
     """Exports one checkpoint and scores it into `evaluation/<step>`; what was scored before is read back.
 
@@ -128,18 +134,32 @@ def score_checkpoint(
             plan=scoring.plan,
             export_dtype=scoring.export_dtype,
         )
+        _share(exported, marker)
     try:
-        return evaluate_model(
+        results = evaluate_model(
             scoring.base.at(exported),
             scoring.config,
             out_dir,
             report=lambda line: print(f"[evaluate] {label}: {line}", flush=True),
             after_batch=after_batch,
         )
+        carry_folder(out_dir)
+        return results
     finally:
         if not is_kept:
-            shutil.rmtree(exported, ignore_errors=True)
-            marker.unlink(missing_ok=True)
+            for path in {exported, find_home(exported)}:
+                remove_tree(path)
+            for each in {marker, find_home(marker)}:
+                each.unlink(missing_ok=True)
+
+
+def _share(exported: Path, marker: Path) -> None:
+    """Sends an export to where engines on other nodes find it; where there is one node, that would be for nothing."""
+    import ray
+
+    if ray.is_initialized() and sum(node["Alive"] for node in ray.nodes()) > 1:
+        carry_file(marker)
+        carry_folder(exported)
 
 
 def find_scores(scoring: CheckpointScoring, step: int) -> Results | None:
@@ -150,9 +170,9 @@ def find_scores(scoring: CheckpointScoring, step: int) -> Results | None:
     )
 
 
-def find_checkpoints(run_dir: Path) -> dict[int, Path]:
+def find_checkpoints(run_dir: Path) -> dict[int, StoredPath]:
     """Complete checkpoints of a run by step."""
-    found = reversed(list_checkpoints(run_dir / CHECKPOINTS_NAME))
+    found = reversed(list_checkpoints(find_home(run_dir / CHECKPOINTS_NAME)))
     return {step: path for path in found if (step := parse_step(path)) is not None}
 
 

@@ -45,6 +45,7 @@ class EngineActor:
         self._spec = spec
         self._faults = 0
         _log_stderr(Path(log_dir))
+        spec.model.fetch()
         self._engine = open_engine(spec)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

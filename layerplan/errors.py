@@ -48,6 +48,10 @@ class CorpusError(LayerplanError):
     """The raw documents or the token store cannot be used."""
 
 
+class StorageError(LayerplanError):
+    """The place where a run is stored cannot be read or written."""
+
+
 class CheckpointError(LayerplanError):
     """A checkpoint is missing, incomplete, or of another run."""
 

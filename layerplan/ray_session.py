@@ -32,6 +32,9 @@ WORKER_VARIABLES = {
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "PYTHONPATH")
 """Variables of the submitting process that its workers need too, and that everybody may see."""
 
+STORAGE = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "CLOUD_STORAGE_EMULATOR_ENDPOINT")
+"""Those that say where buckets are; the keys to them are each node's own."""
+
 
 def connect(config: ClusterConfig, *, min_cpus: float, min_gpus: float = 0) -> None:
     """Connects to Ray and checks that the cluster can hold the run.
@@ -92,7 +95,7 @@ def _init(address: str | None, config: ClusterConfig) -> None:
     import ray
 
     variables = {**WORKER_VARIABLES, **QUIET_VARIABLES}
-    variables |= {name: os.environ[name] for name in (*WORKER_VARIABLES, *PASSED_ON) if name in os.environ}
+    variables |= {name: os.environ[name] for name in (*WORKER_VARIABLES, *PASSED_ON, *STORAGE) if name in os.environ}
     # Ray Train's watcher asks the State API whether a run is alive. Where a host has several clusters and the watcher is not
     # told which is its own, it may ask another, hear that the run is unknown there, and free its resources.
     if address is not None:

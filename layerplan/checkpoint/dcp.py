@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from layerplan.checkpoint.seal import FileMark
 from layerplan.checkpoint.storage import DataReader, MarkingWriter
 from layerplan.errors import CheckpointError
 from layerplan.models.freezing import hf_name
+from layerplan.storage.paths import StoredPath
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Parked:
 class Saving:
     """A save that may still go on in the background."""
 
-    folder: Path
+    folder: StoredPath
     marks: dict[str, FileMark]
     """Of every file, by name; whole on rank 0 after `wait`."""
     _future: Future[Any] | None = None
@@ -61,7 +61,7 @@ class Saving:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: StoredPath) -> Iterator[None]:
     """Turns what fails while a checkpoint is written, as on a full disk, into one line that names its folder.
 
     Raises:
@@ -77,7 +77,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: Any, parked: Parked | None = None
+    path: StoredPath, model: nn.Module, optimizer: torch.optim.Optimizer, group: Any, parked: Parked | None = None
 ) -> Saving:
     """Starts saving in the background when there is a process group for it, else saves.
 
@@ -104,7 +104,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, fresh_moments: bool = False
+    path: StoredPath, model: nn.Module, optimizer: torch.optim.Optimizer, *, fresh_moments: bool = False
 ) -> None:
     """Restores in place, onto any world size.
 
@@ -133,7 +133,7 @@ def load_checkpoint(
                 value.copy_(master)
 
 
-def load_parked(path: Path, like: dict[str, Tensor], *, keep_moments: bool) -> Parked:
+def load_parked(path: StoredPath, like: dict[str, Tensor], *, keep_moments: bool) -> Parked:
     """Reads what this phase does not train from the checkpoint of the phase before.
 
     Args:
@@ -158,7 +158,7 @@ def load_parked(path: Path, like: dict[str, Tensor], *, keep_moments: bool) -> P
     return parked
 
 
-def load_trained_tensors(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
+def load_trained_tensors(path: StoredPath, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """Reads trained parameters in one process, whatever world size saved them.
 
     Args:
@@ -173,7 +173,7 @@ def load_trained_tensors(path: Path, like: dict[str, Tensor]) -> dict[str, Tenso
     return state["model"]
 
 
-def _list_moments(path: Path) -> dict[str, dict[str, torch.Size]]:
+def _list_moments(path: StoredPath) -> dict[str, dict[str, torch.Size]]:
     """Parameters the checkpoint has optimizer state for, with the size of each part."""
     found: dict[str, dict[str, torch.Size]] = {}
     for flat, entry in read_metadata(path).state_dict_metadata.items():
@@ -183,7 +183,7 @@ def _list_moments(path: Path) -> dict[str, dict[str, torch.Size]]:
     return found
 
 
-def _load(state: dict[str, Any], path: Path) -> None:
+def _load(state: dict[str, Any], path: StoredPath) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant

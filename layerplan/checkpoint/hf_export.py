@@ -21,12 +21,13 @@ from layerplan.models.files import hash_weight_files, list_companions
 from layerplan.models.freezing import apply_plan
 from layerplan.models.ref import ModelRef
 from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
+from layerplan.storage.paths import StoredPath
 
 
 def export_hf(
     *,
     base: ModelRef,
-    checkpoint: Path,
+    checkpoint: StoredPath,
     out_dir: Path,
     plan: FreezePlan,
     export_dtype: Literal["base", "float32"] = "base",
@@ -109,7 +110,7 @@ def _say_float32(folder: Path) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
+def _read_state(checkpoint: StoredPath) -> dict[str, Any]:
     return read_train_state(checkpoint) if (checkpoint / STATE_NAME).exists() else {}
 
 

@@ -6,11 +6,9 @@ reason; one without the seal its state promises is unfinished and written again.
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from layerplan.checkpoint.layout import (
@@ -23,6 +21,7 @@ from layerplan.checkpoint.layout import (
 from layerplan.checkpoint.metadata import METADATA_NAME, check_shards
 from layerplan.checkpoint.seal import SEAL_NAME, Seal, check_files, read_seal
 from layerplan.errors import CheckpointError
+from layerplan.storage.paths import BucketPath, StoredPath, remove_tree, write_whole
 
 SET_ASIDE_NAME = "set_aside"
 RUN_ID_NAME = "run_id"
@@ -34,7 +33,7 @@ AWAITS_NAME = "awaits_validation"
 class Candidate:
     """A checkpoint as far as it is known without reading its shards."""
 
-    path: Path
+    path: StoredPath
     step: int
     seal: Seal | None = None
     """None when it is from before there were seals."""
@@ -63,13 +62,13 @@ class Choice:
         return "; ".join(parts + ([f"warning: {doubt}"] if self.used.seal is None else []))
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: StoredPath) -> list[StoredPath]:
     """Finished checkpoints, newest first; finished says nothing about damage."""
     found = [path for path in folder.glob(STEP_PREFIX + "*") if parse_step(path) is not None and is_finished(path)]
     return sorted(found, key=_step_of, reverse=True)
 
 
-def is_finished(path: Path) -> bool:
+def is_finished(path: StoredPath) -> bool:
     """Whether a checkpoint has its seal, or is one of those that never had any."""
     if (path / SEAL_NAME).exists():
         return True
@@ -81,7 +80,7 @@ def is_finished(path: Path) -> bool:
         return True
 
 
-def inspect_checkpoints(folder: Path, accept: Callable[[dict[str, Any]], object], run_id: str) -> list[Candidate]:
+def inspect_checkpoints(folder: StoredPath, accept: Callable[[dict[str, Any]], object], run_id: str) -> list[Candidate]:
     """Looks at every checkpoint of a run, newest first, without reading shards.
 
     Args:
@@ -132,7 +131,7 @@ def prove_candidate(candidate: Candidate) -> str:
     return ""
 
 
-def prove_checkpoint(path: Path, plan_sha256: str) -> str:
+def prove_checkpoint(path: StoredPath, plan_sha256: str) -> str:
     """Proves one checkpoint by itself, before anything of it is used.
 
     Returns:
@@ -153,17 +152,31 @@ def prove_checkpoint(path: Path, plan_sha256: str) -> str:
 
 
 def set_aside(choice: Choice) -> None:
-    """Moves what was passed over as damaged out of the way, into `set_aside`, where nothing reads it."""
+    """Moves what was passed over as damaged out of the way, into `set_aside`, where nothing reads it.
+
+    In a bucket, which cannot move a folder, that is the seal and the state: without them the shards are of no
+    checkpoint, and stay until their step is saved again.
+    """
     for each in choice.passed_over:
         if each.is_finished:
             target = each.path.parent / SET_ASIDE_NAME / each.path.name
-            shutil.rmtree(target, ignore_errors=True)
+            remove_tree(target)
             target.parent.mkdir(exist_ok=True)
-            each.path.rename(target)
+            _move(each.path, target)
             (target / "reason.txt").write_text(each.fault + "\n", encoding="utf-8")
 
 
-def clear_checkpoint(path: Path) -> None:
+def _move(path: StoredPath, target: StoredPath) -> None:
+    if isinstance(path, BucketPath) and isinstance(target, BucketPath):
+        for name in (SEAL_NAME, STATE_NAME):
+            if (path / name).exists():
+                (path / name).rename(target / name)
+        return
+    assert not isinstance(path, BucketPath) and not isinstance(target, BucketPath)
+    path.rename(target)
+
+
+def clear_checkpoint(path: StoredPath) -> None:
     """Makes an empty folder for a save; what an unfinished one left there is no part of the next."""
     path.mkdir(parents=True, exist_ok=True)
     for name in (SEAL_NAME, STATE_NAME, METADATA_NAME):  # from the moment one of them is gone, it does not count
@@ -173,7 +186,7 @@ def clear_checkpoint(path: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def prune_checkpoints(folder: Path, keep: int, in_use: Collection[Path] = ()) -> None:
+def prune_checkpoints(folder: StoredPath, keep: int, in_use: Collection[StoredPath] = ()) -> None:
     """Removes all but the newest finished checkpoints, those in use, and those that wait for their validation."""
     kept = list_checkpoints(folder)[:keep]
     if len(kept) < keep:
@@ -183,10 +196,10 @@ def prune_checkpoints(folder: Path, keep: int, in_use: Collection[Path] = ()) ->
         step = parse_step(path)
         if step is not None and step < oldest and path not in in_use and not (path / AWAITS_NAME).exists():
             clear_checkpoint(path)
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
 
 
-def find_run_id(folder: Path) -> str:
+def find_run_id(folder: StoredPath) -> str:
     """The id in `run_id`, else that of the newest seal, else a new one, which is then written there."""
     file = folder / RUN_ID_NAME
     if file.exists():
@@ -195,13 +208,11 @@ def find_run_id(folder: Path) -> str:
             return found
     run_id = next((seal.run_id for seal in map(_try_seal, list_checkpoints(folder)) if seal), uuid.uuid4().hex)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(RUN_ID_NAME + ".partial")
-    partial.write_text(run_id + "\n", encoding="ascii")
-    partial.replace(file)
+    write_whole(file, f"{run_id}\n".encode("ascii"))
     return run_id
 
 
-def _inspect(path: Path, accept: Callable[[dict[str, Any]], object], run_id: str) -> Candidate:
+def _inspect(path: StoredPath, accept: Callable[[dict[str, Any]], object], run_id: str) -> Candidate:
     step = _step_of(path)
     if not is_finished(path):
         return Candidate(path, step, fault="unfinished", is_finished=False)
@@ -218,7 +229,7 @@ def _inspect(path: Path, accept: Callable[[dict[str, Any]], object], run_id: str
     return Candidate(path, step, seal, state)
 
 
-def _check_identity(path: Path, seal: Seal, run_id: str, plan_sha256: str) -> None:
+def _check_identity(path: StoredPath, seal: Seal, run_id: str, plan_sha256: str) -> None:
     step = parse_step(path)
     if step is not None and seal.step != step:
         raise CheckpointError(f"{path}: its seal is of step {seal.step}")
@@ -228,7 +239,7 @@ def _check_identity(path: Path, seal: Seal, run_id: str, plan_sha256: str) -> No
         raise CheckpointError(f"{path}: of another run ({seal.run_id[:12]}, this one is {run_id[:12]})")
 
 
-def _try_seal(path: Path) -> Seal | None:
+def _try_seal(path: StoredPath) -> Seal | None:
     try:
         return read_seal(path)
     except CheckpointError:
@@ -245,6 +256,6 @@ def _describe_passed_over(candidate: Candidate) -> str:
     return f"is set aside ({candidate.fault})"
 
 
-def _step_of(path: Path) -> int:
+def _step_of(path: StoredPath) -> int:
     step = parse_step(path)
     return -1 if step is None else step

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 from layerplan.errors import CheckpointError
+from layerplan.storage.paths import StoredPath, write_whole
 
 STATE_NAME = "train_state.json"
 CHECKPOINTS_NAME = "checkpoints"
@@ -22,14 +21,14 @@ def name_step(step: int) -> str:
     return f"{STEP_PREFIX}{step:08d}"
 
 
-def parse_step(path: Path) -> int | None:
+def parse_step(path: StoredPath) -> int | None:
     """The step a folder is named after, or None when it has another name."""
     digits = path.name.removeprefix(STEP_PREFIX)
     is_step = path.name.startswith(STEP_PREFIX) and digits.isascii() and digits.isdecimal() and len(digits) <= 18
     return int(digits) if is_step else None
 
 
-def read_train_state(checkpoint: Path) -> dict[str, Any]:
+def read_train_state(checkpoint: StoredPath) -> dict[str, Any]:
     """Reads the state of a checkpoint; whether the files beside it belong to it is the seal's matter.
 
     Raises:
@@ -40,7 +39,7 @@ def read_train_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def promises_seal(checkpoint: Path) -> bool:
+def promises_seal(checkpoint: StoredPath) -> bool:
     """Whether the state was written by a version that seals, so that a checkpoint without a seal is unfinished.
 
     Raises:
@@ -49,19 +48,19 @@ def promises_seal(checkpoint: Path) -> bool:
     return _FORMAT_KEY in _read_state(checkpoint)
 
 
-def write_train_state(checkpoint: Path, state: dict[str, Any]) -> bytes:
+def write_train_state(checkpoint: StoredPath, state: dict[str, Any]) -> bytes:
     """Writes the state atomically, after the shards and before the seal; returns its bytes."""
     return write_json(checkpoint / STATE_NAME, {_FORMAT_KEY: FORMAT, **state})
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
+def _read_state(checkpoint: StoredPath) -> dict[str, Any]:
     try:
         return read_json(checkpoint / STATE_NAME)
     except FileNotFoundError:
         raise CheckpointError(f"{checkpoint}: no {STATE_NAME}; the checkpoint is incomplete") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: StoredPath) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
@@ -79,13 +78,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_json(path: Path, values: dict[str, Any]) -> bytes:
+def write_json(path: StoredPath, values: dict[str, Any]) -> bytes:
     """Writes an object to the disk itself, then moves it into place; returns its bytes."""
     content = (json.dumps(values, indent=2) + "\n").encode()
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(path)
+    write_whole(path, content)
     return content

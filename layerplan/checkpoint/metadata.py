@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO, Any
 
 import torch
@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from layerplan.errors import CheckpointError
 from layerplan.inside import is_plain_name
+from layerplan.storage.paths import StoredPath, explain, reaching
 
 METADATA_NAME = ".metadata"
 
@@ -60,7 +61,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no metadata consists of")
 
 
-def read_metadata(path: Path) -> Metadata:
+def read_metadata(path: StoredPath) -> Metadata:
     """Reads the metadata of a checkpoint.
 
     Raises:
@@ -68,13 +69,13 @@ def read_metadata(path: Path) -> Metadata:
     """
     file = path / METADATA_NAME
     try:
-        with file.open("rb") as handle:
+        with reaching(file), file.open("rb") as handle:
             return parse_metadata(handle, file)
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
+        raise CheckpointError(f"{file}: cannot be read ({explain(error)})") from None
 
 
-def parse_metadata(handle: IO[bytes], name: Path) -> Metadata:
+def parse_metadata(handle: IO[bytes], name: StoredPath) -> Metadata:
     """Reads it from an open file; `name` is for messages.
 
     Raises:
@@ -91,7 +92,7 @@ def parse_metadata(handle: IO[bytes], name: Path) -> Metadata:
     return metadata
 
 
-def check_shards(path: Path) -> None:
+def check_shards(path: StoredPath) -> None:
     """Whether each file of a checkpoint without a seal is there and long enough: all that can be known of it.
 
     Raises:
@@ -104,7 +105,7 @@ def check_shards(path: Path) -> None:
         try:
             found = (path / name).stat().st_size
         except OSError as error:
-            raise CheckpointError(f"{path / name}: cannot be read ({error.strerror})") from None
+            raise CheckpointError(f"{path / name}: cannot be read ({explain(error)})") from None
         if found < size:
             raise CheckpointError(f"{path / name}: has {found} bytes, the metadata speaks of {size}")
 

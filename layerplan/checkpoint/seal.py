@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -20,6 +19,7 @@ from layerplan.checkpoint.layout import FORMAT, STATE_NAME, read_json, write_jso
 from layerplan.config.base import StrictModel, describe_fault
 from layerplan.errors import CheckpointError
 from layerplan.inside import is_plain_name
+from layerplan.storage.paths import StoredPath, explain, reaching
 
 SEAL_NAME = "seal.json"
 _SELF_KEY = "seal_xxh3_128"
@@ -84,7 +84,7 @@ def mark_bytes(content: bytes) -> FileMark:
     return marker.finish()
 
 
-def mark_file(path: Path) -> FileMark:
+def mark_file(path: StoredPath) -> FileMark:
     """Reads a file through."""
     marker = Marker()
     buffer = memoryview(bytearray(_CHUNK))
@@ -94,13 +94,13 @@ def mark_file(path: Path) -> FileMark:
     return marker.finish()
 
 
-def write_seal(folder: Path, seal: Seal) -> None:
+def write_seal(folder: StoredPath, seal: Seal) -> None:
     """Writes the seal atomically; from then on the checkpoint counts."""
     values = seal.model_dump(mode="json")
     write_json(folder / SEAL_NAME, values | {_SELF_KEY: _hash_values(values)})
 
 
-def read_seal(folder: Path) -> Seal | None:
+def read_seal(folder: StoredPath) -> Seal | None:
     """Reads the seal, or returns None when there is none.
 
     Raises:
@@ -119,7 +119,7 @@ def read_seal(folder: Path) -> Seal | None:
         raise CheckpointError(f"{path}: not a seal of format {FORMAT} ({describe_fault(error)})") from None
 
 
-def check_files(folder: Path, seal: Seal, names: Iterable[str] | None = None) -> None:
+def check_files(folder: StoredPath, seal: Seal, names: Iterable[str] | None = None) -> None:
     """Reads the named files, or all of the seal's, and compares them with it.
 
     Raises:
@@ -132,20 +132,22 @@ def check_files(folder: Path, seal: Seal, names: Iterable[str] | None = None) ->
         list(pool.map(lambda name: _check_hash(folder / name, seal.files[name]), names))
 
 
-def _check_size(path: Path, mark: FileMark) -> None:
+def _check_size(path: StoredPath, mark: FileMark) -> None:
     try:
-        size = path.stat().st_size
+        with reaching(path):
+            size = path.stat().st_size
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        raise CheckpointError(f"{path}: cannot be read ({explain(error)})") from None
     if size != mark.size or not path.is_file():
         raise CheckpointError(f"{path}: has {size} bytes, {mark.size} were written")
 
 
-def _check_hash(path: Path, mark: FileMark) -> None:
+def _check_hash(path: StoredPath, mark: FileMark) -> None:
     try:
-        found = mark_file(path)
+        with reaching(path):
+            found = mark_file(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        raise CheckpointError(f"{path}: cannot be read ({explain(error)})") from None
     if found != mark:
         raise CheckpointError(
             f"{path}: not the bytes that were written (xxh3_128 {found.xxh3_128[:12]}, sealed {mark.xxh3_128[:12]})"

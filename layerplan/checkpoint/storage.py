@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -20,6 +19,7 @@ from torch.futures import Future
 from layerplan.checkpoint.metadata import read_metadata
 from layerplan.checkpoint.seal import FileMark, Marker
 from layerplan.errors import CheckpointError
+from layerplan.storage.paths import StoredPath
 
 _MARKS = "layerplan marks"
 
@@ -27,11 +27,17 @@ _MARKS = "layerplan marks"
 class MarkingWriter(dcp.FileSystemWriter):
     """Writes one rank's files and marks them on the way; the marks of all ranks come together on rank 0."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: StoredPath) -> None:
+        super().__init__(str(path), sync_files=isinstance(path, Path))
         self.fs = _MarkingFileSystem()
+        self.path: Any = path
         self.marks: dict[str, FileMark] = {}
         """Of every rank's files and the metadata, by name; whole on rank 0 once the save is done."""
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The folder's name, which the metadata keeps and nobody reads."""
+        return str(self.path)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Sends this rank's marks along with the results, which are gathered anyway."""
@@ -55,31 +61,67 @@ class MarkingWriter(dcp.FileSystemWriter):
 class DataReader(dcp.FileSystemReader):
     """Reads tensors, and nothing that could be code."""
 
+    def __init__(self, path: StoredPath) -> None:
+        super().__init__(str(path))
+        self.fs = _PathFileSystem()
+        self.path: Any = path
+
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        """One request for a tensor's bytes: its reader asks for a few at a time."""
+        if isinstance(self.path, Path):
+            return super()._slice_file(file, sinfo)
+        file.seek(sinfo.offset)
+        return io.BytesIO(file.read(sinfo.length))
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata by `layerplan.checkpoint.metadata`."""
-        metadata = read_metadata(Path(self.path))
+        metadata = read_metadata(self.path)
         metadata.storage_meta = dataclasses.replace(metadata.storage_meta or StorageMeta(), load_id=self.load_id)
         return metadata
 
 
-class _MarkingFileSystem(FileSystem):
+class _PathFileSystem(FileSystem):
+    """PyTorch's, for files in a bucket too."""
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with path.open(mode) as stream:
+            yield stream
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        return path / suffix
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        path.rename(new_path)
+
+    def mkdir(self, path: Any) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+
+    def exists(self, path: Any) -> bool:
+        return bool(path.exists())
+
+    def rm_file(self, path: Any) -> None:
+        path.unlink()
+
+
+class _MarkingFileSystem(_PathFileSystem):
     def __init__(self) -> None:
         super().__init__()
         self.marks: dict[str, FileMark] = {}
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
         with super().create_stream(path, mode) as stream:
             if mode != "wb":
                 yield stream
                 return
             marked = _MarkedStream(stream)
             yield marked
-            self.marks[Path(path).name] = marked.marker.finish()
+            self.marks[path.name] = marked.marker.finish()
 
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+    def rename(self, path: Any, new_path: Any) -> None:
         super().rename(path, new_path)
-        self.marks[Path(new_path).name] = self.marks.pop(Path(path).name)
+        self.marks[new_path.name] = self.marks.pop(path.name)
 
 
 class _MarkedStream(io.IOBase):

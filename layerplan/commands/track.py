@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from layerplan.pipeline.run_folder import open_named_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the action and its arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     sync = actions.add_parser("sync", help="send what did not arrive while the store was down")
-    sync.add_argument("run", metavar="RUN", type=Path, help="folder of a run, such as runs/quickstart")
+    sync.add_argument("run", metavar="RUN", help="folder of a run, such as runs/quickstart, or its address")
     sync.add_argument("--uri", help="address of the store; the one of the run's config when left out")
 
 
@@ -18,4 +19,8 @@ def execute(args: argparse.Namespace) -> None:
     """Sends until everything has arrived."""
     from layerplan.pipeline.track_sync import sync
 
-    sync(args.run.resolve(), args.uri)
+    folder = open_named_run(args.run)
+    try:
+        sync(folder.root, args.uri)
+    finally:
+        folder.carry()

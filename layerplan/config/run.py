@@ -22,7 +22,9 @@ class RunConfig(StrictModel):
     name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder; the same name continues the run."""
     storage_path: str = "runs"
-    """Folder that holds the runs; relative paths start at the working directory."""
+    """Folder that holds the runs, or `s3://bucket/folder` or `gs://bucket/folder`; relative paths start where the job does."""
+    working_path: str | None = None
+    """Local folder for the files that a run stored at an address is working on; left out, one in the temporary folder."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the corpus order and of random weights."""
     model: ModelConfig

@@ -22,7 +22,6 @@ from layerplan.corpus.decontamination import BenchmarkText, fold_question, hash_
 from layerplan.corpus.encoders import explain_fallback
 from layerplan.corpus.joining import Joining, check_joining, describe_unknown, read_joining
 from layerplan.corpus.journal import BuildJournal, remove_journal
-from layerplan.corpus.location import hide_keys
 from layerplan.corpus.manifest import CONTAMINATED_NAME, MANIFEST_NAME, QUARANTINE_NAME, VALIDATION_NAME, Manifest
 from layerplan.corpus.progress import BuildProgress
 from layerplan.corpus.sources import UNIT_BYTES, Unit, list_units
@@ -31,6 +30,7 @@ from layerplan.corpus.upload import StoreUpload
 from layerplan.corpus.writer import StoreWriter, check_shards, explain_disk_faults, move_shards
 from layerplan.errors import CorpusError
 from layerplan.plan.hashing import compute_sha256
+from layerplan.storage.address import hide_keys
 
 WORKERS_PER_INPUT_BYTES = 32 * 2**20
 """One actor per so much input at most; more would wait longer for their start than they work."""

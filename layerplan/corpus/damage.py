@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerplan.corpus.location import hide_keys, join_location
 from layerplan.corpus.row_groups import HASH_CHARS, WrongRowsError, count_groups
 from layerplan.errors import CorpusError
+from layerplan.storage.address import hide_keys, join_location
 
 if TYPE_CHECKING:
     from layerplan.corpus.manifest import Manifest, Shard

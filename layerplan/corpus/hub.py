@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from layerplan.config.corpus import SourceConfig
-from layerplan.corpus.location import FileEntry, list_files, open_filesystem
+from layerplan.corpus.location import FileEntry, list_files
 from layerplan.errors import CorpusError
+from layerplan.storage.address import open_filesystem
 
 HUB = "hub://"
 

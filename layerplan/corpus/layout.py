@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 
 from layerplan.config.corpus import SourceConfig
-from layerplan.corpus.location import FileEntry, hide_keys, open_stream, split_options
+from layerplan.corpus.location import FileEntry, open_stream
 from layerplan.errors import CorpusError
+from layerplan.storage.address import hide_keys, split_options
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 RECORDS = ("dataset_info.json", "dataset_infos.json", STATE, SPLITS)

@@ -13,9 +13,10 @@ from pydantic import Field, ValidationError
 from layerplan.config.base import StrictModel, describe_fault
 from layerplan.corpus.consistency import find_contradiction
 from layerplan.corpus.damage import explain_file
-from layerplan.corpus.location import hide_keys, is_address, join_location, open_file
+from layerplan.corpus.location import open_file
 from layerplan.corpus.row_groups import HASH_CHARS
 from layerplan.errors import CorpusError
+from layerplan.storage.address import hide_keys, is_address, join_location
 
 MANIFEST_NAME = "manifest.json"
 VALIDATION_NAME = "validation.parquet"

@@ -30,7 +30,7 @@ from layerplan.corpus.build import (
 )
 from layerplan.corpus.decontamination import BenchmarkText, hash_held_out
 from layerplan.corpus.joining import read_joining
-from layerplan.corpus.location import join_location, open_file
+from layerplan.corpus.location import open_file
 from layerplan.corpus.manifest import MANIFEST_NAME, Manifest, SourceRows
 from layerplan.corpus.pack import Packer, RawRow
 from layerplan.corpus.rows import PackedRows, make_rows
@@ -39,6 +39,7 @@ from layerplan.corpus.tokenize import FILTERED, KEPT, QUARANTINED, UnitTokenizer
 from layerplan.corpus.writer import check_ids, explain_disk_faults
 from layerplan.errors import CorpusError
 from layerplan.plan.hashing import compute_sha256
+from layerplan.storage.address import join_location
 
 STREAM_NAME = "stream.json"
 MIN_CHUNK_BYTES = 64 * 2**10

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 
 from layerplan.config.corpus import SourceConfig
 from layerplan.corpus.json_values import HEAD_BYTES, JsonFault, begins_apart, iter_values
-from layerplan.corpus.location import is_compressed, open_file, open_stream, split_options
+from layerplan.corpus.location import is_compressed, open_file, open_stream
 from layerplan.corpus.machine_docs import read_machine_unit
+from layerplan.storage.address import split_options
 
 if TYPE_CHECKING:
     from layerplan.corpus.sources import Unit

@@ -14,10 +14,11 @@ from pathlib import Path
 from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.corpus.hub import HUB, list_hub_files
 from layerplan.corpus.layout import Layout, choose_files
-from layerplan.corpus.location import COMPRESSIONS, FileEntry, hide_keys, is_compressed, list_files, split_options
+from layerplan.corpus.location import COMPRESSIONS, FileEntry, is_compressed, list_files
 from layerplan.corpus.machine_docs import is_machine_source, iter_machine_units
 from layerplan.corpus.readers import Document, is_apart, read_unit
 from layerplan.errors import CorpusError
+from layerplan.storage.address import hide_keys, split_options
 
 FORMATS = {
     ".jsonl": "jsonl",

@@ -13,10 +13,11 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from layerplan.corpus.damage import VERIFY, explain_file
-from layerplan.corpus.location import hide_keys, join_location, open_file, open_filesystem
+from layerplan.corpus.location import open_file
 from layerplan.corpus.manifest import Manifest, Shard
 from layerplan.corpus.row_groups import READ_FAULTS, count_groups, hash_tail
 from layerplan.errors import CorpusError, first_line
+from layerplan.storage.address import hide_keys, join_location, open_filesystem
 
 NUM_THREADS = 32
 """Files looked at at once: at an address each is a wait."""

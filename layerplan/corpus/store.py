@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from layerplan.corpus.damage import explain_group
-from layerplan.corpus.location import join_location, open_filesystem
 from layerplan.corpus.manifest import Manifest, Shard
 from layerplan.corpus.pack import RawRow
 from layerplan.corpus.row_groups import READ_FAULTS, RawRows, count_groups, hash_groups, hash_tail, read_group
 from layerplan.corpus.rows import PackedRows, make_rows
+from layerplan.storage.address import join_location, open_filesystem
 
 OPEN_FILES = 64
 """Shards whose footers a reader keeps."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from layerplan.corpus.location import BUCKETS, join_location, open_filesystem
 from layerplan.corpus.manifest import MANIFEST_NAME
+from layerplan.storage.address import BUCKETS, join_location, open_filesystem
 
 
 class StoreUpload:

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from layerplan.corpus.damage import describe_group
-from layerplan.corpus.location import hide_keys, join_location, open_file
+from layerplan.corpus.location import open_file
 from layerplan.corpus.manifest import Manifest, Shard
 from layerplan.corpus.row_groups import READ_FAULTS, count_groups, read_group
 from layerplan.errors import first_line
+from layerplan.storage.address import hide_keys, join_location
 
 REPORT_EVERY_S = 5.0
 MAX_THREADS = 8

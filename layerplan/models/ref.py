@@ -92,6 +92,12 @@ class ModelRef:
 
         refuse_code_without_consent(self.name, self.config(), trust_remote_code=self.trust_remote_code)
 
+    def fetch(self) -> None:
+        """Brings a model that lies in a run at an address to this machine; nothing for any other, whose name says where it is."""
+        from layerplan.storage.mirror import fetch_folder
+
+        fetch_folder(Path(self.name))
+
     def load(self, *, dtype: torch.dtype | None = None) -> nn.Module:
         """The model in eval mode, float32 unless told otherwise, from safetensors alone, every tensor accounted for.
 
@@ -102,6 +108,7 @@ class ModelRef:
 
         from layerplan.models.causal_lm import load_causal_lm
 
+        self.fetch()
         return load_causal_lm(
             self.name, revision=self.revision, dtype=dtype or torch.float32, trust_remote_code=self.trust_remote_code
         )

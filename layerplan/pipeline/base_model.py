@@ -13,8 +13,9 @@ from layerplan.corpus.sources import iter_documents
 from layerplan.models.ref import ModelRef
 from layerplan.models.scratch import build_scratch_model, train_tokenizer
 from layerplan.pipeline.model_options import find_base
-from layerplan.pipeline.stages import RunContext, list_benchmark_texts, say, tracked
+from layerplan.pipeline.stages import RunContext, list_benchmark_texts, name_store, say, send_store, tracked
 from layerplan.plan.policies import make_full_plan
+from layerplan.storage.mirror import carry_folder
 from layerplan.tracking.tracker import RunSinkFactory
 from layerplan.train.trainer import TrainRequest, load_result, run_training
 
@@ -26,7 +27,9 @@ def prepare_model(context: RunContext) -> ModelRef:
     """Returns the base model, making a scratch one first when the config asks for it."""
     model = context.config.model
     if not isinstance(model, ScratchModelConfig):
-        return find_base(context.config)
+        found = find_base(context.config)
+        carry_folder(Path(found.name))  # a conversion, for the workers of other nodes
+        return found
     finished = load_result(context.folder.base_model)
     if finished is not None:
         say("base", f"found {finished.hf_dir}")
@@ -37,7 +40,7 @@ def prepare_model(context: RunContext) -> ModelRef:
         corpus = _pretrain_corpus(context, model)
         store = context.folder.base_model / "token_store"
         build_token_store(
-            corpus,
+            send_store(corpus, store),
             untrained,
             store,
             questions=list_benchmark_texts(context.config),
@@ -46,15 +49,17 @@ def prepare_model(context: RunContext) -> ModelRef:
         )
         start = ModelRef(str(untrained))
         plan = make_full_plan(start.identity(), start.shape())
+        context.folder.carry()
         result = run_training(
             TrainRequest(
                 run_dir=context.folder.base_model,
                 model=start,
                 plan=plan,
-                store=store,
+                store=name_store(store),
                 config=_pretrain_config(context.config.train, model),
                 seed=context.config.seed,
                 sink_factory=RunSinkFactory(context.folder.metrics, "base_model", tracker),
+                records=(context.folder.metrics,),
             )
         )
         say("base", f"loss {result.first_loss:.3f} -> {result.final_loss:.3f} in {result.final_step} steps")

@@ -7,10 +7,10 @@ of their steps trained on the same rows as the first run's. A ledger is written 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from layerplan.corpus.manifest import Manifest, resolve_store
-from layerplan.pipeline.run_folder import RunFolder
+from layerplan.pipeline.run_folder import RunFolder, fetch_run
+from layerplan.train.ledger import LEDGER_NAME
 from layerplan.train.ledger_check import check_epochs, check_equal, load_ledger
 
 
@@ -18,13 +18,13 @@ def check_ledgers(paths: Sequence[str], *, store: str | None = None) -> None:
     """Prints what was proved.
 
     Args:
-        paths: Run folders, or ledger files.
+        paths: Run folders, ledger files, or addresses of runs.
         store: Folder or address of the token store, when it is not the first run's own.
 
     Raises:
         CorpusError: Naming the first step that breaks a proof.
     """
-    runs = [Path(run) for run in paths]
+    runs = [fetch_run(run, LEDGER_NAME, "token_store/manifest.json") for run in paths]
     first = load_ledger(runs[0])
     for run in runs[1:]:
         num_steps = check_equal(first, load_ledger(run))

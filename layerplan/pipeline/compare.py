@@ -18,13 +18,14 @@ from eval.significance import Arm, Comparison, Verdict, judge_comparisons
 from eval.tables import render_scores
 from layerplan.checkpoint.layout import name_step
 from layerplan.errors import EvaluationError
+from layerplan.pipeline.run_folder import fetch_run
 from layerplan.pipeline.stages import write_json
 from layerplan.pipeline.summary import print_verdicts
 from layerplan.plan.hashing import compute_sha256
 from layerplan.train.request import load_result
 
 BASE = "base"
-DIFFERS_BETWEEN_SEEDS = ("name", "storage_path", "seed", "cluster", "tracking")
+DIFFERS_BETWEEN_SEEDS = ("name", "storage_path", "working_path", "seed", "cluster", "tracking")
 
 
 def compare(
@@ -33,7 +34,7 @@ def compare(
     """Compares the runs, prints the table, and writes what was asked for.
 
     Args:
-        paths: Folders of finished runs; the base of the first is what all are compared with.
+        paths: Folders or addresses of finished runs; the base of the first is what all are compared with.
         out: File for the verdicts as JSON.
         table: File for the scores, LaTeX when it ends in `.tex`, else Markdown.
         pool_seeds: Whether runs that differ in the seed alone are one arm.
@@ -41,7 +42,7 @@ def compare(
     Raises:
         EvaluationError: When runs cannot be compared.
     """
-    runs = [Path(path) for path in paths]
+    runs = [fetch_run(path, "evaluation", "training.json", "resolved_config.json") for path in paths]
     verdicts = judge_runs(runs, pool_seeds=pool_seeds)
     print_verdicts(verdicts)
     for sentence in judge_texts(runs):

@@ -19,7 +19,7 @@ from layerplan.models.scratch_config import make_hf_config
 from layerplan.models.tokenizer_facts import describe_tokenizer
 from layerplan.pipeline.candidates import make_candidates, name_trial
 from layerplan.pipeline.model_options import find_base
-from layerplan.pipeline.run_folder import RunFolder
+from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, PlanCost, explain_cost, predict_cost, render_cost_table
 from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
@@ -29,6 +29,7 @@ from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.memory import choose_placements
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan, make_plan
+from layerplan.storage.mirror import fetch_file
 from layerplan.train.request import load_result
 
 ASSUMED_GPU_BYTES = 139 * GIB
@@ -138,7 +139,8 @@ def _model_name(config: RunConfig) -> str:
 
 def _plan(config: RunConfig, model: ModelIdentity, shape: ModelShape) -> tuple[FreezePlan, str]:
     """The plan itself, or a stand-in at the middle when only a measurement can decide."""
-    folder = RunFolder(Path(config.storage_path).expanduser().resolve() / config.name)
+    folder = locate_run_folder(config)
+    fetch_file(folder.profile)
     profile = LayerProfile.load(folder.profile) if folder.profile.exists() else None
     if profile is not None or not wants_profile(config.plan):
         plan = resolve_plan(config.plan, PlanContext(model, shape, config.train, config.corpus.seq_len, profile))
@@ -206,7 +208,9 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
 
 def _find_rate(config: RunConfig) -> tuple[float, str]:
     """FLOP/s of one worker and where it is from: measured by a finished run of this name, or assumed."""
-    folder = RunFolder(Path(config.storage_path).expanduser().resolve() / config.name)
+    folder = locate_run_folder(config)
+    for path in (folder.training, folder.plan):
+        fetch_file(path)
     finished = load_result(folder.root)
     if finished is not None and finished.tokens_per_s > 0 and folder.plan.exists():
         plan = FreezePlan.load(folder.plan)

@@ -18,18 +18,20 @@ from layerplan.config.run import RunConfig
 from layerplan.errors import EvaluationError
 from layerplan.inside import lies_inside
 from layerplan.models.ref import ModelRef
-from layerplan.pipeline.run_folder import RunFolder, locate_run_folder
+from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.pipeline.run_lease import hold_run
 from layerplan.pipeline.session import open_run
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.ray_session import connect
+from layerplan.storage.mirror import carry_folder, fetch_file, fetch_folder
+from layerplan.storage.working import find_home
 
 
 def evaluate(config: RunConfig, model: ModelRef, out: str | None = None) -> None:
     """Scores the model and prints a table; the arguments are those of `score_model`."""
-    out_dir = Path(out or Path(config.storage_path) / config.name / "evaluation" / Path(model.name).name).resolve()
+    out_dir = Path(out or locate_run_folder(config).evaluation / Path(model.name).name).resolve()
     print_scores(score_model(config, model, out_dir))
-    print(f"\nanswers   {out_dir}")
+    print(f"\nanswers   {find_home(out_dir)}")
 
 
 def score_model(config: RunConfig, model: ModelRef, out_dir: str | Path) -> Results:
@@ -41,13 +43,17 @@ def score_model(config: RunConfig, model: ModelRef, out_dir: str | Path) -> Resu
         out_dir: Folder for the scores.
     """
     engines, root, folder = config.evaluation, locate_run_folder(config).root, Path(out_dir).resolve()
-    with hold_run(root, config.name) if root.is_dir() and lies_inside(folder, root) else nullcontext():
+    home = find_home(root)
+    with hold_run(home, config.name) if home.is_dir() and lies_inside(folder, root) else nullcontext():
+        fetch_folder(folder)
         connect(
             config.cluster,
             min_cpus=engines.num_actors * engines.num_cpus_per_actor,
             min_gpus=engines.num_actors * engines.num_gpus_per_actor,
         )
-        return evaluate_model(model, config.evaluation, folder)
+        results = evaluate_model(model, config.evaluation, folder)
+        carry_folder(folder)
+        return results
 
 
 def print_dry_run(config: RunConfig) -> None:
@@ -66,7 +72,8 @@ def score_run(config: RunConfig, steps: list[int], *, is_dry_run: bool) -> None:
     from layerplan.pipeline.base_model import prepare_model
     from layerplan.pipeline.stages import describe_scoring, score_checkpoints
 
-    folder = RunFolder(Path(config.storage_path).expanduser().resolve() / config.name)
+    folder = locate_run_folder(config)
+    fetch_file(folder.plan)
     there = list(find_checkpoints(folder.root))
     missing = [step for step in steps if step not in there]
     if missing or not there or not folder.plan.exists():
@@ -83,7 +90,7 @@ def score_run(config: RunConfig, steps: list[int], *, is_dry_run: bool) -> None:
         scoring = describe_scoring(context, model, FreezePlan.load(folder.plan))
         for step, results in score_checkpoints(context, scoring, steps or there).items():
             print_scores(results, title=f"Step {step}: accuracy, percent")
-    print(f"\nanswers   {folder.evaluation}")
+    print(f"\nanswers   {find_home(folder.evaluation)}")
 
 
 def print_scores(results: Results, *, title: str = "Accuracy, percent") -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pyarrow.fs as pafs
 
-from layerplan.corpus.location import is_address, join_location, open_filesystem
+from layerplan.storage.address import is_address, join_location, open_filesystem
+from layerplan.storage.paths import BucketPath, StoredPath
 
 _PREFIX, _SUFFIX = "lease-", ".json"
 
@@ -14,10 +13,10 @@ _PREFIX, _SUFFIX = "lease-", ".json"
 class LeaseFiles:
     """The holders' files directly in a run folder."""
 
-    def __init__(self, root: Path | str) -> None:
-        self._root = root
-        self._filesystem, self._inner = open_filesystem(root)
-        if not is_address(root):
+    def __init__(self, root: StoredPath | str) -> None:
+        self._root = str(root)
+        self._filesystem, self._inner = root.open_arrow() if isinstance(root, BucketPath) else open_filesystem(root)
+        if not is_address(self._root):
             self._filesystem.create_dir(self._inner, recursive=True)
 
     def locate(self, owner: str) -> str:

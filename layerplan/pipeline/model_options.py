@@ -7,6 +7,8 @@ from pathlib import Path
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.run import RunConfig
 from layerplan.models.ref import ModelRef
+from layerplan.pipeline.run_folder import locate_run_folder
+from layerplan.storage.working import is_remote, make_private
 
 PREFIX = "[model] "
 
@@ -20,15 +22,18 @@ def find_named(name: str, config: RunConfig) -> ModelRef:
     """The same for any folder, hub id or GGUF file, with the config's revision and consent where they are meant for it.
 
     The consent is to one model's code, so it holds for that model and for what the run exports of it, not for any other.
-    A conversion lies where all runs of `storage_path` and all their nodes reach it.
+    A conversion lies where all runs of `storage_path` and all their nodes reach it; of runs in a bucket that is their
+    working folder, from which a run sends it to the bucket.
     """
-    found, own = find_model(name, config.storage_path), config.model
+    run, own = locate_run_folder(config).root, config.model
+    if is_remote(config.storage_path):
+        make_private(run.parent)
+    found = find_model(name, str(run.parent))
     if isinstance(own, ScratchModelConfig):
         return ModelRef(found)
     base = ModelRef(found, own.revision, own.trust_remote_code)
     if name == own.name:
         return base
-    run = Path(config.storage_path).expanduser().resolve() / config.name
     return base.at(found) if Path(found).expanduser().resolve().is_relative_to(run) else ModelRef(found)
 
 

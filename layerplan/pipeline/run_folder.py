@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -20,9 +20,14 @@ from layerplan.errors import ConfigError
 from layerplan.plan.cost import COST_NAME
 from layerplan.plan.freeze_plan import PLAN_NAME
 from layerplan.redaction import redact_values
+from layerplan.storage.working import find_home, find_working_folder, is_remote
+
+if TYPE_CHECKING:
+    from layerplan.storage.mirror import Mirror
 
 MAY_CHANGE = (
     "storage_path",
+    "working_path",
     "cluster",
     "tracking",
     "sweep",
@@ -62,9 +67,16 @@ _AWKWARD = re.compile(r"\?|%[0-9A-Fa-f]{2}|[\x00-\x1f\x7f\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run below `<storage_path>/<run_name>`."""
+    """Paths of one run below `<storage_path>/<run_name>`, or below its working folder when that is an address."""
 
     root: Path
+    mirror: Mirror | None = None
+    """The bucket that a working folder stands for."""
+
+    def carry(self) -> None:
+        """Brings what is complete to the bucket; a stage counts as done after that."""
+        if self.mirror is not None:
+            self.mirror.carry()
 
     @property
     def config(self) -> Path:
@@ -165,6 +177,8 @@ def open_run_folder(config: RunConfig) -> RunFolder:
             that cannot stand in an address.
     """
     folder = locate_run_folder(config)
+    if is_remote(config.storage_path):
+        folder = _open_mirror(folder)
     if folder.config.exists():
         _check_same_config(folder, config)
     try:
@@ -174,27 +188,53 @@ def open_run_folder(config: RunConfig) -> RunFolder:
         partial.replace(folder.config)
     except OSError as error:
         raise ConfigError(f"storage_path: {folder.root} cannot be written ({error})") from None
+    folder.carry()
     return folder
+
+
+def _open_mirror(folder: RunFolder) -> RunFolder:
+    """The working folder with all that the bucket has of the run."""
+    from layerplan.storage.mirror import Mirror
+
+    mirror = Mirror(folder.root)
+    mirror.fetch()
+    print(f"[storage] the run is kept at {find_home(folder.root)}; this machine works in {folder.root}", flush=True)
+    return RunFolder(folder.root, mirror)
+
+
+def open_named_run(run: str) -> RunFolder:
+    """The folder of a run that somebody names by its path or its address, with all that is kept there."""
+    if not is_remote(run):
+        return RunFolder(Path(run).expanduser().resolve())
+    return _open_mirror(RunFolder(find_working_folder(run, None)))
+
+
+def fetch_run(run: str, *names: str) -> Path:
+    """The same with these of its files or folders only, when it is an address."""
+    if not is_remote(run):
+        return Path(run)
+    from layerplan.storage.mirror import fetch_file, fetch_folder
+
+    root = find_working_folder(run, None)
+    for name in names:
+        fetch = fetch_file if Path(name).suffix else fetch_folder
+        fetch(root / name)
+    return root
 
 
 def locate_run_folder(config: RunConfig) -> RunFolder:
     """Where the run's folder is or will be.
 
     Raises:
-        ConfigError: When it is no local folder, or has a name that cannot stand in an address.
+        ConfigError: When its scheme is not served, or it has a name that cannot stand in an address.
     """
-    _check_address(config.storage_path)
-    folder = RunFolder(Path(config.storage_path).expanduser().resolve() / config.name)
+    if is_remote(config.storage_path):
+        base = find_working_folder(config.storage_path, config.working_path)
+    else:
+        base = Path(config.storage_path).expanduser().resolve()
+    folder = RunFolder(base / config.name)
     _check_characters(folder.root)
     return folder
-
-
-def _check_address(storage_path: str) -> None:
-    if "://" in storage_path:
-        raise ConfigError(
-            f"storage_path={storage_path}: a folder that every node sees is expected, not an address; mount the bucket,"
-            " or send the token store alone there with corpus.upload_to"
-        )
 
 
 def _check_characters(root: Path) -> None:

@@ -28,6 +28,7 @@ import psutil
 from layerplan.config.base import StrictModel
 from layerplan.errors import ConfigError, RunBusyError
 from layerplan.pipeline.lease_files import LeaseFiles
+from layerplan.storage.paths import StoredPath
 
 BEAT_S = 5.0
 """Between two signs of life."""
@@ -63,7 +64,7 @@ class Holder(StrictModel):
 
 @contextmanager
 def hold_run(
-    root: Path | str,
+    root: StoredPath | str,
     name: str,
     *,
     beat_s: float = BEAT_S,

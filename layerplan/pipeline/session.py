@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from layerplan.config.run import RunConfig
+from layerplan.errors import StorageError
 from layerplan.pipeline.lineage import note_config
 from layerplan.pipeline.run_folder import RunFolder, locate_run_folder, open_run_folder
 from layerplan.pipeline.run_lease import hold_run
 from layerplan.pipeline.stages import RunContext, say
 from layerplan.ray_session import connect
+from layerplan.storage.working import find_home
 from layerplan.tracking.address import describe_address
 from layerplan.tracking.background import locate_store
-from layerplan.tracking.tracker import Status, open_tracker, status_of
+from layerplan.tracking.tracker import Status, Tracker, open_tracker, status_of
 from layerplan.train.compute_dtype import settle_dtype
 
 DATA_CPUS = 0.25
@@ -32,7 +34,7 @@ def open_run(config: RunConfig, *, trains: bool = True) -> Iterator[RunContext]:
         RunBusyError: When another process runs it.
         ConfigError: When the folder belongs to another config or cannot be written.
     """
-    with hold_run(locate_run_folder(config).root, config.name):
+    with hold_run(find_home(locate_run_folder(config).root), config.name):
         yield from _open(config, trains)
 
 
@@ -50,6 +52,8 @@ def _open(config: RunConfig, trains: bool) -> Iterator[RunContext]:
     if measured is not None:
         say("train", str(measured))
     config = config.model_copy(update={"train": train})
+    if folder.mirror is not None and config.tracking.backend == "mlflow" and config.tracking.uri is None:
+        say("tracking", f"the lineage stays on this machine, in {folder.root.parent}; set tracking.uri")
     tracker = open_tracker(config.tracking, folder.root, config.name, lambda line: say("tracking", line))
     note_config(tracker, config)
     status: Status = "FINISHED"
@@ -57,10 +61,16 @@ def _open(config: RunConfig, trains: bool) -> Iterator[RunContext]:
         yield RunContext(config, folder, tracker)
     except BaseException as error:
         status = status_of(error)
+        with suppress(StorageError):  # what the run failed with is to be told
+            _close(tracker, status, config, folder)
         raise
-    finally:
-        tracker.close(status=status)
-        _print_address(config, folder)
+    _close(tracker, status, config, folder)
+
+
+def _close(tracker: Tracker, status: Status, config: RunConfig, folder: RunFolder) -> None:
+    tracker.close(status=status)
+    _print_address(config, folder)
+    folder.carry()
 
 
 def _print_address(config: RunConfig, folder: RunFolder) -> None:

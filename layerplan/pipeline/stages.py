@@ -19,6 +19,7 @@ from eval.runner import evaluate_model
 from eval.significance import Verdict
 from eval.tables import render_scores
 from layerplan.checkpoint.layout import name_step
+from layerplan.config.corpus import CorpusConfig
 from layerplan.config.run import RunConfig
 from layerplan.corpus.build import build_token_store, warn_of_held_out
 from layerplan.corpus.decontamination import BenchmarkText, hash_held_out
@@ -37,6 +38,9 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.policies import predict_beside_full
+from layerplan.storage.flag import Flag
+from layerplan.storage.mirror import fetch_file, fetch_folder
+from layerplan.storage.working import find_home
 from layerplan.tracer.pool import trace_model
 from layerplan.tracking.callback import LineageCallback
 from layerplan.tracking.tracker import RunSinkFactory, Tracker, status_of
@@ -68,6 +72,7 @@ def tracked(context: RunContext, stage: str) -> Iterator[Tracker]:
     except BaseException as error:
         tracker.close(status=status_of(error))
         raise
+    context.folder.carry()
     tracker.close(status="FINISHED")
 
 
@@ -87,7 +92,7 @@ def build_store(context: RunContext, model: ModelRef) -> Path | str:
     with tracked(context, "corpus") as tracker:
         build = write_stream if corpus.mode == "on_the_fly" else build_token_store
         manifest = build(
-            corpus,
+            send_store(corpus, context.folder.token_store),
             tokenizer,
             context.folder.token_store,
             questions=list_benchmark_texts(context.config),
@@ -99,9 +104,22 @@ def build_store(context: RunContext, model: ModelRef) -> Path | str:
         tracker.log_params(joining | {"control_tokens": manifest.control_tokens})
         tracker.log_metrics({f"corpus/{name}": float(count) for name, count in manifest.counts.items()}, step=0)
         tracker.log_artifact(context.folder.token_store / "manifest.json")
-    store = corpus.upload_to or context.folder.token_store
+    store = corpus.upload_to or name_store(context.folder.token_store)
     note_corpus(context.tracker, manifest, store)
     return store
+
+
+def send_store(corpus: CorpusConfig, store: Path) -> CorpusConfig:
+    """The config with which a store of a run in a bucket grows there, unless it is sent elsewhere or has no rows."""
+    if corpus.upload_to is not None or corpus.mode == "on_the_fly" or find_home(store) == store:
+        return corpus
+    return corpus.model_copy(update={"upload_to": str(find_home(store))})
+
+
+def name_store(store: Path) -> Path | str:
+    """Where workers on any node read a store of the run."""
+    home = find_home(store)
+    return home if isinstance(home, Path) else str(home)
 
 
 def ask_loss(context: RunContext, model: ModelRef) -> LossRecipe | None:
@@ -189,6 +207,9 @@ def train(
             ),
             callbacks=[LineageCallback(tracker)],
         )
+        fetch_folder(context.folder.evaluation)
+        for path in (context.folder.metrics, context.folder.root / GUARDRAIL_NAME):
+            fetch_file(path)  # written by a worker, perhaps of another node
         _log_result(tracker, result, context.folder)
     note_results(context.tracker, context.folder.root)
     say("train", f"loss {result.first_loss:.3f} -> {result.final_loss:.3f}, {result.tokens_seen:,} tokens")
@@ -208,6 +229,7 @@ def make_train_request(
         config=config.train,
         seed=config.seed,
         sink_factory=sink_factory,
+        records=(context.folder.metrics,),
     )
 
 
@@ -220,7 +242,7 @@ def describe_scoring(context: RunContext, model: ModelRef, plan: FreezePlan) -> 
         plan=plan,
         config=config.evaluation,
         final_step=config.train.max_steps,
-        stop_file=context.folder.root / STOP_REQUEST,
+        stop_file=Flag(context.folder.root / STOP_REQUEST),
         export_dtype=config.train.export_dtype,
     )
 
@@ -245,9 +267,11 @@ def check_guardrail(context: RunContext) -> None:
         return
     breach = read_breach(context.folder.root, points)
     if breach is not None:
+        path = context.folder.root / GUARDRAIL_NAME
+        places = " and ".join(dict.fromkeys((str(find_home(path)), str(path))))
         raise EvaluationError(
             f"evaluation.guardrail_points={points:g}: training was stopped by the score of {breach} Raise the value or"
-            f" remove {context.folder.root / GUARDRAIL_NAME} to go on"
+            f" remove {places} to go on"
         )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from layerplan.config.run import RunConfig
 from layerplan.config.sweep import SweepConfig
+from layerplan.errors import ConfigError
 from layerplan.models.ref import ModelRef
 from layerplan.pipeline.base_model import prepare_model
 from layerplan.pipeline.candidates import make_candidates, name_trial
@@ -19,6 +21,7 @@ from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.pipeline.session import open_run
 from layerplan.pipeline.stages import RunContext, ask_loss, build_store, make_train_request, say, tracked, write_json
 from layerplan.report.lineage import list_trial_results, render_sweep
+from layerplan.storage.working import find_home
 from layerplan.sweep.objective import Trial
 from layerplan.sweep.search import check_search, save_search
 from layerplan.sweep.tuner import TrialResult, run_sweep
@@ -26,7 +29,14 @@ from layerplan.tracking.tracker import NOTE_TAG, RunSinkFactory, Status, Tracker
 
 
 def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:
-    """Trains every candidate and prints them, best first."""
+    """Trains every candidate and prints them, best first.
+
+    Raises:
+        ConfigError: When the run is stored at an address: Ray Tune keeps its trials in a folder.
+    """
+    home = find_home(locate_run_folder(config).root)
+    if not isinstance(home, Path):
+        raise ConfigError(f"storage_path={home.parent}: a sweep keeps its trials in a local or shared folder; set one")
     for check in (check_model, check_corpus):
         check(config)
     check_search(sweep, locate_run_folder(config).sweep)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from layerplan.corpus.damage import advise_rebuild
-from layerplan.corpus.location import hide_keys
 from layerplan.corpus.manifest import Manifest, resolve_store
 from layerplan.corpus.verify import verify_store
 from layerplan.errors import CorpusError
+from layerplan.storage.address import hide_keys
 
 
 def verify(folder: str) -> None:

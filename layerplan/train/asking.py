@@ -42,5 +42,6 @@ def _ask(model: ModelRef, seq_len: int) -> dict[str, Any] | None:
     from layerplan.train.loss_proof import ask_by_name
 
     quiet_engines()
+    model.fetch()
     report = ask_by_name(model, seq_len=seq_len)
     return None if report is None else report.to_json()

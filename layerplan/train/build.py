@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.memory import MemoryEstimate, choose_placement, choose_placements, explain_shortage
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
+from layerplan.storage.paths import StoredPath
 from layerplan.train.attention import IMPLEMENTATIONS, choose_attention, try_set_attention
 from layerplan.train.loss_proof import agree_on_recipe
 from layerplan.train.optim import build_optimizer
@@ -51,7 +51,7 @@ def build_model(
     rank: int,
     world_size: int,
     local_world_size: int,
-    checkpoint: Path | None = None,
+    checkpoint: StoredPath | None = None,
 ) -> BuiltModel:
     """Loads the base, applies the plan, settles the placement, and builds the optimizer, in this order.
 
@@ -97,7 +97,9 @@ def build_model(
     return BuiltModel(placed, applied, optimizer, placement, estimate, available, parked, recipe)
 
 
-def park_other_phases(causal_lm: nn.Module, whole: FreezePlan, plan: FreezePlan, checkpoint: Path | None) -> Parked:
+def park_other_phases(
+    causal_lm: nn.Module, whole: FreezePlan, plan: FreezePlan, checkpoint: StoredPath | None
+) -> Parked:
     """Takes aside what the whole plan trains and this phase does not, at its newest values; the model gets them too."""
     if not whole.phases:
         return Parked()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -14,9 +14,10 @@ from torch import nn
 
 from layerplan.checkpoint.dcp import Parked, Saving, load_checkpoint, save_checkpoint, writing
 from layerplan.checkpoint.index import AWAITS_NAME, clear_checkpoint, prune_checkpoints
-from layerplan.checkpoint.layout import CHECKPOINTS_NAME, STATE_NAME, name_step, write_train_state
+from layerplan.checkpoint.layout import STATE_NAME, name_step, write_train_state
 from layerplan.checkpoint.seal import SEAL_NAME, Seal, mark_bytes, write_seal
 from layerplan.errors import CheckpointError
+from layerplan.storage.paths import BucketPath, StoredPath
 from layerplan.train.resume import Resumed, find_resume
 from layerplan.train.state import TrainState
 
@@ -27,7 +28,8 @@ _SEAL_TIMEOUT_S = 60
 class CheckpointWriter:
     """Saves in the background; a checkpoint is sealed, or it does not count."""
 
-    run_dir: Path
+    checkpoints: StoredPath
+    """Folder of the run's checkpoints."""
     model: nn.Module
     optimizer: torch.optim.Optimizer
     group: Any
@@ -42,9 +44,11 @@ class CheckpointWriter:
     """What other phases of the plan train."""
     fresh_moments: bool = False
     """Whether parameters may come without moments, as after a change of plan."""
-    _newest: Path | None = None
+    _newest: StoredPath | None = None
     _is_proven: bool = True
     """Whether the newest one was proved a moment ago: true of the first restore only."""
+    before_seal: Callable[[], None] = lambda: None
+    """Called on rank 0 when all of a checkpoint but its seal is written: what must not be behind it."""
     _pending: Saving | None = None
 
     def __post_init__(self) -> None:
@@ -57,7 +61,7 @@ class CheckpointWriter:
         """
         self._wait()
         name = name_step(state.step)
-        folder = self.run_dir / CHECKPOINTS_NAME / name
+        folder = self.checkpoints / name
         is_validated = state.step in self.validated_steps
         if self.rank == 0:
             clear_checkpoint(folder)
@@ -69,13 +73,14 @@ class CheckpointWriter:
         def finish(checkpoint: Checkpoint, checkpoint_dir_name: str) -> Checkpoint:
             saving.wait()
             if self.rank == 0:
+                self.before_seal()
                 seal_checkpoint(folder, state, saving, self.resumed.run_id)
                 prune_checkpoints(folder.parent, self.keep, in_use=(folder,))
-            return Checkpoint(str(folder))
+            return _as_ray(folder)
 
         ray.train.report(
             {"step": state.step, "train_loss": state.last_loss, "validation_loss": state.validation_loss},
-            checkpoint=Checkpoint(str(folder)),
+            checkpoint=_as_ray(folder),
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=finish,
@@ -113,7 +118,7 @@ class CheckpointWriter:
             return self.resumed
         if self.rank == 0 and not is_resumed:
             self._wait_for_seal()
-        return find_resume(self.run_dir / CHECKPOINTS_NAME, self.resumed.state, self.rank)
+        return find_resume(self.checkpoints, self.resumed.state, self.rank)
 
     def _wait(self) -> None:
         if self._pending is not None:
@@ -132,17 +137,25 @@ class CheckpointWriter:
             time.sleep(0.05)
 
 
-def seal_checkpoint(folder: Path, state: TrainState, saving: Saving, run_id: str) -> None:
+def _as_ray(folder: StoredPath) -> Checkpoint:
+    if isinstance(folder, BucketPath):
+        filesystem, inner = folder.open_arrow()
+        return Checkpoint(inner, filesystem=filesystem)
+    return Checkpoint(str(folder))
+
+
+def seal_checkpoint(folder: StoredPath, state: TrainState, saving: Saving, run_id: str) -> None:
     """Writes the state, then the seal over it and all that was saved; rank 0 does.
 
     Raises:
         CheckpointError: When they cannot be written.
+        StorageError: When the bucket they are kept in fails.
     """
     with writing(folder):
         _write_state_and_seal(folder, state, saving, run_id)
 
 
-def _write_state_and_seal(folder: Path, state: TrainState, saving: Saving, run_id: str) -> None:
+def _write_state_and_seal(folder: StoredPath, state: TrainState, saving: Saving, run_id: str) -> None:
     content = write_train_state(folder, state.model_dump(mode="json"))
     seal = Seal(
         step=state.step,

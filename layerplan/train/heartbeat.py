@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import ray
 
+from layerplan.storage.mirror import carry_file
 from layerplan.train.place import IN_STEP, LOGGING, STARTING, Beat, Mark, Place
 
 BEAT_EVERY_S = 2.0
@@ -120,6 +121,7 @@ def dump_stacks(folder: Path, rank: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with name_stacks(folder, rank).open("w") as file:
         faulthandler.dump_traceback(file, all_threads=True)
+    carry_file(name_stacks(folder, rank))
 
 
 def name_stacks(folder: Path, rank: int) -> Path:

@@ -9,6 +9,7 @@ import ray
 from layerplan.checkpoint.index import list_checkpoints
 from layerplan.checkpoint.layout import CHECKPOINTS_NAME, parse_step
 from layerplan.errors import TrainingError, first_line
+from layerplan.storage.working import find_home
 
 AGAIN = "submit the same command again to continue"
 
@@ -32,7 +33,7 @@ def find_loss(error: BaseException) -> BaseException | None:
 
 def describe_next(run_dir: Path) -> str:
     """That the same command continues, and from which step; the folders of the checkpoints are asked."""
-    finished = list_checkpoints(run_dir / CHECKPOINTS_NAME)
+    finished = list_checkpoints(find_home(run_dir / CHECKPOINTS_NAME))
     if not finished:
         return f"{AGAIN}; no checkpoint was finished yet, so training begins at step 0"
     return f"{AGAIN} from step {parse_step(finished[0])} ({finished[0]})"

@@ -52,6 +52,8 @@ class TrainRequest:
     """How the model's loss is computed; None lets the workers ask it."""
     validation: CheckpointValidation | None = None
     """Called with checkpoints while training goes on; None calls nothing."""
+    records: tuple[Path, ...] = ()
+    """Files beside the ledger that grow while training, such as those of the sink."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the workers."""
     board: Any = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -26,6 +25,7 @@ from layerplan.checkpoint.index import (
 from layerplan.checkpoint.layout import parse_step
 from layerplan.checkpoint.seal import check_files
 from layerplan.errors import CheckpointError
+from layerplan.storage.paths import StoredPath
 from layerplan.train.state import TrainState
 
 RAY_INDEX_NAME = "checkpoint_manager_snapshot.json"
@@ -35,12 +35,12 @@ RAY_INDEX_NAME = "checkpoint_manager_snapshot.json"
 class Resumed:
     """A proven checkpoint, or none, and the state to go on from."""
 
-    checkpoint: Path | None
+    checkpoint: StoredPath | None
     state: TrainState
     run_id: str
 
 
-def find_resume(folder: Path, expected: TrainState, rank: int) -> Resumed:
+def find_resume(folder: StoredPath, expected: TrainState, rank: int) -> Resumed:
     """Finds the newest checkpoint that proves itself; a collective, with the same answer on every rank.
 
     Args:
@@ -66,7 +66,7 @@ def find_resume(folder: Path, expected: TrainState, rank: int) -> Resumed:
     return Resumed(choice.used.path, expected.check_same_run(choice.used.state), run_id)
 
 
-def check_resumable(folder: Path, expected: TrainState) -> None:
+def check_resumable(folder: StoredPath, expected: TrainState) -> None:
     """Refuses, before workers are started, a folder whose checkpoints are all of another run or unreadable.
 
     Raises:
@@ -76,7 +76,7 @@ def check_resumable(folder: Path, expected: TrainState) -> None:
     choose_checkpoint(candidates, prove=lambda candidate: "")
 
 
-def reset_ray_index(folder: Path) -> None:
+def reset_ray_index(folder: StoredPath) -> None:
     """Leaves Ray only what it must take up again: the checkpoints whose validation was interrupted."""
     waiting = [path for path in reversed(list_checkpoints(folder)) if (path / AWAITS_NAME).exists()]
     index = folder / RAY_INDEX_NAME

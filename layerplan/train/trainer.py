@@ -21,6 +21,9 @@ from layerplan.corpus.manifest import Manifest
 from layerplan.errors import LayerplanError, TrainingError, find_layerplan_error
 from layerplan.plan.cost import predict_cost
 from layerplan.ray_access import list_loopback_variables
+from layerplan.storage.flag import Flag
+from layerplan.storage.paths import BucketPath, StoredPath
+from layerplan.storage.working import find_home
 from layerplan.train.feed import check_feed
 from layerplan.train.request import STOP_REQUEST, TrainRequest, TrainResult, load_result
 from layerplan.train.resume import check_resumable, reset_ray_index
@@ -94,25 +97,24 @@ def check_training_fits(request: TrainRequest) -> None:
         )
 
 
-def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> Path:
-
+def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> StoredPath:
     from layerplan.train.watchdog import watching_stalls
 
     config = request.config
-    checkpoints = request.run_dir / CHECKPOINTS_NAME
+    checkpoints = find_home(request.run_dir.resolve() / CHECKPOINTS_NAME)
     corpus_sha256 = Manifest.load(request.store).content_sha256
     check_resumable(checkpoints, TrainState(plan_sha256=request.plan.sha256, corpus_sha256=corpus_sha256))
     reset_ray_index(checkpoints)
     with watching_stalls(request.run_dir, config.stall_timeout) as board:
-        _run_ray_train(replace(request, board=board), callbacks)
+        _run_ray_train(replace(request, board=board), checkpoints, callbacks)
     prune_checkpoints(checkpoints, config.keep_checkpoints)
     finished = list_checkpoints(checkpoints)
     if not finished:
         raise TrainingError("training ended without a checkpoint")
-    return finished[0].resolve()
+    return finished[0]
 
 
-def _run_ray_train(request: TrainRequest, callbacks: Sequence[Any]) -> None:
+def _run_ray_train(request: TrainRequest, checkpoints: StoredPath, callbacks: Sequence[Any]) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -130,7 +132,7 @@ def _run_ray_train(request: TrainRequest, callbacks: Sequence[Any]) -> None:
         ),
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS_NAME,
-            storage_path=str(request.run_dir.resolve()),
+            **_describe_storage(checkpoints.parent),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             callbacks=list(callbacks),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
@@ -141,7 +143,7 @@ def _run_ray_train(request: TrainRequest, callbacks: Sequence[Any]) -> None:
         validation_config=None
         if request.validation is None
         else ray.train.ValidationConfig(
-            fn=_ReleasingValidation(request.validation.fn), ray_remote_kwargs={"num_cpus": 0}
+            fn=_ReleasingValidation(request.validation.fn, checkpoints), ray_remote_kwargs={"num_cpus": 0}
         ),
     )
     try:
@@ -152,15 +154,24 @@ def _run_ray_train(request: TrainRequest, callbacks: Sequence[Any]) -> None:
         raise _explain_failure(result.error, request) from result.error
 
 
+def _describe_storage(folder: StoredPath) -> dict[str, Any]:
+    """Where Ray Train keeps its own files; a file system that is opened here travels without keys."""
+    if isinstance(folder, BucketPath):
+        filesystem, inner = folder.open_arrow()
+        return {"storage_path": inner, "storage_filesystem": filesystem}
+    return {"storage_path": str(folder)}
+
+
 @dataclass(frozen=True)
 class _ReleasingValidation:
     """Validates a checkpoint, which may be removed from then on; one whose validation was interrupted stays."""
 
     fn: Callable[[Any], dict[str, Any]]
+    checkpoints: StoredPath
 
     def __call__(self, checkpoint: Any) -> dict[str, Any]:
         values = self.fn(checkpoint)
-        (Path(checkpoint.path) / AWAITS_NAME).unlink(missing_ok=True)
+        (self.checkpoints / Path(checkpoint.path).name / AWAITS_NAME).unlink(missing_ok=True)
         return values
 
 
@@ -188,7 +199,7 @@ def _explain_failure(error: BaseException, request: TrainRequest) -> LayerplanEr
     return TrainingError(f"training failed: {reason}; {describe_next(request.run_dir)}")
 
 
-def _export(request: TrainRequest, checkpoint: Path, step: int) -> Path:
+def _export(request: TrainRequest, checkpoint: StoredPath, step: int) -> Path:
     from layerplan.checkpoint.hf_export import export_hf
 
     folder = request.run_dir / HF_NAME / name_step(step)
@@ -210,13 +221,13 @@ def _export(request: TrainRequest, checkpoint: Path, step: int) -> Path:
 
 
 def _summarise(
-    request: TrainRequest, state: TrainState, checkpoint: Path, hf_dir: Path | None, *, wall_s: float
+    request: TrainRequest, state: TrainState, checkpoint: StoredPath, hf_dir: Path | None, *, wall_s: float
 ) -> TrainResult:
     import math
 
     return TrainResult(
         final_step=state.step,
-        final_checkpoint=checkpoint,
+        final_checkpoint=request.run_dir.resolve() / CHECKPOINTS_NAME / checkpoint.name,
         first_loss=state.first_loss if state.first_loss is not None else math.nan,
         final_loss=state.last_loss if state.last_loss is not None else math.nan,
         validation_loss=state.validation_loss,
@@ -251,8 +262,8 @@ def _overall_mfu(request: TrainRequest, state: TrainState) -> float:
 @contextmanager
 def _stop_on_sigterm(run_dir: Path) -> Iterator[None]:
     """SIGTERM asks the workers for a last checkpoint instead of killing the driver; afterwards it is raised again."""
-    stop_file = run_dir / STOP_REQUEST
-    stop_file.unlink(missing_ok=True)
+    stop_file = Flag(run_dir / STOP_REQUEST)
+    stop_file.unlink()
     asked = False
 
     def request_stop(signum: int, frame: Any) -> None:
@@ -270,6 +281,6 @@ def _stop_on_sigterm(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-        stop_file.unlink(missing_ok=True)
+        stop_file.unlink()
         if asked:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -20,6 +20,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from layerplan.storage.mirror import fetch_file
 from layerplan.train.heartbeat import BEAT_EVERY_S, Board, name_stacks
 from layerplan.train.place import Beat
 from layerplan.train.stall import Pulse, Stall, find_limit, find_slowest, find_stall, update_pulses
@@ -120,7 +121,7 @@ class Watchdog:
         self.board.want_stacks.remote(str(folder))
         files = [name_stacks(folder, rank) for rank in wanted]
         deadline = time.monotonic() + 3 * BEAT_EVERY_S + 4
-        while time.monotonic() < deadline and not all(file.exists() and file.stat().st_size for file in files):
+        while time.monotonic() < deadline and not all(map(_has_arrived, files)):
             time.sleep(0.2)
         self.board.want_stacks.remote("")
         written = sum(file.exists() for file in files)
@@ -130,6 +131,13 @@ class Watchdog:
                 text = f"{_name(pulse.beat)} did not answer: its process is {found}; last seen at: {pulse.beat.place}\n"
                 name_stacks(folder, rank).write_text(text, encoding="utf-8")
         return written
+
+
+def _has_arrived(file: Path) -> bool:
+    """Whether a worker has written its stacks, here or, on another node, where the run is kept."""
+    if not file.exists():
+        fetch_file(file)
+    return file.exists() and file.stat().st_size > 0
 
 
 def look_at_process(beat: Beat) -> str:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import ray
 import ray.train
@@ -21,6 +23,9 @@ from layerplan.plan.explain import explain_changes
 from layerplan.plan.freeze_plan import FreezePlan, PlanPhase
 from layerplan.plan.memory import explain_shortage
 from layerplan.ray_session import quiet_engines
+from layerplan.storage.flag import Flag
+from layerplan.storage.mirror import carry_file, fetch_file
+from layerplan.storage.working import find_home
 from layerplan.train.build import BuiltModel, build_model
 from layerplan.train.checkpoint_writer import CheckpointWriter
 from layerplan.train.feed import count_embeddings, open_feed
@@ -32,7 +37,7 @@ from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
 from layerplan.train.loss_proof import prove_loss
 from layerplan.train.metrics import MetricSink
 from layerplan.train.place import STARTING, Mark
-from layerplan.train.request import STOP_REQUEST, TrainRequest, load_result
+from layerplan.train.request import RESULT_NAME, STOP_REQUEST, TrainRequest, load_result
 from layerplan.train.resume import find_resume
 from layerplan.train.sharding import reset_compiled
 from layerplan.train.state import TrainState
@@ -42,6 +47,8 @@ from layerplan.train.throughput import find_peak_flops
 def run_worker(request: TrainRequest) -> None:
     """One worker's part of a training run, inside Ray Train's train function."""
     quiet_engines()
+    request.model.fetch()
+    fetch_file(request.run_dir / RESULT_NAME)
     context = ray.train.get_context()
     with beating(request.board, context.get_world_rank()) as mark:
         train_phases(request, mark)
@@ -58,7 +65,8 @@ def train_phases(request: TrainRequest, mark: Mark) -> None:
     if rank == 0:
         print(f"[train] workers: {world_size} on {num_nodes} Ray node{'s' if num_nodes > 1 else ''}", flush=True)
     fresh = TrainState(plan_sha256=request.plan.sha256, corpus_sha256=manifest.content_sha256)
-    resumed = find_resume(request.run_dir / CHECKPOINTS_NAME, fresh, rank)
+    checkpoints = find_home(request.run_dir / CHECKPOINTS_NAME)
+    resumed = find_resume(checkpoints, fresh, rank)
     state = resumed.state
     group = dist.new_group(backend="gloo")
     with open_recorders(request, state, rank, world_size) as recorders:
@@ -78,7 +86,7 @@ def train_phases(request: TrainRequest, mark: Mark) -> None:
                 checkpoint=resumed.checkpoint,
             )
             writer = CheckpointWriter(
-                request.run_dir,
+                checkpoints,
                 built.placed.model,
                 built.optimizer,
                 group,
@@ -88,6 +96,7 @@ def train_phases(request: TrainRequest, mark: Mark) -> None:
                 parked=built.parked,
                 fresh_moments=bool(request.plan.phases),
                 validated_steps=range(0) if request.validation is None else request.validation.steps,
+                before_seal=partial(carry_records, request),
             )
             state = recorders.note_horizon(request, writer.restore() or state)
             request = replace(request, recipe=built.recipe)
@@ -145,7 +154,7 @@ def is_asked_to_stop(request: TrainRequest, rank: int) -> bool:
 
     Not through the group of the checkpoints, which a save in the background is using.
     """
-    asked = torch.tensor([int(rank == 0 and (request.run_dir / STOP_REQUEST).exists())])
+    asked = torch.tensor([int(rank == 0 and Flag(request.run_dir / STOP_REQUEST).exists())])
     dist.broadcast(asked, src=0)
     return bool(asked.item())
 
@@ -202,7 +211,10 @@ def _phase_at(plan: FreezePlan, step: int) -> PlanPhase:
 
 @contextmanager
 def open_recorders(request: TrainRequest, state: TrainState, rank: int, world_size: int) -> Iterator[Recorders]:
-    """Opens the sink of rank 0 and the ledger, and closes the sink."""
+    """Opens the sink of rank 0 and the ledger, goes on with what they hold, and closes the sink."""
+    if rank == 0:
+        for path in list_records(request):
+            fetch_file(path)
     sink = request.sink_factory(state.step) if rank == 0 and request.sink_factory is not None else None
     ledger = None
     if request.config.write_ledger:
@@ -212,6 +224,19 @@ def open_recorders(request: TrainRequest, state: TrainState, rank: int, world_si
     finally:
         if sink is not None:
             sink.close()
+        if rank == 0:
+            carry_records(request)
+
+
+def list_records(request: TrainRequest) -> tuple[Path, ...]:
+    """Files that rank 0 appends to."""
+    return (request.run_dir / LEDGER_NAME, *request.records)
+
+
+def carry_records(request: TrainRequest) -> None:
+    """Brings them to where the run is stored; a checkpoint counts only when they are there up to its step."""
+    for path in list_records(request):
+        carry_file(path)
 
 
 def make_hooks(
@@ -237,7 +262,7 @@ def make_hooks(
     return LoopHooks(
         iter_steps=feed.iter_steps,
         save=lambda reached: writer.save(feed.stamp(reached)),
-        should_stop=(request.run_dir / STOP_REQUEST).exists,
+        should_stop=Flag(request.run_dir / STOP_REQUEST).exists,
         sink=recorders.sink,
         validation=load_validation_rows(request.store, num_ids=count_embeddings(request)),
         restore=restore,

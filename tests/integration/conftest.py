@@ -17,6 +17,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from tests.buckets import BucketServer, serving_gcs, serving_s3
 from tests.planted import PLANTED
 from tests.ray_script import script_environment
 from tests.sockets import watch_listening
@@ -72,6 +73,20 @@ class Job:
 
     returncode: int
     output: str
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[BucketServer]:
+    """One server of S3 for all tests."""
+    with serving_s3() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def gcs_server() -> Iterator[BucketServer]:
+    """One server of GCS for all tests."""
+    with serving_gcs() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,86 +19,19 @@ from layerplan.corpus.store import StoreReader, load_validation_rows
 from layerplan.corpus.stream import iter_rank_steps
 from layerplan.corpus.upload import StoreUpload
 from layerplan.errors import CorpusError
+from tests.buckets import BucketServer, read_file
 from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
 
-# in a process of its own: Arrow's GCS client keeps Python's lock while it waits for an answer
-GCS_SERVER = """
-import signal
-from gcp_storage_emulator.server import create_server
-server = create_server("127.0.0.1", 0, in_memory=True)
-server.start()
-print(server._api._httpd.server_port, flush=True)
-signal.pause()
-"""
 
-
-@dataclass(frozen=True)
-class BucketServer:
-    """How the buckets of a server are addressed."""
-
-    scheme: str
-    options: str
-    environment: tuple[str, str]  # the variable that says the same as the options
-
-    def locate(self, bucket: str, key: str = "", more: str = "") -> str:
-        """The address of a key with what pyarrow needs to find the server."""
-        return f"{self.scheme}{bucket}{'/' if key else ''}{key}{self.options}{more}"
-
-    def upload(self, folder: Path, bucket: str) -> str:
-        """Copies a folder's files into a new bucket; returns the bucket's address."""
-        more = "&allow_bucket_creation=true" if self.scheme == "s3://" else "&project_id=test"
-        filesystem, _ = pafs.FileSystem.from_uri(self.locate(bucket, more=more))
-        filesystem.create_dir(bucket)
-        pafs.copy_files(str(folder), bucket, destination_filesystem=filesystem)
-        return self.locate(bucket)
-
-
-def read_file(address: str) -> bytes:
-    filesystem, path = pafs.FileSystem.from_uri(address)
-    return bytes(filesystem.open_input_file(path).read())
-
-
-@contextmanager
-def serving_s3() -> Iterator[BucketServer]:
-    """Moto's server, and credentials in the environment, which it does not check."""
-    from moto.server import ThreadedMotoServer
-
-    made = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    made.start()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "test")
-        patch.setenv("AWS_REGION", "us-east-1")
-        host, port = made.get_host_and_port()
-        options = f"?endpoint_override={host}:{port}&scheme=http"
-        try:
-            yield BucketServer("s3://", options, ("AWS_ENDPOINT_URL", f"http://{host}:{port}"))
-        finally:
-            made.stop()
-
-
-@contextmanager
-def serving_gcs() -> Iterator[BucketServer]:
-    """The emulator's server, which asks for no credentials."""
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", GCS_SERVER], stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            port = int(process.stdout.readline())
-            options = f"?endpoint_override=127.0.0.1:{port}&scheme=http&retry_limit_seconds=20"
-            where = ("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{port}")
-            yield BucketServer("gs://anonymous@", options, where)
-        finally:
-            process.kill()
-
-
-@pytest.fixture(scope="module", params=[serving_s3, serving_gcs], ids=["s3", "gcs"])
+@pytest.fixture(scope="module", params=["s3_server", "gcs_server"], ids=["s3", "gcs"])
 def server(request: pytest.FixtureRequest) -> Iterator[BucketServer]:
     import ray
 
     ray.shutdown()  # workers of a Ray that runs already would not see the environment
-    with request.param() as made:
+    made: BucketServer = request.getfixturevalue(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in made.keys.items():
+            patch.setenv(name, value)
         yield made
 
 

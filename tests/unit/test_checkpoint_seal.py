@@ -132,7 +132,7 @@ def test_shards_of_another_step_are_found(folder: Path, capsys: pytest.CaptureFi
 
 def test_going_back_in_a_running_training_proves_the_checkpoint_again(folder: Path) -> None:
     model, optimizer = build(999)
-    writer = CheckpointWriter(folder.parent, model, optimizer, None, 0, find_resume(folder, FRESH, rank=0))
+    writer = CheckpointWriter(folder, model, optimizer, None, 0, find_resume(folder, FRESH, rank=0))
     for step in (20, 20, 10):
         if step == 10:
             shutil.copyfile(folder / "step_00000010" / SHARD, folder / "step_00000020" / SHARD)

@@ -76,10 +76,13 @@ def test_a_run_goes_on_with_the_other_tokenizer_library(tmp_path: Path):
         ("what?", r"storage_path: '.*what\?/r' has '\?'"),
         ("a%20b", "has '%20', which ends or changes an address"),
         ("a\nb", r"has '\\n'"),
-        (
-            "s3://bucket/runs",
-            "storage_path=s3://bucket/runs: a folder that every node sees is expected, not an address",
-        ),
+        ("ftp://host/runs", r"storage_path=ftp://host/runs: ftp:// is not served; .* is, and s3://, gs://, gcs://"),
+        ("file:///data/runs", "file:// is not served"),
+        ("s3://KEY:SECRET@bucket/runs", r"storage_path=s3://\*\*\*@bucket/runs: keys in an address"),
+        ("s3://bucket/runs?scheme=http", "takes no options; set the server in the environment"),
+        ("s3://bucket/../runs", "without empty parts, `.`, `..`"),
+        ("s3://", "s3://bucket or s3://bucket/folder is expected"),
+        ("s3://bucket/a%20b", "has '%20', which ends or changes an address"),
     ],
 )
 def test_a_folder_that_cannot_stand_in_an_address_is_refused_by_the_character(tmp_path: Path, folder: str, words: str):

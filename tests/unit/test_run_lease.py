@@ -170,32 +170,3 @@ def test_a_folder_that_cannot_be_written_is_a_fault_of_the_config(tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"storage_path: .*cannot be written"), hold_run(tmp_path / "file" / "r", "r"):
         pass
-
-
-def test_a_bucket_holds_a_lease_as_a_disk_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On moto's S3 server, through the same files: none is moved, linked or locked."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-        client.create_bucket(Bucket="runs")
-        root = f"s3://runs/folder/r?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-
-        def names() -> list[str]:
-            found = client.list_objects_v2(Bucket="runs").get("Contents", [])
-            return [item["Key"] for item in found if not item["Key"].endswith("/")]  # pyarrow's mark of a folder
-
-        with hold_run(root, "r", beat_s=0.1):
-            time.sleep(0.3)
-            assert len(names()) == 1 and names()[0].startswith("folder/r/lease-")
-            with pytest.raises(RunBusyError, match=f"is being run by process {os.getpid()}"), hold_run(root, "r"):
-                pass
-        assert names() == []
-    finally:
-        server.stop()
