@@ -16,7 +16,8 @@ def run(config: RunConfig) -> Path:
     """Runs every stage of a config that is not done yet.
 
     Returns:
-        The run's folder, with `report.html`, `verdicts.json` and the trained model.
+        The run's folder, with `report.html`, `verdicts.json` and the trained model; of a run kept at an address, the local one it
+        worked in.
 
     Raises:
         LayerplanError: When an input cannot be used or a stage fails; what is done is kept.

@@ -74,6 +74,7 @@ def tracked(context: RunContext, stage: str) -> Iterator[Tracker]:
         raise
     context.folder.carry()
     tracker.close(status="FINISHED")
+    context.folder.carry()  # the journals, which say so
 
 
 def build_store(context: RunContext, model: ModelRef) -> Path | str:

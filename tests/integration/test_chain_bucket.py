@@ -18,7 +18,7 @@ from layerplan.pipeline.check_ledger import check_ledgers
 from layerplan.storage.paths import BucketPath
 from tests.buckets import BucketServer
 
-START_TIMEOUT_S = 240
+START_TIMEOUT_S = 500
 SECRET = "planted-secret-of-the-bucket"
 
 
