@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from pydantic import Field, ValidationError
 
-from eval.artifacts import write_text
 from eval.encoding import count_control_tokens, encode_prompts
 from eval.logits import choose_dtype
 from eval.progress import ProgressLines
 from eval.resampling import BOOTSTRAP_SAMPLES
 from eval.significance import ALPHA, correct_holm
+from layerplan.artifacts import compute_sha256, write_text
 from layerplan.config.base import StrictModel, describe_fault
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.evaluation import EvaluationConfig, HeldOutConfig
@@ -31,7 +31,6 @@ from layerplan.corpus.sources import iter_documents
 from layerplan.errors import EvaluationError, find_layerplan_error
 from layerplan.models.cores import find_threads, use_cores
 from layerplan.models.ref import ModelRef
-from layerplan.plan.hashing import compute_sha256
 
 HELD_OUT_FOLDER = "held_out"
 MAX_WINDOW = 2048
