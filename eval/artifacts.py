@@ -1,16 +1,16 @@
-"""What an evaluation leaves on disk, written aside and moved into place, and read back with one clear error."""
+"""What an evaluation leaves on disk, and how it is read back with one clear error."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from eval.engine import EngineAnswer
 from eval.scoring import Answer, EvaluationResult, Protocol
+from layerplan.artifacts import read_every_line, write_json, write_lines
 from layerplan.config.base import describe_fault
 from layerplan.errors import EvaluationError
 
@@ -22,15 +22,11 @@ def write_results(
     out_dir: Path, benchmark: str, results: Results, answers: Mapping[Protocol, Sequence[Answer]]
 ) -> None:
     """Writes `<benchmark>.jsonl`, then `<benchmark>.json`, whose presence says that both are whole."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps({"protocol": protocol, "answer": item.model_dump()}, ensure_ascii=False)
-        for protocol, items in answers.items()
-        for item in items
-    ]
-    write_text(out_dir / f"{benchmark}.jsonl", "\n".join(lines) + "\n")
-    dumped = {key: result.model_dump(mode="json") for key, result in results.items()}
-    write_text(out_dir / f"{benchmark}.json", json.dumps(dumped, indent=2, ensure_ascii=False) + "\n")
+    write_lines(
+        out_dir / f"{benchmark}.jsonl",
+        [{"protocol": protocol, "answer": item.model_dump()} for protocol, items in answers.items() for item in items],
+    )
+    write_json(out_dir / f"{benchmark}.json", {key: result.model_dump(mode="json") for key, result in results.items()})
 
 
 def write_continuations(out_dir: Path, asked: Sequence[tuple[str, int]], answers: Sequence[EngineAnswer]) -> None:
@@ -39,11 +35,13 @@ def write_continuations(out_dir: Path, asked: Sequence[tuple[str, int]], answers
     if not asked:
         path.unlink(missing_ok=True)
         return
-    lines = [
-        json.dumps({"prompt": prompt, "max_new_tokens": limit, "text": answer.text}, ensure_ascii=False)
-        for (prompt, limit), answer in zip(asked, answers, strict=True)
-    ]
-    write_text(path, "\n".join(lines) + "\n")
+    write_lines(
+        path,
+        [
+            {"prompt": prompt, "max_new_tokens": limit, "text": answer.text}
+            for (prompt, limit), answer in zip(asked, answers, strict=True)
+        ],
+    )
 
 
 def load_continued(out_dir: Path) -> list[tuple[str, int]]:
@@ -56,7 +54,7 @@ def load_continued(out_dir: Path) -> list[tuple[str, int]]:
     if not path.exists():
         return []
     try:
-        records = _read_lines(path)
+        records = read_every_line(path)
         return [(record["prompt"], record["max_new_tokens"]) for record in records]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
@@ -88,20 +86,7 @@ def load_answers(out_dir: Path, benchmark: str, protocol: str) -> list[Answer]:
     """
     path = out_dir / f"{benchmark}.jsonl"
     try:
-        records = _read_lines(path)
+        records = read_every_line(path)
         return [Answer.model_validate(record["answer"]) for record in records if record["protocol"] == protocol]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines end at a line feed and nowhere else: a model may write U+2028, at which `splitlines` would cut."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file aside and moves it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

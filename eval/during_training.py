@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.artifacts import Results, load_answers, load_results, write_text
+from eval.artifacts import Results, load_answers, load_results
 from eval.runner import evaluate_model, load_finished
 from eval.significance import ALPHA, Comparison, Verdict, judge_comparisons
+from layerplan.artifacts import write_json
 from layerplan.checkpoint.hf_export import export_hf
 from layerplan.checkpoint.index import list_checkpoints
 from layerplan.checkpoint.layout import CHECKPOINTS_NAME, STATE_NAME, name_step, parse_step, read_train_state
@@ -98,7 +99,7 @@ class CheckpointScoring:
         breach = find_breach(verdicts, self.config.guardrail_points, num_looks=len(self.due_steps))
         if breach is not None:
             found = {"step": step, "verdict": breach.model_dump(mode="json")}
-            write_text(self.run_dir / GUARDRAIL_NAME, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+            write_json(self.run_dir / GUARDRAIL_NAME, found)
             carry_file(self.run_dir / GUARDRAIL_NAME)
             print(f"[evaluate] guardrail: {breach.sentence} Training stops", flush=True)
             self.stop_file.touch()

@@ -16,13 +16,13 @@ from pydantic import Field, ValidationError
 
 from eval.resampling import BOOTSTRAP_SAMPLES
 from eval.significance import ALPHA, correct_holm
+from layerplan.artifacts import compute_sha256
 from layerplan.config.base import StrictModel, describe_fault
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.evaluation import EvaluationConfig, HeldOutConfig
 from layerplan.corpus.readers import Document
 from layerplan.corpus.sources import iter_documents
 from layerplan.errors import EvaluationError
-from layerplan.plan.hashing import compute_sha256
 
 HELD_OUT_FOLDER = "held_out"
 MIN_DOCUMENTS = 10

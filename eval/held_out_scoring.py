@@ -15,16 +15,15 @@ from typing import Any
 
 import torch
 
-from eval.artifacts import write_text
 from eval.encoding import count_control_tokens, encode_prompts
 from eval.held_out import HELD_OUT_FOLDER, HeldOutResult, load_held_out, read_held_out
 from eval.logits import choose_dtype
 from eval.progress import ProgressLines
+from layerplan.artifacts import compute_sha256, write_text
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError, find_layerplan_error
 from layerplan.models.cores import find_threads, use_cores
 from layerplan.models.ref import ModelRef
-from layerplan.plan.hashing import compute_sha256
 
 MAX_WINDOW = 2048
 """Longest window, in tokens; bounds the logits held at once."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from eval.csv_table import COLUMNS, LETTERS
 from eval.items import load_official_subjects
+from layerplan.artifacts import writing_aside
 from layerplan.errors import EvaluationError, first_line
 
 REPOSITORIES = {"ceval": "ceval/ceval-exam", "cmmlu": "haonan-li/cmmlu"}
@@ -61,10 +62,7 @@ def _fetch_rows(source: str, subject: str, split: str) -> list[dict[str, str]]:
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as handle:
+    with writing_aside(path) as aside, aside.open("w", encoding="utf-8", newline="") as handle:
         writer = csv.DictWriter(handle, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    partial.replace(path)

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from eval.csv_table import LETTERS, read_letter, read_table
+from layerplan.artifacts import compute_sha256
 from layerplan.config.evaluation import BenchmarkConfig
 from layerplan.errors import EvaluationError
 from layerplan.inside import is_plain_name
-from layerplan.plan.hashing import compute_sha256
 
 CATEGORIES = ("STEM", "Social Science", "Humanities", "Other")
 DEFAULT_SPLIT = {"ceval": "val", "cmmlu": "test"}

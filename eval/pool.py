@@ -21,9 +21,9 @@ from typing import Any
 
 from eval.engine import EngineAnswer, EngineSpec, open_engine
 from eval.progress import ProgressLines
+from layerplan.artifacts import compute_sha256, write_text
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError, LayerplanError, find_layerplan_error
-from layerplan.plan.hashing import compute_sha256
 
 MAX_RESTARTS = 2
 LEDGER_NAME = "answers.partial.jsonl"
@@ -175,7 +175,7 @@ class Ledger:
             record = json.loads(line)
             logprobs, ids, text = record["answer"]
             self.answers[record["index"]] = EngineAnswer(tuple(logprobs), ids, text)
-        self._path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(self._path, "\n".join(lines) + "\n")
 
 
 def _order(asks: Sequence[Ask], backend: str) -> list[int]:

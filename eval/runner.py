@@ -19,11 +19,11 @@ from eval.pool import Ask, ask_all, clear_ledger
 from eval.preflight import check_lengths, check_model_files
 from eval.prompts import TEMPLATES, describe_template, format_prompts
 from eval.scoring import Answer, EvaluationResult, Protocol, ScoreOrigin, pick_letter, score_answers
+from layerplan.artifacts import compute_sha256
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError
 from layerplan.models.files import name_folder
 from layerplan.models.ref import ModelRef
-from layerplan.plan.hashing import compute_sha256
 
 
 def evaluate_model(

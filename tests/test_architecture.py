@@ -74,6 +74,14 @@ def test_a_model_is_handed_on_as_a_reference_and_never_without_its_consent():
     assert loose == []
 
 
+def test_files_are_written_aside_in_one_place_only():
+    """The checkpoints' own writers, a lease and a run's config are moved into place by their owners."""
+    spelled = {str(path.relative_to(ROOT)) for path in LIBRARY if '.partial"' in path.read_text(encoding="utf-8")}
+    own = ("layerplan/checkpoint/", "layerplan/storage/", "layerplan/pipeline/lease_files.py")
+    others = {name for name in spelled if not name.startswith(own)}
+    assert others <= {"layerplan/artifacts.py", "layerplan/pipeline/run_folder.py"}
+
+
 def test_tests_have_no_init_and_no_file_is_called_utils():
     names = {path.relative_to(ROOT).as_posix() for path in SOURCES}
     assert not [name for name in names if name.startswith("tests/") and name.endswith("__init__.py")]

@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from layerplan.artifacts import compute_sha256, writing_aside
 from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.decontamination import BenchmarkText, fold_question, hash_held_out
 from layerplan.corpus.encoders import explain_fallback
@@ -29,7 +30,6 @@ from layerplan.corpus.tokenize import FAULT, KEPT, QUARANTINED, Record, UnitToke
 from layerplan.corpus.upload import StoreUpload
 from layerplan.corpus.writer import StoreWriter, check_shards, explain_disk_faults, move_shards
 from layerplan.errors import CorpusError
-from layerplan.plan.hashing import compute_sha256
 from layerplan.storage.address import hide_keys
 
 WORKERS_PER_INPUT_BYTES = 32 * 2**20
@@ -341,12 +341,11 @@ def write_manifest(store: Path, manifest: Manifest, upload: StoreUpload | None =
     Raises:
         CorpusError: When the disk or the address refuses.
     """
-    with explain_disk_faults(store if upload is None else upload.address):
-        partial = store / (MANIFEST_NAME + ".partial")
+    place = store if upload is None else upload.address
+    with explain_disk_faults(place), writing_aside(store / MANIFEST_NAME) as partial:
         partial.write_text(manifest.render(), encoding="utf-8")
         if upload is not None:
             for path in (store / VALIDATION_NAME, store / QUARANTINE_NAME, store / CONTAMINATED_NAME):
                 if path.exists():
                     upload.copy(path)
             upload.copy(partial, MANIFEST_NAME)
-        partial.replace(store / MANIFEST_NAME)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from layerplan.artifacts import compute_sha256
 from layerplan.config.corpus import DecontaminationConfig
 from layerplan.corpus.cleaning import normalize_text
 from layerplan.corpus.codepoints import MULTIPLIER, Codes, encode_codes, fold_words, hash_ngrams
-from layerplan.plan.hashing import compute_sha256
 
 MAX_HELD_OUT_GRAMS = 256
 """n-grams by which a held-out document is known; those with the smallest mixed hashes, so that they are the same in every

@@ -10,6 +10,7 @@ import pyarrow as pa
 import xxhash
 from pydantic import Field, ValidationError
 
+from layerplan.artifacts import compute_sha256
 from layerplan.config.base import StrictModel, describe_fault
 from layerplan.corpus.consistency import find_contradiction
 from layerplan.corpus.damage import explain_file
@@ -160,8 +161,6 @@ class Manifest(StrictModel):
     @property
     def content_sha256(self) -> str:
         """One hash for all that decides the order of tokens: the shards' hashes, the sources' rows and weights."""
-        from layerplan.plan.hashing import compute_sha256
-
         fields: dict[str, Any] = self.model_dump(
             mode="json",
             include={

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from layerplan.artifacts import compute_sha256, write_text
 from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.build import (
     find_complete,
@@ -38,7 +39,6 @@ from layerplan.corpus.sources import UNIT_BYTES, Unit, list_units
 from layerplan.corpus.tokenize import FILTERED, KEPT, QUARANTINED, UnitTokenizer
 from layerplan.corpus.writer import check_ids, explain_disk_faults
 from layerplan.errors import CorpusError
-from layerplan.plan.hashing import compute_sha256
 from layerplan.storage.address import join_location
 
 STREAM_NAME = "stream.json"
@@ -118,10 +118,7 @@ def write_stream(
 
 def _write_content(store: Path, content: dict[str, Any]) -> None:
     with explain_disk_faults(store):
-        store.mkdir(parents=True, exist_ok=True)
-        partial = store / (STREAM_NAME + ".partial")
-        partial.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        partial.replace(store / STREAM_NAME)
+        write_text(store / STREAM_NAME, json.dumps(content, ensure_ascii=False))
 
 
 def _no_rows(path: str) -> SourceRows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from layerplan.artifacts import hash_bytes
 from layerplan.corpus.damage import describe_group
 from layerplan.corpus.location import open_file
 from layerplan.corpus.manifest import Manifest, Shard
@@ -56,7 +56,7 @@ def _verify_file(store: Path | str, manifest: Manifest, shard: Shard) -> list[st
     except READ_FAULTS as error:
         return [f"{hide_keys(path)}: cannot be read ({first_line(error)})"]
     faults = list(_iter_faults(manifest, shard, content))
-    if not faults and shard.sha256 and hashlib.sha256(content).hexdigest() != shard.sha256:
+    if not faults and shard.sha256 and hash_bytes(content) != shard.sha256:
         known = "no row that training uses differs" if shard.groups_xxh3_128 else "which rows differ cannot be told"
         faults = [f"is not the file that was written (by its sha256); {known}"]
     return [f"{hide_keys(path)}: {fault}" for fault in faults]

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from layerplan.artifacts import PARTIAL_SUFFIX
 from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.journal import BuildJournal
 from layerplan.corpus.manifest import CONTAMINATED_NAME, QUARANTINE_NAME, VALIDATION_NAME, Shard, SourceRows
@@ -175,7 +176,7 @@ class StoreWriter:
         self.state.sources += [SourceProgress() for _ in self._config.sources[len(self.state.sources) :]]
         kept = {shard["name"] for shard in self.state.shards}
         check_shards(self._store, kept, self._upload)
-        for path in [*self._store.glob("shard_*.parquet"), *self._store.glob("*.partial")]:
+        for path in [*self._store.glob("shard_*.parquet"), *self._store.glob(f"*{PARTIAL_SUFFIX}")]:
             if path.name not in kept:
                 path.unlink()
 

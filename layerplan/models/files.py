@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from layerplan.artifacts import hash_files
 from layerplan.errors import ModelError, first_line
 from layerplan.models.gguf_file import SOURCE_NAME, read_source
 from layerplan.models.weight_files import INDEX_NAME, OTHER_FORMATS, WEIGHTS_NAME, read_index
@@ -202,13 +202,7 @@ def hash_weight_files(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"model.name={folder}: the folder has no *.safetensors weights")
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as handle:
-            while block := handle.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
+    return hash_files(files)
 
 
 def _check_hub_id(name: str) -> None:

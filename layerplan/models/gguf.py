@@ -9,11 +9,11 @@ matrix per expert, say) is held whole once.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from layerplan.artifacts import making_folder
 from layerplan.errors import ModelError, first_line
 from layerplan.models.gguf_file import SOURCE_NAME, GgufFile, open_gguf
 from layerplan.models.weight_files import INDEX_NAME, WEIGHTS_NAME
@@ -41,13 +41,11 @@ def convert_gguf(path: Path, out_dir: Path, *, dtype: Dtype = "auto") -> ModelSo
         raise ModelError(f"{out_dir}: exists already; name another folder, or remove it")
     file = open_gguf(path)
     source = file.describe_source()
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent) as aside:
-        made = Path(aside) / out_dir.name
-        made.mkdir()
-        _write_model(file, Path(aside), made, file.choose_dtype() if dtype == "auto" else dtype)
+    with making_folder(
+        out_dir
+    ) as made:  # two processes may convert at once: the one that ends second throws its own away
+        _write_model(file, made.parent, made, file.choose_dtype() if dtype == "auto" else dtype)
         (made / SOURCE_NAME).write_text(source.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        _move_into_place(made, out_dir)
     return source
 
 
@@ -141,12 +139,3 @@ def _spell_as_stored(model: Any, out_dir: Path) -> None:
     for path in (*written, out_dir / INDEX_NAME):
         path.unlink(missing_ok=True)
     model.save_pretrained(out_dir, max_shard_size=SHARD_BYTES)
-
-
-def _move_into_place(made: Path, out_dir: Path) -> None:
-    try:
-        made.rename(out_dir)
-    except OSError:
-        if not out_dir.is_dir():
-            raise
-        # another process finished the same conversion first; its folder is as good

@@ -7,9 +7,10 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from layerplan.artifacts import hash_file
 from layerplan.errors import ModelError
 from layerplan.models.gguf import convert_gguf
-from layerplan.models.gguf_file import GGUF_SUFFIX, hash_file
+from layerplan.models.gguf_file import GGUF_SUFFIX
 
 PACKAGE_SCHEME = "package://"
 """A file inside an installed Python package: `package://<import name>/<path>`."""

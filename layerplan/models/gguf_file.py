@@ -5,7 +5,6 @@ The `gguf` package parses the file and de-quantises; which architectures can bec
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from layerplan.artifacts import hash_file
 from layerplan.errors import ModelError, first_line
 from layerplan.plan.layer_profile import ModelSource
 
@@ -118,12 +118,6 @@ def read_source(folder: Path) -> ModelSource | None:
         return ModelSource.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name={folder}: {SOURCE_NAME} cannot be read ({first_line(error)})") from None
-
-
-def hash_file(path: Path) -> str:
-    """Sha256 over the file's bytes."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _explain_header(path: Path, error: Exception) -> str:

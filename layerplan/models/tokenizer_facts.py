@@ -14,7 +14,6 @@ What the tokenizer puts before a text is asked of the tokenizer: it encodes one 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from layerplan.artifacts import hash_bytes
 from layerplan.errors import ModelError
 from layerplan.models.control_tokens import is_reached
 from layerplan.models.files import TOKENIZER_SIBLINGS
@@ -146,7 +146,7 @@ def _read(file: Path, end_of_text: str | None, changed: tuple[tuple[int, int], .
     return TokenizerFacts(
         path=file,
         json_text=text,
-        sha256=hashlib.sha256(content).hexdigest(),
+        sha256=hash_bytes(content),
         num_entries=tokenizer.get_vocab_size(),
         num_text_ids=around + 1,
         num_ids=max(around, *control_ids, 0) + 1,

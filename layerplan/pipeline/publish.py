@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.artifacts import write_text
 from eval.significance import Verdict
+from layerplan.artifacts import write_text
 from layerplan.checkpoint.model_card import CARD_NAME
 from layerplan.pipeline.lineage import note_results
 from layerplan.pipeline.stages import RunContext

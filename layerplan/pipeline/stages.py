@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval.artifacts import CONTINUATIONS_NAME, Results, write_text
+from eval.artifacts import CONTINUATIONS_NAME, Results
 from eval.during_training import GUARDRAIL_NAME, CheckpointScoring, backfill, compare_with_base, read_breach
 from eval.held_out import judge_held_out, load_held_out, read_held_out
 from eval.items import load_benchmark
 from eval.runner import evaluate_model
 from eval.significance import Verdict
 from eval.tables import render_scores
+from layerplan.artifacts import write_json, write_text
 from layerplan.checkpoint.layout import name_step
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.run import RunConfig
@@ -174,7 +175,7 @@ def decide_plan(context: RunContext, model: ModelRef, profile: LayerProfile | No
     write_json(context.folder.predicted_cost, cost_here)
     if not context.folder.plan.exists():
         with tracked(context, "plan") as tracker:
-            context.folder.plan_text.write_text(explain_plan(plan, profile, cost_here), encoding="utf-8")
+            write_text(context.folder.plan_text, explain_plan(plan, profile, cost_here))
             plan.save(context.folder.plan)
             tracker.log_params({"plan_type": plan.plan_type, "trainable_layers": list(plan.trainable_layers)})
             if choice := read_choice(plan):
@@ -326,14 +327,6 @@ def list_held_out_texts(config: RunConfig) -> list[BenchmarkText]:
         for item in config.evaluation.held_out
         for document in read_held_out(item)
     ]
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes JSON aside and moves it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _make_validation(scoring: CheckpointScoring) -> CheckpointValidation | None:

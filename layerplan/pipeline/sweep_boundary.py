@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from layerplan.artifacts import write_json
 from layerplan.config.run import RunConfig
 from layerplan.config.sweep import SweepConfig
 from layerplan.errors import ConfigError
@@ -19,7 +20,7 @@ from layerplan.pipeline.candidates import make_candidates, name_trial
 from layerplan.pipeline.checks import check_corpus, check_model
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.pipeline.session import open_run
-from layerplan.pipeline.stages import RunContext, ask_loss, build_store, make_train_request, say, tracked, write_json
+from layerplan.pipeline.stages import RunContext, ask_loss, build_store, make_train_request, say, tracked
 from layerplan.report.lineage import list_trial_results, render_sweep
 from layerplan.storage.working import find_home
 from layerplan.sweep.objective import Trial

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from layerplan.artifacts import compute_sha256, read_sealed, write_sealed
 from layerplan.config.base import StrictModel
 from layerplan.errors import PlanError
-from layerplan.plan.hashing import compute_sha256
-from layerplan.plan.layer_profile import ModelIdentity, read_sealed, write_sealed
+from layerplan.plan.layer_profile import ModelIdentity
 
 PLAN_NAME = "freeze_plan.json"
 SCHEMA_VERSION = 1

@@ -6,16 +6,14 @@ l = i + 1. Rows are probe groups in the order of `groups`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from layerplan.config.base import StrictModel, describe_fault
-from layerplan.errors import PlanError
-from layerplan.plan.hashing import compute_sha256
+from layerplan.artifacts import compute_sha256, read_sealed, write_sealed
+from layerplan.config.base import StrictModel
 
 SCHEMA_VERSION = 3
 EMPTY_SIDE_RULE = "empty_side_as_zero"
@@ -24,7 +22,6 @@ PROBES_NAME = "layer_probes.parquet"
 """Per-probe values, in the folder of the profile."""
 ENOUGH_ANSWERS = 30
 """Fewest right and fewest wrong answers that are compared."""
-SealedT = TypeVar("SealedT", bound=StrictModel)
 
 
 class ModelSource(StrictModel):
@@ -221,36 +218,3 @@ def _convert_layout_2(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _content_hash(value: StrictModel) -> str:
     return compute_sha256(value.model_dump(mode="json", exclude={"sha256"}))
-
-
-def write_sealed(path: Path, value: StrictModel) -> None:
-    """Writes JSON beside `path` and moves it into place, so that no reader sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(value.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def read_sealed(path: Path, cls: type[SealedT]) -> SealedT:
-    """Reads a sealed artifact and checks its hash; raises `PlanError` naming the file.
-
-    The hash is over the file as it stands, so that an artifact keeps it when later layouts add fields.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        value = cls.model_validate_json(text)
-    except OSError as error:
-        raise PlanError(f"{path}: cannot be read ({error})") from None
-    except ValidationError as error:
-        raise PlanError(f"{path}: not a valid {cls.__name__} ({describe_fault(error)})") from None
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"{path}: not a valid {cls.__name__} ({' '.join(str(error).split())[:200]})") from None
-    content = json.loads(text)
-    content.pop("sha256", None)
-    expected = compute_sha256(content)
-    if getattr(value, "sha256", None) != expected:
-        raise PlanError(
-            f"{path}: its sha256 field is {getattr(value, 'sha256', None)!r} but the content hashes to {expected!r};"
-            " the file was changed after it was made"
-        )
-    return value

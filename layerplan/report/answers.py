@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerplan.artifacts import read_lines
 from layerplan.inside import is_plain_name
 from layerplan.plan.cost import COST_NAME, GIB, PlanCost
 from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
@@ -193,14 +194,3 @@ def _read_continuations(folder: Path) -> dict[str, str]:
 def read_json(path: Path) -> Any:
     """A JSON file; an empty object when there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines, which end at a line feed and nowhere else: a model may write U+2028. One that was cut is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found

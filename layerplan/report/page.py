@@ -10,10 +10,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from layerplan.artifacts import read_lines, write_text
 from layerplan.plan.explain import describe_older_rule
 from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
-from layerplan.report.answers import read_answers, read_lines
+from layerplan.report.answers import read_answers
 from layerplan.report.figures import build_layer_figures, draw_loss
 from layerplan.report.html_parts import embed_svg, render_table
 from layerplan.report.measurement import read_deviations, render_measurement
@@ -94,9 +95,7 @@ def write_report(run_dir: Path) -> Path:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>layerplan: {html.escape(run_dir.name)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
     )
-    partial = run_dir / (REPORT_NAME + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(run_dir / REPORT_NAME)
+    write_text(run_dir / REPORT_NAME, page)
     return run_dir / REPORT_NAME
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from layerplan.artifacts import write_text
 from layerplan.config.sweep import SweepConfig
 from layerplan.errors import ConfigError
 from layerplan.plan.freeze_plan import PLAN_NAME
@@ -37,10 +38,7 @@ def check_search(sweep: SweepConfig, folder: Path) -> None:
 
 def save_search(sweep: SweepConfig, folder: Path) -> None:
     """Writes what the trials have in common, before the first of them is trained."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (SEARCH_NAME + ".partial")
-    partial.write_text(json.dumps({name: getattr(sweep, name) for name in DECIDES}) + "\n", encoding="utf-8")
-    partial.replace(folder / SEARCH_NAME)
+    write_text(folder / SEARCH_NAME, json.dumps({name: getattr(sweep, name) for name in DECIDES}) + "\n")
 
 
 def _read_search(folder: Path) -> dict[str, object]:

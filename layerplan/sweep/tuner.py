@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from layerplan.artifacts import compute_sha256
 from layerplan.config.sweep import SweepConfig
 from layerplan.errors import TrainingError
-from layerplan.plan.hashing import compute_sha256
 from layerplan.sweep.objective import Trial, run_trial
 from layerplan.train.trainer import TrainRequest
 

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from layerplan.artifacts import writing_aside
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import ModelError, ProbeError
 from layerplan.models.ref import ModelRef
@@ -42,7 +43,6 @@ def trace_model(model: ModelRef, config: TraceConfig, *, out_dir: Path) -> Layer
     records = _measure(encoded, model, config)
     check_complete([probe.id for probe in probes], [record["id"] for record in records])
     profile = build_profile(records, model=identity, config=config, probe_set_sha256=hash_probes(probes))
-    out_dir.mkdir(parents=True, exist_ok=True)
     _write_records(out_dir / PROBES_NAME, records)
     profile.save(out_dir / PROFILE_NAME)
     return profile
@@ -99,9 +99,8 @@ def _measure(encoded: list[EncodedProbe], model: ModelRef, config: TraceConfig) 
 
 
 def _write_records(path: Path, records: list[dict[str, Any]]) -> None:
-    partial = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist([_plain(record) for record in records]), partial, compression="zstd")
-    partial.replace(path)
+    with writing_aside(path) as aside:
+        pq.write_table(pa.Table.from_pylist([_plain(record) for record in records]), aside, compression="zstd")
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:

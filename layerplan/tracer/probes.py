@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from layerplan.artifacts import compute_sha256
 from layerplan.errors import ProbeError
-from layerplan.plan.hashing import compute_sha256
 from layerplan.tracer.lexicon import Lexicon
 
 Style = Literal["mixed", "uniform"]

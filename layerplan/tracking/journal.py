@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from layerplan.artifacts import parse_lines, read_lines
+
 CHUNK_BYTES = 1 << 20
 CHUNK_LINES = 200
 """What a reader holds in memory at once, however far behind it is."""
@@ -89,24 +91,6 @@ class LineReader:
 def time_of(line: Line) -> int:
     """The time of a line; 0 for one written before lines had a time."""
     return int(line.get("time", 0))
-
-
-def read_lines(path: Path) -> list[Line]:
-    """Every whole line of a file, none when it is not there."""
-    return parse_lines(path.read_bytes()) if path.exists() else []
-
-
-def parse_lines(content: bytes) -> list[Line]:
-    """The lines that are JSON objects; what a killed writer left of one is none."""
-    lines = []
-    for line in content.split(b"\n"):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            lines.append(value)
-    return lines
 
 
 def end_with_a_line(path: Path) -> None:

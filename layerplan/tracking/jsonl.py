@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
+from layerplan.artifacts import read_lines, write_lines
 from layerplan.redaction import redact_text
-from layerplan.tracking.journal import Journal, Line, read_lines
+from layerplan.tracking.journal import Journal, Line
 
 ROLLED_BACK = "rolled_back"
 """Event that names steps whose lines were dropped because the steps were trained again."""
@@ -56,9 +56,7 @@ class JsonlSink(EventLog):
         lost, kept = list(compress(lines, is_lost)), [line for line, gone in zip(lines, is_lost) if not gone]
         if not lost:
             return
-        partial = self._path.with_name(self._path.name + ".partial")
-        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
-        partial.replace(self._path)
+        write_lines(self._path, kept)
         steps = sorted(line["step"] for line in lost if "event" not in line)
         if steps:
             words = f"steps {steps[0]} to {steps[-1]} did not last; training went on from step {step}"

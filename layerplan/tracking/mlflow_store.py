@@ -20,6 +20,7 @@ import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param
 from mlflow.exceptions import MlflowException
 
+from layerplan.artifacts import write_json
 from layerplan.errors import TrackingError, first_line
 from layerplan.redaction import redact_text, redact_uri
 from layerplan.tracking.outbox import PARENT, TrackingFolder
@@ -275,6 +276,4 @@ class RunBook:
         return known if isinstance(known, dict) else {}
 
     def _write(self, known: Mapping[str, Any]) -> None:
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self._path)
+        write_json(self._path, known)

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from layerplan.artifacts import read_lines
 from layerplan.redaction import redact_text, redact_values
-from layerplan.tracking.journal import Journal, read_lines
+from layerplan.tracking.journal import Journal
 from layerplan.tracking.tracker import Dataset, Status
 
 PARENT = "parent"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from layerplan.tracking.journal import Line, read_lines, time_of
+from layerplan.artifacts import read_lines, write_json
+from layerplan.tracking.journal import Line, time_of
 from layerplan.tracking.jsonl import values_of
 from layerplan.tracking.outbox import TrackingFolder
 
@@ -34,9 +34,7 @@ class Positions(BaseModel):
 
     def save(self, path: Path) -> None:
         """Writes the file aside and moves it into place."""
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.model_dump(), indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_json(path, self.model_dump())
 
 
 @dataclass(frozen=True)

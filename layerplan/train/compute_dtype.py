@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from layerplan.artifacts import write_text
 from layerplan.config.train import TrainConfig
 from layerplan.train.throughput import measure_matmul_flops
 
@@ -43,7 +44,7 @@ class MeasuredDtype:
 
     def save(self, path: Path) -> None:
         """Writes the rates."""
-        path.write_text(json.dumps(vars(self)) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(vars(self)) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> MeasuredDtype:

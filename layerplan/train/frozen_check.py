@@ -7,7 +7,6 @@ whole, so that the value depends neither on the number of workers nor on how the
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from layerplan.artifacts import hash_bytes
 from layerplan.errors import TrainingError
 from layerplan.models.freezing import hf_name
 
@@ -142,4 +142,4 @@ def _check_agreement(values: Mapping[str, int], sums: Tensor) -> None:
 
 def _digest(values: Mapping[str, int]) -> str:
     text = "\n".join(f"{name} {value}" for name, value in sorted(values.items()))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hash_bytes(text.encode())

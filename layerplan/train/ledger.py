@@ -6,7 +6,6 @@ because those steps are taken again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
+
+from layerplan.artifacts import hash_bytes, write_text
 
 LEDGER_NAME = "ledger.jsonl"
 
@@ -33,9 +34,7 @@ class LedgerWriter:
         if not self._path.exists():
             return
         kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        partial = self._path.with_name(self._path.name + ".partial")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        partial.replace(self._path)
+        write_text(self._path, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, row_ids: NDArray[np.int64]) -> None:
         """Takes this rank's row ids of the 1-based `step`."""
@@ -52,7 +51,7 @@ class LedgerWriter:
 
 def hash_row_ids(row_ids: NDArray[np.int64]) -> str:
     """SHA-256 over the sorted row ids as little-endian int64, the same for every world size."""
-    return hashlib.sha256(np.sort(row_ids).astype("<i8").tobytes()).hexdigest()
+    return hash_bytes(np.sort(row_ids).astype("<i8").tobytes())
 
 
 def _step_of(line: str) -> float:

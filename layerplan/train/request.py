@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from layerplan.artifacts import write_json
 from layerplan.config.base import describe_fault
 from layerplan.config.train import TrainConfig
 from layerplan.errors import CheckpointError
@@ -92,9 +93,7 @@ class TrainResult:
         values = asdict(self)
         for key in ("final_checkpoint", "hf_dir"):
             values[key] = None if values[key] is None else os.path.relpath(values[key], run_dir)
-        partial = run_dir / (RESULT_NAME + ".partial")
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        partial.replace(run_dir / RESULT_NAME)
+        write_json(run_dir / RESULT_NAME, values)
 
 
 def load_result(run_dir: Path) -> TrainResult | None:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from layerplan.artifacts import read_lines
 from layerplan.config.tracking import TrackingConfig
 from layerplan.tracking import journal
-from layerplan.tracking.journal import Journal, LineReader, read_lines
+from layerplan.tracking.journal import Journal, LineReader
 from layerplan.tracking.jsonl import JsonlSink
 from layerplan.tracking.position import count_backlog
 from layerplan.tracking.probe import PROBE_S, probe

@@ -1,0 +1,171 @@
+"""How what stays on disk is written, hashed and read: a file has its name only once all of it is on the disk.
+
+A kill or a full disk leaves the file that was there before, or none; a power cut too, since the bytes are flushed to the
+disk before the name is given. Files that are appended to (metrics, journals, ledgers of answers) are not written here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from layerplan.config.base import StrictModel, describe_fault
+from layerplan.errors import PlanError
+
+PARTIAL_SUFFIX = ".partial"
+"""Of a file that is being written, or was when its writer was killed."""
+
+SealedT = TypeVar("SealedT", bound=StrictModel)
+
+
+@contextmanager
+def writing_aside(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to: flushed to disk and moved to `path` when the block ends, removed when it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + PARTIAL_SUFFIX)
+    try:
+        yield aside
+        _flush(aside)
+    except Exception:
+        aside.unlink(missing_ok=True)
+        raise
+    aside.replace(path)
+
+
+@contextmanager
+def making_folder(path: Path) -> Iterator[Path]:
+    """An empty folder of this process alone, which becomes `path` when the block ends and vanishes when it fails.
+
+    Where others make the same, the first to finish gives the folder and the rest is dropped. Its parent is scratch space
+    that goes with it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
+        made = Path(work) / path.name
+        made.mkdir()
+        yield made
+        for each in made.rglob("*"):
+            if each.is_file():
+                _flush(each)
+        try:
+            made.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole UTF-8 file aside and moves it into place."""
+    with writing_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a value as indented JSON, aside and moved into place."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, values: Iterable[object]) -> None:
+    """Writes one line of JSON per value, aside and moved into place."""
+    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+
+
+def read_every_line(path: Path) -> list[dict[str, Any]]:
+    """The objects of a finished file of JSON lines.
+
+    Lines end at a line feed and nowhere else: a model may write U+2028, at which `splitlines` would cut.
+
+    Raises:
+        OSError: When the file cannot be read.
+        ValueError: When a line is no JSON.
+    """
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines that grows: none when it is not there, and no line that a kill cut short."""
+    return parse_lines(path.read_bytes()) if path.exists() else []
+
+
+def parse_lines(content: bytes) -> list[dict[str, Any]]:
+    """The lines that are JSON objects; what a killed writer left of one is none."""
+    lines = []
+    for line in content.split(b"\n"):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            lines.append(value)
+    return lines
+
+
+def hash_bytes(content: bytes | memoryview) -> str:
+    """Sha256, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """Sha256 over the file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """Sha256 over the names and bytes of files, in the given order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode())
+        with path.open("rb") as handle:
+            hashlib.file_digest(handle, lambda: digest)
+    return digest.hexdigest()
+
+
+def compute_sha256(value: Any) -> str:
+    """Sha256 over a value's canonical JSON (sorted keys, no spaces, UTF-8): equal values, equal hashes on every machine."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hash_bytes(text.encode("utf-8"))
+
+
+def write_sealed(path: Path, value: StrictModel) -> None:
+    """Writes an artifact that carries its own hash as JSON."""
+    write_text(path, value.model_dump_json(indent=2) + "\n")
+
+
+def read_sealed(path: Path, cls: type[SealedT]) -> SealedT:
+    """Reads a sealed artifact and checks its hash; raises `PlanError` naming the file.
+
+    The hash is over the file as it stands, so that an artifact keeps it when later layouts add fields.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = cls.model_validate_json(text)
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be read ({error})") from None
+    except ValidationError as error:
+        raise PlanError(f"{path}: not a valid {cls.__name__} ({describe_fault(error)})") from None
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{path}: not a valid {cls.__name__} ({' '.join(str(error).split())[:200]})") from None
+    content = json.loads(text)
+    content.pop("sha256", None)
+    expected = compute_sha256(content)
+    if getattr(value, "sha256", None) != expected:
+        raise PlanError(
+            f"{path}: its sha256 field is {getattr(value, 'sha256', None)!r} but the content hashes to {expected!r};"
+            " the file was changed after it was made"
+        )
+    return value
+
+
+def _flush(path: Path) -> None:
+    """Onto the disk itself, not only into the system's memory."""
+    with path.open("rb+") as handle:
+        os.fsync(handle.fileno())
