@@ -191,9 +191,7 @@ class MlflowStore:
 
     def _note_place(self, run: Any) -> None:
         place = {"experiment_id": run.info.experiment_id, "run_id": run.info.run_id}
-        partial = self._place.with_suffix(".partial")
-        partial.write_text(json.dumps(place) + "\n", encoding="utf-8")
-        partial.replace(self._place)
+        write_json(self._place, place)
 
     def _run_id(self, stage: str) -> str:
         run_id = self._book.get(stage)
