@@ -17,6 +17,8 @@ from layerplan.tracking.tracker import NOTE_TAG, Dataset, Tracker
 PARAM_CHARS = 500
 """What every version of MLflow takes; the whole value is in `resolved_config.json`."""
 NAMED_SOURCES = 3
+SHOWN_DIGITS = 12
+"""Of the corpus's hash, in a table's cell; the whole is a tag."""
 
 
 def note_config(tracker: Tracker, config: RunConfig) -> None:
@@ -34,7 +36,8 @@ def note_corpus(tracker: Tracker, manifest: Manifest, store: Path | str) -> None
     """The corpus as the run's input, and its hash as a tag."""
     digest = manifest.content_sha256
     tracker.set_tags({"layerplan.corpus_sha256": digest})
-    tracker.log_dataset(Dataset(_name_corpus(manifest), digest, hide_keys(store), _measure_corpus(manifest)))
+    shown = digest[:SHOWN_DIGITS]
+    tracker.log_dataset(Dataset(_name_corpus(manifest), shown, hide_keys(store), _measure_corpus(manifest)))
 
 
 def note_results(tracker: Tracker, run_dir: Path) -> None:

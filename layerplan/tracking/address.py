@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ UI = "http://127.0.0.1:{port}"
 UI_PORT = 5000
 """Where `mlflow ui` and `make ui` serve a database unless told otherwise."""
 SHOWN = 5
+VIEW = "?workflowType=machine_learning"
+"""Newer pages of MLflow ask neither the experiment nor its runs what they are: without it they show what GenAI traces have."""
 
 
 def describe_address(uri: str, run_dir: Path) -> str | None:
@@ -47,11 +50,16 @@ def list_addresses(runs: Path, port: int) -> Iterator[tuple[str, str]]:
             yield run_dir.name, f"{UI.format(port=port)}/{place}"
 
 
+def find_table(address: str) -> str:
+    """The address of the table of all runs, from that of one of them."""
+    return address.partition("/runs/")[0] + f"/runs{VIEW}"
+
+
 def _find_place(run_dir: Path) -> str | None:
     place = _read(TrackingFolder(run_dir).place)
     if not {"experiment_id", "run_id"} <= place.keys():
         return None
-    return f"#/experiments/{place['experiment_id']}/runs/{place['run_id']}"
+    return f"#/experiments/{place['experiment_id']}/runs/{place['run_id']}{VIEW}"
 
 
 def _is_in_own_database(run_dir: Path) -> bool:
@@ -68,10 +76,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def main(runs: str, port: str) -> None:
-    """Prints the newest runs."""
-    for number, (name, address) in enumerate(list_addresses(Path(runs), int(port))):
-        if number < SHOWN:
-            print(f"{name:<20} {address}")
+    """Prints the table of all runs, and the newest of them."""
+    found = list(islice(list_addresses(Path(runs), int(port)), SHOWN))
+    if found:
+        print(f"{'all runs':<20} {find_table(found[0][1])}")
+    for name, address in found:
+        print(f"{name:<20} {address}")
 
 
 if __name__ == "__main__":

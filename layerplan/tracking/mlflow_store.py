@@ -31,7 +31,7 @@ MAX_NAME_CHARS, MAX_DIGEST_CHARS = 500, 36
 """MLflow's limits of a dataset."""
 UID_TAG = "layerplan.uid"
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
-"""Without it MLflow's page takes an experiment for one of GenAI traces, and shows that it has none."""
+"""Without it some releases take an experiment for one of GenAI traces, and show that it has none."""
 GUESSED_KINDS = ("", "no_inferred_type")
 GONE, WRONG = "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"
 

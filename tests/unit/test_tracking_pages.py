@@ -14,7 +14,7 @@ from layerplan.errors import TrainingError
 from layerplan.pipeline.lineage import list_params, note_config
 from layerplan.pipeline.sweep_boundary import end_trials
 from layerplan.sweep.tuner import TrialResult
-from layerplan.tracking.address import describe_address, list_addresses
+from layerplan.tracking.address import describe_address, find_table, list_addresses
 from layerplan.tracking.outbox import PARENT, Outbox, OutboxTracker, TrackingFolder
 from layerplan.tracking.position import count_backlog
 from layerplan.tracking.tracker import NOTE_TAG, RUN_ID, Dataset
@@ -162,7 +162,7 @@ def test_a_run_is_found_in_a_browser(run_dir: Path, uri: str, client: Any) -> No
     open_parent(run_dir)
     carry(run_dir, uri)
     info = get_run(client, run_dir).info
-    page = f"#/experiments/{info.experiment_id}/runs/{info.run_id}"
+    page = f"#/experiments/{info.experiment_id}/runs/{info.run_id}?workflowType=machine_learning"
     assert describe_address(uri, run_dir) == (
         f"http://127.0.0.1:5000/{page} when served by: mlflow ui --backend-store-uri {uri}"
     )
@@ -182,4 +182,6 @@ def test_the_newest_runs_of_a_database_are_listed_first(run_dir: Path, uri: str,
     (run_dir.parent / "not_a_run").mkdir()
     found = list(list_addresses(run_dir.parent, 5011))
     assert [name for name, _ in found] == ["newer", "run"]
-    assert found[1][1] == f"http://127.0.0.1:5011/#/experiments/1/runs/{get_run(client, run_dir).info.run_id}"
+    view = "?workflowType=machine_learning"
+    assert found[1][1] == f"http://127.0.0.1:5011/#/experiments/1/runs/{get_run(client, run_dir).info.run_id}{view}"
+    assert find_table(found[1][1]) == f"http://127.0.0.1:5011/#/experiments/1/runs{view}"
