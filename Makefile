@@ -3,6 +3,9 @@ PYTHON ?= python3.11
 VENV ?= .venv
 LOCK ?= requirements/cpu.txt
 BIN := $(VENV)/bin
+DOCS_VENV ?= .venv-docs
+DOCS_LOCK := requirements/docs.txt
+DOCS_STAMP := $(DOCS_VENV)/.stamp-$(shell cksum < requirements/docs.txt | cut -d' ' -f1)
 STAMP := $(VENV)/.stamp-$(shell cksum < $(LOCK) | cut -d' ' -f1)
 RUNS ?= $(CURDIR)/runs
 UI_PORT ?= 5000
@@ -14,7 +17,7 @@ FAULTS ?= 4
 FILES ?= 200
 QUIET := RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 
-.PHONY: help env demo test test-all test-unit chaos check format ui clean
+.PHONY: help env demo test test-all test-unit chaos check format ui docs clean
 
 help:
 	@echo "make demo    run the quick start on a local Ray cluster and print its summary"
@@ -23,6 +26,7 @@ help:
 	@echo "make chaos   hurt seeded runs: SEED=$(SEED) ROUNDS=$(ROUNDS) FAULTS=$(FAULTS) FILES=$(FILES), about two minutes a round"
 	@echo "make check   formatter, linter, types, import contracts"
 	@echo "make ui      open MLflow on http://127.0.0.1:$(UI_PORT) over $(RUNS)"
+	@echo "make docs    build the documentation as a site in build/site, links checked"
 	@echo "make env     make the environment only; make clean removes it"
 
 env: $(STAMP)
@@ -69,5 +73,16 @@ ui: env
 	@$(BIN)/python -m layerplan.tracking.address $(RUNS) $(UI_PORT)
 	$(QUIET) $(BIN)/mlflow ui --host 127.0.0.1 --port $(UI_PORT) --backend-store-uri sqlite:///$(RUNS)/mlflow.db
 
+docs: $(DOCS_STAMP)
+	$(DOCS_VENV)/bin/python docs/site/stage.py build/docs
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+	@echo "site      build/site/index.html, or with search: $(DOCS_VENV)/bin/python -m http.server -d build/site"
+
+$(DOCS_STAMP): $(DOCS_LOCK)
+	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(DOCS_LOCK)
+	@rm -f $(DOCS_VENV)/.stamp-*
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) build *.egg-info

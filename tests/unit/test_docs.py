@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from layerplan.config.load import load_config
 from layerplan.config.reference import render_reference
@@ -15,6 +18,7 @@ from layerplan.plan.schema import render_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
 
 
@@ -33,6 +37,30 @@ def test_every_link_and_path_of_a_page_exists(page: Path) -> None:
     missing = [link for link in links if link and not (page.parent / link).exists()]
     paths = re.findall(r"`((?:layerplan|eval|jobs|cluster|tests|benchmarks|docs|requirements)/[\w./-]+)`", text)
     assert missing + [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_site_names_every_page_once_and_no_other() -> None:
+    nav = [str(page) for page in _iter_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])]
+    linked = ["requirements/README.md", *(f"benchmarks/results/{path.name}" for path in RESULTS)]
+    assert sorted(nav) == sorted([*(str(page.relative_to(ROOT)) for page in PAGES), *linked])
+
+
+def _iter_pages(node: Any) -> Iterator[str]:
+    if isinstance(node, str):
+        yield node
+    else:
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from _iter_pages(child)
+
+
+def test_the_reference_names_what_exists() -> None:
+    named = re.findall(r"^::: (\S+)$", (ROOT / "docs/reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    modules = [name if name == "layerplan.errors" else name.rpartition(".")[0] for name in named]
+    sources = [(ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8") for module in modules]
+    assert named and all(
+        module == name or re.search(rf"^(def|class) {name.rpartition('.')[2]}\b", source, re.MULTILINE)
+        for name, module, source in zip(named, modules, sources)
+    )
 
 
 def test_importing_the_config_imports_no_engine() -> None:
