@@ -19,18 +19,19 @@ from pydantic import Field, ValidationError
 
 from eval.encoding import count_control_tokens, encode_prompts
 from eval.logits import choose_dtype
-from eval.progress import ProgressLines
 from eval.resampling import BOOTSTRAP_SAMPLES
 from eval.significance import ALPHA, correct_holm
+from layerplan.actor_pool import ActorPool, map_over_actors
 from layerplan.artifacts import compute_sha256, write_text
 from layerplan.config.base import StrictModel, describe_fault
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.evaluation import EvaluationConfig, HeldOutConfig
 from layerplan.corpus.readers import Document
 from layerplan.corpus.sources import iter_documents
-from layerplan.errors import EvaluationError, find_layerplan_error
+from layerplan.errors import EvaluationError
 from layerplan.models.cores import find_threads, use_cores
 from layerplan.models.ref import ModelRef
+from layerplan.progress import ProgressLines
 
 HELD_OUT_FOLDER = "held_out"
 MAX_WINDOW = 2048
@@ -261,8 +262,6 @@ def _score_documents(
     report: Callable[[str], None],
 ) -> dict[str, object]:
     """The measured part of a result."""
-    import ray
-
     tokenizer = model.tokenizer()
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
@@ -274,33 +273,23 @@ def _score_documents(
         for index, ids in enumerate(encoded)
         for start, stop in iter_windows(len(ids), window)
     ]
-    scored = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // WINDOWS_PER_BATCH)).map_batches(
-        HeldOutActor,
-        fn_constructor_args=(
-            model,
-            config.dtype,
-            config.num_gpus_per_actor,
-            config.num_threads_per_actor,
-            config.num_actors,
-        ),
-        batch_size=WINDOWS_PER_BATCH,
-        compute=ray.data.ActorPoolStrategy(size=config.num_actors),
-        num_cpus=config.num_cpus_per_actor,
-        num_gpus=config.num_gpus_per_actor,
+    pool = ActorPool(
+        config.num_actors,
+        config.num_cpus_per_actor,
+        config.num_gpus_per_actor,
+        what=f"{model}: held-out text: the scoring process",
+        error=EvaluationError,
     )
+    options = (config.dtype, config.num_gpus_per_actor, config.num_threads_per_actor, config.num_actors)
+    progress = ProgressLines("windows of held-out text", len(rows), report)
     nats = [0.0] * len(documents)
     answered = 0
-    progress = ProgressLines("windows of held-out text", len(rows), report)
-    try:
-        for batch in scored.iter_batches(batch_size=None, prefetch_batches=0):
-            for document, value in zip(batch["document"], batch["nats"], strict=True):
-                nats[int(document)] += float(value)
-            answered += len(batch["nats"])
-            progress.add(len(batch["nats"]))
-    except Exception as error:
-        fault = find_layerplan_error(error)
-        words = " ".join(str(error).split())[:300]
-        raise (type(fault)(*fault.args) if fault else EvaluationError(f"{model}: held-out text: {words}")) from error
+    for batch in map_over_actors(
+        pool, HeldOutActor, (model, *options), rows, batch_size=WINDOWS_PER_BATCH, progress=progress
+    ):
+        for document, value in zip(batch["document"], batch["nats"], strict=True):
+            nats[int(document)] += float(value)
+        answered += len(batch["nats"])
     if answered != len(rows):
         raise EvaluationError(f"{model}: {answered} windows came back of {len(rows)} of held-out text")
     sizes = [len(text.encode("utf-8")) for text in documents]
