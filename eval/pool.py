@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.engine import EngineAnswer, EngineSpec, open_engine
+from eval.engine import EngineAnswer, EngineSpec
+from eval.open_engine import open_engine
 from layerplan.actor_pool import MAX_RESTARTS, ActorPool, map_over_actors
 from layerplan.artifacts import compute_sha256, write_text
 from layerplan.config.evaluation import EvaluationConfig

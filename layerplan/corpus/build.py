@@ -26,9 +26,11 @@ from layerplan.corpus.joining import Joining, check_joining, describe_unknown, r
 from layerplan.corpus.journal import BuildJournal, remove_journal
 from layerplan.corpus.location import hide_keys
 from layerplan.corpus.manifest import CONTAMINATED_NAME, MANIFEST_NAME, QUARANTINE_NAME, VALIDATION_NAME, Manifest
+from layerplan.corpus.outcome import KEPT, QUARANTINED
 from layerplan.corpus.progress import BuildProgress
-from layerplan.corpus.sources import UNIT_BYTES, Unit, list_units
-from layerplan.corpus.tokenize import KEPT, QUARANTINED, Record, UnitTokenizer
+from layerplan.corpus.sources import UNIT_BYTES, list_units
+from layerplan.corpus.tokenize import Record, UnitTokenizer
+from layerplan.corpus.unit import Unit
 from layerplan.corpus.upload import StoreUpload
 from layerplan.corpus.writer import StoreWriter, check_shards, explain_disk_faults, move_shards
 from layerplan.errors import CorpusError

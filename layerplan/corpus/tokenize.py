@@ -17,11 +17,11 @@ from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.cleaning import compute_duplicate_key, find_filter_reason, normalize_text
 from layerplan.corpus.decontamination import BenchmarkText, QuestionIndex
 from layerplan.corpus.encoders import load_encoder
+from layerplan.corpus.outcome import CONTAMINATED, FILTERED, KEPT, QUARANTINED
 from layerplan.corpus.readers import Document, Malformed, read_unit
-from layerplan.corpus.sources import Unit
+from layerplan.corpus.unit import Unit
 from layerplan.models.control_tokens import ControlTokens
 
-KEPT, FILTERED, CONTAMINATED, QUARANTINED = "kept", "filtered", "contaminated", "quarantined"
 BATCH_DOCUMENTS = 256
 BATCH_CHARS = 1_000_000
 PIECE_CHARS = 500_000

@@ -11,14 +11,14 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from layerplan.artifacts import read_lines
 from layerplan.redaction import redact_text
 from layerplan.tracking.journal import Journal
-from layerplan.tracking.tracker import Status
 
 PARENT = "parent"
+Status = Literal["FINISHED", "FAILED"]
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from layerplan.config.tracking import TrackingConfig
 from layerplan.tracking.jsonl import JsonlSink
-
-Status = Literal["FINISHED", "FAILED"]
+from layerplan.tracking.outbox import Status
 
 
 class Tracker(Protocol):

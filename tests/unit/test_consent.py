@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.engine import EngineSpec, open_engine
+from eval.engine import EngineSpec
 from eval.held_out import HeldOutActor
+from eval.open_engine import open_engine
 from layerplan.config.run import RunConfig
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import ModelError
