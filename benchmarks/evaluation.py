@@ -74,9 +74,10 @@ def score_ours(model: str, data: Path, out: Path, few_shot: int, max_questions: 
     import torch
 
     from eval.encoding import encode_prompts, find_answer_tokens
-    from eval.engine import EngineSpec, open_engine
+    from eval.engine import EngineSpec
     from eval.items import load_benchmark
     from eval.logits import MAX_BATCH_TOKENS, iter_equal_lengths
+    from eval.open_engine import open_engine
     from eval.prompts import TEMPLATES, format_prompts
     from eval.scoring import pick_letter
     from layerplan.config.evaluation import BenchmarkConfig

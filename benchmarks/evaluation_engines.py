@@ -27,8 +27,9 @@ NEW_TOKENS = 16
 def answer(model: str, backend: str, dtype: str, num_gpus: int, out: Path, max_questions: int | None) -> None:
     """One engine in this process, with the prompts of the `official` style."""
     from eval.encoding import encode_prompts, find_answer_tokens
-    from eval.engine import EngineSpec, open_engine
+    from eval.engine import EngineSpec
     from eval.items import load_benchmark
+    from eval.open_engine import open_engine
     from eval.prompts import TEMPLATES, format_prompts
     from layerplan.config.evaluation import BenchmarkConfig
     from layerplan.models.causal_lm import load_tokenizer

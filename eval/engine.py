@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from layerplan.models.cores import find_threads, use_cores
 from layerplan.models.ref import ModelRef
 
 
@@ -48,20 +47,3 @@ class Engine(Protocol):
     def ask(self, prompt_ids: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> list[EngineAnswer]:
         """Answers every prompt greedily, in order; one limit of new tokens per prompt."""
         ...
-
-
-def open_engine(spec: EngineSpec) -> Engine:
-    """Loads the model with the spec's backend.
-
-    Raises:
-        EvaluationError: When vLLM cannot start.
-        ModelError: When transformers cannot load the model.
-    """
-    use_cores(find_threads(spec.num_threads, spec.num_engines))
-    if spec.backend == "vllm":
-        from eval.generation import VllmEngine
-
-        return VllmEngine(spec)
-    from eval.logits import TransformersEngine
-
-    return TransformersEngine(spec)

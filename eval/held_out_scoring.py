@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ import torch
 from eval.encoding import count_control_tokens, encode_prompts
 from eval.held_out import HELD_OUT_FOLDER, HeldOutResult, load_held_out, read_held_out
 from eval.logits import choose_dtype
-from eval.progress import ProgressLines
+from layerplan.actor_pool import ActorPool, map_over_actors
 from layerplan.artifacts import compute_sha256, write_text
 from layerplan.config.evaluation import EvaluationConfig
-from layerplan.errors import EvaluationError, find_layerplan_error
+from layerplan.errors import EvaluationError
 from layerplan.models.cores import find_threads, use_cores
 from layerplan.models.ref import ModelRef
+from layerplan.progress import ProgressLines
 
 MAX_WINDOW = 2048
 """Longest window, in tokens; bounds the logits held at once."""
@@ -156,8 +158,6 @@ def _measure(
     report: Callable[[str], None],
 ) -> Iterator[HeldOutResult]:
     """Yields each text's result as soon as its last window is in."""
-    import ray
-
     tokenizer = model.tokenizer()
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
@@ -173,35 +173,26 @@ def _measure(
         for index, ids in enumerate(text.encoded)
         for start, stop in iter_windows(len(ids), window)
     ]
-    scored = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // WINDOWS_PER_BATCH)).map_batches(
-        HeldOutActor,
-        fn_constructor_args=(
-            model,
-            config.dtype,
-            config.num_gpus_per_actor,
-            config.num_threads_per_actor,
-            config.num_actors,
-        ),
-        batch_size=WINDOWS_PER_BATCH,
-        compute=ray.data.ActorPoolStrategy(size=config.num_actors),
-        num_cpus=config.num_cpus_per_actor,
-        num_gpus=config.num_gpus_per_actor,
+    pool = ActorPool(
+        config.num_actors,
+        config.num_cpus_per_actor,
+        config.num_gpus_per_actor,
+        what=f"{model}: held-out text: the scoring process",
+        error=EvaluationError,
     )
-    answered = 0
+    options = (config.dtype, config.num_gpus_per_actor, config.num_threads_per_actor, config.num_actors)
     progress = ProgressLines("windows of held-out text", len(rows), report)
-    try:
-        for batch in scored.iter_batches(batch_size=None, prefetch_batches=0):
+    answered = 0
+    with closing(
+        map_over_actors(pool, HeldOutActor, (model, *options), rows, batch_size=WINDOWS_PER_BATCH, progress=progress)
+    ) as batches:
+        for batch in batches:
             for place, document, value in zip(batch["text"], batch["document"], batch["nats"], strict=True):
                 texts[int(place)].nats[int(document)] += float(value)
                 texts[int(place)].windows_left -= 1
             answered += len(batch["nats"])
-            progress.add(len(batch["nats"]))
             for place in dict.fromkeys(int(place) for place in batch["text"]):
                 if texts[place].windows_left == 0:
                     yield _sum_up(texts[place], window)
-    except Exception as error:
-        fault = find_layerplan_error(error)
-        words = " ".join(str(error).split())[:300]
-        raise (type(fault)(*fault.args) if fault else EvaluationError(f"{model}: held-out text: {words}")) from error
     if answered != len(rows):
         raise EvaluationError(f"{model}: {answered} windows came back of {len(rows)} of held-out text")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.csv_table import COLUMNS, LETTERS
-from eval.items import load_official_subjects
+from eval.subjects import load_official_subjects
 from layerplan.artifacts import writing_aside
 from layerplan.errors import EvaluationError, first_line
 

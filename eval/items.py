@@ -8,17 +8,16 @@ in it (`eval/hub.py`).
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from eval.csv_table import LETTERS, read_letter, read_table
+from eval.subjects import DATA, load_official_subjects
 from layerplan.artifacts import compute_sha256
 from layerplan.config.evaluation import BenchmarkConfig
 from layerplan.errors import EvaluationError
@@ -27,7 +26,6 @@ from layerplan.inside import is_plain_name
 CATEGORIES = ("STEM", "Social Science", "Humanities", "Other")
 DEFAULT_SPLIT = {"ceval": "val", "cmmlu": "test"}
 EXAMPLES_SPLIT = "dev"
-DATA = Path(str(resources.files("eval").joinpath("data")))
 
 
 @dataclass(frozen=True)
@@ -122,20 +120,6 @@ def load_benchmark(config: BenchmarkConfig, *, num_few_shot: int = 0) -> Benchma
     if benchmark.is_official and config.max_questions is None:
         _check_whole(benchmark, root, config.content_sha256)
     return benchmark
-
-
-def load_official_subjects(name: str) -> dict[str, dict[str, Any]]:
-    """The authors' subjects of a benchmark: Chinese name, category, and whether it is specific to China."""
-    with (DATA / "subjects.tsv").open(encoding="utf-8", newline="") as handle:
-        rows = [row for row in csv.DictReader(handle, delimiter="\t") if row["benchmark"] == name]
-    return {
-        row["subject"]: {
-            "name_zh": row["name_zh"],
-            "category": row["category"],
-            "china_specific": row["china_specific"] == "yes",
-        }
-        for row in rows
-    }
 
 
 def _read_subjects(root: Path, name: str) -> dict[str, dict[str, Any]]:

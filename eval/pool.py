@@ -1,31 +1,28 @@
-"""Prompts through a Ray Data actor pool of engines; answered once each, whatever dies on the way.
+"""Prompts through a pool of engines; answered once each, whatever dies on the way.
 
-Answers are appended to a ledger as they arrive, so a killed job asks only what is left. A killed actor is started
-again and only its batch in flight is asked again. An engine that keeps dying is restarted twice; then the run
-fails with the engine's own last words, which its process wrote to a log before it went.
+Answers are appended to a ledger as they arrive, so a killed job asks only what is left. An engine that keeps failing in a
+process that lives is restarted as often as a process that dies; then the run fails with its last words.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.engine import EngineAnswer, EngineSpec, open_engine
-from eval.progress import ProgressLines
+from eval.engine import EngineAnswer, EngineSpec
+from eval.open_engine import open_engine
+from layerplan.actor_pool import MAX_RESTARTS, ActorPool, map_over_actors
 from layerplan.artifacts import compute_sha256, write_text
 from layerplan.config.evaluation import EvaluationConfig
-from layerplan.errors import EvaluationError, LayerplanError, find_layerplan_error
+from layerplan.errors import EvaluationError, LayerplanError
+from layerplan.progress import ProgressLines
 
-MAX_RESTARTS = 2
 LEDGER_NAME = "answers.partial.jsonl"
 LOGS_NAME = "engine_logs"
 
@@ -41,10 +38,9 @@ class Ask:
 class EngineActor:
     """One engine, started once per actor and asked in batches."""
 
-    def __init__(self, spec: EngineSpec, log_dir: str) -> None:
+    def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         self._faults = 0
-        _log_stderr(Path(log_dir))
         spec.model.fetch()
         self._engine = open_engine(spec)
 
@@ -104,13 +100,14 @@ def ask_all(
     work_dir.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(work_dir / LEDGER_NAME, [[ask.ids, ask.max_new_tokens] for ask in asks], spec)
     todo = [index for index in _order(asks, spec.backend) if index not in ledger.answers]
-    logs = work_dir / LOGS_NAME
     if todo:
         progress = ProgressLines("prompts answered", len(asks), report, done=len(ledger.answers))
-        with _explained(spec, logs), ledger:
-            for batch in _stream([(index, asks[index]) for index in todo], spec, config, logs):
+        rows = [{"index": each, "ids": asks[each].ids, "max_new_tokens": asks[each].max_new_tokens} for each in todo]
+        pool = _describe_pool(spec, config, work_dir)
+        batches = map_over_actors(pool, EngineActor, (spec,), rows, batch_size=config.batch_size, progress=progress)
+        with ledger, closing(batches):
+            for batch in batches:
                 ledger.add(batch)
-                progress.add(len(batch["index"]))
                 after_batch()
     missing = len(asks) - len(ledger.answers)
     if missing:
@@ -178,73 +175,19 @@ class Ledger:
         write_text(self._path, "\n".join(lines) + "\n")
 
 
+def _describe_pool(spec: EngineSpec, config: EvaluationConfig, work_dir: Path) -> ActorPool:
+    return ActorPool(
+        config.num_actors,
+        config.num_cpus_per_actor,
+        config.num_gpus_per_actor,
+        what=f"{spec.model}: the engine's process",
+        error=EvaluationError,
+        log_dir=work_dir / LOGS_NAME,
+    )
+
+
 def _order(asks: Sequence[Ask], backend: str) -> list[int]:
     """VLLM gets prompts as they come, those of a subject together; transformers gets equal lengths together."""
     if backend == "vllm":
         return list(range(len(asks)))
     return sorted(range(len(asks)), key=lambda index: (asks[index].max_new_tokens, len(asks[index].ids), index))
-
-
-def _stream(
-    todo: Sequence[tuple[int, Ask]], spec: EngineSpec, config: EvaluationConfig, logs: Path
-) -> Iterator[dict[str, Any]]:
-    import ray
-
-    rows = [{"index": index, "ids": ask.ids, "max_new_tokens": ask.max_new_tokens} for index, ask in todo]
-    batches = -(-len(rows) // config.batch_size)
-    with warnings.catch_warnings():
-        # Ray 2.60 deprecates the two limits of restarts and has no other way to say them; without them it restarts forever
-        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-        asked = ray.data.from_items(rows, override_num_blocks=batches).map_batches(
-            EngineActor,
-            fn_constructor_args=(spec, str(logs.resolve())),
-            batch_size=config.batch_size,
-            compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, batches)),
-            num_cpus=config.num_cpus_per_actor,
-            num_gpus=config.num_gpus_per_actor,
-            max_restarts=MAX_RESTARTS,
-            max_task_retries=MAX_RESTARTS,
-        )
-    yield from asked.iter_batches(batch_size=None, prefetch_batches=0)
-
-
-@contextmanager
-def _explained(spec: EngineSpec, logs: Path) -> Iterator[None]:
-    """Turns the pool's failure into one line: our own fault inside it, or what the engine wrote last."""
-    from ray.exceptions import TaskCancelledError
-
-    try:
-        yield
-    except (LayerplanError, TaskCancelledError):
-        raise
-    except Exception as error:
-        fault = find_layerplan_error(error)
-        if fault is not None:
-            raise type(fault)(*fault.args) from error
-        words = _last_words(logs) or " ".join(str(error).split())[:300]
-        raise EvaluationError(
-            f"{spec.model}: the engine's process died and was restarted {MAX_RESTARTS} times; its last words: {words}"
-        ) from error
-
-
-def _last_words(logs: Path) -> str:
-    """The first line of the last crash in the newest log, where faulthandler puts the signal, else the last line."""
-    newest = sorted(logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
-    for path in reversed(newest):
-        lines = [
-            line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-        ]
-        fatal = [line for line in lines if line.startswith("Fatal Python error")]
-        if fatal or lines:
-            return (fatal or lines)[-1]
-    return ""
-
-
-def _log_stderr(folder: Path) -> None:
-    """Sends this process's standard error to a file of its own, where it outlives the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{time.time_ns()}_{os.uname().nodename}_{os.getpid()}.log"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-    faulthandler.enable(file=2)

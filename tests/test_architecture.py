@@ -82,6 +82,43 @@ def test_files_are_written_aside_in_one_place_only():
     assert others <= {"layerplan/artifacts.py", "layerplan/pipeline/run_folder.py"}
 
 
+def names_in(node: ast.AST) -> list[str]:
+    """Modules an import names: `from a.b import c` may mean `a.b` or `a.b.c`."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+        return [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return []
+
+
+def imports_at_run_time(path: Path) -> set[str]:
+    """Modules a file imports, inside functions too; what only a type checker reads is left out."""
+    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    found: set[str] = set()
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        found.update(names_in(node))
+        pending += ast.iter_child_nodes(node)
+    return found
+
+
+def test_no_two_modules_import_each_other():
+    """Directly or by way of others; a package's own front door aside, which imports what it offers when asked."""
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in LIBRARY}
+    modules = {name: imports_at_run_time(path) & set(paths) for name, path in paths.items()}
+    circles = []
+    while modules:
+        leaves = [name for name, needed in modules.items() if not needed & set(modules) - {name}]
+        if not leaves:
+            circles = sorted(modules)
+            break
+        for name in leaves:
+            del modules[name]
+    assert circles == [], "modules in circles, and those that import them"
+
+
 def test_tests_have_no_init_and_no_file_is_called_utils():
     names = {path.relative_to(ROOT).as_posix() for path in SOURCES}
     assert not [name for name in names if name.startswith("tests/") and name.endswith("__init__.py")]

@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from layerplan.actor_pool import ActorPool, map_over_actors
 from layerplan.artifacts import compute_sha256, writing_aside
 from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.decontamination import BenchmarkText, fold_question, hash_held_out
@@ -24,9 +25,11 @@ from layerplan.corpus.encoders import explain_fallback
 from layerplan.corpus.joining import Joining, check_joining, describe_unknown, read_joining
 from layerplan.corpus.journal import BuildJournal, remove_journal
 from layerplan.corpus.manifest import CONTAMINATED_NAME, MANIFEST_NAME, QUARANTINE_NAME, VALIDATION_NAME, Manifest
+from layerplan.corpus.outcome import KEPT, QUARANTINED
 from layerplan.corpus.progress import BuildProgress
-from layerplan.corpus.sources import UNIT_BYTES, Unit, list_units
-from layerplan.corpus.tokenize import FAULT, KEPT, QUARANTINED, Record, UnitTokenizer
+from layerplan.corpus.sources import UNIT_BYTES, list_units
+from layerplan.corpus.tokenize import Record, UnitTokenizer
+from layerplan.corpus.unit import Unit
 from layerplan.corpus.upload import StoreUpload
 from layerplan.corpus.writer import StoreWriter, check_shards, explain_disk_faults, move_shards
 from layerplan.errors import CorpusError
@@ -222,33 +225,13 @@ def iter_records(
         return
     num_workers = config.num_workers or choose_num_workers(units, ray.cluster_resources().get("CPU", 1))
     items = list(_group(units, num_workers))
-    context = ray.data.DataContext.get_current().copy()
-    context.target_max_block_size = 4 * 2**20
-    context.execution_options.preserve_order = True
+    pool = ActorPool(num_workers, config.num_cpus_per_worker, what="a tokenizing process", error=CorpusError)
     for start in range(0, len(items), ITEMS_PER_PIPELINE):
-        part = items[start : start + ITEMS_PER_PIPELINE]
-        with ray.data.DataContext.current(context):
-            batches = _start_pipeline(part, arguments, min(num_workers, len(part)), config.num_cpus_per_worker)
-        with closing(batches):
-            for table in batches:
-                for fields in table.to_pylist():
-                    if fields["status"] == FAULT:
-                        raise CorpusError(fields["reason"])
-                    yield Record(**fields)
-
-
-def _start_pipeline(items: list[str], arguments: tuple[Any, ...], num_workers: int, num_cpus: float) -> Generator[Any]:
-    import ray
-
-    records = ray.data.from_items([{"units": item} for item in items], override_num_blocks=len(items)).map_batches(
-        UnitTokenizer,
-        fn_constructor_args=arguments,
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=num_workers),
-        num_cpus=num_cpus,
-    )
-    batches: Generator[Any] = iter(records.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
-    return batches
+        part = [{"units": item} for item in items[start : start + ITEMS_PER_PIPELINE]]
+        tables = map_over_actors(pool, UnitTokenizer, arguments, part, take="tables", is_ordered=True)
+        with closing(tables):
+            for table in tables:
+                yield from (Record(**fields) for fields in table.to_pylist())
 
 
 def choose_num_workers(units: Sequence[tuple[int, Unit]], num_cpus: float) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from layerplan.artifacts import compute_sha256
 from layerplan.config.base import StrictModel, describe_fault
 from layerplan.corpus.consistency import find_contradiction
 from layerplan.corpus.damage import explain_file
-from layerplan.corpus.location import open_file
+from layerplan.corpus.location import open_file, open_filesystem
 from layerplan.corpus.row_groups import HASH_CHARS
 from layerplan.errors import CorpusError
 from layerplan.storage.address import hide_keys, is_address, join_location
@@ -25,6 +27,8 @@ QUARANTINE_NAME = "quarantine.jsonl"
 CONTAMINATED_NAME = "contaminated.jsonl"
 SEAL_KEY = "rest_xxh3_128"
 """First entry of a manifest's file: the hash of all bytes after it."""
+SETTLED_S = 1
+"""A file written since may be written again at what a disk calls the same time."""
 _SEAL = re.compile(rb'\{\s*"' + SEAL_KEY.encode() + rb'": "([0-9a-f]{32})",')
 
 
@@ -176,41 +180,62 @@ class Manifest(StrictModel):
 
     @classmethod
     def load(cls, store: Path | str) -> Manifest:
-        """Reads the manifest of a store.
+        """Opens the manifest of a store: read, proved and parsed once in a process, and again when the file has changed.
 
         Raises:
             CorpusError: When the store is missing or incomplete, or its manifest malformed, changed or contradictory.
         """
-        path = join_location(store, MANIFEST_NAME)
-        try:
-            with open_file(path) as handle:
-                content = bytes(handle.read())
-            sealed = _SEAL.match(content)
-            if sealed is not None:
-                content = content[sealed.end() :]
-                if hash_rest(content) != sealed[1].decode():
-                    raise explain_file(store, MANIFEST_NAME, "was changed after it was written")
-                content = b"{" + content
-            manifest = cls.model_validate_json(content)
-        except FileNotFoundError:
-            raise CorpusError(
-                f"corpus.store={hide_keys(store)}: no {MANIFEST_NAME}; not a token store, or its build did not finish"
-            ) from None
-        except ValidationError as error:
-            raise CorpusError(f"{hide_keys(path)}: not a readable manifest ({describe_fault(error)})") from None
-        except (OSError, ImportError, pa.ArrowException, ValueError, RecursionError) as error:
-            raise CorpusError(
-                f"{hide_keys(path)}: not a readable manifest ({' '.join(str(error).split())[:200]})"
-            ) from None
-        contradiction = find_contradiction(manifest)
-        if contradiction is not None:
-            raise explain_file(store, MANIFEST_NAME, f"contradicts itself: {contradiction}")
-        return manifest
+        stamp = _find_stamp(join_location(store, MANIFEST_NAME))
+        return _read(store) if stamp is None else _open(store, stamp)
 
     def render(self) -> str:
         """The text of the file, which begins with the hash of the rest."""
         rest = self.model_dump_json(indent=1).removeprefix("{") + "\n"
         return f'{{\n "{SEAL_KEY}": "{hash_rest(rest.encode())}",{rest}'
+
+
+@lru_cache(maxsize=4)
+def _open(store: Path | str, stamp: tuple[int, int]) -> Manifest:
+    return _read(store)
+
+
+def _find_stamp(path: str) -> tuple[int, int] | None:
+    """By what a changed file is known, its time and size; None where its time is not known, or could be the next one's too."""
+    try:
+        filesystem, inner = open_filesystem(path)
+        info = filesystem.get_file_info(inner)
+    except (OSError, ImportError, pa.ArrowException, ValueError, CorpusError):  # whoever reads the file says so
+        return None
+    is_settled = info.mtime_ns is not None and time.time_ns() - info.mtime_ns > SETTLED_S * 10**9
+    return (info.mtime_ns, info.size) if is_settled else None
+
+
+def _read(store: Path | str) -> Manifest:
+    path = join_location(store, MANIFEST_NAME)
+    try:
+        with open_file(path) as handle:
+            content = bytes(handle.read())
+        sealed = _SEAL.match(content)
+        if sealed is not None:
+            content = content[sealed.end() :]
+            if hash_rest(content) != sealed[1].decode():
+                raise explain_file(store, MANIFEST_NAME, "was changed after it was written")
+            content = b"{" + content
+        manifest = Manifest.model_validate_json(content)
+    except FileNotFoundError:
+        raise CorpusError(
+            f"corpus.store={hide_keys(store)}: no {MANIFEST_NAME}; not a token store, or its build did not finish"
+        ) from None
+    except ValidationError as error:
+        raise CorpusError(f"{hide_keys(path)}: not a readable manifest ({describe_fault(error)})") from None
+    except (OSError, ImportError, pa.ArrowException, ValueError, RecursionError) as error:
+        raise CorpusError(
+            f"{hide_keys(path)}: not a readable manifest ({' '.join(str(error).split())[:200]})"
+        ) from None
+    contradiction = find_contradiction(manifest)
+    if contradiction is not None:
+        raise explain_file(store, MANIFEST_NAME, f"contradicts itself: {contradiction}")
+    return manifest
 
 
 def hash_rest(content: bytes) -> str:

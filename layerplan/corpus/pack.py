@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from layerplan.errors import CorpusError
+
 
 @dataclass(frozen=True)
 class RawRow:
@@ -69,3 +71,16 @@ class Packer:
         self._row.fill(self._end_of_text_id)
         self._starts, self._used = [], 0
         return row
+
+
+def check_ids(ids: NDArray[np.int32], num_ids: int | None, document: str) -> None:
+    """Refuses a document with an id that no text was thought to yield: the model may have no embedding for it.
+
+    Raises:
+        CorpusError: Naming the document and the id.
+    """
+    if num_ids is not None and len(ids) and ids.max() >= num_ids:
+        raise CorpusError(
+            f"document {document}: its text yields token {ids.max()}, and ids below {num_ids} are expected of this"
+            " tokenizer; leave the document out, or take the entry out of tokenizer.json"
+        )

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import accumulate
 
-from layerplan.corpus.sources import Unit
-from layerplan.corpus.tokenize import KEPT
+from layerplan.corpus.outcome import KEPT
+from layerplan.corpus.unit import Unit
 from layerplan.corpus.writer import StoreWriter
 
 REPORT_EVERY_S = 5.0

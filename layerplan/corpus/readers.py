@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,10 +16,8 @@ from layerplan.config.corpus import SourceConfig
 from layerplan.corpus.json_values import HEAD_BYTES, JsonFault, begins_apart, iter_values
 from layerplan.corpus.location import is_compressed, open_file, open_stream
 from layerplan.corpus.machine_docs import read_machine_unit
+from layerplan.corpus.unit import Unit
 from layerplan.storage.address import split_options
-
-if TYPE_CHECKING:
-    from layerplan.corpus.sources import Unit
 
 MAX_DOCUMENT_BYTES = 256 * 2**20
 """A longer line or text file is not read into memory; it is malformed."""

@@ -8,7 +8,6 @@ belongs to the stretch its first byte lies in. Other files are units as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from layerplan.config.corpus import CorpusConfig, SourceConfig
@@ -17,6 +16,7 @@ from layerplan.corpus.layout import Layout, choose_files
 from layerplan.corpus.location import COMPRESSIONS, FileEntry, is_compressed, list_files
 from layerplan.corpus.machine_docs import is_machine_source, iter_machine_units
 from layerplan.corpus.readers import Document, is_apart, read_unit
+from layerplan.corpus.unit import Unit
 from layerplan.errors import CorpusError
 from layerplan.storage.address import hide_keys, split_options
 
@@ -34,32 +34,6 @@ MACHINE = "machine"
 UNIT_BYTES = 8 * 2**20
 MACHINE_UNIT_BYTES = 16 * 2**10
 """Assumed size of a module's documentation, for progress and for grouping."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One stretch of one file, or one module, to read.
-
-    Attributes:
-        source: Index of the source in the config.
-        path: File or module.
-        format: Name of the reader.
-        start: First byte of the stretch.
-        stop: One past its last byte.
-        skip: Documents (malformed ones too) at its beginning that were read before.
-    """
-
-    source: int
-    path: str
-    format: str
-    start: int
-    stop: int
-    skip: int = 0
-
-    @property
-    def num_bytes(self) -> int:
-        """Length of the stretch."""
-        return self.stop - self.start
 
 
 def list_units(

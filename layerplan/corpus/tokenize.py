@@ -17,14 +17,11 @@ from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.cleaning import compute_duplicate_key, find_filter_reason, normalize_text
 from layerplan.corpus.decontamination import BenchmarkText, QuestionIndex
 from layerplan.corpus.encoders import load_encoder
+from layerplan.corpus.outcome import CONTAMINATED, FILTERED, KEPT, QUARANTINED
 from layerplan.corpus.readers import Document, Malformed, read_unit
-from layerplan.corpus.sources import Unit
-from layerplan.errors import CorpusError
+from layerplan.corpus.unit import Unit
 from layerplan.models.control_tokens import ControlTokens
 
-KEPT, FILTERED, CONTAMINATED, QUARANTINED = "kept", "filtered", "contaminated", "quarantined"
-FAULT = "fault"
-"""Status of a record that stands for no document but for an error which ends the build."""
 BATCH_DOCUMENTS = 256
 BATCH_CHARS = 1_000_000
 PIECE_CHARS = 500_000
@@ -92,18 +89,11 @@ class UnitTokenizer:
         self._index = QuestionIndex(questions, config.decontamination)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[pa.Table]:
-        """Yields record tables of bounded size for the units of each item.
-
-        An error of ours travels as a record: raised here, Ray Data would print its whole stack.
-        """
+        """Yields record tables of bounded size for the units of each item."""
         for item in batch["units"]:
             for number, fields in json.loads(str(item)):
-                try:
-                    for records in self.read(number, Unit(**fields)):
-                        yield _make_table(records)
-                except CorpusError as error:
-                    yield _make_table([Record(number, -1, fields["source"], "", status=FAULT, reason=str(error))])
-                    return
+                for records in self.read(number, Unit(**fields)):
+                    yield _make_table(records)
 
     def read(self, number: int, unit: Unit) -> Iterator[list[Record]]:
         """Yields the records of one unit in batches."""

@@ -15,15 +15,15 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from layerplan.artifacts import PARTIAL_SUFFIX
 from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.journal import BuildJournal
 from layerplan.corpus.manifest import CONTAMINATED_NAME, QUARANTINE_NAME, VALIDATION_NAME, Shard, SourceRows
-from layerplan.corpus.pack import Packer, RawRow
+from layerplan.corpus.outcome import CONTAMINATED, FILTERED, KEPT, QUARANTINED
+from layerplan.corpus.pack import Packer, RawRow, check_ids
 from layerplan.corpus.store import write_rows
-from layerplan.corpus.tokenize import CONTAMINATED, FILTERED, KEPT, QUARANTINED, Record
+from layerplan.corpus.tokenize import Record
 from layerplan.corpus.upload import StoreUpload
 from layerplan.errors import CorpusError
 
@@ -258,19 +258,6 @@ class StoreWriter:
         self._move_shards(self._num_committed_shards)
         self._committed = time.monotonic()
         self._num_committed_shards = len(self.state.shards)
-
-
-def check_ids(ids: NDArray[np.int32], num_ids: int | None, document: str) -> None:
-    """Refuses a document with an id that no text was thought to yield: the model may have no embedding for it.
-
-    Raises:
-        CorpusError: Naming the document and the id.
-    """
-    if num_ids is not None and len(ids) and ids.max() >= num_ids:
-        raise CorpusError(
-            f"document {document}: its text yields token {ids.max()}, and ids below {num_ids} are expected of this"
-            " tokenizer; leave the document out, or take the entry out of tokenizer.json"
-        )
 
 
 def check_shards(store: Path, names: Iterable[str], upload: StoreUpload | None) -> None:

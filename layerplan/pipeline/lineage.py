@@ -12,7 +12,8 @@ from layerplan.corpus.location import hide_keys
 from layerplan.corpus.manifest import Manifest
 from layerplan.report.answers import read_answers
 from layerplan.report.lineage import list_results, list_tags, render_note
-from layerplan.tracking.tracker import NOTE_TAG, Dataset, Tracker
+from layerplan.tracking.outbox import Dataset
+from layerplan.tracking.tracker import NOTE_TAG, Tracker
 
 PARAM_CHARS = 500
 """What every version of MLflow takes; the whole value is in `resolved_config.json`."""

@@ -15,7 +15,8 @@ from layerplan.ray_session import connect
 from layerplan.storage.working import find_home
 from layerplan.tracking.address import describe_address
 from layerplan.tracking.background import locate_store
-from layerplan.tracking.tracker import Status, Tracker, open_tracker, status_of
+from layerplan.tracking.outbox import Status
+from layerplan.tracking.tracker import Tracker, open_tracker, status_of
 from layerplan.train.compute_dtype import settle_dtype
 
 DATA_CPUS = 0.25

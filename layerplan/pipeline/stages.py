@@ -152,7 +152,9 @@ def trace(context: RunContext, model: ModelRef) -> LayerProfile | None:
         return None
     say("trace", f"measuring the layers of {model}")
     with tracked(context, "trace") as tracker:
-        profile = trace_model(model, context.config.trace, out_dir=context.folder.root)
+        profile = trace_model(
+            model, context.config.trace, out_dir=context.folder.root, report=lambda line: say("trace", line)
+        )
         _log_profile(tracker, profile, context.folder)
     options = find_options(context.config.plan).model_copy(update={"without_evidence": "midpoint"})
     for line in (*describe_measurement(profile), *describe_certainty(profile, choose_boundary(profile, options))):

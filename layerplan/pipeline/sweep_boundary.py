@@ -26,7 +26,8 @@ from layerplan.storage.working import find_home
 from layerplan.sweep.objective import Trial
 from layerplan.sweep.search import check_search, save_search
 from layerplan.sweep.tuner import TrialResult, run_sweep
-from layerplan.tracking.tracker import NOTE_TAG, RunSinkFactory, Status, Tracker, status_of
+from layerplan.tracking.outbox import Status
+from layerplan.tracking.tracker import NOTE_TAG, RunSinkFactory, Tracker, status_of
 
 
 def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:

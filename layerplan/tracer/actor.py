@@ -1,46 +1,29 @@
-"""A tracer replica: loads the model once and measures batches of probes, mapped over them by Ray Data."""
+"""A tracer replica: loads the model once and measures batches of probes."""
 
 from __future__ import annotations
 
-import pickle
 from typing import Any
 
 import torch
 
 from layerplan.config.trace import TraceConfig
-from layerplan.errors import LayerplanError
 from layerplan.models.ref import ModelRef
 from layerplan.tracer.encode import EncodedProbe
 from layerplan.tracer.meter import ProbeMeter
 from layerplan.tracer.model_runner import LayerRunner
 
-FAULT = "fault"
-
 
 class TracerActor:
-    """Maps rows that hold one batch of encoded probes each to one row per probe, or to one row with a fault."""
+    """Maps rows that hold one batch of encoded probes each to one row per probe."""
 
     def __init__(self, model: ModelRef, config: TraceConfig) -> None:
-        self._arguments = (model, config)
-        self._meter: ProbeMeter | None = None
-        self._fault: LayerplanError | None = None
+        on_gpu = torch.cuda.is_available() and config.num_gpus_per_actor > 0
+        # float32: rounding to bfloat16 alone moves JS by up to 3e-2
+        loaded = model.load(dtype=torch.float32)
+        self._meter = ProbeMeter(LayerRunner(loaded.to("cuda" if on_gpu else "cpu")), config)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Measures the batches; every output column has one entry per probe.
-
-        A `LayerplanError` is returned as a value, the pickled `fault`: one that is raised reaches the driver as Ray
-        Data's own error, without its cause, and one raised in `__init__` as an actor that died.
-        """
-        if self._fault is None:
-            try:
-                return self._measure(batch)
-            except LayerplanError as error:
-                self._fault = error
-        return {FAULT: [pickle.dumps(self._fault)]}
-
-    def _measure(self, batch: dict[str, Any]) -> dict[str, Any]:
-        if self._meter is None:
-            self._meter = _build_meter(*self._arguments)
+        """Measures the batches; every output column has one entry per probe."""
         records = [record for probes in batch["probes"] for record in self._meter.measure(decode_batch(probes))]
         return {name: [record[name] for record in records] for name in records[0]}
 
@@ -65,10 +48,3 @@ def decode_batch(values: Any) -> list[EncodedProbe]:
         )
         for value in values
     ]
-
-
-def _build_meter(model: ModelRef, config: TraceConfig) -> ProbeMeter:
-    on_gpu = torch.cuda.is_available() and config.num_gpus_per_actor > 0
-    # float32: rounding to bfloat16 alone moves JS by up to 3e-2
-    loaded = model.load(dtype=torch.float32)
-    return ProbeMeter(LayerRunner(loaded.to("cuda" if on_gpu else "cpu")), config)

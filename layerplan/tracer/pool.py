@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from layerplan.actor_pool import ActorPool, map_over_actors
 from layerplan.artifacts import writing_aside
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import ModelError, ProbeError
 from layerplan.models.ref import ModelRef
 from layerplan.plan.layer_profile import PROBES_NAME, LayerProfile
-from layerplan.tracer.actor import FAULT, TracerActor, encode_batch
+from layerplan.progress import ProgressLines
+from layerplan.tracer.actor import TracerActor, encode_batch
 from layerplan.tracer.aggregate import build_profile
 from layerplan.tracer.encode import EncodedProbe, encode_probes, make_batches
 from layerplan.tracer.lexicon import load_antsynnet, load_builtin_lexicon
@@ -24,7 +26,9 @@ from layerplan.tracer.probes import Probe, hash_probes, load_probes, make_probes
 PROFILE_NAME = "layer_profile.json"
 
 
-def trace_model(model: ModelRef, config: TraceConfig, *, out_dir: Path) -> LayerProfile:
+def trace_model(
+    model: ModelRef, config: TraceConfig, *, out_dir: Path, report: Callable[[str], None] = lambda line: None
+) -> LayerProfile:
     """Measures the layers of a model; writes `layer_profile.json` and the per-probe values beside it.
 
     Ray must be initialised. Per-probe values are kept, so any aggregate can be recomputed without the model. The result
@@ -40,7 +44,7 @@ def trace_model(model: ModelRef, config: TraceConfig, *, out_dir: Path) -> Layer
     if identity.num_layers < 2:
         raise ModelError(f"model.name={model}: has {identity.num_layers} layer; tracing needs at least 2")
     encoded = encode_probes(probes, model.tokenizer(), model.max_positions(), mask_check_every=config.mask_check_every)
-    records = _measure(encoded, model, config)
+    records = _measure(encoded, model, config, report)
     check_complete([probe.id for probe in probes], [record["id"] for record in records])
     profile = build_profile(records, model=identity, config=config, probe_set_sha256=hash_probes(probes))
     _write_records(out_dir / PROBES_NAME, records)
@@ -77,25 +81,16 @@ def check_complete(expected: list[str], measured: list[str]) -> None:
         )
 
 
-def _measure(encoded: list[EncodedProbe], model: ModelRef, config: TraceConfig) -> list[dict[str, Any]]:
-    import ray
-
+def _measure(
+    encoded: list[EncodedProbe], model: ModelRef, config: TraceConfig, report: Callable[[str], None]
+) -> list[dict[str, Any]]:
     rows = [{"probes": encode_batch(batch)} for batch in make_batches(encoded, config.batch_size)]
-    # one block per batch: a block is what an actor takes, and what is measured again when the actor dies
-    measured = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        TracerActor,
-        fn_constructor_args=(model, config),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, len(rows))),
-        num_cpus=config.num_cpus_per_actor,
-        num_gpus=config.num_gpus_per_actor,
+    pool = ActorPool(
+        config.num_actors, config.num_cpus_per_actor, config.num_gpus_per_actor, "a tracer's process", ModelError
     )
-    records: list[dict[str, Any]] = []
-    for record in measured.iter_rows():
-        if FAULT in record:
-            raise pickle.loads(record[FAULT])
-        records.append(record)
-    return sorted(records, key=lambda record: record["id"])
+    progress = ProgressLines("probes measured", len(encoded), report)
+    measured = map_over_actors(pool, TracerActor, (model, config), rows, take="rows", progress=progress)
+    return sorted(measured, key=lambda record: record["id"])
 
 
 def _write_records(path: Path, records: list[dict[str, Any]]) -> None:

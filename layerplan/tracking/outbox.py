@@ -9,16 +9,29 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from layerplan.artifacts import read_lines
 from layerplan.redaction import redact_text, redact_values
 from layerplan.tracking.journal import Journal
-from layerplan.tracking.tracker import Dataset, Status
 
 PARENT = "parent"
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a run trains on."""
+
+    name: str
+    digest: str
+    """Hash of its content."""
+    source: str
+    """Folder or address."""
+    profile: Mapping[str, Any] = field(default_factory=dict)
+    """Its sizes and counts."""
 
 
 @dataclass(frozen=True)

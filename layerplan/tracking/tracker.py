@@ -6,31 +6,17 @@ Everything is written into the run folder and carried to the store from there, s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from layerplan.config.tracking import TrackingConfig
 from layerplan.tracking.jsonl import JsonlSink
+from layerplan.tracking.outbox import Dataset, Status
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
 NOTE_TAG = "mlflow.note.content"
 """What a run's page shows as its description, in Markdown."""
 RUN_ID = "{run_id}"
 """Stands in a description for the store's id of the run, which is not known when it is written."""
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """What a run trains on."""
-
-    name: str
-    digest: str
-    """Hash of its content."""
-    source: str
-    """Folder or address."""
-    profile: Mapping[str, Any] = field(default_factory=dict)
-    """Its sizes and counts."""
 
 
 class Tracker(Protocol):

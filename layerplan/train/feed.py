@@ -8,8 +8,9 @@ from typing import Protocol
 
 import torch.distributed as dist
 
+from layerplan.corpus.chunks import open_chunks
+from layerplan.corpus.lanes import LaneStream, check_lanes
 from layerplan.corpus.manifest import Manifest
-from layerplan.corpus.on_the_fly import LaneStream, check_lanes, open_chunks
 from layerplan.corpus.rows import PackedRows
 from layerplan.corpus.start_check import check_files
 from layerplan.corpus.stream import iter_rank_steps, make_schedule

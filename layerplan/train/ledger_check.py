@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from layerplan.corpus.lanes import ROW_BITS
 from layerplan.corpus.manifest import Manifest
-from layerplan.corpus.on_the_fly import ROW_BITS
 from layerplan.errors import CorpusError
 from layerplan.train.ledger import LEDGER_NAME, hash_row_ids
 

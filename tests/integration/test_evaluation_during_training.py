@@ -14,8 +14,9 @@ import yaml
 from eval.artifacts import load_answers, load_results
 from eval.csv_table import COLUMNS
 from eval.encoding import encode_prompts, find_answer_tokens
-from eval.engine import EngineSpec, open_engine
+from eval.engine import EngineSpec
 from eval.items import load_benchmark
+from eval.open_engine import open_engine
 from eval.prompts import TEMPLATES, format_prompts
 from eval.scoring import pick_letter
 from layerplan.config.evaluation import BenchmarkConfig

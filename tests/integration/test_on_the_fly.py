@@ -34,8 +34,8 @@ def test_a_killed_run_goes_on_with_fewer_workers_on_the_rows_that_are_left(tmp_p
     finished = run_script(__file__, tmp_path, 1, 0, timeout_s=400)
     assert finished.returncode == 0, finished.stdout[-5000:]
 
+    from layerplan.corpus.lanes import LaneStream
     from layerplan.corpus.manifest import Manifest
-    from layerplan.corpus.on_the_fly import LaneStream
     from layerplan.train.ledger_check import check_epochs, load_ledger
 
     steps = load_ledger(tmp_path / "run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections import Counter
@@ -14,12 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from layerplan.cli import main
+from layerplan.corpus import manifest as manifest_file
 from layerplan.corpus.manifest import MANIFEST_NAME, SEAL_KEY, VALIDATION_NAME, Manifest
 from layerplan.corpus.rows import PackedRows
 from layerplan.corpus.start_check import check_files
 from layerplan.corpus.store import StoreReader, load_validation_rows
-from layerplan.corpus.stream import iter_rank_steps
+from layerplan.corpus.stream import iter_rank_steps, make_schedule
 from layerplan.errors import CorpusError
+from layerplan.train.feed import check_feed
 from tests.tiny_store import make_store
 
 SHARDS = ["shard_000000.parquet", "shard_000001.parquet"]
@@ -298,3 +301,23 @@ def test_verifying_finds_a_bit_that_no_row_needs_and_swapped_files_of_an_earlier
     forget(store)
     code, lines, _ = run_verify(store, capsys)
     assert code == 1 and [line.rpartition("; ")[2] for line in lines[1:]] == ["which rows differ cannot be told"] * 2
+
+
+def test_a_store_is_opened_once_in_a_process_and_again_when_its_manifest_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By all that a training worker asks of it; the file is made old, as that of a store is when a run begins."""
+    make_store(tmp_path / "store")
+    path = tmp_path / "store" / "manifest.json"
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    opened: list[str] = []
+    real = manifest_file.open_file
+    monkeypatch.setattr(manifest_file, "open_file", lambda place: opened.append(place) or real(place))
+    check_feed(tmp_path / "store", num_lanes=4, seed=0)
+    make_schedule(tmp_path / "store", num_lanes=4, seed=0)
+    load_validation_rows(tmp_path / "store")
+    assert StoreReader(tmp_path / "store").manifest == Manifest.load(tmp_path / "store")
+    assert opened == [str(path)]
+    path.write_text(path.read_text().replace('"seq_len": 32', '"seq_len": 16'))
+    with pytest.raises(CorpusError, match="was changed after it was written"):
+        Manifest.load(tmp_path / "store")

@@ -25,7 +25,7 @@ from layerplan.corpus.encoders import (
 )
 from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.sources import list_units
-from layerplan.corpus.tokenize import FAULT, UnitTokenizer
+from layerplan.corpus.tokenize import UnitTokenizer
 from layerplan.errors import CorpusError
 from layerplan.models.scratch import train_tokenizer
 from tests.tiny_corpus import make_byte_tokenizer, make_disagreement, make_text, write_jsonl
@@ -153,11 +153,12 @@ def test_a_worker_tells_of_a_disagreement(tmp_path: Path):
     (unit,) = list_units(disagreement)
     content = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
     batch = {"units": [json.dumps([(0, vars(unit))])]}
-    first, second = UnitTokenizer(disagreement, content, ())(batch)
-    assert first.num_rows == 256
-    (record,) = second.to_pylist()
-    assert record["status"] == FAULT
-    assert record["reason"].startswith("corpus.tokenizer_library=auto: fastokens gives other ids than tokenizers")
+    tables = UnitTokenizer(disagreement, content, ())(batch)
+    assert next(tables).num_rows == 256
+    with pytest.raises(
+        CorpusError, match=r"^corpus\.tokenizer_library=auto: fastokens gives other ids than tokenizers"
+    ):
+        next(tables)
 
 
 def test_a_store_is_of_one_library(tmp_path: Path):

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.corpus import writer
 from layerplan.corpus.build import build_token_store
+from layerplan.corpus.chunks import Chunks
 from layerplan.corpus.manifest import SEAL_KEY, Manifest
-from layerplan.corpus.on_the_fly import Chunks, write_stream
+from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError
 from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
 from tests.tiny_tokenizer import make_bytes, save_tokenizer

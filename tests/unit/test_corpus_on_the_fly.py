@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import numpy as np
 import pytest
 
 from layerplan.config.corpus import CorpusConfig, SourceConfig
-from layerplan.corpus import on_the_fly
-from layerplan.corpus.on_the_fly import ROW_BITS, Chunks, LaneStream, list_chunks, write_stream
+from layerplan.corpus import lanes, on_the_fly
+from layerplan.corpus.chunks import Chunks
+from layerplan.corpus.lanes import ROW_BITS, LaneStream
+from layerplan.corpus.on_the_fly import list_chunks, write_stream
 from layerplan.errors import CorpusError
 from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
 
@@ -120,7 +124,7 @@ def test_what_cannot_feed_a_run_is_refused(
 
 
 def test_too_much_damage_stops_a_run(store: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(on_the_fly, "JUDGED_DOCUMENTS", 20)
+    monkeypatch.setattr(lanes, "JUDGED_DOCUMENTS", 20)
     write_jsonl(tmp_path / "raw" / "bad.jsonl", *range(200))
     write_stream(make_config(tmp_path / "raw"), tokenizer, tmp_path / "bad", report=lambda line: None)
     stream = LaneStream(tmp_path / "bad", num_lanes=LANES, rank=0, world_size=1)
@@ -146,3 +150,15 @@ def test_what_needs_a_store_does_not_go_with_the_mode(fields: dict[str, Any], tm
     base = make_config(tmp_path).model_dump()
     with pytest.raises(ValueError, match="mode=on_the_fly does not go with"):
         CorpusConfig.model_validate(base | fields)
+
+
+def test_a_training_worker_loads_neither_the_build_nor_a_tokenizer_library() -> None:
+    """What a worker imports of its rows, in a process of its own; a task that reads chunks imports the rest."""
+    code = (
+        "import sys, layerplan.corpus.lanes, layerplan.corpus.stream;"
+        " print([name for name in ('sqlite3', 'tokenizers', 'fastokens') if name in sys.modules],"
+        " sorted(name for name in sys.modules if name.startswith('layerplan.corpus.') and name.split('.')[-1] in"
+        " ('build', 'writer', 'journal', 'tokenize', 'encoders', 'upload', 'on_the_fly')))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() == "[] []"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.progress import ProgressLines
 from layerplan.config.train import TrainConfig
 from layerplan.models.cores import count_threads, use_cores
+from layerplan.progress import ProgressLines
 from layerplan.train.compute_dtype import MeasuredDtype, measure_dtypes, settle_dtype
 
 

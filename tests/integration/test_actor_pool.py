@@ -1,0 +1,71 @@
+"""The one pool of actors, on Ray: what it gives in order, whose fault reaches the driver, and when it gives up."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerplan.actor_pool import ActorPool, map_over_actors
+from layerplan.errors import CorpusError, ModelError
+from layerplan.progress import ProgressLines
+
+POOL = ActorPool(2, num_cpus=0.5, what="the counting process", error=CorpusError)
+ROWS = [{"number": number} for number in range(8)]
+
+
+class Doubler:
+    """Doubles numbers, except what it is told to fail at."""
+
+    def __init__(self, folder: str, fault: int | None = None) -> None:
+        if fault == -1:
+            raise ModelError("the model has no number")
+        self._folder, self._fault = Path(folder), fault
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for number in batch["number"]:
+            if number == self._fault:
+                raise ModelError(f"{number} cannot be doubled")
+            yield {"doubled": [2 * int(number)]}
+
+
+class Dying(Doubler):
+    """Takes its process with it, once, or whenever it is asked when there is no folder."""
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        mark = self._folder / "died"
+        if 3 in batch["number"] and not mark.exists():
+            if self._folder.is_dir():
+                mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from super().__call__(batch)
+
+
+def test_results_come_once_each_and_in_order_though_a_process_is_killed(ray_local: None, tmp_path: Path) -> None:
+    said: list[str] = []
+    now = iter(range(0, 1000, 20))
+    progress = ProgressLines("numbers", len(ROWS), said.append, clock=lambda: next(now))
+    arguments = (str(tmp_path),)
+    found = map_over_actors(POOL, Dying, arguments, ROWS, take="rows", is_ordered=True, progress=progress)
+    assert [row["doubled"] for row in found] == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert (tmp_path / "died").exists()
+    assert said[0] == "1 of 8 numbers, about 140 s to go"  # 20 s each, 7 left
+
+
+@pytest.mark.parametrize("fault", [-1, 5])
+def test_a_fault_of_ours_is_raised_as_it_is_from_the_constructor_too(
+    ray_local: None, tmp_path: Path, fault: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two numbers to a batch, so that results stand before the fault in its block."""
+    with pytest.raises(ModelError, match=r"^(the model has no number|5 cannot be doubled)$"):
+        list(map_over_actors(POOL, Doubler, (str(tmp_path), fault), ROWS, batch_size=2))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_process_that_keeps_dying_ends_the_work(ray_local: None, tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"^the counting process died and was restarted 2 times; its last words: "):
+        list(map_over_actors(POOL, Dying, (str(tmp_path / "none"),), ROWS[2:4]))
