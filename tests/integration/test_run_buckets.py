@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from layerplan.artifacts import read_lines
 from layerplan.checkpoint.index import (
     choose_checkpoint,
     find_run_id,
@@ -26,6 +27,7 @@ from layerplan.config.run import RunConfig
 from layerplan.config.train import ScheduleConfig, TrainConfig
 from layerplan.errors import ConfigError, RunBusyError, StorageError
 from layerplan.models.files import identify_model, load_hf_config
+from layerplan.models.ref import ModelRef
 from layerplan.pipeline.run_folder import open_run_folder
 from layerplan.pipeline.run_lease import hold_run
 from layerplan.plan.model_shape import ModelShape
@@ -35,7 +37,7 @@ from layerplan.storage.flag import Flag
 from layerplan.storage.mirror import carry_file, fetch_file, fetch_folder
 from layerplan.storage.paths import BucketPath
 from layerplan.storage.working import find_home, find_working_folder
-from layerplan.tracking.journal import Journal, read_lines
+from layerplan.tracking.journal import Journal
 from layerplan.train.request import TrainRequest
 from tests.buckets import BucketServer
 from tests.tiny_checkpoint import FRESH, RUN_ID, load, save
@@ -285,4 +287,4 @@ def make_request(run_dir: Path, folder: Path, *, max_steps: int) -> TrainRequest
         write_ledger=True,
         schedule=ScheduleConfig(type="constant", warmup_ratio=0.0),
     )
-    return TrainRequest(run_dir, base, plan, folder / "store", config, seed=0)
+    return TrainRequest(run_dir, ModelRef(base), plan, folder / "store", config, seed=0)
