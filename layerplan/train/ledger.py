@@ -15,6 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from layerplan.artifacts import hash_bytes, write_text
+from layerplan.errors import TrainingError
 
 LEDGER_NAME = "ledger.jsonl"
 
@@ -28,6 +29,7 @@ class LedgerWriter:
         self._world_size = world_size
         if rank == 0:
             self.drop_after(start_step)
+        self._is_begun = path.exists()
 
     def drop_after(self, step: int) -> None:
         """Removes the lines of steps after `step`, atomically, and a last line cut short by a kill."""
@@ -37,7 +39,11 @@ class LedgerWriter:
         write_text(self._path, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, row_ids: NDArray[np.int64]) -> None:
-        """Takes this rank's row ids of the 1-based `step`."""
+        """Takes this rank's row ids of the 1-based `step`.
+
+        Raises:
+            TrainingError: When the file is gone: what would begin anew had only the steps from here on.
+        """
         pieces: Sequence[NDArray[np.int64] | None] = [row_ids]
         if self._world_size > 1:
             pieces = [None] * self._world_size
@@ -45,8 +51,11 @@ class LedgerWriter:
         if self._rank == 0:
             ids = np.sort(np.concatenate([piece for piece in pieces if piece is not None]))
             line = {"step": step, "num_rows": len(ids), "sha256": hash_row_ids(ids), "row_ids": ids.tolist()}
+            if self._is_begun and not self._path.exists():
+                raise TrainingError(f"{self._path}: was removed while the run went on; its earlier steps would be lost")
             with self._path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(line) + "\n")
+            self._is_begun = True
 
 
 def hash_row_ids(row_ids: NDArray[np.int64]) -> str:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from layerplan.checkpoint.layout import CHECKPOINTS_NAME
 from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.store import load_validation_rows
+from layerplan.errors import StorageError
 from layerplan.plan.cost import GIB, predict_cost
 from layerplan.plan.explain import explain_changes
 from layerplan.plan.freeze_plan import FreezePlan, PlanPhase
@@ -96,7 +97,7 @@ def train_phases(request: TrainRequest, mark: Mark) -> None:
                 parked=built.parked,
                 fresh_moments=bool(request.plan.phases),
                 validated_steps=range(0) if request.validation is None else request.validation.steps,
-                before_seal=partial(carry_records, request),
+                before_seal=partial(carry_records, request, is_sealing=True),
             )
             state = recorders.note_horizon(request, writer.restore() or state)
             request = replace(request, recipe=built.recipe)
@@ -233,9 +234,17 @@ def list_records(request: TrainRequest) -> tuple[Path, ...]:
     return (request.run_dir / LEDGER_NAME, *request.records)
 
 
-def carry_records(request: TrainRequest) -> None:
-    """Brings them to where the run is stored; a checkpoint counts only when they are there up to its step."""
+def carry_records(request: TrainRequest, *, is_sealing: bool = False) -> None:
+    """Brings them to where the run is stored; a checkpoint counts only when they are there up to its step.
+
+    Raises:
+        StorageError: When a checkpoint is to be sealed without one of them: its working folder was removed.
+    """
     for path in list_records(request):
+        home = find_home(path)
+        is_kept = path.name == LEDGER_NAME and request.config.write_ledger
+        if is_sealing and home != path and not path.exists() and (is_kept or home.exists()):
+            raise StorageError(f"{path}: was removed while the run went on; no checkpoint is sealed without it")
         carry_file(path)
 
 

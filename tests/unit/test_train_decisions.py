@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig
 from layerplan.config.train import ScheduleConfig, StabilityConfig, TrainConfig
+from layerplan.errors import TrainingError
 from layerplan.pipeline.summary import describe_change
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.memory import choose_placement, estimate_memory, explain_shortage
@@ -159,6 +160,15 @@ def test_the_ledger_drops_steps_after_the_checkpoint_and_a_torn_line(tmp_path: P
     LedgerWriter(path, start_step=2, rank=0, world_size=1)
     assert len(path.read_text(encoding="utf-8").splitlines()) == 2
     assert hash_row_ids(np.array([3, 1])) == hash_row_ids(np.array([1, 3]))
+
+
+def test_a_ledger_that_vanishes_is_not_begun_anew(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    writer = LedgerWriter(path, start_step=0, rank=0, world_size=1)
+    writer.write(1, np.array([1]))
+    path.unlink()
+    with pytest.raises(TrainingError, match=r"ledger\.jsonl: was removed while the run went on"):
+        writer.write(2, np.array([2]))
 
 
 @pytest.mark.parametrize(
