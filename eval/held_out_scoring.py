@@ -166,13 +166,14 @@ def _measure(
     for text in texts:
         text.encoded = encode_prompts(tokenizer, text.documents, add_special_tokens=False)
         text.nats = [0.0] * len(text.documents)
-        text.windows_left = sum(len(list(iter_windows(len(ids), window))) for ids in text.encoded)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"text": place, "document": index, "ids": [first, *ids][start : stop + 1]}
         for place, text in enumerate(texts)
         for index, ids in enumerate(text.encoded)
         for start, stop in iter_windows(len(ids), window)
     ]
+    for row in rows:
+        texts[row["text"]].windows_left += 1
     pool = ActorPool(
         config.num_actors,
         config.num_cpus_per_actor,

@@ -16,11 +16,10 @@ from eval.artifacts import Results, load_answers, load_results
 from eval.held_out import judge_held_out, load_held_out
 from eval.significance import Arm, Comparison, Verdict, judge_comparisons
 from eval.tables import render_scores
-from layerplan.artifacts import compute_sha256, write_text
+from layerplan.artifacts import compute_sha256, write_json, write_text
 from layerplan.checkpoint.layout import name_step
 from layerplan.errors import EvaluationError
 from layerplan.pipeline.run_folder import fetch_run
-from layerplan.pipeline.stages import write_json
 from layerplan.pipeline.summary import print_verdicts
 from layerplan.train.request import load_result
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from layerplan.config.load import load_config
 from layerplan.config.reference import render_reference
@@ -40,17 +38,9 @@ def test_every_link_and_path_of_a_page_exists(page: Path) -> None:
 
 
 def test_the_site_names_every_page_once_and_no_other() -> None:
-    nav = [str(page) for page in _iter_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])]
+    nav = runpy.run_path(str(ROOT / "docs/site/stage.py"))["list_pages"]()
     linked = ["requirements/README.md", *(f"benchmarks/results/{path.name}" for path in RESULTS)]
     assert sorted(nav) == sorted([*(str(page.relative_to(ROOT)) for page in PAGES), *linked])
-
-
-def _iter_pages(node: Any) -> Iterator[str]:
-    if isinstance(node, str):
-        yield node
-    else:
-        for child in node.values() if isinstance(node, dict) else node:
-            yield from _iter_pages(child)
 
 
 def test_the_reference_names_what_exists() -> None:

@@ -15,31 +15,7 @@ import pytest
 from layerplan.errors import TrackingError
 from layerplan.tracking.outbox import TrackingFolder
 from layerplan.tracking.position import count_backlog
-from tests.mlflow_server import carry, make_database, make_sink, open_stage, points_of
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_database(tmp_path_factory.mktemp("store") / "mlflow.db")
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path, empty_database: Path) -> Path:
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    (tmp_path / "run").mkdir()
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def uri(run_dir: Path) -> str:
-    return f"sqlite:///{run_dir.parent / 'mlflow.db'}"
-
-
-@pytest.fixture
-def client(uri: str) -> Any:
-    import mlflow
-
-    return mlflow.MlflowClient(tracking_uri=uri)
+from tests.mlflow_server import carry, make_sink, open_stage, points_of
 
 
 def ids(run_dir: Path) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +17,10 @@ from layerplan.tracking.address import describe_address, find_table, list_addres
 from layerplan.tracking.outbox import PARENT, Outbox, OutboxTracker, TrackingFolder
 from layerplan.tracking.position import count_backlog
 from layerplan.tracking.tracker import NOTE_TAG, RUN_ID, Dataset
-from tests.mlflow_server import carry, make_database, open_stage
+from tests.mlflow_server import carry, open_stage
 
 SECRET = "hunter2-open-sesame"
 KIND = "mlflow.experimentKind"
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_database(tmp_path_factory.mktemp("store") / "mlflow.db")
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path, empty_database: Path) -> Path:
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    (tmp_path / "run").mkdir()
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def uri(run_dir: Path) -> str:
-    return f"sqlite:///{run_dir.parent / 'mlflow.db'}"
-
-
-@pytest.fixture
-def client(uri: str) -> Any:
-    import mlflow
-
-    return mlflow.MlflowClient(tracking_uri=uri)
 
 
 def open_parent(run_dir: Path) -> OutboxTracker:
