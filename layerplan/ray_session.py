@@ -29,7 +29,7 @@ WORKER_VARIABLES = {
 }
 """Defaults of the workers; what the user's environment sets wins."""
 
-PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "PYTHONPATH")
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "PYTHONPATH")
 """Variables of the submitting process that its workers need too, and that everybody may see."""
 
 STORAGE = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "CLOUD_STORAGE_EMULATOR_ENDPOINT")
@@ -52,6 +52,8 @@ def connect(config: ClusterConfig, *, min_cpus: float, min_gpus: float = 0) -> N
         ask_for_token(os.environ, config.auth_mode, make=address is None)
         if address is None or is_loopback(address):
             stay_on_loopback(os.environ)
+        if address is None:  # a machine that its own job started is not taken away from under it
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         try:
             with _own_sigterm():
                 _init(address, config)

@@ -28,6 +28,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 MAKES_THE_FINISHED_RUN = "test_chain"
+SHARED_CPUS = 4
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,11 +59,20 @@ def data_dir() -> Path:
 
 @pytest.fixture
 def ray_local() -> None:
-    """A local Ray with four logical CPUs, shared by the tests that use it; a test may shut it down."""
+    """The cluster that the tests of this process share, made as a job makes its own; a test may shut it down."""
     import ray
+    from ray._private import ray_constants
 
-    if not ray.is_initialized():
-        ray.init(address="local", num_cpus=4, include_dashboard=True, log_to_driver=False, configure_logging=False)
+    if ray.is_initialized():
+        return
+    from layerplan.config.cluster import ClusterConfig
+    from layerplan.ray_session import connect
+
+    # what keeps this cluster on loopback must not keep there those that tests make of several nodes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        connect(ClusterConfig(num_cpus=SHARED_CPUS), min_cpus=1)
 
 
 @pytest.fixture(scope="session", autouse=True)

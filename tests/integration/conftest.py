@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -73,6 +75,12 @@ class Job:
 
     returncode: int
     output: str
+
+
+@pytest.fixture(scope="session")
+def converted_models(request: pytest.FixtureRequest) -> Path:
+    """Where GGUF models are converted once; kept from run to run."""
+    return Path(request.config.cache.mkdir("real_model"))
 
 
 @pytest.fixture(scope="session")
@@ -157,6 +165,38 @@ def run_job(start_job: Callable[..., subprocess.Popen[str]]) -> Callable[..., Jo
         process = start_job(*arguments, env=env)
         output, _ = process.communicate(timeout=JOB_TIMEOUT_S)
         return Job(process.returncode, output)
+
+    return run
+
+
+@pytest.fixture
+def shared_cluster(ray_local: None) -> dict[str, str]:
+    """What a process of its own needs to join the cluster that the tests share."""
+    import ray
+
+    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+
+
+@pytest.fixture
+def run_here(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Job]:
+    """Runs a script of `jobs/` to its end in this process, on the cluster that the tests share.
+
+    For what is said and left behind: a process and a cluster of its own cost a job more than the job. Other tests start some
+    of every script as users do.
+    """
+
+    def run(script: str, *arguments: object, env: dict[str, str] | None = None) -> Job:
+        text = io.StringIO()
+        handler = signal.getsignal(signal.SIGTERM)
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            patch.chdir(ROOT)
+            patch.setattr(sys, "argv", [script, *map(str, arguments)])
+            for name, value in (env or {}).items():
+                patch.setenv(name, value)
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+        signal.signal(signal.SIGTERM, handler)
+        return Job(int(ended.value.code or 0), text.getvalue())
 
     return run
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from layerplan.pipeline.run_lease import hold_run
+from tests.conftest import SHARED_CPUS
 
 CONFIG_FAULTS = [
     (["train.max_stepz=3"], ["train.max_stepz", "unknown"]),
@@ -38,10 +39,10 @@ def fails(job: Any, code: int, *words: str) -> None:
 
 @pytest.mark.parametrize(("settings", "words"), CONFIG_FAULTS)
 def test_a_bad_setting_is_exit_2_and_names_itself(
-    settings: list[str], words: list[str], tiny_config: Path, tmp_path: Path, run_job: Callable[..., Any]
+    settings: list[str], words: list[str], tiny_config: Path, tmp_path: Path, run_here: Callable[..., Any]
 ) -> None:
     arguments = [part for setting in ["name=bad", *settings] for part in ("--set", setting)]
-    job = run_job("jobs/cpt.py", "--config", tiny_config, "--set", f"storage_path={tmp_path / 'runs'}", *arguments)
+    job = run_here("jobs/cpt.py", "--config", tiny_config, "--set", f"storage_path={tmp_path / 'runs'}", *arguments)
     fails(job, 2, *words)
     assert len([line for line in job.output.splitlines() if line.startswith("error: ")]) == len(settings)
     assert not (tmp_path / "runs").exists()
@@ -54,11 +55,11 @@ def test_a_config_that_is_missing_or_not_yaml_is_exit_2(tmp_path: Path, run_job:
 
 
 def test_an_occupied_name_with_another_config_is_refused_and_kept(
-    finished_run: Path, tiny_config: Path, tmp_path: Path, run_job: Callable[..., Any]
+    finished_run: Path, tiny_config: Path, tmp_path: Path, run_here: Callable[..., Any]
 ) -> None:
     run = shutil.copytree(finished_run, tmp_path / "quiet")  # other tests submit the run itself again
     before = digest(run)
-    job = run_job(
+    job = run_here(
         *("jobs/cpt.py", "--config", tiny_config, "--set", f"storage_path={tmp_path}"),
         *("--set", "name=quiet", "--set", "train.optimizer.learning_rate=0.5"),
         *("--set", "evaluation.backend=vllm", "--set", "evaluation.protocols=[logit, generate]"),
@@ -111,14 +112,14 @@ def test_a_corpus_that_cannot_be_used_is_exit_1(
     finished_run: Path,
     tiny_config: Path,
     tmp_path: Path,
-    run_job: Callable[..., Any],
+    run_here: Callable[..., Any],
 ) -> None:
     raw = tmp_path / "raw"
     if make is not None:
         raw.mkdir()
         make(raw)
     model = next((finished_run / "base_model" / "hf").iterdir())
-    job = run_job(
+    job = run_here(
         *("jobs/build_corpus.py", "--config", tiny_config, "--set", f"storage_path={tmp_path / 'runs'}"),
         *("--set", "name=bad", "--set", f"model={json.dumps({'type': 'pretrained', 'name': str(model)})}"),
         *("--set", f"corpus.sources={json.dumps([{'path': str(raw)}])}", "--set", "tracking.backend=none"),
@@ -162,12 +163,12 @@ def test_a_model_folder_that_cannot_be_used_is_exit_1(
     finished_run: Path,
     tiny_config: Path,
     tmp_path: Path,
-    run_job: Callable[..., Any],
+    run_here: Callable[..., Any],
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(next((finished_run / "base_model" / "hf").iterdir()), model)
     damage(model)
-    job = run_job(
+    job = run_here(
         *("jobs/cpt.py", "--config", tiny_config, "--set", f"storage_path={tmp_path / 'runs'}", "--set", "name=bad"),
         *("--set", f"model={json.dumps({'type': 'pretrained', 'name': str(model)})}"),
         *("--set", 'plan={"type": "freeze_deep", "boundary": 1}', "--set", "tracking.backend=none"),
@@ -177,13 +178,13 @@ def test_a_model_folder_that_cannot_be_used_is_exit_1(
 
 
 def test_a_missing_model_folder_and_a_small_cluster_are_exit_1(
-    tiny_config: Path, tmp_path: Path, run_job: Callable[..., Any]
+    tiny_config: Path, tmp_path: Path, run_here: Callable[..., Any]
 ) -> None:
     base = ("jobs/cpt.py", "--config", tiny_config, "--set", f"storage_path={tmp_path}", "--set", "name=bad")
     model = json.dumps({"type": "pretrained", "name": "/nowhere/model"})
-    fails(run_job(*base, "--set", f"model={model}", "--dry-run"), 1, "model.name=/nowhere/model", "no such folder")
-    job = run_job(*base, "--set", "train.num_cpus_per_worker=64", "--set", "tracking.backend=none")
-    fails(job, 1, "cluster: has 3 CPU, the run needs at least 128.25")
+    fails(run_here(*base, "--set", f"model={model}", "--dry-run"), 1, "model.name=/nowhere/model", "no such folder")
+    job = run_here(*base, "--set", "train.num_cpus_per_worker=64", "--set", "tracking.backend=none")
+    fails(job, 1, f"cluster: has {SHARED_CPUS} CPU, the run needs at least 128.25")
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -210,10 +210,10 @@ def test_the_scores_are_exported_in_the_papers_layout(finished_run: Path) -> Non
     assert both in rows[4]
 
 
-def test_a_finished_run_is_not_repeated(finished_run: Path, tiny_config: Path, run_job: Callable[..., Any]) -> None:
+def test_a_finished_run_is_not_repeated(finished_run: Path, tiny_config: Path, run_here: Callable[..., Any]) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*.safetensors")}
     metrics = (finished_run / "metrics.jsonl").read_bytes()
-    job = run_job(
+    job = run_here(
         *(
             "jobs/cpt.py",
             "--config",

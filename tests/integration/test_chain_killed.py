@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -20,13 +21,19 @@ START_TIMEOUT_S = 500
 def test_a_killed_run_ends_with_the_weights_and_the_lineage_of_a_quiet_one(
     finished_run: Path,
     tiny_config: Path,
+    shared_cluster: dict[str, str],
     start_job: Callable[..., subprocess.Popen[str]],
     run_job: Callable[..., Any],
 ) -> None:
     storage = finished_run.parent
     command = ("jobs/cpt.py", "--config", tiny_config, "--set", f"storage_path={storage}", "--set", "name=killed")
+    command += ("--set", "evaluation.evaluate_base=false")
     run = storage / "killed"
-    process = start_job(*command)
+    run.mkdir()
+    shutil.copytree(finished_run / "base_model", run / "base_model")  # made and measured for other tests
+    for name in ("layer_profile.json", "layer_probes.parquet"):
+        shutil.copy(finished_run / name, run)
+    process = start_job(*command, env=shared_cluster)
     wait_for_committed_checkpoint(run / "checkpoints", process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -34,7 +41,7 @@ def test_a_killed_run_ends_with_the_weights_and_the_lineage_of_a_quiet_one(
     runs_before = json.loads((run / "mlflow_runs.json").read_text())
     wait_for_silence(run)
 
-    job = run_job(*command)
+    job = run_job(*command, env=shared_cluster)
     assert job.returncode == 0, job.output[-6000:]
     assert f"found {run / 'base_model'}" in job.output, "the base was made a second time"
     assert "step 1/40" not in job.output, "training began again from nothing"

@@ -32,7 +32,7 @@ def make_lines(first: int, count: int) -> bytes:
 
 
 def test_a_gated_data_set_is_streamed_into_a_store(
-    seed_model: str, run_job: Callable[..., Any], tmp_path: Path
+    seed_model: str, run_job: Callable[..., Any], shared_cluster: dict[str, str], tmp_path: Path
 ) -> None:
     files = {
         "README.md": CARD.encode(),
@@ -48,7 +48,7 @@ def test_a_gated_data_set_is_streamed_into_a_store(
     path.write_text(yaml.safe_dump(config | {"model": {"type": "pretrained", "name": seed_model}}))
 
     with serving_data_set("owner/pages", files, token="hf_right") as (endpoint, ranges):
-        env = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+        env = shared_cluster | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
         refused = run_job("jobs/build_corpus.py", "--config", path, env=env | {"HF_TOKEN": "hf_wrong"})
         wrong = ("--set", "corpus.sources=[{path: hub://owner/pages, split: dev}]")
         no_split = run_job("jobs/build_corpus.py", "--config", path, *wrong, env=env | {"HF_TOKEN": "hf_right"})

@@ -82,6 +82,7 @@ def config(
         "score_every_steps": 200,
         "guardrail_points": 10,
     }
+    values["tracking"] = {"backend": "none"}
     values["storage_path"] = str(tmp_path_factory.mktemp("runs"))
     path = tmp_path_factory.mktemp("config") / "guarded.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -89,9 +90,9 @@ def config(
 
 
 @pytest.mark.long
-def test_a_guardrail_stops_training_and_old_checkpoints_are_back_filled(config: Path, run_job: RunJob) -> None:
+def test_a_guardrail_stops_training_and_old_checkpoints_are_back_filled(config: Path, run_here: RunJob) -> None:
     run = Path(yaml.safe_load(config.read_text())["storage_path"]) / "guarded"
-    job = run_job("jobs/cpt.py", "--config", config)
+    job = run_here("jobs/cpt.py", "--config", config)
     assert job.returncode == 1, job.output[-6000:]
     assert "error: evaluation.guardrail_points=10: training was stopped by the score of step 200: " in job.output
     assert not (run / "training.json").exists()
@@ -104,7 +105,7 @@ def test_a_guardrail_stops_training_and_old_checkpoints_are_back_filled(config: 
     assert saved[-1] >= 200
 
     last = f"step_{saved[-1]:08d}"
-    filled = run_job("jobs/evaluate.py", "--config", config, "--checkpoints", saved[-1])
+    filled = run_here("jobs/evaluate.py", "--config", config, "--checkpoints", saved[-1])
     assert filled.returncode == 0, filled.output[-4000:]
     assert f"Step {saved[-1]}: accuracy" in filled.output
     assert len(load_answers(run / "evaluation" / last, "ceval", "logit")) == 64

@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,7 +108,9 @@ def test_an_engine_that_keeps_dying_fails_with_its_own_last_words(ray_local: Non
         ask_all(bad, spec, make_config(batch_size=8), tmp_path)
 
 
-def test_a_process_that_keeps_crashing_fails_with_what_it_wrote_last(model: str, tmp_path: Path) -> None:
+def test_a_process_that_keeps_crashing_fails_with_what_it_wrote_last(
+    model: str, tmp_path: Path, shared_cluster: dict[str, str]
+) -> None:
     """A limit on address space that the model cannot load under: the process is gone, its log is not."""
     script = f"""
 import os, ray
@@ -119,7 +122,7 @@ from eval.pool import Ask, ask_all
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError
 from layerplan.models.ref import ModelRef
-ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False,
+ray.init(log_to_driver=False, configure_logging=False,
          runtime_env={{"worker_process_setup_hook": "crash_hook.install"}})
 spec = EngineSpec(ModelRef({model!r}), "transformers", "float32", 0, (36, 37, 38, 39), 256)
 config = EvaluationConfig(backend="transformers", batch_size=2, num_cpus_per_actor=0.5)
@@ -137,7 +140,7 @@ def install():
     logits.TransformersEngine.ask = die
 """
     (tmp_path / "crash_hook.py").write_text(hook, encoding="utf-8")
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    env = os.environ | shared_cluster | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
     done = subprocess.run(
         [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=200, check=False
     )
@@ -167,26 +170,41 @@ def test_vllm_and_transformers_agree_token_for_token(ray_local: None, model: str
     assert left == (tmp_path / "transformers" / "continuations.jsonl").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def tides(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """A held-out text of two documents."""
+    path = tmp_path_factory.mktemp("tides") / "text.txt"
+    path.write_text("The tide turns twice a day.\n\nAnd once more.", encoding="utf-8")
+    return [{"name": "tides", "source": {"path": str(path)}}]
+
+
+@pytest.fixture
+def plain_scores(
+    ray_local: None, model: str, tides: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What transformers answers with the model as it is; made once."""
+    folder = tmp_path_factory.getbasetemp() / "plain_scores"
+    if not folder.exists():
+        config = make_config(protocols=["logit"], held_out=tides, batch_size=64)
+        evaluate_model(ModelRef(model), config, folder)
+    return folder
+
+
 @pytest.mark.parametrize("backend", ["vllm", "transformers"])
 def test_a_model_of_its_own_code_is_scored_once_that_is_allowed(
-    backend: str, ray_local: None, model: str, tmp_path: Path
+    backend: str, model: str, tides: list[dict[str, Any]], plain_scores: Path, tmp_path: Path
 ) -> None:
-    """The same weights without the code, by the same engine, are the oracle."""
+    """The same weights without the code are the oracle."""
     coded = give_code(Path(shutil.copytree(model, tmp_path / "coded")))
-    (tmp_path / "text.txt").write_text("The tide turns twice a day.\n\nAnd once more.", encoding="utf-8")
-    held_out = [{"name": "tides", "source": {"path": str(tmp_path / "text.txt")}}]
-    config = make_config(backend=backend, protocols=["logit"], held_out=held_out, batch_size=64)
+    config = make_config(backend=backend, protocols=["logit"], held_out=tides, batch_size=64)
     with pytest.raises(ModelError, match=r"modeling_tidal\.TidalForCausalLM.*model\.trust_remote_code: true"):
         evaluate_model(ModelRef(str(coded)), config, tmp_path / "refused")
     evaluate_model(ModelRef(str(coded), trust_remote_code=True), config, tmp_path / "allowed")
-    evaluate_model(
-        ModelRef(model), make_config(protocols=["logit"], held_out=held_out, batch_size=64), tmp_path / "plain"
-    )
-    mine, theirs = (load_answers(tmp_path / name, "ceval", "logit") for name in ("allowed", "plain"))
+    mine, theirs = (load_answers(folder, "ceval", "logit") for folder in (tmp_path / "allowed", plain_scores))
     assert len(mine) == 64
     for one, other in zip(mine, theirs, strict=True):
         assert one.letter_logprobs == pytest.approx(other.letter_logprobs, abs=1e-4)
-    texts = [load_held_out(tmp_path / name)["tides"] for name in ("allowed", "plain")]
+    texts = [load_held_out(folder)["tides"] for folder in (tmp_path / "allowed", plain_scores)]
     assert texts[0].bits_per_byte == pytest.approx(texts[1].bits_per_byte, abs=1e-6)
 
 

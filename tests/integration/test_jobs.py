@@ -1,4 +1,4 @@
-"""The other jobs, as a user starts them: on a cluster of two Ray nodes, on a model folder nobody of ours saved."""
+"""The other jobs, on a model folder nobody of ours saved, and a training that spans two Ray nodes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def two_nodes() -> Iterator[dict[str, str]]:
     """Two Ray nodes of two CPUs each on this machine; yields what a job needs to reach them."""
     import ray
@@ -84,7 +84,9 @@ def test_training_spans_two_ray_nodes(
     config: Path, two_nodes: dict[str, str], tmp_path: Path, run_job: RunJob, model_folder: Path
 ) -> None:
     """1.5 CPUs a worker on nodes of two: the workers cannot share a node."""
-    arguments = settings(storage_path=tmp_path, name="wide", **{"train.num_cpus_per_worker": 1.5})
+    arguments = settings(
+        storage_path=tmp_path, name="wide", **{"train.num_cpus_per_worker": 1.5, "tracking.backend": "none"}
+    )
     job = run_job("jobs/cpt.py", "--config", config, *arguments, env=two_nodes)
     assert job.returncode == 0, job.output[-5000:]
     assert "[train] workers: 2 on 2 Ray nodes" in job.output
@@ -95,7 +97,7 @@ def test_training_spans_two_ray_nodes(
 
 @pytest.mark.long
 def test_a_sweep_trains_three_boundaries_as_nested_runs(
-    finished_run: Path, tiny_config: Path, two_nodes: dict[str, str], tmp_path: Path, run_job: RunJob
+    finished_run: Path, tiny_config: Path, tmp_path: Path, run_here: RunJob
 ) -> None:
     """Three boundaries need four layers: the base is a random model of its own."""
     import mlflow
@@ -109,15 +111,16 @@ def test_a_sweep_trains_three_boundaries_as_nested_runs(
     values = yaml.safe_load(tiny_config.read_text(encoding="utf-8"))
     values |= {"model": {"type": "pretrained", "name": str(folder)}}
     values |= {"sweep": {"boundaries": [1, 3], "max_steps": 4}}
+    values["train"]["num_workers"] = 1
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     command = ("jobs/sweep_boundary.py", "--config", tmp_path / "sweep.yaml")
-    job = run_job(*command, *settings(storage_path=tmp_path, name="sweep"), env=two_nodes)
+    job = run_here(*command, *settings(storage_path=tmp_path, name="sweep"))
     assert job.returncode == 0, job.output[-5000:]
     first = {item["boundary"]: item for item in read(tmp_path / "sweep" / "sweep" / "results.json")}
     assert sorted(first) == [1, 3]
     values["sweep"]["boundaries"] = [1, 2, 3]
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    job = run_job(*command, *settings(storage_path=tmp_path, name="sweep"), env=two_nodes)
+    job = run_here(*command, *settings(storage_path=tmp_path, name="sweep"))
     assert job.returncode == 0, job.output[-5000:]
     results = read(tmp_path / "sweep" / "sweep" / "results.json")
     assert sorted(item["boundary"] for item in results) == [1, 2, 3]
@@ -142,10 +145,10 @@ def test_a_sweep_trains_three_boundaries_as_nested_runs(
 
 
 def test_tracing_alone_leaves_profile_and_plan(
-    config: Path, two_nodes: dict[str, str], tmp_path: Path, run_job: RunJob, finished_run: Path
+    config: Path, tmp_path: Path, run_here: RunJob, finished_run: Path
 ) -> None:
     arguments = settings(storage_path=tmp_path, name="traced", plan="{type: from_profile}")
-    job = run_job("jobs/trace_layers.py", "--config", config, *arguments, env=two_nodes)
+    job = run_here("jobs/trace_layers.py", "--config", config, *arguments)
     assert job.returncode == 0, job.output[-5000:]
     profile, plan = (read(tmp_path / "traced" / f"{name}.json") for name in ("layer_profile", "freeze_plan"))
     assert plan["evidence"]["profile_sha256"] == profile["sha256"]
@@ -163,10 +166,10 @@ def test_tracing_alone_leaves_profile_and_plan(
 
 
 def test_a_store_built_alone_is_the_store_of_the_chain(
-    config: Path, two_nodes: dict[str, str], tmp_path: Path, run_job: RunJob, finished_run: Path
+    config: Path, tmp_path: Path, run_here: RunJob, finished_run: Path
 ) -> None:
-    arguments = settings(storage_path=tmp_path, name="built")
-    job = run_job("jobs/build_corpus.py", "--config", config, *arguments, env=two_nodes)
+    arguments = settings(storage_path=tmp_path, name="built", **{"tracking.backend": "none"})
+    job = run_here("jobs/build_corpus.py", "--config", config, *arguments)
     assert job.returncode == 0, job.output[-5000:]
     built, chain = (read(run / "token_store" / "manifest.json") for run in (tmp_path / "built", finished_run))
     assert built["counts"] == chain["counts"]
@@ -175,14 +178,13 @@ def test_a_store_built_alone_is_the_store_of_the_chain(
 
 
 def test_any_model_folder_can_be_scored(
-    config: Path, two_nodes: dict[str, str], tmp_path: Path, run_job: RunJob, model_folder: Path, finished_run: Path
+    config: Path, tmp_path: Path, run_here: RunJob, model_folder: Path, finished_run: Path
 ) -> None:
     """The same weights written by transformers get the same answers; those of the chain came from vLLM."""
-    job = run_job(
+    job = run_here(
         "jobs/evaluate.py",
         *("--config", config, "--model", model_folder, "--out", tmp_path / "scores"),
         *settings(name="scores", **{"evaluation.protocols": "[logit, generate]"}),
-        env=two_nodes,
     )
     assert job.returncode == 0, job.output[-5000:]
     scored, chain = (read(folder / "ceval.json") for folder in (tmp_path / "scores", finished_run / "evaluation/base"))
@@ -192,17 +194,17 @@ def test_any_model_folder_can_be_scored(
         assert key in job.output
 
 
-def test_runs_are_compared_with_their_base(finished_run: Path, tmp_path: Path, run_job: RunJob) -> None:
+def test_runs_are_compared_with_their_base(finished_run: Path, tmp_path: Path, run_here: RunJob) -> None:
     shutil.copytree(finished_run / "evaluation", tmp_path / "twin" / "evaluation")
     shutil.copy(finished_run / "training.json", tmp_path / "twin")
-    job = run_job("jobs/compare.py", finished_run, tmp_path / "twin", "--out", tmp_path / "verdicts.json")
+    job = run_here("jobs/compare.py", finished_run, tmp_path / "twin", "--out", tmp_path / "verdicts.json")
     assert job.returncode == 0, job.output[-3000:]
     verdicts = read(tmp_path / "verdicts.json")
     # under each of two protocols: both runs against the base, and against each other
     assert [verdict["reference"] for verdict in verdicts] == 2 * ["the base", "the base", "quiet"]
     assert verdicts[0]["difference"] == verdicts[1]["difference"]
     assert verdicts[2]["difference"] == 0
-    refused = run_job("jobs/compare.py", tmp_path / "nothing")
+    refused = run_here("jobs/compare.py", tmp_path / "nothing")
     assert refused.returncode == 1
     assert "error: " in refused.output and "nothing" in refused.output
 
@@ -210,8 +212,9 @@ def test_runs_are_compared_with_their_base(finished_run: Path, tmp_path: Path, r
 def test_a_job_is_submitted_to_a_cluster_made_for_it(config: Path, tmp_path: Path) -> None:
     """`make demo`'s script: it starts a closed cluster, submits, shows the end and no secret, and stops it all."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    fewer = {"train.num_cpus_per_worker": 0.25, "train.num_workers": 1, "evaluation.evaluate_base": "false"}
     demo = subprocess.Popen(
-        ["bash", "cluster/local/demo.sh", *settings(name="submitted", **{"train.num_cpus_per_worker": 0.25})],
+        ["bash", "cluster/local/demo.sh", *settings(name="submitted", **fewer)],
         env=env | PLANTED | {"VENV": sys.prefix, "RUNS": str(tmp_path), "CONFIG": str(config)},
         cwd=ROOT,
         stdout=subprocess.PIPE,

