@@ -163,7 +163,7 @@ def set_aside(choice: Choice) -> None:
             remove_tree(target)
             target.parent.mkdir(exist_ok=True)
             _move(each.path, target)
-            (target / "reason.txt").write_text(each.fault + "\n", encoding="utf-8")
+            write_whole(target / "reason.txt", f"{each.fault}\n".encode())
 
 
 def _move(path: StoredPath, target: StoredPath) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from layerplan.artifacts import render_json
 from layerplan.errors import CheckpointError
 from layerplan.storage.paths import StoredPath, write_whole
 
@@ -80,6 +81,6 @@ def read_json(path: StoredPath) -> dict[str, Any]:
 
 def write_json(path: StoredPath, values: dict[str, Any]) -> bytes:
     """Writes an object to the disk itself, then moves it into place; returns its bytes."""
-    content = (json.dumps(values, indent=2) + "\n").encode()
+    content = render_json(values).encode()
     write_whole(path, content)
     return content

@@ -18,7 +18,8 @@ from typing import Any
 import pyarrow as pa
 
 from layerplan.actor_pool import ActorPool, map_over_actors
-from layerplan.artifacts import compute_sha256, writing_aside
+from layerplan.artifacts import compute_sha256
+from layerplan.aside import writing_aside
 from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.decontamination import BenchmarkText, fold_question, hash_held_out
 from layerplan.corpus.encoders import explain_fallback

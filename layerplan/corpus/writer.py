@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
-from layerplan.artifacts import PARTIAL_SUFFIX
+from layerplan.aside import PARTIAL_SUFFIX
 from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.journal import BuildJournal
 from layerplan.corpus.manifest import CONTAMINATED_NAME, QUARANTINE_NAME, VALIDATION_NAME, Shard, SourceRows

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from layerplan.aside import writing_folder_aside
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.train import TrainConfig
@@ -69,15 +70,16 @@ def prepare_model(context: RunContext) -> ModelRef:
 
 
 def _make_untrained(context: RunContext, model: ScratchModelConfig) -> Path:
-    """Tokenizer and random weights, in a folder of their own; the model file is written last."""
+    """Tokenizer and random weights, in a folder of their own."""
     folder = context.folder.base_model / "untrained"
     if not (folder / "model.safetensors").exists():
         say("base", f"training a tokenizer of {model.vocab_size:,} entries")
         texts = _sample_texts(context, model)
-        tokenizer = train_tokenizer(
-            texts, vocab_size=model.vocab_size, out_dir=folder, max_length=model.max_position_embeddings
-        )
-        build_scratch_model(model, tokenizer, folder, seed=context.config.seed)
+        with writing_folder_aside(folder) as made:
+            tokenizer = train_tokenizer(
+                texts, vocab_size=model.vocab_size, out_dir=made, max_length=model.max_position_embeddings
+            )
+            build_scratch_model(model, tokenizer, made, seed=context.config.seed)
     return folder
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow.fs as pafs
 
+from layerplan.aside import write_bytes
 from layerplan.storage.address import is_address, join_location, open_filesystem
 from layerplan.storage.paths import BucketPath, StoredPath
 
@@ -42,11 +45,11 @@ class LeaseFiles:
     def write(self, owner: str, text: str) -> None:
         """Puts the file in place at once: a bucket does so by itself, a disk by a move."""
         place = self._place(_name(owner))
-        aside = place if is_address(self._root) else self._place(f".{_name(owner)}.partial")
-        with self._filesystem.open_output_stream(aside) as stream:
+        if not is_address(self._root):
+            write_bytes(Path(place), text.encode())
+            return
+        with self._filesystem.open_output_stream(place) as stream:
             stream.write(text.encode())
-        if aside != place:
-            self._filesystem.move(aside, place)
 
     def remove(self, owner: str) -> None:
         """Removes the file, if there is one."""

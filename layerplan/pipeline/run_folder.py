@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from layerplan.artifacts import write_text
 from layerplan.config.load import dump_config, flatten_values
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError
@@ -182,10 +183,7 @@ def open_run_folder(config: RunConfig) -> RunFolder:
     if folder.config.exists():
         _check_same_config(folder, config)
     try:
-        folder.root.mkdir(parents=True, exist_ok=True)
-        partial = folder.config.with_suffix(".partial")
-        partial.write_text(dump_config(config), encoding="utf-8")
-        partial.replace(folder.config)
+        write_text(folder.config, dump_config(config))
     except OSError as error:
         raise ConfigError(f"storage_path: {folder.root} cannot be written ({error})") from None
     folder.carry()

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from layerplan.artifacts import read_lines, write_text
+from layerplan.aside import writing_aside
 from layerplan.plan.explain import describe_older_rule
 from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
@@ -101,9 +102,9 @@ def write_report(run_dir: Path) -> Path:
 
 def save_figures(folder: Path, figures: dict[str, Figure]) -> None:
     """Writes each figure as a PNG."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=150)
+        with writing_aside(folder / f"{name}.png") as aside:
+            figure.savefig(aside, format="png", dpi=150)
 
 
 def _head(run_dir: Path, plan: FreezePlan | None, result: dict[str, Any] | None) -> str:

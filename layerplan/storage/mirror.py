@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import threading
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import pyarrow.fs as pafs
 
+from layerplan.aside import is_partial, move_into_place, name_aside
 from layerplan.storage.paths import BucketFile, BucketPath, reaching
 from layerplan.storage.working import find_home, make_private
 
@@ -136,7 +136,8 @@ def _list_here(folder: Path) -> dict[str, _Stamp]:
 
 
 def _is_whole(relative: str) -> bool:
-    return not any(part.endswith(".partial") or part == ".." for part in PurePosixPath(relative).parts)
+    path = PurePosixPath(relative)
+    return not is_partial(path) and ".." not in path.parts
 
 
 def _is_mirrored(relative: str) -> bool:
@@ -160,7 +161,7 @@ def _stamp(path: Path) -> _Stamp | None:
 
 def _download(filesystem: pafs.FileSystem, file: BucketFile, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    partial = name_aside(path, is_shared=True)
     try:
         pafs.copy_files(
             file.inner,
@@ -171,7 +172,7 @@ def _download(filesystem: pafs.FileSystem, file: BucketFile, path: Path) -> None
         )
         os.utime(partial, ns=(file.time_ns, file.time_ns))
         if not _continues(path, partial):
-            partial.replace(path)
+            move_into_place(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from layerplan.actor_pool import ActorPool, map_over_actors
-from layerplan.artifacts import writing_aside
+from layerplan.aside import writing_aside
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import ModelError, ProbeError
 from layerplan.models.ref import ModelRef

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from layerplan.artifacts import read_lines
+from layerplan.artifacts import read_lines, write_text
 from layerplan.redaction import redact_text, redact_values
 from layerplan.tracking.journal import Journal
 
@@ -79,7 +79,7 @@ class TrackingFolder:
         """A name of this folder that no other has; made once."""
         path = self.root / "uid"
         if not path.exists():
-            path.write_text(uuid.uuid4().hex, encoding="utf-8")
+            write_text(path, uuid.uuid4().hex)
         return path.read_text(encoding="utf-8")
 
     @property

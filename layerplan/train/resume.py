@@ -25,7 +25,7 @@ from layerplan.checkpoint.index import (
 from layerplan.checkpoint.layout import parse_step
 from layerplan.checkpoint.seal import check_files
 from layerplan.errors import CheckpointError
-from layerplan.storage.paths import StoredPath
+from layerplan.storage.paths import StoredPath, write_whole
 from layerplan.train.state import TrainState
 
 RAY_INDEX_NAME = "checkpoint_manager_snapshot.json"
@@ -86,7 +86,7 @@ def reset_ray_index(folder: StoredPath) -> None:
     results = [
         {"version": 0, "checkpoint_dir_name": path.name, "metrics": {"step": parse_step(path)}} for path in waiting
     ]
-    index.write_text(json.dumps(_render_ray_index(results)), encoding="utf-8")
+    write_whole(index, json.dumps(_render_ray_index(results)).encode())
 
 
 def _render_ray_index(results: list[dict[str, Any]]) -> dict[str, Any]:
