@@ -16,13 +16,14 @@ from layerplan.checkpoint.export_proof import check_export, compute_logits, meas
 from layerplan.checkpoint.export_report import ExportReport
 from layerplan.checkpoint.export_weights import round_as_stored, sort_base_weights, write_weights
 from layerplan.checkpoint.index import prove_checkpoint
-from layerplan.checkpoint.layout import STATE_NAME, read_train_state
-from layerplan.checkpoint.model_card import CARD_NAME, render_model_card
+from layerplan.checkpoint.layout import read_train_state
+from layerplan.checkpoint.model_card import render_model_card
 from layerplan.errors import CheckpointError
 from layerplan.models.files import hash_weight_files, list_companions
 from layerplan.models.freezing import apply_plan
 from layerplan.models.ref import ModelRef
-from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.run_folder import CARD_NAME, PLAN_NAME, STATE_NAME
 from layerplan.storage.paths import StoredPath
 
 

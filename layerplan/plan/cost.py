@@ -17,8 +17,6 @@ from layerplan.config.base import StrictModel
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import LayerShape, ModelShape
 
-COST_NAME = "predicted_cost.json"
-"""Of a run: cost of its plan and of training everything, for the run's own rows; shaped as `FreezePlan.predicted_cost`."""
 BYTES_PER_TRAINED_PARAM = 14
 """bf16 weight and gradient, fp32 master and two moments, the gradient counted once."""
 BYTES_PER_FROZEN_PARAM = 2

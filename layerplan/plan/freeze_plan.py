@@ -13,7 +13,6 @@ from layerplan.config.base import StrictModel
 from layerplan.errors import PlanError
 from layerplan.plan.layer_profile import ModelIdentity
 
-PLAN_NAME = "freeze_plan.json"
 SCHEMA_VERSION = 1
 Tied = Literal["untied", "frozen", "trained", "head_only"]
 

@@ -16,18 +16,27 @@ from pathlib import Path, PurePosixPath
 import pyarrow.fs as pafs
 
 from layerplan.aside import is_partial, move_into_place, name_aside
+from layerplan.run_folder import (
+    CHECKPOINTS_NAME,
+    LEASE_PREFIX,
+    LEDGER_NAME,
+    MANIFEST_NAME,
+    METRICS_NAME,
+    SENDER_LOCK_NAME,
+    STOP_REQUEST,
+    STORE_NAME,
+    STREAM_NAME,
+)
 from layerplan.storage.paths import BucketFile, BucketPath, reaching
 from layerplan.storage.working import find_home, make_private
 
-GROWING = ("metrics.jsonl", "ledger.jsonl")
+GROWING = (METRICS_NAME, LEDGER_NAME)
 """Files that grow while training; whoever appends to them carries them, with every checkpoint."""
-_OWN_WAY = {"checkpoints": (), "token_store": ("manifest.json", "stream.json")}
+_OWN_WAY = {CHECKPOINTS_NAME: (), STORE_NAME: (MANIFEST_NAME, STREAM_NAME)}
 """Folders whose files are written to the bucket directly, each with those of its files that are mirrored all the same."""
 _DEPTH = 2
 """They lie in the run's folder or in one of a stage there."""
-_LOCAL_NAMES = ("stop_requested", "sender.lock")
-_LEASE = "lease-"
-"""Files of a run's lease are written to the bucket directly, by their holder alone."""
+_LOCAL_NAMES = (STOP_REQUEST, SENDER_LOCK_NAME)
 _SMALL_BYTES = 4 << 20
 """Up to this size a file is sent as it was read at once: other processes may be writing it."""
 _THREADS = 8
@@ -143,7 +152,8 @@ def _is_whole(relative: str) -> bool:
 def _is_mirrored(relative: str) -> bool:
     *folders, name = PurePosixPath(relative).parts
     own_way = next((part for part in folders[:_DEPTH] if part in _OWN_WAY), None)
-    stays = name in _LOCAL_NAMES or (not folders and name.startswith(_LEASE))
+    is_lease = not folders and name.startswith(LEASE_PREFIX)  # its holder alone writes it, to the bucket directly
+    stays = name in _LOCAL_NAMES or is_lease
     return _is_whole(relative) and not stays and (own_way is None or name in _OWN_WAY[own_way])
 
 

@@ -11,10 +11,10 @@ from typing import Any
 from layerplan.artifacts import compute_sha256
 from layerplan.config.sweep import SweepConfig
 from layerplan.errors import TrainingError
+from layerplan.run_folder import TUNE_PREFIX
 from layerplan.sweep.objective import Trial, run_trial
 from layerplan.train.trainer import TrainRequest
 
-TUNE_NAME = "tune"
 DRIVER_CPUS = 0.1
 """A trial's driver only waits for its workers."""
 
@@ -69,7 +69,7 @@ def name_search(config: SweepConfig, trials: Sequence[str]) -> str:
     A trial that was trained under an earlier search is read back or goes on from its checkpoint, as its folder stays.
     """
     content = [sorted(trials), config.scheduler, config.max_concurrent_trials]
-    return f"{TUNE_NAME}_{compute_sha256(content)[:12]}"
+    return f"{TUNE_PREFIX}{compute_sha256(content)[:12]}"
 
 
 def _make_tuner(config: SweepConfig, request: TrainRequest, trials: Mapping[str, Trial]) -> Any:

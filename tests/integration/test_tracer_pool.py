@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import ModelError, ProbeError
 from layerplan.models.ref import ModelRef
-from layerplan.plan.layer_profile import PROBES_NAME, LayerProfile
+from layerplan.plan.layer_profile import LayerProfile
+from layerplan.run_folder import PROBES_NAME
 from layerplan.tracer import pool
 from layerplan.tracer.actor import TracerActor
 from layerplan.tracer.aggregate import build_profile, read_records
