@@ -182,7 +182,7 @@ def decide_plan(context: RunContext, model: ModelRef, profile: LayerProfile | No
         plan = resolve_plan(config.plan, PlanContext(identity, shape, config.train, seq_len, profile))
     plan.check_model(identity)
     cost_here = predict_beside_full(plan, shape, seq_len)
-    write_json(context.folder.predicted_cost, cost_here)
+    write_json(context.folder.predicted_cost, cost_here.model_dump(mode="json"))
     if not context.folder.plan.exists():
         with tracked(context, "plan") as tracker:
             write_text(context.folder.plan_text, explain_plan(plan, profile, cost_here))
@@ -197,7 +197,7 @@ def decide_plan(context: RunContext, model: ModelRef, profile: LayerProfile | No
     if older := describe_older_rule(plan):
         say("plan", older)
     say("plan", render_layer_map(plan))
-    if plan.predicted_cost and plan.predicted_cost["seq_len"] != seq_len:
+    if plan.predicted_cost is not None and plan.predicted_cost.seq_len != seq_len:
         say("plan", f"made for other rows: {describe_flops(plan.predicted_cost)}")
     say("plan", describe_flops(cost_here))
     return plan

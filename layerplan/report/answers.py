@@ -13,8 +13,9 @@ from typing import Any
 
 from layerplan.artifacts import read_lines
 from layerplan.inside import is_plain_name
-from layerplan.plan.cost import GIB, PlanCost
+from layerplan.plan.cost import GIB
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.plan_cost import PredictedCost
 from layerplan.run_folder import (
     BASE,
     CONTINUATIONS_NAME,
@@ -150,11 +151,12 @@ def _read_held_out(run: RunFolder) -> list[HeldOutText]:
 
 def _read_cost(run: RunFolder, training: Mapping[str, Any]) -> Cost | None:
     plan = FreezePlan.load(run.plan) if run.plan.exists() else None
-    planned = plan.predicted_cost if plan is not None else {}
-    here = read_json(run.predicted_cost) or planned
-    if not here:
+    planned = plan.predicted_cost if plan is not None else None
+    written = read_json(run.predicted_cost)
+    here = PredictedCost.model_validate(written) if written else planned
+    if here is None:
         return None
-    cost = PlanCost.model_validate(here["plan"])
+    cost = here.plan
     lines = [line for line in read_lines(run.metrics) if line.get("run") == TRAIN]
     predicted = [line["perf/predicted_memory_gib"] for line in lines if "perf/predicted_memory_gib" in line]
     peaks = [line["perf/peak_memory_gib"] for line in lines if "perf/peak_memory_gib" in line]
@@ -162,7 +164,7 @@ def _read_cost(run: RunFolder, training: Mapping[str, Any]) -> Cost | None:
         trainable_params=cost.trainable_params,
         total_params=cost.total_params,
         work=_read_work(here),
-        work_elsewhere=_read_work(planned) if planned and planned["seq_len"] != here["seq_len"] else None,
+        work_elsewhere=_read_work(planned) if planned is not None and planned.seq_len != here.seq_len else None,
         first_gradient_layer=cost.first_gradient_layer,
         train_s=training.get("train_s"),
         tokens_per_s=training.get("tokens_per_s"),
@@ -174,9 +176,8 @@ def _read_cost(run: RunFolder, training: Mapping[str, Any]) -> Cost | None:
     )
 
 
-def _read_work(predicted: Mapping[str, Any]) -> Work:
-    own, full = (PlanCost.model_validate(predicted[name]).total_flops for name in ("plan", "full"))
-    return Work(predicted["seq_len"], own, own / full)
+def _read_work(predicted: PredictedCost) -> Work:
+    return Work(predicted.seq_len, predicted.plan.total_flops, predicted.flops_share)
 
 
 def _measure_checkpoint(run: RunFolder, training: Mapping[str, Any]) -> float | None:

@@ -103,9 +103,8 @@ def _make_scheduler(config: SweepConfig) -> Any:
 
 def _read_result(metrics: Mapping[str, Any], trials: Mapping[str, Trial]) -> TrialResult:
     trial = trials[metrics["config"]["trial"]]
-    costs = trial.plan.predicted_cost
-    keys = ("forward_flops", "backward_activation_flops", "backward_weight_flops")
-    own, full = (sum(costs[name][key] for key in keys) for name in ("plan", "full"))
+    predicted = trial.plan.predicted_cost
+    assert predicted is not None, "a trial's plan is priced when it is made"
     return TrialResult(
         name=trial.name,
         boundary=int(trial.name.rpartition("_")[2]),
@@ -113,5 +112,5 @@ def _read_result(metrics: Mapping[str, Any], trials: Mapping[str, Trial]) -> Tri
         validation_loss=metrics.get("validation_loss"),
         train_loss=float(metrics["train_loss"]),
         tokens_per_s=metrics.get("tokens_per_s"),
-        flops_share=own / full,
+        flops_share=predicted.flops_share,
     )

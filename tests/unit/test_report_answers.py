@@ -43,7 +43,7 @@ def leave_run(folder: Path, *, planned_for: int = 256, rows_of: int = 256) -> Pa
     """The artifacts of a run that trained 100 s at a quarter of the full rate, scored on one held-out text."""
     plan = make_plan_for(planned_for)
     plan.save(folder / PLAN_NAME)
-    write(folder / COST_NAME, predict_beside_full(plan, SHAPE, rows_of))
+    write(folder / COST_NAME, predict_beside_full(plan, SHAPE, rows_of).model_dump())
     write(
         folder / "training.json",
         {
