@@ -45,7 +45,7 @@ from layerplan.corpus.build import build_token_store
 from layerplan.corpus.codepoints import CJK_FIRST, CJK_LAST, encode_codes
 from layerplan.corpus.decontamination import BenchmarkText
 from layerplan.corpus.journal import BuildJournal
-from layerplan.corpus.manifest import MANIFEST_NAME, Manifest
+from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.readers import Document, read_unit
 from layerplan.corpus.schedule import LaneSchedule, RowRange
 from layerplan.corpus.schedule import _permute as permutations
@@ -56,6 +56,7 @@ from layerplan.corpus.tokenize import UnitTokenizer
 from layerplan.corpus.writer import StoreWriter
 from layerplan.models.scratch import train_tokenizer
 from layerplan.ray_access import LOOPBACK, ask_for_token, stay_on_loopback
+from layerplan.run_folder import MANIFEST_NAME
 
 MIB = 2**20
 SIMULATED_ROWS = 64_000_000

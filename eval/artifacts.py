@@ -13,9 +13,9 @@ from eval.scoring import Answer, EvaluationResult, Protocol
 from layerplan.artifacts import read_every_line, write_json, write_lines
 from layerplan.config.base import describe_fault
 from layerplan.errors import EvaluationError
+from layerplan.run_folder import CONTINUATIONS_NAME
 
 Results = dict[str, EvaluationResult]
-CONTINUATIONS_NAME = "continuations.jsonl"
 
 
 def write_results(

@@ -19,21 +19,26 @@ from eval.significance import ALPHA, Comparison, Verdict, judge_comparisons
 from layerplan.artifacts import write_json
 from layerplan.checkpoint.hf_export import export_hf
 from layerplan.checkpoint.index import list_checkpoints
-from layerplan.checkpoint.layout import CHECKPOINTS_NAME, STATE_NAME, name_step, parse_step, read_train_state
+from layerplan.checkpoint.layout import read_train_state
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import CheckpointError, EvaluationError
 from layerplan.models.ref import ModelRef
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.ray_session import quiet_engines
+from layerplan.run_folder import (
+    BASE,
+    CHECKPOINTS_NAME,
+    GUARDRAIL_NAME,
+    SCORING_SUFFIX,
+    STATE_NAME,
+    RunFolder,
+    name_step,
+    parse_step,
+)
 from layerplan.storage.flag import Flag
 from layerplan.storage.mirror import carry_file, carry_folder, fetch_folder
 from layerplan.storage.paths import StoredPath, remove_tree
 from layerplan.storage.working import find_home
-
-GUARDRAIL_NAME = "guardrail.json"
-BASE = "base"
-SCORING_SUFFIX = ".scoring"
-"""Marks an export that was made for a scoring only."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class CheckpointScoring:
         check_stop()
         try:
             self.base.fetch()
-            fetch_folder(self.run_dir / "evaluation" / BASE)
+            fetch_folder(RunFolder(self.run_dir).scores_of(BASE))
             step = int(read_train_state(path)["step"])
             results = score_checkpoint(self.leaving_cores(), step, path, after_batch=check_stop)
             if self.config.guardrail_points is not None:
@@ -95,7 +100,7 @@ class CheckpointScoring:
 
     def _stop_on_breach(self, step: int, results: Results) -> None:
         assert self.config.guardrail_points is not None
-        verdicts = compare_with_base(self.run_dir / "evaluation", name_step(step), results)
+        verdicts = compare_with_base(RunFolder(self.run_dir).evaluation, name_step(step), results)
         breach = find_breach(verdicts, self.config.guardrail_points, num_looks=len(self.due_steps))
         if breach is not None:
             found = {"step": step, "verdict": breach.model_dump(mode="json")}
@@ -122,7 +127,8 @@ def score_checkpoint(
         return finished
     if not (checkpoint / STATE_NAME).exists():
         raise CheckpointError(f"{checkpoint}: no {STATE_NAME}; the checkpoint is incomplete")
-    out_dir, exported = scoring.run_dir / "evaluation" / label, scoring.run_dir / "hf" / label
+    run = RunFolder(scoring.run_dir)
+    out_dir, exported = run.scores_of(label), run.export_of(label)
     marker = exported.with_name(label + SCORING_SUFFIX)
     is_kept = exported.exists() and not marker.exists()
     if not is_kept:
@@ -165,16 +171,14 @@ def _share(exported: Path, marker: Path) -> None:
 
 def find_scores(scoring: CheckpointScoring, step: int) -> Results | None:
     """The scores of a step under this config, or None when they are not whole."""
-    label = name_step(step)
-    return load_finished(
-        scoring.base.at(scoring.run_dir / "hf" / label), scoring.config, scoring.run_dir / "evaluation" / label
-    )
+    run, label = RunFolder(scoring.run_dir), name_step(step)
+    return load_finished(scoring.base.at(run.export_of(label)), scoring.config, run.scores_of(label))
 
 
 def find_checkpoints(run_dir: Path) -> dict[int, StoredPath]:
     """Complete checkpoints of a run by step."""
     found = reversed(list_checkpoints(find_home(run_dir / CHECKPOINTS_NAME)))
-    return {step: path for path in found if (step := parse_step(path)) is not None}
+    return {step: path for path in found if (step := parse_step(path.name)) is not None}
 
 
 def backfill(scoring: CheckpointScoring, steps: Iterable[int]) -> tuple[dict[int, Results], list[int]]:

@@ -23,8 +23,8 @@ from layerplan.config.evaluation import EvaluationConfig, HeldOutConfig
 from layerplan.corpus.readers import Document
 from layerplan.corpus.sources import iter_documents
 from layerplan.errors import EvaluationError
+from layerplan.run_folder import HELD_OUT_NAME
 
-HELD_OUT_FOLDER = "held_out"
 MIN_DOCUMENTS = 10
 """Fewer cannot be resampled: the bootstrap of one document has no spread at all."""
 
@@ -90,7 +90,7 @@ def read_held_out(item: HeldOutConfig) -> list[Document]:
 def load_held_out(out_dir: Path) -> dict[str, HeldOutResult]:
     """Reads the held-out results of a scored model; empty when there is none."""
     found = {}
-    for path in sorted((out_dir / HELD_OUT_FOLDER).glob("*.json")):
+    for path in sorted((out_dir / HELD_OUT_NAME).glob("*.json")):
         try:
             found[path.stem] = HeldOutResult.model_validate_json(path.read_text(encoding="utf-8"))
         except ValidationError as error:

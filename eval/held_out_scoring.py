@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from eval.encoding import count_control_tokens, encode_prompts
-from eval.held_out import HELD_OUT_FOLDER, HeldOutResult, load_held_out, read_held_out
+from eval.held_out import HeldOutResult, load_held_out, read_held_out
 from eval.logits import choose_dtype
 from layerplan.actor_pool import ActorPool, map_over_actors
 from layerplan.artifacts import compute_sha256, write_text
@@ -26,6 +26,7 @@ from layerplan.errors import EvaluationError
 from layerplan.models.cores import find_threads, use_cores
 from layerplan.models.ref import ModelRef
 from layerplan.progress import ProgressLines
+from layerplan.run_folder import HELD_OUT_NAME
 
 MAX_WINDOW = 2048
 """Longest window, in tokens; bounds the logits held at once."""
@@ -112,7 +113,7 @@ def score_held_out(
         report(f"bits per byte of {documents}")
         for result in _measure(model, wanted, config, report):
             found[result.name] = result
-            write_text(out_dir / HELD_OUT_FOLDER / f"{result.name}.json", json.dumps(result.model_dump()) + "\n")
+            write_text(out_dir / HELD_OUT_NAME / f"{result.name}.json", json.dumps(result.model_dump()) + "\n")
     return {text.name: found[text.name] for text in texts}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eval.csv_table import COLUMNS, LETTERS
 from eval.subjects import load_official_subjects
-from layerplan.artifacts import writing_aside
+from layerplan.aside import writing_aside
 from layerplan.errors import EvaluationError, first_line
 
 REPOSITORIES = {"ceval": "ceval/ceval-exam", "cmmlu": "haonan-li/cmmlu"}

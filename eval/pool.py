@@ -22,9 +22,7 @@ from layerplan.artifacts import compute_sha256, write_text
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError, LayerplanError
 from layerplan.progress import ProgressLines
-
-LEDGER_NAME = "answers.partial.jsonl"
-LOGS_NAME = "engine_logs"
+from layerplan.run_folder import ANSWERS_LEDGER_NAME, ENGINE_LOGS_NAME
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def ask_all(
         EvaluationError: When an engine cannot start or keeps dying.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(work_dir / LEDGER_NAME, [[ask.ids, ask.max_new_tokens] for ask in asks], spec)
+    ledger = Ledger(work_dir / ANSWERS_LEDGER_NAME, [[ask.ids, ask.max_new_tokens] for ask in asks], spec)
     todo = [index for index in _order(asks, spec.backend) if index not in ledger.answers]
     if todo:
         progress = ProgressLines("prompts answered", len(asks), report, done=len(ledger.answers))
@@ -117,11 +115,11 @@ def ask_all(
 
 def clear_ledger(work_dir: Path) -> None:
     """Removes what only an unfinished scoring needs."""
-    (work_dir / LEDGER_NAME).unlink(missing_ok=True)
-    for path in (work_dir / LOGS_NAME).glob("*.log"):
+    (work_dir / ANSWERS_LEDGER_NAME).unlink(missing_ok=True)
+    for path in (work_dir / ENGINE_LOGS_NAME).glob("*.log"):
         path.unlink(missing_ok=True)
-    if (work_dir / LOGS_NAME).is_dir():
-        (work_dir / LOGS_NAME).rmdir()
+    if (work_dir / ENGINE_LOGS_NAME).is_dir():
+        (work_dir / ENGINE_LOGS_NAME).rmdir()
 
 
 class Ledger:
@@ -182,7 +180,7 @@ def _describe_pool(spec: EngineSpec, config: EvaluationConfig, work_dir: Path) -
         config.num_gpus_per_actor,
         what=f"{spec.model}: the engine's process",
         error=EvaluationError,
-        log_dir=work_dir / LOGS_NAME,
+        log_dir=work_dir / ENGINE_LOGS_NAME,
     )
 
 

@@ -82,15 +82,6 @@ def compute_mcnemar(only_first: int, only_second: int) -> float:
     return float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
 
 
-def compare_runs(reference: Arm, runs: Sequence[Arm], *, seed: int = 0) -> list[Verdict]:
-    """Judges runs against one reference under one protocol; corrects for the number of comparisons.
-
-    Raises:
-        EvaluationError: When protocol ids differ.
-    """
-    return judge_comparisons([([reference], [run]) for run in runs], seed=seed)
-
-
 def judge_comparisons(comparisons: Sequence[Comparison], *, seed: int = 0) -> list[Verdict]:
     """Judges comparisons over several benchmarks and protocols, corrected over all of them together.
 

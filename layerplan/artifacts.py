@@ -1,65 +1,20 @@
-"""How what stays on disk is written, hashed and read: a file has its name only once all of it is on the disk.
-
-A kill or a full disk leaves the file that was there before, or none; a power cut too, since the bytes are flushed to the
-disk before the name is given. Files that are appended to (metrics, journals, ledgers of answers) are not written here.
-"""
+"""How text, JSON and sealed artifacts are written, hashed and read; each is written aside (`layerplan/aside.py`)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from layerplan.aside import writing_aside
 from layerplan.config.base import StrictModel, describe_fault
 from layerplan.errors import PlanError
 
-PARTIAL_SUFFIX = ".partial"
-"""Of a file that is being written, or was when its writer was killed."""
-
 SealedT = TypeVar("SealedT", bound=StrictModel)
-
-
-@contextmanager
-def writing_aside(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write to: flushed to disk and moved to `path` when the block ends, removed when it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + PARTIAL_SUFFIX)
-    try:
-        yield aside
-        _flush(aside)
-    except Exception:
-        aside.unlink(missing_ok=True)
-        raise
-    aside.replace(path)
-
-
-@contextmanager
-def making_folder(path: Path) -> Iterator[Path]:
-    """An empty folder of this process alone, which becomes `path` when the block ends and vanishes when it fails.
-
-    Where others make the same, the first to finish gives the folder and the rest is dropped. Its parent is scratch space
-    that goes with it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
-        made = Path(work) / path.name
-        made.mkdir()
-        yield made
-        for each in made.rglob("*"):
-            if each.is_file():
-                _flush(each)
-        try:
-            made.rename(path)
-        except OSError:
-            if not path.is_dir():
-                raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -70,7 +25,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Writes a value as indented JSON, aside and moved into place."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, render_json(value))
+
+
+def render_json(value: object) -> str:
+    """A value as the JSON that artifacts are written in: indented, text as it reads, a line feed at the end."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_lines(path: Path, values: Iterable[object]) -> None:
@@ -163,9 +123,3 @@ def read_sealed(path: Path, cls: type[SealedT]) -> SealedT:
             " the file was changed after it was made"
         )
     return value
-
-
-def _flush(path: Path) -> None:
-    """Onto the disk itself, not only into the system's memory."""
-    with path.open("rb+") as handle:
-        os.fsync(handle.fileno())

@@ -75,11 +75,38 @@ def test_a_model_is_handed_on_as_a_reference_and_never_without_its_consent():
 
 
 def test_files_are_written_aside_in_one_place_only():
-    """The checkpoints' own writers, a lease and a run's config are moved into place by their owners."""
-    spelled = {str(path.relative_to(ROOT)) for path in LIBRARY if '.partial"' in path.read_text(encoding="utf-8")}
-    own = ("layerplan/checkpoint/", "layerplan/storage/", "layerplan/pipeline/lease_files.py")
-    others = {name for name in spelled if not name.startswith(own)}
-    assert others <= {"layerplan/artifacts.py", "layerplan/pipeline/run_folder.py"}
+    """Who spells the suffix or flushes to the disk writes aside by hand."""
+    spelled = re.compile(r"""\.partial["']|\bfsync\(|\bos\.(replace|rename)\(""")
+    found = {str(path.relative_to(ROOT)) for path in LIBRARY if spelled.search(path.read_text(encoding="utf-8"))}
+    assert found == {"layerplan/aside.py"}
+
+
+def names_of_a_run() -> set[str]:
+    """What `layerplan/run_folder.py` calls files, folders and labels; an ending alone is none."""
+    body = ast.parse((ROOT / "layerplan/run_folder.py").read_text(encoding="utf-8")).body
+    values = [each for node in body if isinstance(node, ast.Assign) for each in ast.walk(node.value)]
+    names = {each.value for each in values if isinstance(each, ast.Constant) and isinstance(each.value, str)}
+    return {name for name in names if not name.startswith(".")}
+
+
+def spelled_in(path: Path) -> set[str]:
+    """Names of files and their beginnings among a module's strings, and any string to the right of a path's slash."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= {part for part in node.value.split("/") if "." in part or part.endswith(("_", "-"))}
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            found |= {str(each.value) for each in ast.walk(node.right) if isinstance(each, ast.Constant)}
+    return found
+
+
+def test_the_names_of_a_run_are_spelled_in_one_place_only():
+    """A name that two modules spell is changed in one of them."""
+    names = names_of_a_run()
+    assert {"training.json", "hf", "step_", "seal.json", "base"} <= names
+    own = ROOT / "layerplan/run_folder.py"
+    respelled = {str(path.relative_to(ROOT)): spelled_in(path) & names for path in LIBRARY if path != own}
+    assert {path: found for path, found in respelled.items() if found} == {}
 
 
 def names_in(node: ast.AST) -> list[str]:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerplan.checkpoint.dcp import load_checkpoint, save_checkpoint
-from layerplan.checkpoint.layout import STATE_NAME, name_step
-from layerplan.checkpoint.seal import SEAL_NAME
+from layerplan.run_folder import SEAL_NAME, STATE_NAME, name_step
 from layerplan.train.checkpoint_writer import seal_checkpoint
 from layerplan.train.state import TrainState
 

@@ -18,9 +18,10 @@ def make_inputs(folder: Path, *, num_layers: int = 2) -> None:
 def make_store(store: Path, *, num_shards: int = 1) -> None:
     """Writes shards of 64 drawn rows in groups of 8, and three held-out rows."""
     from layerplan.corpus.build import write_manifest
-    from layerplan.corpus.manifest import VALIDATION_NAME, Manifest, SourceRows
+    from layerplan.corpus.manifest import Manifest, SourceRows
     from layerplan.corpus.pack import RawRow
     from layerplan.corpus.store import write_rows
+    from layerplan.run_folder import VALIDATION_NAME
 
     store.mkdir()
     rng = np.random.default_rng(0)

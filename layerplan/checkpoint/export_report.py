@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from layerplan.artifacts import write_json
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,4 @@ class ExportReport:
             "trained_tensors_dtype": ", ".join(self.trained_dtypes),
             "logits_moved_by_rounding": self.logits_moved_by_rounding,
         }
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_json(path, values)

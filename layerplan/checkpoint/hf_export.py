@@ -9,18 +9,21 @@ from typing import Any, Literal
 
 import torch
 
+from layerplan.artifacts import write_json
+from layerplan.aside import writing_folder_aside
 from layerplan.checkpoint.dcp import load_trained_tensors
 from layerplan.checkpoint.export_proof import check_export, compute_logits, measure_rounding
 from layerplan.checkpoint.export_report import ExportReport
 from layerplan.checkpoint.export_weights import round_as_stored, sort_base_weights, write_weights
 from layerplan.checkpoint.index import prove_checkpoint
-from layerplan.checkpoint.layout import STATE_NAME, read_train_state
-from layerplan.checkpoint.model_card import CARD_NAME, render_model_card
+from layerplan.checkpoint.layout import read_train_state
+from layerplan.checkpoint.model_card import render_model_card
 from layerplan.errors import CheckpointError
 from layerplan.models.files import hash_weight_files, list_companions
 from layerplan.models.freezing import apply_plan
 from layerplan.models.ref import ModelRef
-from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.run_folder import CARD_NAME, PLAN_NAME, STATE_NAME
 from layerplan.storage.paths import StoredPath
 
 
@@ -67,23 +70,18 @@ def export_hf(
         moved = measure_rounding(exact, compute_logits(model))
     else:
         _put(parameters, rounded)
-    partial = out_dir.with_name(out_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_weights(weights, model, parameters, partial)
-    copy_companions(source, partial)
-    if export_dtype == "float32" and any(weights.stored[name].dtype != "F32" for name in weights.direct):
-        _say_float32(partial)
-    plan.save(partial / PLAN_NAME)
-    check_export(base.at(partial), weights, model)
     dtypes = {str(dtype).removeprefix("torch.") for each in weights.dtypes.values() for dtype in each}
     report = ExportReport(out_dir, len(applied.frozen), len(applied.trainable), changed, tuple(sorted(dtypes)), moved)
     state = _read_state(checkpoint)
-    (partial / CARD_NAME).write_text(
-        render_model_card(plan.sealed(), step=state.get("step", 0), state=state, report=report), encoding="utf-8"
-    )
-    shutil.rmtree(out_dir, ignore_errors=True)
-    partial.replace(out_dir)
+    with writing_folder_aside(out_dir) as partial:
+        write_weights(weights, model, parameters, partial)
+        copy_companions(source, partial)
+        if export_dtype == "float32" and any(weights.stored[name].dtype != "F32" for name in weights.direct):
+            _say_float32(partial)
+        plan.save(partial / PLAN_NAME)
+        check_export(base.at(partial), weights, model)
+        card = render_model_card(plan.sealed(), step=state.get("step", 0), state=state, report=report)
+        (partial / CARD_NAME).write_text(card, encoding="utf-8")
     return report
 
 
@@ -107,7 +105,7 @@ def _say_float32(folder: Path) -> None:
     values.setdefault("dtype", "float32")
     for each in (values, *(part for part in values.values() if isinstance(part, dict))):
         each.update({key: "float32" for key in ("dtype", "torch_dtype") if key in each})
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, values)
 
 
 def _read_state(checkpoint: StoredPath) -> dict[str, Any]:

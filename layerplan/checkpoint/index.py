@@ -11,22 +11,21 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from layerplan.checkpoint.layout import (
+from layerplan.checkpoint.layout import promises_seal, read_train_state
+from layerplan.checkpoint.metadata import METADATA_NAME, check_shards
+from layerplan.checkpoint.seal import Seal, check_files, read_seal
+from layerplan.errors import CheckpointError
+from layerplan.run_folder import (
+    AWAITS_NAME,
+    REASON_NAME,
+    RUN_ID_NAME,
+    SEAL_NAME,
+    SET_ASIDE_NAME,
     STATE_NAME,
     STEP_PREFIX,
     parse_step,
-    promises_seal,
-    read_train_state,
 )
-from layerplan.checkpoint.metadata import METADATA_NAME, check_shards
-from layerplan.checkpoint.seal import SEAL_NAME, Seal, check_files, read_seal
-from layerplan.errors import CheckpointError
 from layerplan.storage.paths import BucketPath, StoredPath, remove_tree, write_whole
-
-SET_ASIDE_NAME = "set_aside"
-RUN_ID_NAME = "run_id"
-AWAITS_NAME = "awaits_validation"
-"""File in a checkpoint that must not be removed before it was validated."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Choice:
 
 def list_checkpoints(folder: StoredPath) -> list[StoredPath]:
     """Finished checkpoints, newest first; finished says nothing about damage."""
-    found = [path for path in folder.glob(STEP_PREFIX + "*") if parse_step(path) is not None and is_finished(path)]
+    found = [path for path in folder.glob(STEP_PREFIX + "*") if parse_step(path.name) is not None and is_finished(path)]
     return sorted(found, key=_step_of, reverse=True)
 
 
@@ -88,7 +87,7 @@ def inspect_checkpoints(folder: StoredPath, accept: Callable[[dict[str, Any]], o
         accept: Raises `CheckpointError` for the state of another plan or corpus, or none at all.
         run_id: Of this run.
     """
-    found = [path for path in folder.glob(STEP_PREFIX + "*") if path.is_dir() and parse_step(path) is not None]
+    found = [path for path in folder.glob(STEP_PREFIX + "*") if path.is_dir() and parse_step(path.name) is not None]
     return [_inspect(path, accept, run_id) for path in sorted(found, key=_step_of, reverse=True)]
 
 
@@ -163,7 +162,7 @@ def set_aside(choice: Choice) -> None:
             remove_tree(target)
             target.parent.mkdir(exist_ok=True)
             _move(each.path, target)
-            (target / "reason.txt").write_text(each.fault + "\n", encoding="utf-8")
+            write_whole(target / REASON_NAME, f"{each.fault}\n".encode())
 
 
 def _move(path: StoredPath, target: StoredPath) -> None:
@@ -193,7 +192,7 @@ def prune_checkpoints(folder: StoredPath, keep: int, in_use: Collection[StoredPa
         return
     oldest = _step_of(kept[-1])
     for path in folder.glob(STEP_PREFIX + "*"):
-        step = parse_step(path)
+        step = parse_step(path.name)
         if step is not None and step < oldest and path not in in_use and not (path / AWAITS_NAME).exists():
             clear_checkpoint(path)
             remove_tree(path)
@@ -230,7 +229,7 @@ def _inspect(path: StoredPath, accept: Callable[[dict[str, Any]], object], run_i
 
 
 def _check_identity(path: StoredPath, seal: Seal, run_id: str, plan_sha256: str) -> None:
-    step = parse_step(path)
+    step = parse_step(path.name)
     if step is not None and seal.step != step:
         raise CheckpointError(f"{path}: its seal is of step {seal.step}")
     if seal.plan_sha256 != plan_sha256:
@@ -257,5 +256,5 @@ def _describe_passed_over(candidate: Candidate) -> str:
 
 
 def _step_of(path: StoredPath) -> int:
-    step = parse_step(path)
+    step = parse_step(path.name)
     return -1 if step is None else step

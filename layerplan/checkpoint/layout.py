@@ -5,27 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from layerplan.artifacts import render_json
 from layerplan.errors import CheckpointError
+from layerplan.run_folder import STATE_NAME
 from layerplan.storage.paths import StoredPath, write_whole
 
-STATE_NAME = "train_state.json"
-CHECKPOINTS_NAME = "checkpoints"
-STEP_PREFIX = "step_"
 FORMAT = 1
 """Of checkpoints that end with a seal; a state file without a number is from before there were seals."""
 _FORMAT_KEY = "checkpoint_format"
-
-
-def name_step(step: int) -> str:
-    """Folder name of a step: `step_00001000`."""
-    return f"{STEP_PREFIX}{step:08d}"
-
-
-def parse_step(path: StoredPath) -> int | None:
-    """The step a folder is named after, or None when it has another name."""
-    digits = path.name.removeprefix(STEP_PREFIX)
-    is_step = path.name.startswith(STEP_PREFIX) and digits.isascii() and digits.isdecimal() and len(digits) <= 18
-    return int(digits) if is_step else None
 
 
 def read_train_state(checkpoint: StoredPath) -> dict[str, Any]:
@@ -80,6 +67,6 @@ def read_json(path: StoredPath) -> dict[str, Any]:
 
 def write_json(path: StoredPath, values: dict[str, Any]) -> bytes:
     """Writes an object to the disk itself, then moves it into place; returns its bytes."""
-    content = (json.dumps(values, indent=2) + "\n").encode()
+    content = render_json(values).encode()
     write_whole(path, content)
     return content

@@ -11,8 +11,6 @@ from layerplan.plan.explain import summarize_plan
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.markdown import as_code, as_text
 
-CARD_NAME = "README.md"
-
 
 def render_model_card(plan: FreezePlan, *, step: int, state: dict[str, Any], report: ExportReport) -> str:
     """Markdown with the front matter the Hugging Face hub reads.

@@ -15,13 +15,13 @@ from typing import Any
 import xxhash
 from pydantic import Field, ValidationError, field_validator
 
-from layerplan.checkpoint.layout import FORMAT, STATE_NAME, read_json, write_json
+from layerplan.checkpoint.layout import FORMAT, read_json, write_json
 from layerplan.config.base import StrictModel, describe_fault
 from layerplan.errors import CheckpointError
 from layerplan.inside import is_plain_name
+from layerplan.run_folder import SEAL_NAME, STATE_NAME
 from layerplan.storage.paths import StoredPath, explain, reaching
 
-SEAL_NAME = "seal.json"
 _SELF_KEY = "seal_xxh3_128"
 _CHUNK = 4 << 20
 _THREADS = 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from layerplan.plan.exports import EXPORTS, READ
+from layerplan.run_folder import PLAN_NAME
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bring.add_argument("file", metavar="FILE", help="YAML or JSON file of the tool")
     bring.add_argument("--from", dest="tool", required=True, choices=READ, help="whose configuration it is")
     bring.add_argument("--model", required=True, metavar="MODEL", help="folder or hub id it is for")
-    bring.add_argument("--out", default="freeze_plan.json", metavar="FILE", help="where the plan goes")
+    bring.add_argument("--out", default=PLAN_NAME, metavar="FILE", help="where the plan goes")
 
 
 def execute(args: argparse.Namespace) -> None:

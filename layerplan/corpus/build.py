@@ -18,13 +18,14 @@ from typing import Any
 import pyarrow as pa
 
 from layerplan.actor_pool import ActorPool, map_over_actors
-from layerplan.artifacts import compute_sha256, writing_aside
+from layerplan.artifacts import compute_sha256
+from layerplan.aside import writing_aside
 from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.decontamination import BenchmarkText, fold_question, hash_held_out
 from layerplan.corpus.encoders import explain_fallback
 from layerplan.corpus.joining import Joining, check_joining, describe_unknown, read_joining
 from layerplan.corpus.journal import BuildJournal, remove_journal
-from layerplan.corpus.manifest import CONTAMINATED_NAME, MANIFEST_NAME, QUARANTINE_NAME, VALIDATION_NAME, Manifest
+from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.outcome import KEPT, QUARANTINED
 from layerplan.corpus.progress import BuildProgress
 from layerplan.corpus.sources import UNIT_BYTES, list_units
@@ -33,6 +34,7 @@ from layerplan.corpus.unit import Unit
 from layerplan.corpus.upload import StoreUpload
 from layerplan.corpus.writer import StoreWriter, check_shards, explain_disk_faults, move_shards
 from layerplan.errors import CorpusError
+from layerplan.run_folder import CONTAMINATED_NAME, MANIFEST_NAME, QUARANTINE_NAME, VALIDATION_NAME
 from layerplan.storage.address import hide_keys
 
 WORKERS_PER_INPUT_BYTES = 32 * 2**20
@@ -271,7 +273,7 @@ def _check_counts(config: CorpusConfig, store: Path, writer: StoreWriter) -> Non
     if bad > config.max_bad_fraction:
         raise CorpusError(
             f"corpus.max_bad_fraction={config.max_bad_fraction}: {counts[QUARANTINED]} of {counts['in']} inputs are"
-            f" malformed ({bad:.1%}); the first is {writer.state.first_fault}; all are in {store / 'quarantine.jsonl'}"
+            f" malformed ({bad:.1%}); the first is {writer.state.first_fault}; all are in {store / QUARANTINE_NAME}"
         )
     if not any(progress.num_full_rows for progress in writer.state.sources):
         raise CorpusError(

@@ -17,12 +17,12 @@ from layerplan.corpus.location import open_file
 from layerplan.corpus.outcome import FILTERED, KEPT, QUARANTINED
 from layerplan.corpus.pack import Packer, RawRow, check_ids
 from layerplan.corpus.unit import Unit
+from layerplan.run_folder import STREAM_NAME
 from layerplan.storage.address import join_location
 
 if TYPE_CHECKING:
     from layerplan.corpus.tokenize import UnitTokenizer
 
-STREAM_NAME = "stream.json"
 FORMER_POLICY = "token"
 """What streams that name no `corpus.control_tokens` did with one."""
 

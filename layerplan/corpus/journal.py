@@ -18,8 +18,8 @@ import numpy as np
 
 from layerplan.corpus.pack import RawRow
 from layerplan.errors import CorpusError
+from layerplan.run_folder import JOURNAL_NAME
 
-JOURNAL_NAME = "build.sqlite"
 CACHE_KIB = 128 * 1024
 
 

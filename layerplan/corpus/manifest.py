@@ -19,12 +19,9 @@ from layerplan.corpus.damage import explain_file
 from layerplan.corpus.location import open_file, open_filesystem
 from layerplan.corpus.row_groups import HASH_CHARS
 from layerplan.errors import CorpusError
+from layerplan.run_folder import MANIFEST_NAME, VALIDATION_NAME
 from layerplan.storage.address import hide_keys, is_address, join_location
 
-MANIFEST_NAME = "manifest.json"
-VALIDATION_NAME = "validation.parquet"
-QUARANTINE_NAME = "quarantine.jsonl"
-CONTAMINATED_NAME = "contaminated.jsonl"
 SEAL_KEY = "rest_xxh3_128"
 """First entry of a manifest's file: the hash of all bytes after it."""
 SETTLED_S = 1

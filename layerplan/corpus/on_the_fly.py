@@ -24,14 +24,15 @@ from layerplan.corpus.build import (
     warn_of_held_out,
     write_manifest,
 )
-from layerplan.corpus.chunks import FORMER_POLICY, STREAM_NAME
+from layerplan.corpus.chunks import FORMER_POLICY
 from layerplan.corpus.decontamination import BenchmarkText, hash_held_out
 from layerplan.corpus.joining import read_joining
-from layerplan.corpus.manifest import MANIFEST_NAME, Manifest, SourceRows
+from layerplan.corpus.manifest import Manifest, SourceRows
 from layerplan.corpus.sources import UNIT_BYTES, list_units
 from layerplan.corpus.unit import Unit
 from layerplan.corpus.writer import explain_disk_faults
 from layerplan.errors import CorpusError
+from layerplan.run_folder import MANIFEST_NAME, STREAM_NAME
 
 MIN_CHUNK_BYTES = 64 * 2**10
 CHUNKS_WANTED = 4096

@@ -73,11 +73,6 @@ class LaneSchedule:
         """Whether the sources have weights."""
         return self.sources[0].weight is not None
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps in which every row is read once; of a weighted mixture, in which as many rows are read."""
-        return self.num_rows / self.num_lanes
-
     def rows_at(self, step: int) -> Ids:
         """Row ids of the global batch at `step` (0-based): (num_lanes,), in lane order."""
         slots = np.arange(step * self.num_lanes, (step + 1) * self.num_lanes, dtype=np.int64)

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from layerplan.artifacts import hash_file, writing_aside
+from layerplan.artifacts import hash_file
+from layerplan.aside import writing_aside
 from layerplan.corpus.damage import explain_group
 from layerplan.corpus.manifest import Manifest, Shard
 from layerplan.corpus.pack import RawRow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from layerplan.corpus.manifest import MANIFEST_NAME
+from layerplan.run_folder import MANIFEST_NAME
 from layerplan.storage.address import BUCKETS, join_location, open_filesystem
 
 

@@ -16,16 +16,17 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 
-from layerplan.artifacts import PARTIAL_SUFFIX
+from layerplan.aside import PARTIAL_SUFFIX
 from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.journal import BuildJournal
-from layerplan.corpus.manifest import CONTAMINATED_NAME, QUARANTINE_NAME, VALIDATION_NAME, Shard, SourceRows
+from layerplan.corpus.manifest import Shard, SourceRows
 from layerplan.corpus.outcome import CONTAMINATED, FILTERED, KEPT, QUARANTINED
 from layerplan.corpus.pack import Packer, RawRow, check_ids
 from layerplan.corpus.store import write_rows
 from layerplan.corpus.tokenize import Record
 from layerplan.corpus.upload import StoreUpload
 from layerplan.errors import CorpusError
+from layerplan.run_folder import CONTAMINATED_NAME, QUARANTINE_NAME, SHARD_PREFIX, VALIDATION_NAME
 
 DUPLICATE = "duplicate"
 VALIDATION_SHARE = 0.05
@@ -176,7 +177,7 @@ class StoreWriter:
         self.state.sources += [SourceProgress() for _ in self._config.sources[len(self.state.sources) :]]
         kept = {shard["name"] for shard in self.state.shards}
         check_shards(self._store, kept, self._upload)
-        for path in [*self._store.glob("shard_*.parquet"), *self._store.glob(f"*{PARTIAL_SUFFIX}")]:
+        for path in [*self._store.glob(f"{SHARD_PREFIX}*.parquet"), *self._store.glob(f"*{PARTIAL_SUFFIX}")]:
             if path.name not in kept:
                 path.unlink()
 
@@ -238,7 +239,7 @@ class StoreWriter:
         size = self._config.rows_per_group * self._config.groups_per_shard
         while len(self._rows) >= size or (everything and self._rows):
             rows, self._rows = self._rows[:size], self._rows[size:]
-            path = self._store / f"shard_{len(self.state.shards):06d}.parquet"
+            path = self._store / f"{SHARD_PREFIX}{len(self.state.shards):06d}.parquet"
             first = sum(shard["num_rows"] for shard in self.state.shards)
             shard = write_rows(path, rows, first_row_id=first, rows_per_group=self._config.rows_per_group)
             self.state.shards.append(shard.model_dump())

@@ -15,9 +15,10 @@ from layerplan.errors import ModelError, first_line
 from layerplan.models.gguf_file import SOURCE_NAME, read_source
 from layerplan.models.weight_files import INDEX_NAME, OTHER_FORMATS, WEIGHTS_NAME, read_index
 from layerplan.plan.layer_profile import ModelIdentity
+from layerplan.run_folder import CARD_NAME, PLAN_NAME, is_export
 
 WEIGHT_SUFFIXES = (*OTHER_FORMATS, ".safetensors", ".onnx_data", ".tflite", ".ot", ".mlmodel", ".pkl", ".distcp")
-OWN_FILES = ("README.md", "freeze_plan.json", SOURCE_NAME)
+OWN_FILES = (CARD_NAME, PLAN_NAME, SOURCE_NAME)
 """What an export says itself; the base's own card, plan and source are about another model."""
 
 TOKENIZER_SIBLINGS = ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json")
@@ -193,8 +194,7 @@ def count_layers(config: Mapping[str, Any]) -> int:
 def name_folder(folder: Path) -> str:
     """A model folder's name; an export of ours, `<run>/hf/step_X`, is named after its run: `<run>/step_X`."""
     folder = folder.resolve()
-    is_export = folder.parent.name == "hf" and folder.name.startswith("step_")
-    return f"{folder.parent.parent.name}/{folder.name}" if is_export else folder.name
+    return f"{folder.parent.parent.name}/{folder.name}" if is_export(folder) else folder.name
 
 
 def hash_weight_files(folder: Path) -> str:

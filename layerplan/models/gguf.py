@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from layerplan.artifacts import making_folder
+from layerplan.aside import making_folder
 from layerplan.errors import ModelError, first_line
 from layerplan.models.gguf_file import SOURCE_NAME, GgufFile, open_gguf
 from layerplan.models.weight_files import INDEX_NAME, WEIGHTS_NAME

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from layerplan.errors import ModelError
 from layerplan.inside import leads_inside
 
@@ -85,6 +87,23 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         ModelError: When the file is no safetensors file, or its length is not what its header promises.
     """
+    places = _find_places(path)
+    try:
+        with safe_open(path, framework="np") as handle:  # proves that no bytes are missing, shared or left over
+            opened = {name: handle.get_slice(name) for name in places}
+            return {
+                name: StoredTensor(path, each.get_dtype(), tuple(each.get_shape()), *places[name])
+                for name, each in opened.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise ModelError(_explain_damage(path, error)) from None
+
+
+def _find_places(path: Path) -> dict[str, tuple[int, int]]:
+    """First byte of each tensor and the one after its last; read by hand, since `safe_open` tells neither.
+
+    Nor does it say by how much a file is too short, which is what a copy that was cut off is known by.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as handle:
@@ -93,24 +112,21 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 raise ValueError("the header is cut off")
             header = json.loads(handle.read(header_bytes))
         first = HEADER_BYTES + header_bytes
-        tensors = {
-            name: StoredTensor(
-                path, str(item["dtype"]), tuple(item["shape"]), *(first + at for at in item["data_offsets"])
-            )
-            for name, item in header.items()
-            if name != "__metadata__"
-        }
+        offsets = {name: item["data_offsets"] for name, item in header.items() if name != "__metadata__"}
+        places = {name: (first + int(start), first + int(stop)) for name, (start, stop) in offsets.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise ModelError(
-            f"model.name={path.parent}: {path.name} is not a whole safetensors file ({error}); copy it again"
-        ) from None
-    promised = max((tensor.stop for tensor in tensors.values()), default=first)
+        raise ModelError(_explain_damage(path, error)) from None
+    promised = max((stop for _, stop in places.values()), default=first)
     if promised != size:
         raise ModelError(
             f"model.name={path.parent}: {path.name} has {size:,} bytes, its header promises {promised:,};"
             " the file is half-written, copy it again"
         )
-    return tensors
+    return places
+
+
+def _explain_damage(path: Path, error: Exception) -> str:
+    return f"model.name={path.parent}: {path.name} is not a whole safetensors file ({error}); copy it again"
 
 
 @contextmanager

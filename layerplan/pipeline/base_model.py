@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from layerplan.aside import writing_folder_aside
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.train import TrainConfig
@@ -12,9 +13,11 @@ from layerplan.corpus.build import build_token_store
 from layerplan.corpus.sources import iter_documents
 from layerplan.models.ref import ModelRef
 from layerplan.models.scratch import build_scratch_model, train_tokenizer
+from layerplan.models.weight_files import WEIGHTS_NAME
 from layerplan.pipeline.model_options import find_base
 from layerplan.pipeline.stages import RunContext, list_benchmark_texts, name_store, say, send_store, tracked
 from layerplan.plan.policies import make_full_plan
+from layerplan.run_folder import BASE_MODEL_NAME, UNTRAINED_NAME, RunFolder
 from layerplan.storage.mirror import carry_folder
 from layerplan.tracking.tracker import RunSinkFactory
 from layerplan.train.trainer import TrainRequest, load_result, run_training
@@ -34,11 +37,11 @@ def prepare_model(context: RunContext) -> ModelRef:
     if finished is not None:
         say("base", f"found {finished.hf_dir}")
         return ModelRef(str(finished.hf_dir))
-    with tracked(context, "base_model") as tracker:
+    with tracked(context, BASE_MODEL_NAME) as tracker:
         tracker.log_params(model.model_dump(mode="json"))
         untrained = _make_untrained(context, model)
         corpus = _pretrain_corpus(context, model)
-        store = context.folder.base_model / "token_store"
+        store = RunFolder(context.folder.base_model).token_store
         build_token_store(
             send_store(corpus, store),
             untrained,
@@ -58,7 +61,7 @@ def prepare_model(context: RunContext) -> ModelRef:
                 store=name_store(store),
                 config=_pretrain_config(context.config.train, model),
                 seed=context.config.seed,
-                sink_factory=RunSinkFactory(context.folder.metrics, "base_model", tracker),
+                sink_factory=RunSinkFactory(context.folder.metrics, BASE_MODEL_NAME, tracker),
                 records=(context.folder.metrics,),
             )
         )
@@ -69,15 +72,16 @@ def prepare_model(context: RunContext) -> ModelRef:
 
 
 def _make_untrained(context: RunContext, model: ScratchModelConfig) -> Path:
-    """Tokenizer and random weights, in a folder of their own; the model file is written last."""
-    folder = context.folder.base_model / "untrained"
-    if not (folder / "model.safetensors").exists():
+    """Tokenizer and random weights, in a folder of their own."""
+    folder = context.folder.base_model / UNTRAINED_NAME
+    if not (folder / WEIGHTS_NAME).exists():
         say("base", f"training a tokenizer of {model.vocab_size:,} entries")
         texts = _sample_texts(context, model)
-        tokenizer = train_tokenizer(
-            texts, vocab_size=model.vocab_size, out_dir=folder, max_length=model.max_position_embeddings
-        )
-        build_scratch_model(model, tokenizer, folder, seed=context.config.seed)
+        with writing_folder_aside(folder) as made:
+            tokenizer = train_tokenizer(
+                texts, vocab_size=model.vocab_size, out_dir=made, max_length=model.max_position_embeddings
+            )
+            build_scratch_model(model, tokenizer, made, seed=context.config.seed)
     return folder
 
 

@@ -13,6 +13,7 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
+from layerplan.run_folder import BOUNDARY_PREFIX
 
 DEFAULT_SWEEP = SweepConfig(split_ratios=[1 / 3, 1 / 2, 2 / 3])
 END_OPTIONS = {"tied": None, "train_embeddings": False, "train_final_norm": False, "train_lm_head": False}
@@ -45,4 +46,4 @@ def make_candidates(
 
 def name_trial(boundary: int) -> str:
     """Folder of a trial below the sweep, and its name everywhere."""
-    return f"boundary_{boundary:02d}"
+    return f"{BOUNDARY_PREFIX}{boundary:02d}"

@@ -7,11 +7,11 @@ config is refused and a dry run answers before the engines are imported, which t
 from __future__ import annotations
 
 from layerplan.config.run import RunConfig
+from layerplan.run_folder import BASE
 
 
 def continue_pretraining(config: RunConfig) -> None:
     """Runs every stage that is not done yet."""
-    from layerplan.checkpoint.layout import name_step
     from layerplan.pipeline.base_model import prepare_model
     from layerplan.pipeline.checks import check_benchmarks, check_corpus, check_model, check_probes
     from layerplan.pipeline.publish import publish_card, publish_report
@@ -29,6 +29,7 @@ def continue_pretraining(config: RunConfig) -> None:
         train,
     )
     from layerplan.pipeline.summary import print_summary
+    from layerplan.run_folder import name_step
 
     for check in (check_model, check_corpus, check_probes, check_benchmarks):
         check(config)
@@ -41,7 +42,7 @@ def continue_pretraining(config: RunConfig) -> None:
         check_guardrail(context)
         scoring = describe_scoring(context, model, plan)
         judges = config.evaluation.evaluate_base
-        base = evaluate(context, model, "base") if judges and scoring.due_steps else None
+        base = evaluate(context, model, BASE) if judges and scoring.due_steps else None
         result = train(context, model, plan, store, recipe)
         check_guardrail(context)
         if result.stopped_early or result.hf_dir is None:
@@ -51,7 +52,7 @@ def continue_pretraining(config: RunConfig) -> None:
         verdicts = []
         scores = evaluate(context, model.at(result.hf_dir), label)
         if judges:
-            base = base or evaluate(context, model, "base")
+            base = base or evaluate(context, model, BASE)
             verdicts = judge(context, base, scores, label)
         answers = publish_report(context)
         publish_card(context, answers, verdicts, result.hf_dir)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layerplan.corpus.manifest import Manifest, resolve_store
-from layerplan.pipeline.run_folder import RunFolder, fetch_run
-from layerplan.train.ledger import LEDGER_NAME
+from layerplan.pipeline.run_folder import fetch_run
+from layerplan.run_folder import LEDGER_NAME, MANIFEST_NAME, STORE_NAME, RunFolder
 from layerplan.train.ledger_check import check_epochs, check_equal, load_ledger
 
 
@@ -24,7 +24,7 @@ def check_ledgers(paths: Sequence[str], *, store: str | None = None) -> None:
     Raises:
         CorpusError: Naming the first step that breaks a proof.
     """
-    runs = [fetch_run(run, LEDGER_NAME, "token_store/manifest.json") for run in paths]
+    runs = [fetch_run(run, LEDGER_NAME, f"{STORE_NAME}/{MANIFEST_NAME}") for run in paths]
     first = load_ledger(runs[0])
     for run in runs[1:]:
         num_steps = check_equal(first, load_ledger(run))

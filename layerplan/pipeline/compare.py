@@ -17,13 +17,12 @@ from eval.held_out import judge_held_out, load_held_out
 from eval.significance import Arm, Comparison, Verdict, judge_comparisons
 from eval.tables import render_scores
 from layerplan.artifacts import compute_sha256, write_json, write_text
-from layerplan.checkpoint.layout import name_step
 from layerplan.errors import EvaluationError
 from layerplan.pipeline.run_folder import fetch_run
 from layerplan.pipeline.summary import print_verdicts
+from layerplan.run_folder import BASE, CONFIG_NAME, EVALUATION_NAME, RESULT_NAME, RunFolder, name_step
 from layerplan.train.request import load_result
 
-BASE = "base"
 DIFFERS_BETWEEN_SEEDS = ("name", "storage_path", "working_path", "seed", "cluster", "tracking")
 
 
@@ -41,7 +40,7 @@ def compare(
     Raises:
         EvaluationError: When runs cannot be compared.
     """
-    runs = [fetch_run(path, "evaluation", "training.json", "resolved_config.json") for path in paths]
+    runs = [fetch_run(path, EVALUATION_NAME, RESULT_NAME, CONFIG_NAME) for path in paths]
     verdicts = judge_runs(runs, pool_seeds=pool_seeds)
     print_verdicts(verdicts)
     for sentence in judge_texts(runs):
@@ -50,7 +49,7 @@ def compare(
         write_json(Path(out), [verdict.model_dump(mode="json") for verdict in verdicts])
         print(f"\nverdicts  {Path(out).resolve()}")
     if table:
-        rows = {"base": load_results(runs[0] / "evaluation" / BASE)}
+        rows = {BASE: load_results(RunFolder(runs[0]).scores_of(BASE))}
         rows |= {run.name: load_results(find_trained_scores(run)) for run in runs}
         style = "latex" if Path(table).suffix == ".tex" else "markdown"
         write_text(Path(table), render_scores(rows, style=style))
@@ -63,12 +62,12 @@ def judge_runs(runs: Sequence[Path], *, pool_seeds: bool = False) -> list[Verdic
     Raises:
         EvaluationError: When a run has no scores, protocols differ, or a run started from another base.
     """
-    base_dir = runs[0] / "evaluation" / BASE
+    base_dir = RunFolder(runs[0]).scores_of(BASE)
     base = load_results(base_dir)
     if not base:
         raise EvaluationError(f"{base_dir}: has no scores; the first run must have evaluated its base")
     for run in runs[1:]:
-        _check_same_base(base, base_dir, run / "evaluation" / BASE)
+        _check_same_base(base, base_dir, RunFolder(run).scores_of(BASE))
     arms = group_seeds(runs) if pool_seeds else [[run] for run in runs]
     comparisons: list[Comparison] = []
     for key, result in base.items():
@@ -87,7 +86,7 @@ def judge_texts(runs: Sequence[Path]) -> list[str]:
     """
     names, pairs = [], []
     for run in runs:
-        base = load_held_out(run / "evaluation" / BASE)
+        base = load_held_out(RunFolder(run).scores_of(BASE))
         for name, trained in load_held_out(find_trained_scores(run)).items():
             if name in base:
                 names.append(f"{run.name}, {name}")
@@ -103,7 +102,7 @@ def group_seeds(runs: Sequence[Path]) -> list[list[Path]]:
     """
     groups: dict[str, list[Path]] = {}
     for run in runs:
-        path = run / "resolved_config.json"
+        path = RunFolder(run).config
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -121,8 +120,8 @@ def find_trained_scores(run: Path) -> Path:
     """
     result = load_result(run)
     if result is None:
-        raise EvaluationError(f"{run}: has no training.json; only finished runs can be compared")
-    folder = run / "evaluation" / name_step(result.final_step)
+        raise EvaluationError(f"{run}: has no {RESULT_NAME}; only finished runs can be compared")
+    folder = RunFolder(run).scores_of(name_step(result.final_step))
     if not any(folder.glob("*.json")):
         raise EvaluationError(f"{folder}: has no scores; the run's last checkpoint was not scored")
     return folder

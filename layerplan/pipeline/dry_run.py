@@ -21,13 +21,14 @@ from layerplan.pipeline.candidates import make_candidates, name_trial
 from layerplan.pipeline.model_options import find_base
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.plan.communication import predict_communication
-from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, PlanCost, explain_cost, predict_cost, render_cost_table
+from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, explain_cost, predict_cost, render_cost_table
 from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
 from layerplan.plan.explain import explain_changes, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.memory import choose_placements
 from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.plan_cost import PlanCost
 from layerplan.plan.policies import make_full_plan, make_plan
 from layerplan.storage.mirror import fetch_file
 from layerplan.train.request import load_result
@@ -213,9 +214,9 @@ def _find_rate(config: RunConfig) -> tuple[float, str]:
         fetch_file(path)
     finished = load_result(folder.root)
     if finished is not None and finished.tokens_per_s > 0 and folder.plan.exists():
-        plan = FreezePlan.load(folder.plan)
-        cost = PlanCost.model_validate(plan.predicted_cost["plan"])
-        rate = finished.tokens_per_s * cost.total_flops / config.train.num_workers
-        return rate, f"workers at {rate / 1e9:,.1f} GFLOP/s (measured by this run)"
+        predicted = FreezePlan.load(folder.plan).predicted_cost
+        if predicted is not None:
+            rate = finished.tokens_per_s * predicted.plan.total_flops / config.train.num_workers
+            return rate, f"workers at {rate / 1e9:,.1f} GFLOP/s (measured by this run)"
     device = "GPU at 50 % of an H200" if config.train.use_gpu else "CPU core at 50 GFLOP/s"
     return ASSUMED_FLOPS_PER_S[config.train.use_gpu], f"{device} (assumed)"

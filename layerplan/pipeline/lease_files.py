@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow.fs as pafs
 
+from layerplan.aside import write_bytes
+from layerplan.run_folder import LEASE_PREFIX, LEASE_SUFFIX
 from layerplan.storage.address import is_address, join_location, open_filesystem
 from layerplan.storage.paths import BucketPath, StoredPath
-
-_PREFIX, _SUFFIX = "lease-", ".json"
 
 
 class LeaseFiles:
@@ -27,9 +29,7 @@ class LeaseFiles:
         """Holders that have a file, sorted."""
         infos = self._filesystem.get_file_info(pafs.FileSelector(self._inner, allow_not_found=True))
         names = [info.base_name for info in infos if info.type == pafs.FileType.File]
-        return sorted(
-            name[len(_PREFIX) : -len(_SUFFIX)] for name in names if name.startswith(_PREFIX) and name.endswith(_SUFFIX)
-        )
+        return sorted(owner for name in names if (owner := _parse(name)) is not None)
 
     def read(self, owner: str) -> str | None:
         """The file's text; None when there is none."""
@@ -42,11 +42,11 @@ class LeaseFiles:
     def write(self, owner: str, text: str) -> None:
         """Puts the file in place at once: a bucket does so by itself, a disk by a move."""
         place = self._place(_name(owner))
-        aside = place if is_address(self._root) else self._place(f".{_name(owner)}.partial")
-        with self._filesystem.open_output_stream(aside) as stream:
+        if not is_address(self._root):
+            write_bytes(Path(place), text.encode())
+            return
+        with self._filesystem.open_output_stream(place) as stream:
             stream.write(text.encode())
-        if aside != place:
-            self._filesystem.move(aside, place)
 
     def remove(self, owner: str) -> None:
         """Removes the file, if there is one."""
@@ -60,4 +60,10 @@ class LeaseFiles:
 
 
 def _name(owner: str) -> str:
-    return f"{_PREFIX}{owner}{_SUFFIX}"
+    return f"{LEASE_PREFIX}{owner}{LEASE_SUFFIX}"
+
+
+def _parse(name: str) -> str | None:
+    """The holder whose file has this name."""
+    is_lease = name.startswith(LEASE_PREFIX) and name.endswith(LEASE_SUFFIX)
+    return name[len(LEASE_PREFIX) : -len(LEASE_SUFFIX)] if is_lease else None

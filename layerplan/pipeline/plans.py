@@ -15,10 +15,11 @@ from layerplan.pipeline.model_options import find_model
 from layerplan.plan.cost import explain_cost, predict_cost, render_cost_table
 from layerplan.plan.explain import explain_plan, name_ranges, render_layer_map
 from layerplan.plan.exports import export_names, read_rule
-from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
+from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan, make_plan
+from layerplan.run_folder import PLAN_NAME, PROFILE_NAME
 
 ENDS = ("train_embeddings", "train_final_norm", "train_lm_head", "tied")
 
@@ -36,7 +37,7 @@ def read_plan(path: str) -> FreezePlan:
 def print_plan(path: str) -> None:
     """Prints a plan in words, with the measurement beside it where there is one."""
     place = Path(path).expanduser()
-    profile = place / "layer_profile.json" if place.is_dir() else place.with_name("layer_profile.json")
+    profile = place / PROFILE_NAME if place.is_dir() else place.with_name(PROFILE_NAME)
     plan = read_plan(path)
     print(explain_plan(plan, LayerProfile.load(profile) if profile.exists() else None))
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from eval.significance import Verdict
 from layerplan.artifacts import write_text
-from layerplan.checkpoint.model_card import CARD_NAME
 from layerplan.pipeline.lineage import note_results
 from layerplan.pipeline.stages import RunContext
 from layerplan.report.answers import Answers, read_answers
 from layerplan.report.card import add_results
 from layerplan.report.page import write_report
+from layerplan.run_folder import CARD_NAME, FIGURES_NAME
 
 
 def publish_report(context: RunContext) -> Answers:
@@ -27,7 +27,7 @@ def publish_report(context: RunContext) -> Answers:
     for path in (report, context.folder.config):
         context.tracker.log_artifact(path)
     for path in sorted(context.folder.figures.glob("*.png")):
-        context.tracker.log_artifact(path, "figures")
+        context.tracker.log_artifact(path, FIGURES_NAME)
     return answers
 
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from layerplan.checkpoint.layout import name_step
 from layerplan.errors import ModelError, first_line
-from layerplan.pipeline.run_folder import RunFolder
+from layerplan.run_folder import (
+    BASE,
+    EXPORT_NAME,
+    PLAN_TEXT_NAME,
+    PROFILE_NAME,
+    RESULT_NAME,
+    SELF_TEST_NAME,
+    VERDICTS_NAME,
+    RunFolder,
+    name_step,
+)
 from layerplan.train.request import load_result
 
-RUN_FILES = ("training.json", "export.json", "verdicts.json", "self_test.json", "layer_profile.json", "freeze_plan.md")
+RUN_FILES = (RESULT_NAME, EXPORT_NAME, VERDICTS_NAME, SELF_TEST_NAME, PROFILE_NAME, PLAN_TEXT_NAME)
 RECORDS = "layerplan"
 """Folder of the repository for what is not part of the model."""
 
@@ -30,8 +39,8 @@ def list_pushed(run: Path) -> dict[str, Path]:
     pushed = {path.relative_to(export).as_posix(): path for path in sorted(export.rglob("*")) if path.is_file()}
     records = [run / name for name in RUN_FILES]
     pushed |= {f"{RECORDS}/{path.name}": path for path in records if path.exists()}
-    for label in ("base", name_step(result.final_step)):
-        scores = sorted((RunFolder(run).evaluation / label).glob("*.json"))
+    for label in (BASE, name_step(result.final_step)):
+        scores = sorted(RunFolder(run).scores_of(label).glob("*.json"))
         pushed |= {f"{RECORDS}/evaluation/{label}/{path.name}": path for path in scores}
     return pushed
 

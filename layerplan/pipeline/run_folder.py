@@ -1,4 +1,4 @@
-"""The folder of one run: where each artifact lies, and whether the folder may be continued.
+"""How the folder of one run is found and opened, and whether it may be continued; `layerplan/run_folder.py` has its names.
 
 A run name belongs to one config. Submitting the same name again continues the run when nothing that decides its
 numbers has changed; where it runs, how it is logged and how often it is saved may change freely.
@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
+from layerplan.artifacts import write_text
 from layerplan.config.load import dump_config, flatten_values
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError
-from layerplan.plan.cost import COST_NAME
-from layerplan.plan.freeze_plan import PLAN_NAME
 from layerplan.redaction import redact_values
+from layerplan.run_folder import RunFolder
 from layerplan.storage.working import find_home, find_working_folder, is_remote
-
-if TYPE_CHECKING:
-    from layerplan.storage.mirror import Mirror
 
 MAY_CHANGE = (
     "storage_path",
@@ -65,110 +61,6 @@ MAX_STEPS = "train.max_steps"
 _AWKWARD = re.compile(r"\?|%[0-9A-Fa-f]{2}|[\x00-\x1f\x7f\ud800-\udfff]")
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """Paths of one run below `<storage_path>/<run_name>`, or below its working folder when that is an address."""
-
-    root: Path
-    mirror: Mirror | None = None
-    """The bucket that a working folder stands for."""
-
-    def carry(self) -> None:
-        """Brings what is complete to the bucket; a stage counts as done after that."""
-        if self.mirror is not None:
-            self.mirror.carry()
-
-    @property
-    def config(self) -> Path:
-        """Every value the run used."""
-        return self.root / "resolved_config.json"
-
-    @property
-    def base_model(self) -> Path:
-        """Folder of a base model made by the job itself."""
-        return self.root / "base_model"
-
-    @property
-    def profile(self) -> Path:
-        """Tracer measurements."""
-        return self.root / "layer_profile.json"
-
-    @property
-    def plan(self) -> Path:
-        """The freeze plan."""
-        return self.root / PLAN_NAME
-
-    @property
-    def plan_text(self) -> Path:
-        """The freeze plan, explained."""
-        return self.root / "freeze_plan.md"
-
-    @property
-    def predicted_cost(self) -> Path:
-        """What the plan costs for the run's own rows, beside training everything."""
-        return self.root / COST_NAME
-
-    @property
-    def self_test(self) -> Path:
-        """How the model's loss is computed, as it answered."""
-        return self.root / "self_test.json"
-
-    @property
-    def compute_dtype(self) -> Path:
-        """Rates by which `train.compute_dtype: auto` was decided."""
-        return self.root / "compute_dtype.json"
-
-    @property
-    def token_store(self) -> Path:
-        """Packed rows of the corpus."""
-        return self.root / "token_store"
-
-    @property
-    def metrics(self) -> Path:
-        """One line per logged step."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def training(self) -> Path:
-        """Result of the finished training."""
-        return self.root / "training.json"
-
-    @property
-    def export(self) -> Path:
-        """What the export proved about frozen and trained tensors."""
-        return self.root / "export.json"
-
-    @property
-    def evaluation(self) -> Path:
-        """Scores, one folder per model."""
-        return self.root / "evaluation"
-
-    @property
-    def probes(self) -> Path:
-        """Per-probe measurements, from which any aggregate can be computed again."""
-        return self.root / "layer_probes.parquet"
-
-    @property
-    def report(self) -> Path:
-        """The page."""
-        return self.root / "report.html"
-
-    @property
-    def figures(self) -> Path:
-        """The report's figures as PNG."""
-        return self.root / "figures"
-
-    @property
-    def sweep(self) -> Path:
-        """Trials of a boundary sweep."""
-        return self.root / "sweep"
-
-    @property
-    def verdicts(self) -> Path:
-        """Statistical comparison with the base."""
-        return self.root / "verdicts.json"
-
-
 def open_run_folder(config: RunConfig) -> RunFolder:
     """Creates or continues the run's folder and writes its resolved config.
 
@@ -182,10 +74,7 @@ def open_run_folder(config: RunConfig) -> RunFolder:
     if folder.config.exists():
         _check_same_config(folder, config)
     try:
-        folder.root.mkdir(parents=True, exist_ok=True)
-        partial = folder.config.with_suffix(".partial")
-        partial.write_text(dump_config(config), encoding="utf-8")
-        partial.replace(folder.config)
+        write_text(folder.config, dump_config(config))
     except OSError as error:
         raise ConfigError(f"storage_path: {folder.root} cannot be written ({error})") from None
     folder.carry()

@@ -8,10 +8,11 @@ from contextlib import contextmanager, suppress
 from layerplan.config.run import RunConfig
 from layerplan.errors import StorageError
 from layerplan.pipeline.lineage import note_config
-from layerplan.pipeline.run_folder import RunFolder, locate_run_folder, open_run_folder
+from layerplan.pipeline.run_folder import locate_run_folder, open_run_folder
 from layerplan.pipeline.run_lease import hold_run
 from layerplan.pipeline.stages import RunContext, say
 from layerplan.ray_session import connect
+from layerplan.run_folder import RunFolder
 from layerplan.storage.working import find_home
 from layerplan.tracking.address import describe_address
 from layerplan.tracking.background import locate_store

@@ -11,15 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval.artifacts import CONTINUATIONS_NAME, Results
-from eval.during_training import GUARDRAIL_NAME, CheckpointScoring, backfill, compare_with_base, read_breach
+from eval.artifacts import Results
+from eval.during_training import CheckpointScoring, backfill, compare_with_base, read_breach
 from eval.held_out import judge_held_out, load_held_out, read_held_out
 from eval.items import load_benchmark
 from eval.runner import evaluate_model
 from eval.significance import Verdict
 from eval.tables import render_scores
 from layerplan.artifacts import write_json, write_text
-from layerplan.checkpoint.layout import name_step
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.run import RunConfig
 from layerplan.corpus.build import build_token_store, warn_of_held_out
@@ -30,7 +29,6 @@ from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
 from layerplan.models.ref import ModelRef
 from layerplan.pipeline.lineage import note_corpus, note_results
-from layerplan.pipeline.run_folder import RunFolder
 from layerplan.plan.boundary_choice import choose_boundary, find_options
 from layerplan.plan.decide import PlanContext, check_planned_steps, resolve_plan, wants_profile
 from layerplan.plan.describe import describe_certainty, describe_measurement
@@ -39,6 +37,16 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.policies import predict_beside_full
+from layerplan.run_folder import (
+    BASE,
+    CONTINUATIONS_NAME,
+    HELD_OUT_NAME,
+    SCORES_STEM,
+    TRAIN,
+    RunFolder,
+    name_step,
+    parse_step,
+)
 from layerplan.storage.flag import Flag
 from layerplan.storage.mirror import fetch_file, fetch_folder
 from layerplan.storage.working import find_home
@@ -46,7 +54,7 @@ from layerplan.tracer.pool import trace_model
 from layerplan.tracking.callback import LineageCallback
 from layerplan.tracking.tracker import RunSinkFactory, Tracker, status_of
 from layerplan.train.asking import ask_in_task, read_recipe
-from layerplan.train.request import STOP_REQUEST, CheckpointValidation, TrainRequest, TrainResult, load_result
+from layerplan.train.request import CheckpointValidation, TrainRequest, TrainResult, load_result
 from layerplan.train.trainer import run_training
 
 
@@ -105,7 +113,7 @@ def build_store(context: RunContext, model: ModelRef) -> Path | str:
         joining = {"end_of_text": manifest.end_of_text or manifest.end_of_text_id, "begin_ids": manifest.begin_ids}
         tracker.log_params(joining | {"control_tokens": manifest.control_tokens})
         tracker.log_metrics({f"corpus/{name}": float(count) for name, count in manifest.counts.items()}, step=0)
-        tracker.log_artifact(context.folder.token_store / "manifest.json")
+        tracker.log_artifact(context.folder.manifest)
     store = corpus.upload_to or name_store(context.folder.token_store)
     note_corpus(context.tracker, manifest, store)
     return store
@@ -174,7 +182,7 @@ def decide_plan(context: RunContext, model: ModelRef, profile: LayerProfile | No
         plan = resolve_plan(config.plan, PlanContext(identity, shape, config.train, seq_len, profile))
     plan.check_model(identity)
     cost_here = predict_beside_full(plan, shape, seq_len)
-    write_json(context.folder.predicted_cost, cost_here)
+    write_json(context.folder.predicted_cost, cost_here.model_dump(mode="json"))
     if not context.folder.plan.exists():
         with tracked(context, "plan") as tracker:
             write_text(context.folder.plan_text, explain_plan(plan, profile, cost_here))
@@ -189,7 +197,7 @@ def decide_plan(context: RunContext, model: ModelRef, profile: LayerProfile | No
     if older := describe_older_rule(plan):
         say("plan", older)
     say("plan", render_layer_map(plan))
-    if plan.predicted_cost and plan.predicted_cost["seq_len"] != seq_len:
+    if plan.predicted_cost is not None and plan.predicted_cost.seq_len != seq_len:
         say("plan", f"made for other rows: {describe_flops(plan.predicted_cost)}")
     say("plan", describe_flops(cost_here))
     return plan
@@ -200,9 +208,9 @@ def train(
 ) -> TrainResult:
     """Trains exactly the plan; a finished training is read back, an interrupted one continues."""
     config = context.config
-    with tracked(context, "train") as tracker:
+    with tracked(context, TRAIN) as tracker:
         tracker.log_params(config.train.model_dump(mode="json"))
-        sinks = RunSinkFactory(context.folder.metrics, "train", tracker)
+        sinks = RunSinkFactory(context.folder.metrics, TRAIN, tracker)
         result = run_training(
             replace(
                 make_train_request(context, model, plan, store, sinks),
@@ -212,7 +220,7 @@ def train(
             callbacks=[LineageCallback(tracker)],
         )
         fetch_folder(context.folder.evaluation)
-        for path in (context.folder.metrics, context.folder.root / GUARDRAIL_NAME):
+        for path in (context.folder.metrics, context.folder.guardrail):
             fetch_file(path)  # written by a worker, perhaps of another node
         _log_result(tracker, result, context.folder)
     note_results(context.tracker, context.folder.root)
@@ -246,7 +254,7 @@ def describe_scoring(context: RunContext, model: ModelRef, plan: FreezePlan) -> 
         plan=plan,
         config=config.evaluation,
         final_step=config.train.max_steps,
-        stop_file=Flag(context.folder.root / STOP_REQUEST),
+        stop_file=Flag(context.folder.stop_request),
         export_dtype=config.train.export_dtype,
     )
 
@@ -271,7 +279,7 @@ def check_guardrail(context: RunContext) -> None:
         return
     breach = read_breach(context.folder.root, points)
     if breach is not None:
-        path = context.folder.root / GUARDRAIL_NAME
+        path = context.folder.guardrail
         places = " and ".join(dict.fromkeys((str(find_home(path)), str(path))))
         raise EvaluationError(
             f"evaluation.guardrail_points={points:g}: training was stopped by the score of {breach} Raise the value or"
@@ -289,7 +297,7 @@ def evaluate(context: RunContext, model: ModelRef, label: str) -> Results:
             folder,
             report=lambda line: say("evaluate", f"{label}: {line}"),
         )
-        _log_scores(tracker, folder, results, int(label.removeprefix("step_")) if label.startswith("step_") else 0)
+        _log_scores(tracker, folder, results, parse_step(label) or 0)
     return results
 
 
@@ -299,11 +307,11 @@ def judge(context: RunContext, base: Results, trained: Results, label: str) -> l
     verdicts = compare_with_base(folder, label, trained, name=name)
     write_json(context.folder.verdicts, [verdict.model_dump(mode="json") for verdict in verdicts])
     for suffix, style in (("md", "markdown"), ("tex", "latex")):
-        write_text(folder / f"scores.{suffix}", render_scores({"base": base, name: trained}, style=style))
-    texts = [load_held_out(folder / scored) for scored in ("base", label)]
+        write_text(folder / f"{SCORES_STEM}.{suffix}", render_scores({BASE: base, name: trained}, style=style))
+    texts = [load_held_out(folder / scored) for scored in (BASE, label)]
     judged = judge_held_out([(texts[0][key], text) for key, text in texts[1].items() if key in texts[0]])
     if judged:
-        write_json(folder / "held_out_verdicts.json", [verdict.model_dump(mode="json") for verdict in judged])
+        write_json(context.folder.held_out_verdicts, [verdict.model_dump(mode="json") for verdict in judged])
     for verdict in judged:
         say("verdict", f"{verdict.name}: {verdict.sentence}")
     with tracked(context, "verdict") as tracker:
@@ -343,7 +351,9 @@ def _log_scores(tracker: Tracker, folder: Path, results: Results, step: int) -> 
         tracker.log_metrics({f"eval/{key}/accuracy": result.question_mean}, step=step)
     for text in load_held_out(folder).values():
         tracker.log_metrics({f"eval/{text.name}/bits_per_byte": text.bits_per_byte}, step=step)
-    for path in sorted([*folder.glob("*.json"), *folder.glob("held_out/*.json"), *folder.glob(CONTINUATIONS_NAME)]):
+    for path in sorted(
+        [*folder.glob("*.json"), *folder.glob(f"{HELD_OUT_NAME}/*.json"), *folder.glob(CONTINUATIONS_NAME)]
+    ):
         tracker.log_artifact(path)
 
 

@@ -22,6 +22,7 @@ from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.pipeline.session import open_run
 from layerplan.pipeline.stages import RunContext, ask_loss, build_store, make_train_request, say, tracked
 from layerplan.report.lineage import list_trial_results, render_sweep
+from layerplan.run_folder import SWEEP_NAME, SWEEP_RESULTS_NAME, RunFolder
 from layerplan.storage.working import find_home
 from layerplan.sweep.objective import Trial
 from layerplan.sweep.search import check_search, save_search
@@ -46,7 +47,7 @@ def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:
         model = prepare_model(context)
         recipe = ask_loss(context, model)
         store = build_store(context, model)
-        with tracked(context, "sweep") as tracker:
+        with tracked(context, SWEEP_NAME) as tracker:
             trials, runs = make_trials(context, tracker, model, sweep)
             save_search(sweep, context.folder.sweep)
             request = make_train_request(context, model, trials[0].plan, store, None)
@@ -60,8 +61,8 @@ def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:
             request = replace(request, run_dir=context.folder.sweep, config=train, recipe=recipe)
             with end_trials(runs) as finish:
                 results = run_sweep(sweep, request, trials, finish)
-            write_json(context.folder.sweep / "results.json", [vars(result) for result in results])
-            tracker.log_artifact(context.folder.sweep / "results.json")
+            write_json(context.folder.sweep / SWEEP_RESULTS_NAME, [vars(result) for result in results])
+            tracker.log_artifact(context.folder.sweep / SWEEP_RESULTS_NAME)
             _note_best(context.tracker, results)
         print_results(results)
 
@@ -83,12 +84,12 @@ def make_trials(
     for boundary, plan in candidates.items():
         name = name_trial(boundary)
         folder = context.folder.sweep / name
-        plan.save(folder / "freeze_plan.json")
+        plan.save(RunFolder(folder).plan)
         child = runs[name] = tracker.child(f"sweep_{name}")
         child.log_params({"boundary": boundary, "plan_sha256": plan.sha256})
         child.set_tags({"layerplan.plan_sha256": plan.sha256, "layerplan.plan_type": plan.plan_type})
-        child.log_artifact(folder / "freeze_plan.json")
-        trials.append(Trial(name, plan, RunSinkFactory(folder / "metrics.jsonl", name, child)))
+        child.log_artifact(RunFolder(folder).plan)
+        trials.append(Trial(name, plan, RunSinkFactory(RunFolder(folder).metrics, name, child)))
     say("sweep", f"{len(trials)} boundaries: {', '.join(map(str, candidates))}")
     return trials, runs
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from layerplan.config.tracking import TrackingConfig
 from layerplan.errors import ConfigError, TrackingError
 from layerplan.redaction import find_hidden
+from layerplan.run_folder import RunFolder
 from layerplan.tracking.background import BackgroundSender, locate_store
 from layerplan.tracking.outbox import TrackingFolder
 from layerplan.tracking.position import count_backlog
@@ -51,7 +52,7 @@ def read_tracking(run_dir: Path, uri: str | None) -> TrackingConfig:
         raise ConfigError(
             f"RUN={run_dir}: holds nothing for a tracking store; the folder of a run with tracking is expected"
         )
-    path = run_dir / "resolved_config.json"
+    path = RunFolder(run_dir).config
     try:
         values = json.loads(path.read_text(encoding="utf-8"))["tracking"]
         config = TrackingConfig.model_validate({**values, **({} if uri is None else {"uri": uri})})

@@ -11,14 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pydantic import Field
-
-from layerplan.config.base import StrictModel
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import LayerShape, ModelShape
+from layerplan.plan.plan_cost import PlanCost
 
-COST_NAME = "predicted_cost.json"
-"""Of a run: cost of its plan and of training everything, for the run's own rows; shaped as `FreezePlan.predicted_cost`."""
 BYTES_PER_TRAINED_PARAM = 14
 """bf16 weight and gradient, fp32 master and two moments, the gradient counted once."""
 BYTES_PER_FROZEN_PARAM = 2
@@ -27,34 +23,6 @@ OPTIMIZER_FLOPS_PER_PARAM = 16
 GIB = 2**30
 ASSUMED_FLOPS_PER_S = {True: 790e12 * 0.5, False: 50e9}
 """Per worker, with a GPU and without: half of an H200's bf16 matrix rate, or one CPU core."""
-
-
-class PlanCost(StrictModel):
-    """Predicted cost of one plan; FLOPs are per token unless named otherwise."""
-
-    trainable_params: int = Field(ge=0)
-    """Parameters that train; a tied matrix counts once."""
-    total_params: int = Field(ge=1)
-    """All parameters."""
-    forward_flops: float
-    """Forward pass."""
-    backward_activation_flops: float
-    """Gradients of activations."""
-    backward_weight_flops: float
-    """Gradients of weights."""
-    optimizer_flops_per_step: float = 0.0
-    """Elementwise work of one AdamW update, whatever the batch."""
-    first_gradient_layer: int
-    """Lowest layer index that backward enters; num_layers when it stops above all of them."""
-    weight_and_optimizer_bytes: int
-    """Weights, gradients, masters and moments on one unsharded worker."""
-    checkpoint_bytes: int
-    """fp32 masters and moments of what trains."""
-
-    @property
-    def total_flops(self) -> float:
-        """Forward and backward FLOPs per token."""
-        return self.forward_flops + self.backward_activation_flops + self.backward_weight_flops
 
 
 def predict_cost(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from pydantic import ValidationError
 
 from layerplan.plan.boundary import compute_alignment_scores
 from layerplan.plan.boundary_choice import SENSITIVITIES, BoundaryChoice, choose_boundary, get_sensitivity
 from layerplan.plan.budget import render_pareto
-from layerplan.plan.cost import PlanCost
 from layerplan.plan.describe import (
     PAIR_HEADINGS,
     describe_certainty,
@@ -21,6 +19,7 @@ from layerplan.plan.describe import (
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.markdown import as_text
+from layerplan.plan.plan_cost import PredictedCost
 
 TRAINS, FROZEN = "■", "□"
 
@@ -61,15 +60,13 @@ def describe_older_rule(plan: FreezePlan) -> str:
     )
 
 
-def explain_plan(
-    plan: FreezePlan, profile: LayerProfile | None = None, cost_here: Mapping[str, Any] | None = None
-) -> str:
+def explain_plan(plan: FreezePlan, profile: LayerProfile | None = None, cost_here: PredictedCost | None = None) -> str:
     """Renders the plan as Markdown: the decision, what was measured, and what it costs.
 
     Args:
         plan: The plan.
         profile: The measurement of the model.
-        cost_here: The cost for the rows of the run at hand, shaped as `predicted_cost`, when the plan is from elsewhere.
+        cost_here: The cost for the rows of the run at hand, when the plan is from elsewhere.
     """
     lines = [
         f"# Freeze plan `{plan.plan_type}` for {as_text(plan.model.name)}",
@@ -95,10 +92,10 @@ def explain_plan(
     return "\n".join(lines) + "\n"
 
 
-def _cost_lines(plan: FreezePlan, cost_here: Mapping[str, Any] | None) -> list[str]:
-    if not plan.predicted_cost:
+def _cost_lines(plan: FreezePlan, cost_here: PredictedCost | None) -> list[str]:
+    if plan.predicted_cost is None:
         return []
-    cost = PlanCost.model_validate(plan.predicted_cost["plan"])
+    cost = plan.predicted_cost.plan
     lines = [
         "## Predicted cost",
         "",
@@ -106,17 +103,16 @@ def _cost_lines(plan: FreezePlan, cost_here: Mapping[str, Any] | None) -> list[s
         f" ({cost.trainable_params / cost.total_params:.1%})",
         f"- {describe_flops(plan.predicted_cost)}",
     ]
-    if cost_here is not None and cost_here["seq_len"] != plan.predicted_cost["seq_len"]:
+    if cost_here is not None and cost_here.seq_len != plan.predicted_cost.seq_len:
         lines.append(f"- in this run {describe_flops(cost_here)}")
     return [*lines, f"- backward enters layer {cost.first_gradient_layer} and above", ""]
 
 
-def describe_flops(predicted: Mapping[str, Any]) -> str:
+def describe_flops(predicted: PredictedCost) -> str:
     """FLOPs per token, the row length they are for, and their share of training everything."""
-    cost, full = (PlanCost.model_validate(predicted[name]) for name in ("plan", "full"))
     return (
-        f"{cost.total_flops / 1e9:.3f} GFLOP per token in rows of {predicted['seq_len']:,} tokens,"
-        f" {cost.total_flops / full.total_flops:.1%} of training everything"
+        f"{predicted.plan.total_flops / 1e9:.3f} GFLOP per token in rows of {predicted.seq_len:,} tokens,"
+        f" {predicted.flops_share:.1%} of training everything"
     )
 
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_validator
 
 from layerplan.artifacts import compute_sha256, read_sealed, write_sealed
 from layerplan.config.base import StrictModel
 from layerplan.errors import PlanError
 from layerplan.plan.layer_profile import ModelIdentity
+from layerplan.plan.plan_cost import NoCost, PredictedCost
 
-PLAN_NAME = "freeze_plan.json"
 SCHEMA_VERSION = 1
 Tied = Literal["untied", "frozen", "trained", "head_only"]
 
@@ -73,10 +73,14 @@ class FreezePlan(StrictModel):
     evidence: dict[str, Any] = Field(default_factory=dict)
     """Profile hash and what is behind the choice; `boundary` holds rule, scores, p and range of a measured boundary. A plan
     with `best_boundary` in its place was made under the first rule, which counted an empty side as 0."""
-    predicted_cost: dict[str, Any] = Field(default_factory=dict)
+    predicted_cost: PredictedCost | NoCost = Field(default=None, json_schema_extra={"default": {}})
     """Output of the cost model for this plan beside `full`."""
     sha256: str = ""
     """Hash over every other field."""
+
+    @field_serializer("predicted_cost", mode="wrap")
+    def _write_cost(self, value: PredictedCost | None, dump: SerializerFunctionWrapHandler) -> Any:
+        return {} if value is None else dump(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> FreezePlan:

@@ -18,8 +18,6 @@ from layerplan.config.base import StrictModel
 SCHEMA_VERSION = 3
 EMPTY_SIDE_RULE = "empty_side_as_zero"
 """Rule of layout 1: the largest S, a side without a layer counting as 0."""
-PROBES_NAME = "layer_probes.parquet"
-"""Per-probe values, in the folder of the profile."""
 ENOUGH_ANSWERS = 30
 """Fewest right and fewest wrong answers that are compared."""
 

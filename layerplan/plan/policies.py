@@ -26,6 +26,7 @@ from layerplan.plan.cost import predict_cost
 from layerplan.plan.freeze_plan import FreezePlan, Tied
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.plan_cost import PredictedCost
 from layerplan.plan.selectors import select
 
 DEFAULT_SEQ_LEN = 4096
@@ -86,13 +87,13 @@ def seal_with_cost(plan: FreezePlan, shape: ModelShape, seq_len: int) -> FreezeP
     return plan.model_copy(update={"predicted_cost": predict_beside_full(plan, shape, seq_len)}).sealed()
 
 
-def predict_beside_full(plan: FreezePlan, shape: ModelShape, seq_len: int) -> dict[str, Any]:
+def predict_beside_full(plan: FreezePlan, shape: ModelShape, seq_len: int) -> PredictedCost:
     """Cost of the plan and of training everything, for rows of `seq_len` tokens."""
-    costs = {
-        "plan": predict_cost(plan, shape, seq_len=seq_len),
-        "full": predict_cost(make_full_plan(plan.model, shape), shape, seq_len=seq_len),
-    }
-    return {"seq_len": seq_len} | {name: cost.model_dump() for name, cost in costs.items()}
+    return PredictedCost(
+        seq_len=seq_len,
+        plan=predict_cost(plan, shape, seq_len=seq_len),
+        full=predict_cost(make_full_plan(plan.model, shape), shape, seq_len=seq_len),
+    )
 
 
 def make_full_plan(model: ModelIdentity, shape: ModelShape) -> FreezePlan:

@@ -46,12 +46,6 @@ def allocate_start_layers(num_samples: int, num_layers: int, kind: BudgetKind, f
     return [whole * (layer + 1) + last[layer] for layer in range(num_layers)]
 
 
-def compute_cost_saving(counts: Sequence[int]) -> float:
-    """Mean start layer over the samples, as a share of the layers: what backward does not visit (Table 5)."""
-    samples = sum(counts)
-    return sum(layer * count for layer, count in enumerate(counts)) / samples / len(counts)
-
-
 def assign_start_layers(eof_layers: Sequence[int], counts: Sequence[int], *, seed: int) -> list[int]:
     """Gives every sample a start layer (Algorithm 4).
 

@@ -13,10 +13,18 @@ from typing import Any
 
 from layerplan.artifacts import read_lines
 from layerplan.inside import is_plain_name
-from layerplan.plan.cost import COST_NAME, GIB, PlanCost
-from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
-
-BASE = "base"
+from layerplan.plan.cost import GIB
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.plan_cost import PredictedCost
+from layerplan.run_folder import (
+    BASE,
+    CONTINUATIONS_NAME,
+    HELD_OUT_NAME,
+    SEAL_NAME,
+    TRAIN,
+    RunFolder,
+    list_scored_steps,
+)
 
 
 @dataclass(frozen=True)
@@ -109,32 +117,31 @@ class Answers:
 
 def read_answers(run_dir: Path) -> Answers:
     """Reads them from a run folder, finished or not, of this or an earlier version."""
-    training = read_json(run_dir / "training.json")
+    run = RunFolder(run_dir)
+    training = read_json(run.training)
     step = training.get("final_step")
-    evaluation = run_dir / "evaluation"
-    scored = [BASE, *sorted(path.name for path in evaluation.glob("step_*") if any(path.glob("*.json")))]
     return Answers(
         final_step=step,
-        validation=_read_validation(run_dir, training),
-        held_out=tuple(_read_held_out(evaluation)),
-        cost=_read_cost(run_dir, training),
-        continuations=tuple(_pair_continuations(evaluation, scored[1:])),
+        validation=_read_validation(run, training),
+        held_out=tuple(_read_held_out(run)),
+        cost=_read_cost(run, training),
+        continuations=tuple(_pair_continuations(run)),
     )
 
 
-def _read_validation(run_dir: Path, training: Mapping[str, Any]) -> ValidationLoss | None:
+def _read_validation(run: RunFolder, training: Mapping[str, Any]) -> ValidationLoss | None:
     if training.get("validation_loss") is None:
         return None
-    rows = read_json(run_dir / "token_store" / "manifest.json").get("num_validation_rows")
+    rows = read_json(run.manifest).get("num_validation_rows")
     return ValidationLoss(rows, training.get("base_validation_loss"), training["validation_loss"])
 
 
-def _read_held_out(evaluation: Path) -> list[HeldOutText]:
-    verdicts = read_json(evaluation / "held_out_verdicts.json") or []
+def _read_held_out(run: RunFolder) -> list[HeldOutText]:
+    verdicts = read_json(run.held_out_verdicts) or []
     texts = []
     for item in verdicts:
         name = f"{item['name']}.json"
-        scores = read_json(evaluation / BASE / "held_out" / name) if is_plain_name(name) else {}
+        scores = read_json(run.scores_of(BASE) / HELD_OUT_NAME / name) if is_plain_name(name) else {}
         sizes = scores.get("document_bytes")
         low, high = item["difference_interval"]
         numbers = (item["base"], item["trained"], (low, high), item["adjusted_p"])
@@ -142,21 +149,22 @@ def _read_held_out(evaluation: Path) -> list[HeldOutText]:
     return texts
 
 
-def _read_cost(run_dir: Path, training: Mapping[str, Any]) -> Cost | None:
-    plan = FreezePlan.load(run_dir / PLAN_NAME) if (run_dir / PLAN_NAME).exists() else None
-    planned = plan.predicted_cost if plan is not None else {}
-    here = read_json(run_dir / COST_NAME) or planned
-    if not here:
+def _read_cost(run: RunFolder, training: Mapping[str, Any]) -> Cost | None:
+    plan = FreezePlan.load(run.plan) if run.plan.exists() else None
+    planned = plan.predicted_cost if plan is not None else None
+    written = read_json(run.predicted_cost)
+    here = PredictedCost.model_validate(written) if written else planned
+    if here is None:
         return None
-    cost = PlanCost.model_validate(here["plan"])
-    lines = [line for line in read_lines(run_dir / "metrics.jsonl") if line.get("run") == "train"]
+    cost = here.plan
+    lines = [line for line in read_lines(run.metrics) if line.get("run") == TRAIN]
     predicted = [line["perf/predicted_memory_gib"] for line in lines if "perf/predicted_memory_gib" in line]
     peaks = [line["perf/peak_memory_gib"] for line in lines if "perf/peak_memory_gib" in line]
     return Cost(
         trainable_params=cost.trainable_params,
         total_params=cost.total_params,
         work=_read_work(here),
-        work_elsewhere=_read_work(planned) if planned and planned["seq_len"] != here["seq_len"] else None,
+        work_elsewhere=_read_work(planned) if planned is not None and planned.seq_len != here.seq_len else None,
         first_gradient_layer=cost.first_gradient_layer,
         train_s=training.get("train_s"),
         tokens_per_s=training.get("tokens_per_s"),
@@ -164,30 +172,30 @@ def _read_cost(run_dir: Path, training: Mapping[str, Any]) -> Cost | None:
         predicted_memory_gib=max(predicted, default=None),
         peak_memory_gib=max(peaks, default=None),
         predicted_checkpoint_gib=cost.checkpoint_bytes / GIB,
-        checkpoint_gib=_measure_checkpoint(run_dir, training),
+        checkpoint_gib=_measure_checkpoint(run, training),
     )
 
 
-def _read_work(predicted: Mapping[str, Any]) -> Work:
-    own, full = (PlanCost.model_validate(predicted[name]).total_flops for name in ("plan", "full"))
-    return Work(predicted["seq_len"], own, own / full)
+def _read_work(predicted: PredictedCost) -> Work:
+    return Work(predicted.seq_len, predicted.plan.total_flops, predicted.flops_share)
 
 
-def _measure_checkpoint(run_dir: Path, training: Mapping[str, Any]) -> float | None:
+def _measure_checkpoint(run: RunFolder, training: Mapping[str, Any]) -> float | None:
     """Size of the last checkpoint by its seal; None without one."""
-    seal = read_json(run_dir / (training.get("final_checkpoint") or "") / "seal.json") if training else {}
+    seal = read_json(run.root / (training.get("final_checkpoint") or "") / SEAL_NAME) if training else {}
     return sum(mark["size"] for mark in seal["files"].values()) / GIB if seal else None
 
 
-def _pair_continuations(evaluation: Path, scored: list[str]) -> list[Continuation]:
+def _pair_continuations(run: RunFolder) -> list[Continuation]:
     """By prompt; the newest scored checkpoint that continued any stands for the result."""
-    base = _read_continuations(evaluation / BASE)
-    newest = next((found for label in reversed(scored) if (found := _read_continuations(evaluation / label))), {})
+    base = _read_continuations(run.scores_of(BASE))
+    newest_first = map(run.scores_of, reversed(list_scored_steps(run.evaluation)))
+    newest = next((found for folder in newest_first if (found := _read_continuations(folder))), {})
     return [Continuation(prompt, base.get(prompt), newest.get(prompt)) for prompt in dict.fromkeys([*base, *newest])]
 
 
 def _read_continuations(folder: Path) -> dict[str, str]:
-    records = read_lines(folder / "continuations.jsonl")
+    records = read_lines(folder / CONTINUATIONS_NAME)
     return {record["prompt"]: record["text"] for record in records}
 
 

@@ -8,11 +8,12 @@ from typing import Any
 from urllib.parse import quote
 
 from layerplan.plan.explain import summarize_plan
-from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
+from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.markdown import as_code
 from layerplan.report.answer_tables import list_metrics
 from layerplan.report.answers import Answers, read_json
 from layerplan.report.card import render_card_rows, render_cost, render_texts
+from layerplan.run_folder import FIGURES_NAME, PLAN_NAME, RunFolder
 from layerplan.tracking.tracker import RUN_ID
 
 NOTE_CHARS = 5000
@@ -22,7 +23,7 @@ PICTURES = ("loss", "profiles", "layer_map")
 
 def list_results(run_dir: Path, answers: Answers) -> dict[str, float]:
     """Losses, bits per byte, accuracies with their intervals and costs by name; what the run does not have is left out."""
-    training = read_json(run_dir / "training.json")
+    training = read_json(RunFolder(run_dir).training)
     losses = {
         "result/train_loss/first": training.get("first_loss"),
         "result/train_loss/final": training.get("final_loss"),
@@ -106,9 +107,9 @@ def _render_plan(plan: FreezePlan | None, answers: Answers) -> list[str]:
 
 def _render_pictures(run_dir: Path) -> list[str]:
     """Pictures among the run's own artifacts, at the address at which MLflow serves them beside its page."""
-    there = [name for name in PICTURES if (run_dir / "figures" / f"{name}.png").is_file()]
+    there = [name for name in PICTURES if (RunFolder(run_dir).figures / f"{name}.png").is_file()]
     address = f"get-artifact?run_uuid={RUN_ID}&path="
-    return [f"![{name}]({address}{quote(f'figures/{name}.png', safe='')})\n" for name in there]
+    return [f"![{name}]({address}{quote(f'{FIGURES_NAME}/{name}.png', safe='')})\n" for name in there]
 
 
 def _list_accuracies(verdict: Mapping[str, Any]) -> dict[str, float]:
@@ -126,7 +127,7 @@ def _list_accuracies(verdict: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _read_verdicts(run_dir: Path) -> list[dict[str, Any]]:
-    return list(read_json(run_dir / "verdicts.json") or [])
+    return list(read_json(RunFolder(run_dir).verdicts) or [])
 
 
 def _read_plan(run_dir: Path) -> FreezePlan | None:

@@ -20,9 +20,10 @@ from layerplan.plan.describe import (
 )
 from layerplan.plan.explain import read_choice
 from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.plan.layer_profile import PROBES_NAME, LayerProfile
+from layerplan.plan.layer_profile import LayerProfile
 from layerplan.report.figures import Deviations
 from layerplan.report.html_parts import embed_svg, render_table
+from layerplan.run_folder import PROBES_NAME
 
 INTRODUCTION = (
     "Before training, the base answered short probes: a context, then a question about it. At every layer two things were"

@@ -11,8 +11,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from layerplan.artifacts import read_lines, write_text
+from layerplan.aside import writing_aside
 from layerplan.plan.explain import describe_older_rule
-from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
+from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.report.answers import read_answers
 from layerplan.report.figures import build_layer_figures, draw_loss
@@ -20,9 +21,7 @@ from layerplan.report.html_parts import embed_svg, render_table
 from layerplan.report.measurement import read_deviations, render_measurement
 from layerplan.report.outcome import render_outcome
 from layerplan.report.scores import render_checkpoint_scores
-
-REPORT_NAME = "report.html"
-FIGURES_NAME = "figures"
+from layerplan.run_folder import TRAIN, RunFolder
 
 _PROOF_LABELS = {
     "trainable_with_gradient": "tensors that train and have a gradient",
@@ -69,24 +68,25 @@ def write_report(run_dir: Path) -> Path:
     Returns:
         Path of the page.
     """
-    plan = FreezePlan.load(run_dir / PLAN_NAME) if (run_dir / PLAN_NAME).exists() else None
-    profile = LayerProfile.load(run_dir / "layer_profile.json") if (run_dir / "layer_profile.json").exists() else None
+    run = RunFolder(run_dir)
+    plan = FreezePlan.load(run.plan) if run.plan.exists() else None
+    profile = LayerProfile.load(run.profile) if run.profile.exists() else None
     figures = build_layer_figures(profile, plan, read_deviations(run_dir)) if profile is not None else {}
-    training = _read(run_dir / "training.json")
-    lines = [line for line in read_lines(run_dir / "metrics.jsonl") if line.get("run") == "train"]
+    training = _read(run.training)
+    lines = [line for line in read_lines(run.metrics) if line.get("run") == TRAIN]
     if lines:
         figures["loss"] = draw_loss(lines)
-    save_figures(run_dir / FIGURES_NAME, figures)
+    save_figures(run.figures, figures)
     sections = [
         _head(run_dir, plan, training),
         render_outcome(read_answers(run_dir)),
-        _verdict_section(_read(run_dir / "verdicts.json") or []),
-        render_checkpoint_scores(run_dir / "evaluation"),
+        _verdict_section(_read(run.verdicts) or []),
+        render_checkpoint_scores(run.evaluation),
         _plan_section(plan),
         _training_section(training, figures),
         render_measurement(profile, figures, plan),
-        _proof_section(_read(run_dir / "export.json"), training),
-        _corpus_section(_read(run_dir / "token_store" / "manifest.json")),
+        _proof_section(_read(run.export), training),
+        _corpus_section(_read(run.manifest)),
         _config_section(run_dir),
     ]
     body = "\n".join(section for section in sections if section)
@@ -95,15 +95,15 @@ def write_report(run_dir: Path) -> Path:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>layerplan: {html.escape(run_dir.name)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
     )
-    write_text(run_dir / REPORT_NAME, page)
-    return run_dir / REPORT_NAME
+    write_text(run.report, page)
+    return run.report
 
 
 def save_figures(folder: Path, figures: dict[str, Figure]) -> None:
     """Writes each figure as a PNG."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=150)
+        with writing_aside(folder / f"{name}.png") as aside:
+            figure.savefig(aside, format="png", dpi=150)
 
 
 def _head(run_dir: Path, plan: FreezePlan | None, result: dict[str, Any] | None) -> str:
@@ -196,7 +196,7 @@ def _corpus_section(manifest: dict[str, Any] | None) -> str:
 
 
 def _config_section(run_dir: Path) -> str:
-    path = run_dir / "resolved_config.json"
+    path = RunFolder(run_dir).config
     if not path.exists():
         return ""
     text = html.escape(path.read_text(encoding="utf-8"))

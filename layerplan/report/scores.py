@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from layerplan.report.html_parts import render_table
-
-BASE = "base"
+from layerplan.run_folder import BASE, HELD_OUT_NAME, list_scored_steps
 
 
 def render_checkpoint_scores(evaluation: Path) -> str:
@@ -25,7 +24,7 @@ def render_checkpoint_scores(evaluation: Path) -> str:
 def list_scored(evaluation: Path) -> list[str]:
     """Names of the scored models: the base, then checkpoints by step."""
     base = [BASE] if (evaluation / BASE).is_dir() else []
-    return base + sorted(path.name for path in evaluation.glob("step_*") if any(path.glob("*.json")))
+    return base + list_scored_steps(evaluation)
 
 
 def _read_accuracies(folder: Path) -> dict[str, str]:
@@ -33,7 +32,7 @@ def _read_accuracies(folder: Path) -> dict[str, str]:
     for path in sorted(folder.glob("*.json")):
         for key, result in _read_json(path).items():
             found[key] = f"{result['question_mean']:.1f} ({result['num_correct']:,} of {result['num_asked']:,})"
-    for path in sorted((folder / "held_out").glob("*.json")):
+    for path in sorted((folder / HELD_OUT_NAME).glob("*.json")):
         found[f"{path.stem}, bits per byte"] = f"{_read_json(path)['bits_per_byte']:.4f}"
     return found
 

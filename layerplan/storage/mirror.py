@@ -9,25 +9,34 @@ from __future__ import annotations
 
 import os
 import threading
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import pyarrow.fs as pafs
 
+from layerplan.aside import is_partial, move_into_place, name_aside
+from layerplan.run_folder import (
+    CHECKPOINTS_NAME,
+    LEASE_PREFIX,
+    LEDGER_NAME,
+    MANIFEST_NAME,
+    METRICS_NAME,
+    SENDER_LOCK_NAME,
+    STOP_REQUEST,
+    STORE_NAME,
+    STREAM_NAME,
+)
 from layerplan.storage.paths import BucketFile, BucketPath, reaching
 from layerplan.storage.working import find_home, make_private
 
-GROWING = ("metrics.jsonl", "ledger.jsonl")
+GROWING = (METRICS_NAME, LEDGER_NAME)
 """Files that grow while training; whoever appends to them carries them, with every checkpoint."""
-_OWN_WAY = {"checkpoints": (), "token_store": ("manifest.json", "stream.json")}
+_OWN_WAY = {CHECKPOINTS_NAME: (), STORE_NAME: (MANIFEST_NAME, STREAM_NAME)}
 """Folders whose files are written to the bucket directly, each with those of its files that are mirrored all the same."""
 _DEPTH = 2
 """They lie in the run's folder or in one of a stage there."""
-_LOCAL_NAMES = ("stop_requested", "sender.lock")
-_LEASE = "lease-"
-"""Files of a run's lease are written to the bucket directly, by their holder alone."""
+_LOCAL_NAMES = (STOP_REQUEST, SENDER_LOCK_NAME)
 _SMALL_BYTES = 4 << 20
 """Up to this size a file is sent as it was read at once: other processes may be writing it."""
 _THREADS = 8
@@ -136,13 +145,15 @@ def _list_here(folder: Path) -> dict[str, _Stamp]:
 
 
 def _is_whole(relative: str) -> bool:
-    return not any(part.endswith(".partial") or part == ".." for part in PurePosixPath(relative).parts)
+    path = PurePosixPath(relative)
+    return not is_partial(path) and ".." not in path.parts
 
 
 def _is_mirrored(relative: str) -> bool:
     *folders, name = PurePosixPath(relative).parts
     own_way = next((part for part in folders[:_DEPTH] if part in _OWN_WAY), None)
-    stays = name in _LOCAL_NAMES or (not folders and name.startswith(_LEASE))
+    is_lease = not folders and name.startswith(LEASE_PREFIX)  # its holder alone writes it, to the bucket directly
+    stays = name in _LOCAL_NAMES or is_lease
     return _is_whole(relative) and not stays and (own_way is None or name in _OWN_WAY[own_way])
 
 
@@ -160,7 +171,7 @@ def _stamp(path: Path) -> _Stamp | None:
 
 def _download(filesystem: pafs.FileSystem, file: BucketFile, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    partial = name_aside(path, is_shared=True)
     try:
         pafs.copy_files(
             file.inner,
@@ -171,7 +182,7 @@ def _download(filesystem: pafs.FileSystem, file: BucketFile, path: Path) -> None
         )
         os.utime(partial, ns=(file.time_ns, file.time_ns))
         if not _continues(path, partial):
-            partial.replace(path)
+            move_into_place(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -7,7 +7,6 @@ at all, nothing is appended to, and a folder is not moved: what says that a fold
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from layerplan.aside import write_bytes
 from layerplan.errors import StorageError
 from layerplan.storage.address import open_filesystem
 
@@ -207,12 +207,7 @@ def write_whole(path: StoredPath, content: bytes) -> None:
     if isinstance(path, BucketPath):
         path.write_bytes(content)
         return
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(path)
+    write_bytes(path, content)
 
 
 def remove_tree(path: StoredPath) -> None:

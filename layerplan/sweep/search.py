@@ -8,10 +8,9 @@ from pathlib import Path
 from layerplan.artifacts import write_text
 from layerplan.config.sweep import SweepConfig
 from layerplan.errors import ConfigError
-from layerplan.plan.freeze_plan import PLAN_NAME
+from layerplan.run_folder import BOUNDARY_PREFIX, PLAN_NAME, SEARCH_NAME
 from layerplan.train.request import load_result
 
-SEARCH_NAME = "search.json"
 DECIDES = ("freeze", "max_steps")
 """Fields that decide a trial's numbers; which boundaries are tried, how many at once and by which scheduler may change."""
 
@@ -47,7 +46,7 @@ def _read_search(folder: Path) -> dict[str, object]:
         if path.exists():
             return dict(json.loads(path.read_text(encoding="utf-8")))
         found: dict[str, object] = {}
-        for plan in sorted(folder.glob(f"boundary_*/{PLAN_NAME}")):
+        for plan in sorted(folder.glob(f"{BOUNDARY_PREFIX}*/{PLAN_NAME}")):
             found["freeze"] = json.loads(plan.read_text(encoding="utf-8"))["plan_type"].removeprefix("freeze_")
             result = load_result(plan.parent)
             found |= {"max_steps": result.final_step} if result is not None else {}

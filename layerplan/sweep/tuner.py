@@ -11,10 +11,10 @@ from typing import Any
 from layerplan.artifacts import compute_sha256
 from layerplan.config.sweep import SweepConfig
 from layerplan.errors import TrainingError
+from layerplan.run_folder import TUNE_PREFIX
 from layerplan.sweep.objective import Trial, run_trial
 from layerplan.train.trainer import TrainRequest
 
-TUNE_NAME = "tune"
 DRIVER_CPUS = 0.1
 """A trial's driver only waits for its workers."""
 
@@ -69,7 +69,7 @@ def name_search(config: SweepConfig, trials: Sequence[str]) -> str:
     A trial that was trained under an earlier search is read back or goes on from its checkpoint, as its folder stays.
     """
     content = [sorted(trials), config.scheduler, config.max_concurrent_trials]
-    return f"{TUNE_NAME}_{compute_sha256(content)[:12]}"
+    return f"{TUNE_PREFIX}{compute_sha256(content)[:12]}"
 
 
 def _make_tuner(config: SweepConfig, request: TrainRequest, trials: Mapping[str, Trial]) -> Any:
@@ -103,9 +103,8 @@ def _make_scheduler(config: SweepConfig) -> Any:
 
 def _read_result(metrics: Mapping[str, Any], trials: Mapping[str, Trial]) -> TrialResult:
     trial = trials[metrics["config"]["trial"]]
-    costs = trial.plan.predicted_cost
-    keys = ("forward_flops", "backward_activation_flops", "backward_weight_flops")
-    own, full = (sum(costs[name][key] for key in keys) for name in ("plan", "full"))
+    predicted = trial.plan.predicted_cost
+    assert predicted is not None, "a trial's plan is priced when it is made"
     return TrialResult(
         name=trial.name,
         boundary=int(trial.name.rpartition("_")[2]),
@@ -113,5 +112,5 @@ def _read_result(metrics: Mapping[str, Any], trials: Mapping[str, Trial]) -> Tri
         validation_loss=metrics.get("validation_loss"),
         train_loss=float(metrics["train_loss"]),
         tokens_per_s=metrics.get("tokens_per_s"),
-        flops_share=own / full,
+        flops_share=predicted.flops_share,
     )

@@ -7,7 +7,6 @@ be made again, with another threshold, denominator or epsilon, without the model
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ def build_profile(
     """Aggregates as the paper does: per probe, then the mean in each group, then the mean of the group rows.
 
     Args:
-        records: One per probe, as `ProbeMeter` makes them or `read_records` reads them, in any order.
+        records: One per probe, as `ProbeMeter` makes them or `layer_probes.parquet` holds them, in any order.
         model: The measured model.
         config: Trace options, recorded as they are but for where the measurement ran.
         probe_set_sha256: Hash of the probes.
@@ -87,14 +86,6 @@ def build_profile(
             for mask in ("mean", "zero")
         },
     ).sealed()
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Reads the per-probe values a measurement left."""
-    import pyarrow.parquet as pq
-
-    records: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    return records
 
 
 def compute_ratio(log_prob: Array, config: TraceConfig) -> Array:

@@ -11,19 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from layerplan.actor_pool import ActorPool, map_over_actors
-from layerplan.artifacts import writing_aside
+from layerplan.aside import writing_aside
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import ModelError, ProbeError
 from layerplan.models.ref import ModelRef
-from layerplan.plan.layer_profile import PROBES_NAME, LayerProfile
+from layerplan.plan.layer_profile import LayerProfile
 from layerplan.progress import ProgressLines
+from layerplan.run_folder import PROBES_NAME, PROFILE_NAME
 from layerplan.tracer.actor import TracerActor, encode_batch
 from layerplan.tracer.aggregate import build_profile
 from layerplan.tracer.encode import EncodedProbe, encode_probes, make_batches
 from layerplan.tracer.lexicon import load_antsynnet, load_builtin_lexicon
 from layerplan.tracer.probes import Probe, hash_probes, load_probes, make_probes
-
-PROFILE_NAME = "layer_profile.json"
 
 
 def trace_model(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from layerplan.redaction import HIDDEN, redact_uri
+from layerplan.run_folder import RunFolder
 from layerplan.tracking.outbox import TrackingFolder
 
 UI = "http://127.0.0.1:{port}"
@@ -63,7 +64,7 @@ def _find_place(run_dir: Path) -> str | None:
 
 
 def _is_in_own_database(run_dir: Path) -> bool:
-    tracking = _read(run_dir / "resolved_config.json").get("tracking", {})
+    tracking = _read(RunFolder(run_dir).config).get("tracking", {})
     return isinstance(tracking, dict) and tracking.get("uri") is None
 
 

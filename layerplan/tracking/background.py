@@ -16,6 +16,7 @@ import layerplan
 from layerplan.config.tracking import TrackingConfig
 from layerplan.errors import TrackingError
 from layerplan.redaction import redact_text, redact_uri
+from layerplan.run_folder import MLFLOW_STORE_NAME
 from layerplan.tracking.outbox import PARENT, Outbox, OutboxTracker, TrackingFolder
 from layerplan.tracking.position import count_backlog
 
@@ -47,7 +48,7 @@ def open_outbox(config: TrackingConfig, run_dir: Path, run_name: str, report: Ca
 
 def locate_store(config: TrackingConfig, run_dir: Path) -> str:
     """Address of the store, credentials included."""
-    return config.uri or f"sqlite:///{run_dir.parent / 'mlflow.db'}"
+    return config.uri or f"sqlite:///{run_dir.parent / MLFLOW_STORE_NAME}"
 
 
 class BackgroundSender:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ray.train import UserCallback
 
+from layerplan.run_folder import EVENTS_PREFIX
 from layerplan.tracking.jsonl import EventLog
 from layerplan.tracking.tracker import Tracker
 
@@ -28,4 +29,4 @@ class LineageCallback(UserCallback):
 
     def _note(self, name: str, step: int, message: str) -> None:
         if self._path is not None:
-            EventLog(self._path, self._path.stem.removeprefix("events_")).log_event(name, step, message)
+            EventLog(self._path, self._path.stem.removeprefix(EVENTS_PREFIX)).log_event(name, step, message)

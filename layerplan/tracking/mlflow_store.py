@@ -23,6 +23,7 @@ from mlflow.exceptions import MlflowException
 from layerplan.artifacts import write_json
 from layerplan.errors import TrackingError, first_line
 from layerplan.redaction import redact_text, redact_uri
+from layerplan.run_folder import MLFLOW_ARTIFACTS_NAME
 from layerplan.tracking.outbox import PARENT, TrackingFolder
 from layerplan.tracking.tracker import NOTE_TAG, RUN_ID
 
@@ -79,7 +80,7 @@ class MlflowStore:
     def __init__(self, uri: str, experiment: str, folder: TrackingFolder) -> None:
         self._uri = uri
         self._experiment = experiment
-        self._artifacts = (folder.run_dir.parent / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
+        self._artifacts = (folder.run_dir.parent / MLFLOW_ARTIFACTS_NAME).as_uri() if uri.startswith("sqlite") else None
         self._place = folder.place
         self._uid = folder.read_uid()
         self._book = RunBook(folder.run_ids)

@@ -13,8 +13,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from layerplan.artifacts import read_lines
+from layerplan.artifacts import read_lines, write_text
 from layerplan.redaction import redact_text, redact_values
+from layerplan.run_folder import (
+    ARTIFACTS_NAME,
+    EVENTS_PREFIX,
+    LINEAGE_NAME,
+    MLFLOW_RUN_NAME,
+    MLFLOW_RUNS_NAME,
+    REFUSED_NAME,
+    SENDER_LOCK_NAME,
+    SENT_NAME,
+    UID_NAME,
+    RunFolder,
+)
 from layerplan.tracking.journal import Journal
 
 PARENT = "parent"
@@ -43,53 +55,53 @@ class TrackingFolder:
     @property
     def root(self) -> Path:
         """The folder."""
-        return self.run_dir / "tracking"
+        return RunFolder(self.run_dir).tracking
 
     @property
     def lineage(self) -> Path:
         """Everything but artifacts, in order."""
-        return self.root / "lineage.jsonl"
+        return self.root / LINEAGE_NAME
 
     @property
     def artifacts(self) -> Path:
         """Files to copy; apart, since a full disk of the artifact store must not hold up the rest."""
-        return self.root / "artifacts.jsonl"
+        return self.root / ARTIFACTS_NAME
 
     @property
     def sent(self) -> Path:
         """How far the store has got."""
-        return self.root / "sent.json"
+        return self.root / SENT_NAME
 
     @property
     def refused(self) -> Path:
         """What the store will never take, with its words."""
-        return self.root / "refused.jsonl"
+        return self.root / REFUSED_NAME
 
     @property
     def lock(self) -> Path:
         """Held by the one process that sends."""
-        return self.root / "sender.lock"
+        return self.root / SENDER_LOCK_NAME
 
     @property
     def run_ids(self) -> Path:
         """MLflow's run id of each stage."""
-        return self.run_dir / "mlflow_runs.json"
+        return self.run_dir / MLFLOW_RUNS_NAME
 
     def read_uid(self) -> str:
         """A name of this folder that no other has; made once."""
-        path = self.root / "uid"
+        path = self.root / UID_NAME
         if not path.exists():
-            path.write_text(uuid.uuid4().hex, encoding="utf-8")
+            write_text(path, uuid.uuid4().hex)
         return path.read_text(encoding="utf-8")
 
     @property
     def place(self) -> Path:
         """Where MLflow has the parent run: its experiment and its id."""
-        return self.root / "mlflow_run.json"
+        return self.root / MLFLOW_RUN_NAME
 
     def events_of(self, stage: str) -> Path:
         """What another process than the driver notes about a stage."""
-        return self.root / f"events_{stage}.jsonl"
+        return self.root / f"{EVENTS_PREFIX}{stage}.jsonl"
 
     def list_followed(self) -> list[FollowedFile]:
         """The metrics files and their runs, each once."""

@@ -13,10 +13,11 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch import nn
 
 from layerplan.checkpoint.dcp import Parked, Saving, load_checkpoint, save_checkpoint, writing
-from layerplan.checkpoint.index import AWAITS_NAME, clear_checkpoint, prune_checkpoints
-from layerplan.checkpoint.layout import STATE_NAME, name_step, write_train_state
-from layerplan.checkpoint.seal import SEAL_NAME, Seal, mark_bytes, write_seal
+from layerplan.checkpoint.index import clear_checkpoint, prune_checkpoints
+from layerplan.checkpoint.layout import write_train_state
+from layerplan.checkpoint.seal import Seal, mark_bytes, write_seal
 from layerplan.errors import CheckpointError
+from layerplan.run_folder import AWAITS_NAME, SEAL_NAME, STATE_NAME, name_step
 from layerplan.storage.paths import BucketPath, StoredPath
 from layerplan.train.resume import Resumed, find_resume
 from layerplan.train.state import TrainState

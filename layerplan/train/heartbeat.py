@@ -112,7 +112,6 @@ class Heart:
             self._place,
             max(list(self._steps_s), default=0.0),
             self._start_s,
-            self._dumped,
         )
 
 

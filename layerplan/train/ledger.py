@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from layerplan.artifacts import hash_bytes, write_text
 from layerplan.errors import TrainingError
 
-LEDGER_NAME = "ledger.jsonl"
-
 
 class LedgerWriter:
     """Appends to `ledger.jsonl`; every rank calls `write`, as the row ids of all ranks are gathered."""

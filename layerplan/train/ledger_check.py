@@ -13,7 +13,8 @@ import numpy as np
 from layerplan.corpus.lanes import ROW_BITS
 from layerplan.corpus.manifest import Manifest
 from layerplan.errors import CorpusError
-from layerplan.train.ledger import LEDGER_NAME, hash_row_ids
+from layerplan.run_folder import LEDGER_NAME
+from layerplan.train.ledger import hash_row_ids
 
 
 @dataclass(frozen=True)

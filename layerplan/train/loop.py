@@ -26,7 +26,7 @@ from layerplan.train.place import IN_STEP, LOGGING, Mark
 from layerplan.train.profiling import profiled
 from layerplan.train.schedule import compute_lr_scale, compute_rewarm_scale
 from layerplan.train.sharding import PlacedModel
-from layerplan.train.stability import StabilityMonitor, Verdict
+from layerplan.train.stability import StabilityMonitor, StepDecision
 from layerplan.train.state import PROOF_FIELDS, TrainState
 from layerplan.train.step import TensorBatch, accumulate_gradients, equalise, make_batches
 from layerplan.train.throughput import Window, compute_mfu, peak_memory_gib, render_progress
@@ -208,7 +208,7 @@ def _update(setup: LoopSetup, step: int, outcome: StepOutcome, *, apply: bool) -
     setup.optimizer.zero_grad(set_to_none=True)
 
 
-def _report_event(verdict: Verdict, step: int, rank: int, hooks: LoopHooks) -> None:
+def _report_event(verdict: StepDecision, step: int, rank: int, hooks: LoopHooks) -> None:
     if verdict.event and hooks.sink is not None:
         hooks.sink.log_event(verdict.event, step, verdict.message)
     if verdict.event and rank == 0:

@@ -7,8 +7,8 @@ from pathlib import Path
 import ray
 
 from layerplan.checkpoint.index import list_checkpoints
-from layerplan.checkpoint.layout import CHECKPOINTS_NAME, parse_step
 from layerplan.errors import TrainingError, first_line
+from layerplan.run_folder import CHECKPOINTS_NAME, parse_step
 from layerplan.storage.working import find_home
 
 AGAIN = "submit the same command again to continue"
@@ -36,7 +36,7 @@ def describe_next(run_dir: Path) -> str:
     finished = list_checkpoints(find_home(run_dir / CHECKPOINTS_NAME))
     if not finished:
         return f"{AGAIN}; no checkpoint was finished yet, so training begins at step 0"
-    return f"{AGAIN} from step {parse_step(finished[0])} ({finished[0]})"
+    return f"{AGAIN} from step {parse_step(finished[0].name)} ({finished[0]})"
 
 
 def explain_loss(error: BaseException, run_dir: Path, max_failures: int) -> TrainingError | None:

@@ -7,45 +7,48 @@ weights are float32 already (float32 compute, or FSDP shards), the weight is its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from layerplan.config.train import OptimizerConfig
 from layerplan.errors import TrainingError
 
+BATCH_BYTES = 64 << 20
+"""Float32 copies of gradients that exist at a time; more of them at once save nothing but calls."""
 
-class MasterAdamW(torch.optim.Optimizer):
-    """AdamW with decoupled weight decay, float32 state and masters, one pass over each tensor.
+Item = TypeVar("Item")
+State = dict[str, Any]
+"""What is kept of one parameter: what the rule remembers, and `master` when the parameter is not float32."""
 
-    State per parameter: `step`, `exp_avg`, `exp_avg_sq`, and `master` when the parameter is not float32.
-    """
+
+class UpdateRule(Protocol):
+    """How parameters change by their gradients."""
+
+    def make_state(self, master: Tensor) -> State:
+        """What the rule remembers of a parameter, all zero, so that a checkpoint can be read into it."""
+
+    def update(self, weights: list[Tensor], states: list[State], group: State, grad_scale: Tensor | None) -> None:
+        """Changes the masters of weights that have gradients, and weights that are no masters of their own."""
+
+
+class MasterOptimizer(torch.optim.Optimizer):
+    """Float32 masters around an update rule."""
 
     def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        config: OptimizerConfig,
-        masters: Mapping[int, Tensor],
-        *,
-        compiled: bool = False,
+        self, groups: list[dict[str, Any]], config: OptimizerConfig, masters: Mapping[int, Tensor], rule: UpdateRule
     ) -> None:
         super().__init__(groups, {"lr": config.learning_rate, "weight_decay": config.weight_decay})
-        self._config = config
-        self._compiled = compiled
+        self._rule = rule
         for parameter in iter_parameters(self):
-            self._init_state(parameter, masters)
-
-    def _init_state(self, parameter: Tensor, masters: Mapping[int, Tensor]) -> None:
-        state = self.state[parameter]
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-        if parameter.dtype != torch.float32:
-            state["master"] = masters[id(parameter)].to(parameter.device)
+            is_own = parameter.dtype == torch.float32
+            master = parameter if is_own else masters[id(parameter)].to(parameter.device)
+            self.state[parameter] = rule.make_state(master) | ({} if is_own else {"master": master})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None, *, grad_scale: Tensor | None = None) -> None:
@@ -56,85 +59,109 @@ class MasterAdamW(torch.optim.Optimizer):
             grad_scale: Scalar every gradient is multiplied by, such as the clipping coefficient.
         """
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group, grad_scale)
-
-    def _update(self, parameter: Tensor, group: dict[str, Any], grad_scale: Tensor | None) -> None:
-        state = self.state[parameter]
-        state["step"] += 1
-        master = state.get("master", parameter)
-        local = [local_tensor(t) for t in (master, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
-        beta1, beta2 = self._config.betas
-        if self._compiled:
-            scale = torch.ones((), device=local[0].device) if grad_scale is None else grad_scale
-            step = float(state["step"])
-            values = torch.tensor(
-                [group["lr"], group["weight_decay"], 1 - beta1**step, 1 - beta2**step], device=local[0].device
-            )
-            flat = [tensor.view(-1) for tensor in local]
-            if "master" in state:
-                flat.insert(0, local_tensor(parameter).view(-1))
-            _compiled_adamw("master" in state)(*flat, scale, values, beta1, beta2, self._config.eps)
-            return
-        master, grad, exp_avg, exp_avg_sq = local
-        _fused_adamw(master, grad, exp_avg, exp_avg_sq, state["step"], group, self._config, grad_scale)
-        if "master" in state:
-            local_tensor(parameter).copy_(local[0])
+            weights = [parameter for parameter in group["params"] if parameter.grad is not None]
+            self._rule.update(weights, [self.state[weight] for weight in weights], group, grad_scale)
 
 
-class MasterOptimizer(torch.optim.Optimizer):
-    """Float32 masters around any optimizer of a library; used for the memory-lean one."""
+class FusedAdamW:
+    """AdamW with decoupled weight decay by PyTorch's own kernel: one pass over the state, clipping included."""
 
-    def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        masters: Mapping[int, Tensor],
-        make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
-    ) -> None:
-        super().__init__(groups, {})
-        for parameter in iter_parameters(self):
-            if parameter.dtype != torch.float32:
-                self.state[parameter] = {"master": nn.Parameter(masters[id(parameter)].to(parameter.device))}
-        self._inner = make(
-            [{**group, "params": [self._master(p) for p in group["params"]]} for group in self.param_groups]
+    def __init__(self, config: OptimizerConfig) -> None:
+        self._config = config
+
+    def make_state(self, master: Tensor) -> State:
+        """Steps and both moments."""
+        return {
+            "step": torch.zeros((), dtype=torch.float32),
+            "exp_avg": torch.zeros_like(master),
+            "exp_avg_sq": torch.zeros_like(master),
+        }
+
+    def update(self, weights: list[Tensor], states: list[State], group: State, grad_scale: Tensor | None) -> None:
+        """One step of as many weights at a time as have small enough float32 gradients."""
+        pairs = list(zip(weights, states, strict=True))
+        for batch in iter_batches(pairs, lambda pair: _count_copied_bytes(pair[0])):
+            self._update_batch(batch, group, grad_scale)
+
+    def _update_batch(self, batch: list[tuple[Tensor, State]], group: State, grad_scale: Tensor | None) -> None:
+        masters = [local_tensor(state.get("master", weight)) for weight, state in batch]
+        adamw(
+            masters,
+            [local_tensor(weight.grad).float() for weight, _ in batch],
+            [local_tensor(state["exp_avg"]) for _, state in batch],
+            [local_tensor(state["exp_avg_sq"]) for _, state in batch],
+            [],
+            [state["step"].to(masters[0].device, copy=True) for _, state in batch],
+            fused=True,
+            grad_scale=None if grad_scale is None else grad_scale.reciprocal(),  # the kernel divides by it
+            amsgrad=False,
+            beta1=self._config.betas[0],
+            beta2=self._config.betas[1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=self._config.eps,
+            maximize=False,
         )
-        self._make_state_exist()
+        for (weight, state), master in zip(batch, masters, strict=True):
+            state["step"] += 1
+            if "master" in state:
+                local_tensor(weight).copy_(master)
 
-    def _master(self, parameter: Tensor) -> Tensor:
-        master: Tensor = self.state[parameter].get("master", parameter)
-        return master
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, *, grad_scale: Tensor | None = None) -> None:
-        """Applies one update of the inner optimizer and copies masters back; `grad_scale` as in `MasterAdamW`."""
-        for group, inner in zip(self.param_groups, self._inner.param_groups):
-            inner["lr"] = group["lr"]
-        for parameter in iter_parameters(self):
-            master = self._master(parameter)
-            if parameter.grad is not None:
-                master.grad = parameter.grad.float() if grad_scale is None else parameter.grad.float() * grad_scale
-        self._inner.step()
-        for parameter in iter_parameters(self):
-            master = self._master(parameter)
-            self.state[parameter].update(self._inner.state.get(master, {}))
+class CompiledAdamW(FusedAdamW):
+    """The same in one compiled pass, which also converts the gradient and writes the rounded weight; other roundings."""
+
+    def update(self, weights: list[Tensor], states: list[State], group: State, grad_scale: Tensor | None) -> None:
+        """One step, a weight at a time."""
+        for weight, state in zip(weights, states, strict=True):
+            self._update_one(weight, state, group, grad_scale)
+
+    def _update_one(self, weight: Tensor, state: State, group: State, grad_scale: Tensor | None) -> None:
+        state["step"] += 1
+        has_master = "master" in state
+        tensors = [state.get("master", weight), weight.grad, state["exp_avg"], state["exp_avg_sq"]]
+        flat = [local_tensor(each).view(-1) for each in ([weight] if has_master else []) + tensors]
+        (beta1, beta2), step, device = self._config.betas, float(state["step"]), flat[0].device
+        scale = torch.ones((), device=device) if grad_scale is None else grad_scale
+        values = torch.tensor([group["lr"], group["weight_decay"], 1 - beta1**step, 1 - beta2**step], device=device)
+        _compiled_adamw(has_master)(*flat, scale, values, beta1, beta2, self._config.eps)
+
+
+class Adafactor:
+    """The memory-lean rule of PyTorch's own optimizer, one of it per parameter."""
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        self._config = config
+        self._inner: dict[int, torch.optim.Optimizer] = {}
+
+    def make_state(self, master: Tensor) -> State:
+        """What the library makes in its first step, after one that is taken back."""
+        inner = self._inner[id(master)] = torch.optim.Adafactor([master], lr=self._config.learning_rate)
+        before = master.detach().clone()
+        master.grad = torch.zeros_like(master)
+        inner.step()
+        master.grad = None
+        with torch.no_grad():
+            master.copy_(before)
+            for value in inner.state[master].values():
+                value.zero_()
+        return inner.state[master]
+
+    def update(self, weights: list[Tensor], states: list[State], group: State, grad_scale: Tensor | None) -> None:
+        """One step of each weight's optimizer."""
+        for weight, state in zip(weights, states, strict=True):
+            self._update_one(weight, state, group, grad_scale)
+
+    def _update_one(self, weight: Tensor, state: State, group: State, grad_scale: Tensor | None) -> None:
+        master, grad = state.get("master", weight), weight.grad
+        assert grad is not None
+        inner = self._inner[id(master)]
+        inner.param_groups[0].update(lr=group["lr"], weight_decay=group["weight_decay"])
+        master.grad = grad.float() if grad_scale is None else grad.float() * grad_scale
+        inner.step()
+        if master is not weight:
             master.grad = None
-            if master is not parameter:
-                parameter.copy_(master)
-
-    def _make_state_exist(self) -> None:
-        """A library makes its state in its first step; a checkpoint is read into state that exists, all zero."""
-        for parameter in iter_parameters(self):
-            master = self._master(parameter)
-            before = master.detach().clone()
-            master.grad = torch.zeros_like(master)
-            self._inner.step()
-            master.grad = None
-            with torch.no_grad():
-                master.copy_(before)
-                for value in self._inner.state[master].values():
-                    value.zero_()
-            self.state[parameter].update(self._inner.state[master])
+            weight.copy_(master)
 
 
 def build_optimizer(
@@ -165,21 +192,39 @@ def build_optimizer(
     groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if config.type == "adamw":
-        return MasterAdamW(groups, config, masters or {}, compiled=compiled)
+        return MasterOptimizer(groups, config, masters or {}, CompiledAdamW(config) if compiled else FusedAdamW(config))
     if any(isinstance(parameter, DTensor) for parameter in trained):
         raise TrainingError(
             "train.optimizer.type=adafactor: its row and column statistics need whole matrices;"
             " use train.parallelism=replicate or train.optimizer.type=adamw"
         )
-    return MasterOptimizer(
-        groups, masters or {}, lambda parameters: torch.optim.Adafactor(parameters, lr=config.learning_rate)
-    )
+    return MasterOptimizer(groups, config, masters or {}, Adafactor(config))
 
 
 def iter_parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
     """Parameters of all groups, in order."""
     for group in optimizer.param_groups:
         yield from group["params"]
+
+
+def iter_batches(items: Iterable[Item], count_bytes: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Consecutive items that come to `BATCH_BYTES` together, or one that is larger."""
+    batch: list[Item] = []
+    size = 0
+    for item in items:
+        if batch and size + count_bytes(item) > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += count_bytes(item)
+    if batch:
+        yield batch
+
+
+def _count_copied_bytes(weight: Tensor) -> int:
+    """Of the float32 copy of its gradient; none of a gradient that is float32 already."""
+    assert weight.grad is not None
+    return 0 if weight.grad.dtype == torch.float32 else 4 * local_tensor(weight).numel()
 
 
 def compute_grad_norm(
@@ -219,36 +264,6 @@ def compute_clip_scale(norm: Tensor, max_norm: float) -> Tensor:
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, sharing its memory; a plain tensor is its own part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _fused_adamw(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    group: dict[str, Any],
-    config: OptimizerConfig,
-    grad_scale: Tensor | None,
-) -> None:
-    """PyTorch's own one-pass kernel; it divides by its scale, hence the reciprocal."""
-    torch._fused_adamw_(
-        [master],
-        [grad if grad.dtype == torch.float32 else grad.float()],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        [step.to(master.device)],
-        lr=group["lr"],
-        beta1=config.betas[0],
-        beta2=config.betas[1],
-        weight_decay=group["weight_decay"],
-        eps=config.eps,
-        amsgrad=False,
-        maximize=False,
-        grad_scale=None if grad_scale is None else grad_scale.reciprocal().to(master.device),
-        found_inf=None,
-    )
 
 
 @lru_cache(maxsize=2)

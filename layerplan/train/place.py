@@ -55,5 +55,3 @@ class Beat:
     """Slowest of the recent steps."""
     start_s: float
     """From the start of the process to that of its training function."""
-    dumped: str = ""
-    """Folder that its stacks were last written to."""

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from layerplan.run_folder import name_step
+
 
 @contextmanager
 def profiled(folder: Path | None, step: int) -> Iterator[None]:
@@ -21,6 +23,6 @@ def profiled(folder: Path | None, step: int) -> Iterator[None]:
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         yield
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{step:08d}.json"
+    path = folder / f"{name_step(step)}.json"
     profiler.export_chrome_trace(str(path))
     print(f"[train] profiler trace of step {step}: {path}", flush=True)

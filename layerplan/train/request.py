@@ -19,11 +19,8 @@ from layerplan.inside import lies_inside
 from layerplan.models.ref import ModelRef
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.loss_recipe import LossRecipe
+from layerplan.run_folder import RESULT_NAME
 from layerplan.train.metrics import MetricSink
-
-RESULT_NAME = "training.json"
-STOP_REQUEST = "stop_requested"
-"""File in the run folder that asks the workers for a last checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any
 import torch.distributed as dist
 
 from layerplan.checkpoint.index import (
-    AWAITS_NAME,
     Candidate,
     choose_checkpoint,
     find_run_id,
@@ -22,10 +21,10 @@ from layerplan.checkpoint.index import (
     prove_candidate,
     set_aside,
 )
-from layerplan.checkpoint.layout import parse_step
 from layerplan.checkpoint.seal import check_files
 from layerplan.errors import CheckpointError
-from layerplan.storage.paths import StoredPath
+from layerplan.run_folder import AWAITS_NAME, parse_step
+from layerplan.storage.paths import StoredPath, write_whole
 from layerplan.train.state import TrainState
 
 RAY_INDEX_NAME = "checkpoint_manager_snapshot.json"
@@ -84,9 +83,9 @@ def reset_ray_index(folder: StoredPath) -> None:
         index.unlink(missing_ok=True)
         return
     results = [
-        {"version": 0, "checkpoint_dir_name": path.name, "metrics": {"step": parse_step(path)}} for path in waiting
+        {"version": 0, "checkpoint_dir_name": path.name, "metrics": {"step": parse_step(path.name)}} for path in waiting
     ]
-    index.write_text(json.dumps(_render_ray_index(results)), encoding="utf-8")
+    write_whole(index, json.dumps(_render_ray_index(results)).encode())
 
 
 def _render_ray_index(results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ Action = Literal["apply", "skip", "rollback", "stop"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepDecision:
     """What happens to the update of one step, and why; `event` is empty when nothing is out of the ordinary."""
 
     action: Action
@@ -29,7 +29,7 @@ class StabilityMonitor:
     config: StabilityConfig
     recent: deque[float] = field(default_factory=deque)
 
-    def judge(self, step: int, loss: float, grad_norm: float, *, skipped: int, rollbacks: int) -> Verdict:
+    def judge(self, step: int, loss: float, grad_norm: float, *, skipped: int, rollbacks: int) -> StepDecision:
         """Decides on the step and remembers its loss.
 
         Args:
@@ -49,16 +49,16 @@ class StabilityMonitor:
             )
         else:
             self._remember(loss)
-            return Verdict("apply")
+            return StepDecision("apply")
         return self._apply_policy(event, policy, message, skipped, rollbacks)
 
     def forget(self) -> None:
         """Starts over after a return to a checkpoint."""
         self.recent.clear()
 
-    def _apply_policy(self, event: str, policy: str, message: str, skipped: int, rollbacks: int) -> Verdict:
+    def _apply_policy(self, event: str, policy: str, message: str, skipped: int, rollbacks: int) -> StepDecision:
         if policy in ("log", "off"):
-            return Verdict("apply", event, f"{message}; its update is applied")
+            return StepDecision("apply", event, f"{message}; its update is applied")
         if policy == "skip" and event == "nonfinite" and skipped + 1 > self.config.max_nonfinite:
             policy = "stop"
             message += f"; max_nonfinite={self.config.max_nonfinite} steps were left out before it"
@@ -66,10 +66,12 @@ class StabilityMonitor:
             policy = "stop"
             message += f"; max_rollbacks={self.config.max_rollbacks} are used up"
         if policy == "skip":
-            return Verdict("skip", event, f"{message}; its update is left out ({skipped + 1} so far)")
+            return StepDecision("skip", event, f"{message}; its update is left out ({skipped + 1} so far)")
         if policy == "rollback":
-            return Verdict("rollback", event, f"{message}; returning to the last checkpoint ({rollbacks + 1} so far)")
-        return Verdict("stop", event, f"{message}; stopping as train.stability says")
+            return StepDecision(
+                "rollback", event, f"{message}; returning to the last checkpoint ({rollbacks + 1} so far)"
+            )
+        return StepDecision("stop", event, f"{message}; stopping as train.stability says")
 
     def _is_spike(self, loss: float) -> bool:
         if self.config.on_spike == "off" or len(self.recent) < self.config.spike_window:

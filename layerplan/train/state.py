@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from layerplan.checkpoint.layout import STATE_NAME
 from layerplan.config.base import StrictModel, describe_fault
 from layerplan.errors import CheckpointError
+from layerplan.run_folder import STATE_NAME
 
 PROOF_FIELDS = (
     "gradient_coverage",

@@ -15,24 +15,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from layerplan.checkpoint.index import AWAITS_NAME, list_checkpoints, prune_checkpoints
-from layerplan.checkpoint.layout import CHECKPOINTS_NAME, name_step, read_train_state
+from layerplan.checkpoint.index import list_checkpoints, prune_checkpoints
+from layerplan.checkpoint.layout import read_train_state
 from layerplan.corpus.manifest import Manifest
 from layerplan.errors import LayerplanError, TrainingError, find_layerplan_error
 from layerplan.plan.cost import predict_cost
 from layerplan.ray_access import list_loopback_variables
+from layerplan.run_folder import AWAITS_NAME, CHECKPOINTS_NAME, EXPORT_NAME, EXPORTS_NAME, STOP_REQUEST, name_step
 from layerplan.storage.flag import Flag
 from layerplan.storage.paths import BucketPath, StoredPath
 from layerplan.storage.working import find_home
 from layerplan.train.feed import check_feed
-from layerplan.train.request import STOP_REQUEST, TrainRequest, TrainResult, load_result
+from layerplan.train.request import TrainRequest, TrainResult, load_result
 from layerplan.train.resume import check_resumable, reset_ray_index
 from layerplan.train.state import TrainState
 
 __all__ = ["TrainRequest", "TrainResult", "load_result", "run_training"]
-
-HF_NAME = "hf"
-EXPORT_NAME = "export.json"
 
 
 def run_training(request: TrainRequest, *, callbacks: Sequence[Any] = ()) -> TrainResult:
@@ -202,7 +200,7 @@ def _explain_failure(error: BaseException, request: TrainRequest) -> LayerplanEr
 def _export(request: TrainRequest, checkpoint: StoredPath, step: int) -> Path:
     from layerplan.checkpoint.hf_export import export_hf
 
-    folder = request.run_dir / HF_NAME / name_step(step)
+    folder = request.run_dir / EXPORTS_NAME / name_step(step)
     report = export_hf(
         base=request.model,
         checkpoint=checkpoint,

@@ -20,12 +20,12 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from layerplan.run_folder import STALLS_NAME, name_step
 from layerplan.storage.mirror import fetch_file
 from layerplan.train.heartbeat import BEAT_EVERY_S, Board, name_stacks
 from layerplan.train.place import Beat
 from layerplan.train.stall import Pulse, Stall, find_limit, find_slowest, find_stall, update_pulses
 
-STALLS_NAME = "stalls"
 GONE = "gone"
 _ANSWER_TIMEOUT_S = 15.0
 _LOOK_TIMEOUT_S = 60.0
@@ -104,7 +104,7 @@ class Watchdog:
         self._ended |= {(pulse.beat.node_id, pulse.beat.pid) for pulse in self.pulses.values()}
         if state == GONE:  # Ray Train knows already, or its node is gone too
             return
-        folder = self.run_dir / STALLS_NAME / f"step_{beat.place.step:08d}_{datetime.now():%Y%m%d_%H%M%S}"
+        folder = self.run_dir / STALLS_NAME / f"{name_step(beat.place.step)}_{datetime.now():%Y%m%d_%H%M%S}"
         written = self._collect_stacks(folder, stall, state)
         why = f"its process is {state} and says nothing" if stall.is_silent else f"it is at: {beat.place}"
         self.say(

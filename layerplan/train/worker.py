@@ -15,7 +15,6 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from layerplan.checkpoint.layout import CHECKPOINTS_NAME
 from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.store import load_validation_rows
 from layerplan.errors import StorageError
@@ -24,6 +23,7 @@ from layerplan.plan.explain import explain_changes
 from layerplan.plan.freeze_plan import FreezePlan, PlanPhase
 from layerplan.plan.memory import explain_shortage
 from layerplan.ray_session import quiet_engines
+from layerplan.run_folder import CHECKPOINTS_NAME, LEDGER_NAME, RESULT_NAME, STOP_REQUEST, RunFolder
 from layerplan.storage.flag import Flag
 from layerplan.storage.mirror import carry_file, fetch_file
 from layerplan.storage.working import find_home
@@ -33,12 +33,12 @@ from layerplan.train.feed import count_embeddings, open_feed
 from layerplan.train.frozen_check import FrozenTensors
 from layerplan.train.heartbeat import beating
 from layerplan.train.horizon import extend_horizon
-from layerplan.train.ledger import LEDGER_NAME, LedgerWriter
+from layerplan.train.ledger import LedgerWriter
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
 from layerplan.train.loss_proof import prove_loss
 from layerplan.train.metrics import MetricSink
 from layerplan.train.place import STARTING, Mark
-from layerplan.train.request import RESULT_NAME, STOP_REQUEST, TrainRequest, load_result
+from layerplan.train.request import TrainRequest, load_result
 from layerplan.train.resume import find_resume
 from layerplan.train.sharding import reset_compiled
 from layerplan.train.state import TrainState
@@ -121,7 +121,7 @@ def train_phases(request: TrainRequest, mark: Mark) -> None:
                 peak_flops=find_peak_flops(request.config, device),
                 predicted_memory_gib=built.estimate.total / GIB,
                 memory_advice=explain_shortage(built.estimate, built.available_bytes, request.config),
-                profile_dir=request.run_dir / "profile" if rank == 0 else None,
+                profile_dir=RunFolder(request.run_dir).step_times if rank == 0 else None,
                 rewarm=find_rewarm(request.plan, state.step),
                 frozen=frozen,
             )

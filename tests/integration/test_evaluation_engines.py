@@ -19,11 +19,12 @@ import pytest
 from eval.artifacts import load_answers
 from eval.engine import EngineSpec
 from eval.held_out import load_held_out
-from eval.pool import LEDGER_NAME, Ask, ask_all
+from eval.pool import Ask, ask_all
 from eval.runner import evaluate_model
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError, ModelError
 from layerplan.models.ref import ModelRef
+from layerplan.run_folder import ANSWERS_LEDGER_NAME
 from tests.model_folders import give_code
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +51,7 @@ def make_asks(count: int, *, max_new_tokens: int) -> tuple[list[Ask], EngineSpec
 
 
 def ledger_lines(folder: Path) -> list[dict[str, object]]:
-    path = folder / LEDGER_NAME
+    path = folder / ANSWERS_LEDGER_NAME
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]] if path.exists() else []
 
 
@@ -86,7 +87,7 @@ def test_a_killed_job_asks_only_what_is_left(ray_local: None, model: str, tmp_pa
     asks, spec = make_asks(8, max_new_tokens=2)
     spec = replace(spec, model=ModelRef(model))
     whole = ask_all(asks, spec, make_config(), tmp_path)
-    path = tmp_path / LEDGER_NAME
+    path = tmp_path / ANSWERS_LEDGER_NAME
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     path.write_text("".join(lines[:6]) + lines[6][:10], encoding="utf-8")  # the last line was cut off
     first_pids = {json.loads(line)["pid"] for line in lines[1:6]}
@@ -159,7 +160,7 @@ def test_vllm_and_transformers_agree_token_for_token(ray_local: None, model: str
         evaluate_model(ModelRef(model), make_config(**options, backend=backend), tmp_path / backend)
         found[backend] = [load_answers(tmp_path / backend, "ceval", protocol) for protocol in ("logit", "generate")]
         assert (tmp_path / backend / "continuations.jsonl").is_file()
-        assert not (tmp_path / backend / LEDGER_NAME).exists()
+        assert not (tmp_path / backend / ANSWERS_LEDGER_NAME).exists()
     letters, texts = zip(found["vllm"], found["transformers"])
     assert len(letters[0]) == 64
     for mine, theirs in zip(*letters):

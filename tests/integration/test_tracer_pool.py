@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -17,10 +18,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import ModelError, ProbeError
 from layerplan.models.ref import ModelRef
-from layerplan.plan.layer_profile import PROBES_NAME, LayerProfile
+from layerplan.plan.layer_profile import LayerProfile
+from layerplan.run_folder import PROBES_NAME
 from layerplan.tracer import pool
 from layerplan.tracer.actor import TracerActor
-from layerplan.tracer.aggregate import build_profile, read_records
+from layerplan.tracer.aggregate import build_profile
 from layerplan.tracer.encode import encode_probes
 from layerplan.tracer.lexicon import Lexicon, load_builtin_lexicon
 from layerplan.tracer.pool import trace_model
@@ -30,6 +32,12 @@ TRAIN_STEPS = 200
 PAIRS_PER_RELATION = 8
 """Few words are learned in seconds; all 663 pairs of the lexicon take 26 s of CPU."""
 PROBES_PER_GROUP = 6
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """What was measured of each probe."""
+    records: list[dict[str, Any]] = pq.read_table(folder / PROBES_NAME).to_pylist()
+    return records
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +157,7 @@ def test_an_actor_killed_mid_way_loses_nothing_and_counts_nothing_twice(
     profile, out_dir = quiet
     # other actors, another order, a death: the same bytes
     assert disturbed.sha256 == profile.sha256
-    np.testing.assert_equal(read_records(tmp_path / "out" / PROBES_NAME), read_records(out_dir / PROBES_NAME))
+    np.testing.assert_equal(read_records(tmp_path / "out"), read_records(out_dir))
     assert disturbed.num_probes == 60 == sum(disturbed.measured_by["zero"].values())
 
 
@@ -157,7 +165,7 @@ def test_every_aggregate_can_be_made_again_without_the_model(
     config: TraceConfig, quiet: tuple[LayerProfile, Path]
 ) -> None:
     profile, out_dir = quiet
-    records = read_records(out_dir / PROBES_NAME)
+    records = read_records(out_dir)
     assert len(records) == profile.num_probes
     again = build_profile(records, model=profile.model, config=config, probe_set_sha256=profile.probe_set_sha256)
     assert again.sha256 == profile.sha256 == LayerProfile.load(out_dir / pool.PROFILE_NAME).sha256

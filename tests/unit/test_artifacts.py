@@ -8,21 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from layerplan import artifacts
+from layerplan import aside
 from layerplan.artifacts import (
     compute_sha256,
     hash_bytes,
     hash_file,
     hash_files,
-    making_folder,
     parse_lines,
     read_every_line,
     read_lines,
     write_json,
     write_lines,
     write_text,
-    writing_aside,
 )
+from layerplan.aside import making_folder, writing_aside, writing_folder_aside
 
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 """Sha256 of "abc", from FIPS 180-2, appendix B.1."""
@@ -62,7 +61,7 @@ def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatc
         real(handle)
         flushed.append((os.fstat(handle).st_size, names(tmp_path)))
 
-    monkeypatch.setattr(artifacts.os, "fsync", fsync)
+    monkeypatch.setattr(aside.os, "fsync", fsync)
     write_text(tmp_path / "plan.json", "four")
     assert flushed == [(4, ["plan.json.partial"])]
 
@@ -82,6 +81,21 @@ def test_a_folder_whose_making_fails_is_not_there(tmp_path: Path) -> None:
         (made / "weights").write_text("half")
         raise OSError("disk full")
     assert names(tmp_path) == []
+
+
+def test_a_folder_written_anew_takes_the_place_of_the_old_one_when_it_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "step_1.partial").mkdir()
+    (tmp_path / "step_1.partial" / "of a killed writer").touch()
+    for text in ("old", "new"):
+        with writing_folder_aside(tmp_path / "step_1") as folder:
+            (folder / text).write_text(text)
+    assert names(tmp_path) == ["step_1"]
+    assert names(tmp_path / "step_1") == ["new"]
+    with pytest.raises(OSError, match="disk full"), writing_folder_aside(tmp_path / "step_1") as folder:
+        (folder / "newest").write_text("half")
+        raise OSError("disk full")
+    assert names(tmp_path) == ["step_1"]
+    assert names(tmp_path / "step_1") == ["new"]
 
 
 def test_hashes_are_sha256_over_bytes_names_and_canonical_json(tmp_path: Path) -> None:

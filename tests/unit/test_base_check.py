@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,6 +118,18 @@ def scramble(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"<html>404 not found</html>" * 9)
 
 
+def share_bytes(folder: Path) -> None:
+    """Two tensors at one place, which loads like any other if nobody looks."""
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + size])
+    one, other = sorted(name for name in header if "layernorm" in name)[:2]
+    header[one]["data_offsets"] = header[other]["data_offsets"]
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+
+
 def shard(folder: Path) -> None:
     model = load_causal_lm(str(folder))
     (folder / "model.safetensors").unlink()
@@ -153,6 +166,7 @@ def keep_only(*names: str) -> Callable[[Path], None]:
     [
         (cut_off, r"model\.safetensors has [\d,]+ bytes, its header promises [\d,]+; the file is half-written"),
         (scramble, r"model\.safetensors is not a whole safetensors file"),
+        (share_bytes, r"model\.safetensors is not a whole safetensors file \(.*invalid offset"),
         (
             lose_a_shard,
             r"model-00002-of-\d+\.safetensors of model\.safetensors\.index\.json is missing \(1 of \d+ files",

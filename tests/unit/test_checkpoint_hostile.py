@@ -18,10 +18,11 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from layerplan.checkpoint.dcp import load_trained_tensors
 from layerplan.checkpoint.index import prove_checkpoint
-from layerplan.checkpoint.layout import STATE_NAME, read_train_state
+from layerplan.checkpoint.layout import read_train_state
 from layerplan.checkpoint.metadata import METADATA_NAME, read_metadata
-from layerplan.checkpoint.seal import SEAL_NAME, Seal, mark_bytes, read_seal, write_seal
+from layerplan.checkpoint.seal import Seal, mark_bytes, read_seal, write_seal
 from layerplan.errors import CheckpointError
+from layerplan.run_folder import SEAL_NAME, STATE_NAME
 from layerplan.train.resume import find_resume
 from layerplan.train.state import TrainState
 from tests.garbage import GARBAGE

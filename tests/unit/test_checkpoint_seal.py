@@ -14,16 +14,16 @@ import xxhash
 
 from layerplan.checkpoint.dcp import load_trained_tensors, save_checkpoint
 from layerplan.checkpoint.index import (
-    AWAITS_NAME,
     clear_checkpoint,
     find_run_id,
     list_checkpoints,
     prove_checkpoint,
     prune_checkpoints,
 )
-from layerplan.checkpoint.layout import STATE_NAME, name_step, read_train_state
-from layerplan.checkpoint.seal import SEAL_NAME, mark_file, read_seal
+from layerplan.checkpoint.layout import read_train_state
+from layerplan.checkpoint.seal import mark_file, read_seal
 from layerplan.errors import CheckpointError
+from layerplan.run_folder import AWAITS_NAME, SEAL_NAME, STATE_NAME, name_step
 from layerplan.train.checkpoint_writer import CheckpointWriter
 from layerplan.train.resume import RAY_INDEX_NAME, check_resumable, find_resume, reset_ray_index
 from tests.tiny_checkpoint import FRESH, RUN_ID, build, load, make_old, save

@@ -17,10 +17,11 @@ from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.corpus import build, readers, sources
 from layerplan.corpus.build import build_token_store
 from layerplan.corpus.decontamination import BenchmarkText
-from layerplan.corpus.journal import JOURNAL_NAME, BuildJournal
+from layerplan.corpus.journal import BuildJournal
 from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.store import StoreReader, load_validation_rows
 from layerplan.errors import CorpusError
+from layerplan.run_folder import JOURNAL_NAME
 from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
 
 QUESTION = "下列关于法律推理的表述，能够成立的是哪一项呢？请从四个选项中选择。"

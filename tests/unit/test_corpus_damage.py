@@ -16,12 +16,13 @@ import pytest
 
 from layerplan.cli import main
 from layerplan.corpus import manifest as manifest_file
-from layerplan.corpus.manifest import MANIFEST_NAME, SEAL_KEY, VALIDATION_NAME, Manifest
+from layerplan.corpus.manifest import SEAL_KEY, Manifest
 from layerplan.corpus.rows import PackedRows
 from layerplan.corpus.start_check import check_files
 from layerplan.corpus.store import StoreReader, load_validation_rows
 from layerplan.corpus.stream import iter_rank_steps, make_schedule
 from layerplan.errors import CorpusError
+from layerplan.run_folder import MANIFEST_NAME, VALIDATION_NAME
 from layerplan.train.feed import check_feed
 from tests.tiny_store import make_store
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from layerplan.corpus.manifest import MANIFEST_NAME, Manifest, Shard, SourceRows
+from layerplan.corpus.manifest import Manifest, Shard, SourceRows
 from layerplan.corpus.stream import make_schedule
+from layerplan.run_folder import MANIFEST_NAME
 from layerplan.train.state import TrainState
 
 NUM_ROWS = 64_000_000

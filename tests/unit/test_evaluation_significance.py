@@ -13,7 +13,6 @@ from eval.resampling import PooledEstimate, bootstrap_means, estimate_pooled
 from eval.scoring import Answer, EvaluationResult, pick_letter, score_answers
 from eval.significance import (
     bootstrap_difference,
-    compare_runs,
     compute_mcnemar,
     compute_wilson,
     correct_holm,
@@ -102,7 +101,7 @@ def test_verdicts_are_paired_corrected_and_put_into_words() -> None:
     base = ("the base", *make_run(benchmark, set(range(0, 200, 4))))  # 50 right
     better = ("better", *make_run(benchmark, set(range(0, 200, 4)) | set(range(1, 120, 4))))  # 30 more, none lost
     same = ("same", *make_run(benchmark, set(range(1, 200, 4))))  # 50 right, all others
-    first, second = compare_runs(base, [better, same])
+    first, second = judge_comparisons([([base], [better]), ([base], [same])])
     assert first.difference == pytest.approx(15)
     assert first.p_value == pytest.approx(2 / 2**30)
     assert first.adjusted_p == pytest.approx(4 / 2**30)
@@ -119,7 +118,7 @@ def test_a_run_that_always_says_one_letter_is_not_better_than_guessing() -> None
     ]
     benchmark = Benchmark("ceval", "val", tuple(questions), is_official=False)
     run = make_run(benchmark, set(range(1, 200, 2)))  # always "A" where the key is A: 50 %
-    (verdict,) = compare_runs(("the base", *run), [("constant", *run)])
+    (verdict,) = judge_comparisons([([("the base", *run)], [("constant", *run)])])
     assert verdict.chance_p < 1e-10
     assert verdict.constant_letter_p > 0.4
     assert "not better than always answering one letter" in verdict.sentence
@@ -129,7 +128,7 @@ def test_unequal_protocols_cannot_be_compared() -> None:
     benchmark = make_benchmark({"law": ("Social Science", 4)})
     base, other = make_run(benchmark, {0}), make_run(benchmark, {1}, protocol_id="q")
     with pytest.raises(EvaluationError, match="protocol ids q and p differ"):
-        compare_runs(("the base", *base), [("run", *other)])
+        judge_comparisons([([("the base", *base)], [("run", *other)])])
 
 
 def test_the_hierarchical_bootstrap_is_the_naive_one() -> None:
@@ -206,4 +205,4 @@ def test_files_of_other_questions_cannot_be_paired() -> None:
     base = ("the base", *make_run(benchmark, {0}))
     result, answers = make_run(benchmark, {1})
     with pytest.raises(EvaluationError, match="do not hold the same questions"):
-        compare_runs(base, [("run", result, answers[:-1])])
+        judge_comparisons([([base], [("run", result, answers[:-1])])])

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from layerplan.config.load import load_config
-from layerplan.corpus.manifest import MANIFEST_NAME, Manifest
+from layerplan.corpus.manifest import Manifest
 from layerplan.errors import LayerplanError
-from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
+from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
-from layerplan.train.request import RESULT_NAME, load_result
+from layerplan.run_folder import MANIFEST_NAME, PLAN_NAME, RESULT_NAME
+from layerplan.train.request import load_result
 from tests.garbage import GARBAGE
 
 

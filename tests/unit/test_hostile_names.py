@@ -19,12 +19,13 @@ from layerplan.errors import CheckpointError, EvaluationError, ModelError
 from layerplan.inside import leads_inside
 from layerplan.models.weight_files import read_index
 from layerplan.plan.explain import explain_plan
-from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
+from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
 from layerplan.report.page import write_report
-from layerplan.train.request import RESULT_NAME, load_result
+from layerplan.run_folder import PLAN_NAME, RESULT_NAME
+from layerplan.train.request import load_result
 from tests.layer_profiles import make_profile
 
 HOSTILE = "</p><script>x()</script>'\"&`](y)|\n$\\frac{<img src=x onerror=x()>"

@@ -22,7 +22,7 @@ from layerplan.config.plan import (
 from layerplan.config.train import TrainConfig
 from layerplan.errors import PlanError
 from layerplan.plan.boundary_choice import choose_boundary, compute_vanished_share, find_options
-from layerplan.plan.cost import PlanCost, predict_cost
+from layerplan.plan.cost import predict_cost
 from layerplan.plan.decide import PlanContext, resolve_plan
 from layerplan.plan.describe import describe_certainty, describe_sensitivities, list_pairs
 from layerplan.plan.explain import explain_plan
@@ -186,8 +186,8 @@ def test_the_cost_is_that_of_the_runs_own_rows_and_of_both_when_a_plan_travels(t
     config = FreezeDeepPlanConfig(boundary=14)
     here = PlanContext(MODEL, SHAPE, TrainConfig(), 256)
     plan = resolve_plan(config, here)
-    assert plan.predicted_cost["seq_len"] == 256
-    assert PlanCost.model_validate(plan.predicted_cost["plan"]) == predict_cost(plan, SHAPE, seq_len=256)
+    assert plan.predicted_cost is not None and plan.predicted_cost.seq_len == 256
+    assert plan.predicted_cost.plan == predict_cost(plan, SHAPE, seq_len=256)
     assert "GFLOP per token in rows of 256 tokens" in explain_plan(plan)
     plan.save(tmp_path / "plan.json")
     there = resolve_plan(
@@ -197,4 +197,4 @@ def test_the_cost_is_that_of_the_runs_own_rows_and_of_both_when_a_plan_travels(t
     text = explain_plan(there, cost_here=predict_beside_full(there, SHAPE, 4096))
     assert "in rows of 256 tokens" in text and "in this run" in text and "in rows of 4,096 tokens" in text
     rotated = resolve_plan(SchedulePlanConfig(phases=[PhaseConfig(plan=config)]), here)
-    assert rotated.predicted_cost["seq_len"] == 256
+    assert rotated.predicted_cost is not None and rotated.predicted_cost.seq_len == 256

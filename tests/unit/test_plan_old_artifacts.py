@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from layerplan.artifacts import compute_sha256
 from layerplan.config.plan import FromProfilePlanConfig, SemanticPlanConfig
 from layerplan.errors import PlanError
 from layerplan.plan.boundary_choice import choose_boundary
@@ -78,6 +79,21 @@ def test_an_old_plan_verifies_and_says_under_which_rule_it_was_made() -> None:
     text = explain_plan(plan, LayerProfile.load(PROFILE))
     assert "made under the first rule: the largest S, with a side that has no layer counted as 0" in text
     assert describe_older_rule(plan) in text and describe_older_rule(plan) in _plan_section(plan)
+
+
+def test_a_plan_keeps_its_hash_whatever_version_priced_it(tmp_path: Path) -> None:
+    """The optimizer's work was not always predicted, and a plan need not be priced at all."""
+    written = json.loads((FOLDER / "freeze_plan.json").read_text())
+    older = json.loads(json.dumps(written))
+    for cost in ("plan", "full"):
+        del older["predicted_cost"][cost]["optimizer_flops_per_step"]
+    for content in (written, older, {**written, "predicted_cost": {}}):
+        content["sha256"] = compute_sha256({name: value for name, value in content.items() if name != "sha256"})
+        (tmp_path / "plan.json").write_text(json.dumps(content))
+        plan = FreezePlan.load(tmp_path / "plan.json")
+        assert plan.sealed().sha256 == content["sha256"]
+        plan.save(tmp_path / "again.json")
+        assert json.loads((tmp_path / "again.json").read_text()) == content
 
 
 def test_the_report_shows_an_old_measurement() -> None:

@@ -14,8 +14,7 @@ from rich.console import Console
 
 from layerplan.config.plan import FreezeDeepPlanConfig
 from layerplan.pipeline.summary import print_answers
-from layerplan.plan.cost import COST_NAME
-from layerplan.plan.freeze_plan import PLAN_NAME, FreezePlan
+from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan, predict_beside_full
 from layerplan.report.answer_tables import describe_cost, describe_texts, list_metrics, tabulate_cost
@@ -23,6 +22,7 @@ from layerplan.report.answers import read_answers
 from layerplan.report.card import BEGIN, END, add_results
 from layerplan.report.lineage import fit_sections, list_results, render_note, render_sweep
 from layerplan.report.page import write_report
+from layerplan.run_folder import COST_NAME, PLAN_NAME
 from tests.qwen3 import QWEN3_0P6B, QWEN3_0P6B_IDENTITY
 
 SHAPE = ModelShape.from_hf_config(QWEN3_0P6B)
@@ -43,7 +43,7 @@ def leave_run(folder: Path, *, planned_for: int = 256, rows_of: int = 256) -> Pa
     """The artifacts of a run that trained 100 s at a quarter of the full rate, scored on one held-out text."""
     plan = make_plan_for(planned_for)
     plan.save(folder / PLAN_NAME)
-    write(folder / COST_NAME, predict_beside_full(plan, SHAPE, rows_of))
+    write(folder / COST_NAME, predict_beside_full(plan, SHAPE, rows_of).model_dump())
     write(
         folder / "training.json",
         {

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from layerplan.corpus.manifest import MANIFEST_NAME, Manifest, Shard, SourceRows
+from layerplan.corpus.manifest import Manifest, Shard, SourceRows
 from layerplan.corpus.stream import make_schedule
 from layerplan.errors import CorpusError
 from layerplan.pipeline.check_ledger import check_ledgers
+from layerplan.run_folder import MANIFEST_NAME
 from layerplan.train.ledger import hash_row_ids
 from layerplan.train.ledger_check import LedgerStep, check_epochs, check_equal, load_ledger
 
