@@ -8,6 +8,7 @@ wait. When a score breaks the guardrail, the workers are asked to save and stop,
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import CheckpointError, EvaluationError
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.ray_session import quiet_engines
+
+logger = logging.getLogger(__name__)
 
 GUARDRAIL_NAME = "guardrail.json"
 BASE = "base"
@@ -85,7 +88,7 @@ class CheckpointScoring:
         except TaskCancelledError:
             raise
         except Exception as error:
-            print(f"[evaluate] {path.name}: not scored beside training: {error}", flush=True)
+            logger.warning("%s: not scored beside training: %s", path.name, error)
             return {}
         return {f"eval/{key}/accuracy": result.question_mean for key, result in results.items()}
 
@@ -96,7 +99,7 @@ class CheckpointScoring:
         if breach is not None:
             found = {"step": step, "verdict": breach.model_dump(mode="json")}
             write_text(self.run_dir / GUARDRAIL_NAME, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-            print(f"[evaluate] guardrail: {breach.sentence} Training stops", flush=True)
+            logger.info("guardrail: %s Training stops", breach.sentence)
             self.stop_file.touch()
 
 
@@ -138,7 +141,7 @@ def score_checkpoint(
             scoring.config,
             out_dir,
             trust_remote_code=scoring.trust_remote_code,
-            report=lambda line: print(f"[evaluate] {label}: {line}", flush=True),
+            report=lambda line: logger.info("%s: %s", label, line),
             after_batch=after_batch,
         )
     finally:

@@ -8,6 +8,7 @@ with different tokenizers can be compared. Two models are compared by a bootstra
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from layerplan.models.cores import find_threads, use_cores
 from layerplan.models.files import identify_model
 from layerplan.models.positions import find_max_positions
 from layerplan.plan.hashing import compute_sha256
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT_FOLDER = "held_out"
 MAX_WINDOW = 2048
@@ -135,7 +138,7 @@ def score_held_out(
     *,
     revision: str = "main",
     trust_remote_code: bool = False,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = logger.info,
 ) -> dict[str, HeldOutResult]:
     """Scores a model on every held-out text; writes `held_out/<name>.json`. Ray must be initialised.
 
@@ -313,6 +316,8 @@ def _score_documents(
         fault = find_layerplan_error(error)
         words = " ".join(str(error).split())[:300]
         raise (type(fault)(*fault.args) if fault else EvaluationError(f"{model}: held-out text: {words}")) from error
+    finally:
+        progress.close()
     if answered != len(rows):
         raise EvaluationError(f"{model}: {answered} windows came back of {len(rows)} of held-out text")
     sizes = [len(text.encode("utf-8")) for text in documents]

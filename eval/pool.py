@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from eval.progress import ProgressLines
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError, LayerplanError, find_layerplan_error
 from layerplan.plan.hashing import compute_sha256
+
+logger = logging.getLogger(__name__)
 
 MAX_RESTARTS = 2
 LEDGER_NAME = "answers.partial.jsonl"
@@ -67,7 +69,7 @@ class EngineActor:
                 raise
             except Exception as error:
                 self._faults += 1
-                print(f"engine fault {self._faults}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                logger.warning("engine fault %d: %s: %s", self._faults, type(error).__name__, error)
                 if self._faults > MAX_RESTARTS:
                     lines = [line for line in str(error).splitlines() if line.strip()]
                     raise EvaluationError(
@@ -106,7 +108,7 @@ def ask_all(
     logs = work_dir / LOGS_NAME
     if todo:
         progress = ProgressLines("prompts answered", len(asks), report, done=len(ledger.answers))
-        with _explained(spec, logs), ledger:
+        with _explained(spec, logs), ledger, closing(progress):
             for batch in _stream([(index, asks[index]) for index in todo], spec, config, logs):
                 ledger.add(batch)
                 progress.add(len(batch["index"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -24,6 +25,8 @@ from layerplan.models.causal_lm import load_tokenizer
 from layerplan.models.files import identify_model, name_folder
 from layerplan.plan.hashing import compute_sha256
 
+logger = logging.getLogger(__name__)
+
 
 def evaluate_model(
     model: str,
@@ -32,7 +35,7 @@ def evaluate_model(
     *,
     revision: str = "main",
     trust_remote_code: bool = False,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = logger.info,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Results:
     """Scores a model on every benchmark under every protocol; benchmarks finished before are read back.

@@ -10,6 +10,7 @@ lanes. There is no de-duplication across the corpus, and the last row of every c
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -40,6 +41,8 @@ from layerplan.corpus.writer import check_ids, explain_disk_faults
 from layerplan.errors import CorpusError
 from layerplan.plan.hashing import compute_sha256
 
+logger = logging.getLogger(__name__)
+
 STREAM_NAME = "stream.json"
 MIN_CHUNK_BYTES = 64 * 2**10
 CHUNKS_WANTED = 4096
@@ -60,7 +63,7 @@ def write_stream(
     *,
     questions: Sequence[BenchmarkText] = (),
     seed: int = 0,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = logger.info,
 ) -> Manifest:
     """Writes what training needs to make rows by itself: the chunks, the tokenizer, the filters. Reads no text.
 

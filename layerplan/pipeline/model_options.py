@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from layerplan.config.run import RunConfig
 
-PREFIX = "[model] "
+logger = logging.getLogger(__name__)
 
 
 def find_base(config: RunConfig) -> str:
@@ -25,11 +26,7 @@ def find_model(name: str, storage_path: str = "runs") -> str:
         return name  # spares a dry run the import
     from layerplan.models import gguf_cache
 
-    return gguf_cache.find_model(name, Path(storage_path).expanduser(), report=_say)
-
-
-def _say(line: str) -> None:
-    print(PREFIX + line, flush=True)
+    return gguf_cache.find_model(name, Path(storage_path).expanduser(), report=logger.info)
 
 
 def revision_of(config: RunConfig) -> str:

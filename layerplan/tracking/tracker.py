@@ -5,6 +5,7 @@ Everything is written into the run folder and carried to the store from there, s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, Literal, Protocol
 
 from layerplan.config.tracking import TrackingConfig
 from layerplan.tracking.jsonl import JsonlSink
+
+logger = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 NOTE_TAG = "mlflow.note.content"
@@ -103,7 +106,7 @@ def status_of(error: BaseException) -> Status:
 
 
 def open_tracker(
-    config: TrackingConfig, run_dir: Path, run_name: str, report: Callable[[str], None] = print
+    config: TrackingConfig, run_dir: Path, run_name: str, report: Callable[[str], None] = logger.info
 ) -> Tracker:
     """Opens the run's tracker; a run folder that was tracked before continues its run.
 
