@@ -7,6 +7,7 @@ document from the beginning- or end-of-text token.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -26,6 +27,8 @@ from layerplan.errors import EvaluationError
 from layerplan.models.cores import find_threads, use_cores
 from layerplan.models.ref import ModelRef
 from layerplan.progress import ProgressLines
+
+logger = logging.getLogger(__name__)
 
 MAX_WINDOW = 2048
 """Longest window, in tokens; bounds the logits held at once."""
@@ -89,7 +92,7 @@ def score_held_out(
     config: EvaluationConfig,
     out_dir: Path,
     *,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = logger.info,
 ) -> dict[str, HeldOutResult]:
     """Scores a model on every held-out text; writes `held_out/<name>.json`. Ray must be initialised.
 

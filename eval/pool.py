@@ -7,8 +7,8 @@ process that lives is restarted as often as a process that dies; then the run fa
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,6 +22,8 @@ from layerplan.artifacts import compute_sha256, write_text
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError, LayerplanError
 from layerplan.progress import ProgressLines
+
+logger = logging.getLogger(__name__)
 
 LEDGER_NAME = "answers.partial.jsonl"
 LOGS_NAME = "engine_logs"
@@ -64,7 +66,7 @@ class EngineActor:
                 raise
             except Exception as error:
                 self._faults += 1
-                print(f"engine fault {self._faults}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                logger.warning("engine fault %d: %s: %s", self._faults, type(error).__name__, error)
                 if self._faults > MAX_RESTARTS:
                     lines = [line for line in str(error).splitlines() if line.strip()]
                     raise EvaluationError(

@@ -14,12 +14,13 @@ import pickle
 import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from layerplan.errors import LayerplanError, find_layerplan_error
+from layerplan.log import set_up_worker
 from layerplan.progress import ProgressLines
 
 FAULT = "fault"
@@ -69,13 +70,16 @@ def map_over_actors(
         batch_size: Rows of a batch.
         take: What is yielded: single rows, the columns of a block as numpy arrays, or as an Arrow table.
         is_ordered: Whether results come in the order of the rows.
-        progress: Told how many rows came back.
+        progress: Told how many rows came back, and ended with them.
 
     Raises:
         LayerplanError: What an actor raised, or `pool.error` when its process keeps dying.
     """
     try:
-        with closing(_start(pool, actor, arguments, rows, batch_size, take, is_ordered)) as results:
+        with (
+            closing(progress) if progress is not None else nullcontext(),
+            closing(_start(pool, actor, arguments, rows, batch_size, take, is_ordered)) as results,
+        ):
             for result in results:
                 _raise_fault(result)
                 if progress is not None:
@@ -134,6 +138,7 @@ class _Shielded:
     """Holds an actor: makes it at the first batch, and hands a fault of ours back as a value from then on."""
 
     def __init__(self, actor: type, arguments: tuple[Any, ...], log_dir: str | None) -> None:
+        set_up_worker()
         if log_dir is not None:
             _log_stderr(Path(log_dir))
         self._actor, self._arguments = actor, arguments

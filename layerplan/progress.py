@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-EVERY_S = 10.0
+from layerplan.progress_line import ProgressLine
 
 
 class ProgressLines:
-    """Counts what is done and reports it, at most every `EVERY_S` seconds.
+    """Counts what is done and says from time to time how far that is.
 
     Args:
         what: The things counted, in the plural.
@@ -28,16 +28,21 @@ class ProgressLines:
         done: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._what, self._total, self._report, self._clock = what, total, report, clock
+        self._what, self._total, self._clock = what, total, clock
+        self._line = ProgressLine(report, clock=clock)
         self._first, self._done = done, done
-        self._started = self._said = clock()
+        self._started = clock()
 
     def add(self, count: int) -> None:
         """Counts so many more."""
         self._done += count
-        now = self._clock()
-        if now - self._said < EVERY_S or self._done >= self._total:
-            return
-        self._said = now
-        left_s = (now - self._started) * (self._total - self._done) / (self._done - self._first)
-        self._report(f"{self._done:,} of {self._total:,} {self._what}, about {left_s:.0f} s to go")
+        if self._done < self._total:
+            self._line.show(self._describe)
+
+    def close(self) -> None:
+        """Ends the display."""
+        self._line.close()
+
+    def _describe(self) -> str:
+        left_s = (self._clock() - self._started) * (self._total - self._done) / max(self._done - self._first, 1)
+        return f"{self._done:,} of {self._total:,} {self._what}, about {left_s:.0f} s to go"

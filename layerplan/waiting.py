@@ -6,12 +6,15 @@ the actor pools that trace, tokenize and score, and single tasks. It only reads:
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 3.0
 PATIENCE_S = 5.0
@@ -169,7 +172,7 @@ def _watch(address: str, own_job: str) -> None:
             if failures == FAILURES_SAID and ray.is_initialized():
                 line = f"the head of the Ray cluster does not answer any more; {AGAIN_AFTER_LOSS}"
         if line:
-            print(f"[wait] {line}", flush=True)
+            logger.info(line)
 
 
 def ask_ray(address: str, own_job: str) -> Snapshot:

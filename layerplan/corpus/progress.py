@@ -10,18 +10,18 @@ from itertools import accumulate
 from layerplan.corpus.outcome import KEPT
 from layerplan.corpus.unit import Unit
 from layerplan.corpus.writer import StoreWriter
-
-REPORT_EVERY_S = 5.0
+from layerplan.progress_line import ProgressLine
 
 
 class BuildProgress:
-    """Reports at most every five seconds; the share done is by bytes of input."""
+    """Says from time to time how far a build is; the share done is by bytes of input."""
 
     def __init__(self, units: Sequence[Unit], writer: StoreWriter, report: Callable[[str], None]) -> None:
         self._writer = writer
         self._report = report
         self._bytes_before = [0, *accumulate(unit.num_bytes for unit in units)]
-        self._started = self._reported = time.monotonic()
+        self._line = ProgressLine(report)
+        self._started = time.monotonic()
         self._first = self._now()
 
     @property
@@ -30,14 +30,17 @@ class BuildProgress:
         return self._bytes_before[-1]
 
     def update(self) -> None:
-        """Reports when it is time."""
-        if time.monotonic() - self._reported > REPORT_EVERY_S:
-            self._reported = time.monotonic()
-            self._report(self._describe())
+        """Says it when it is time."""
+        self._line.show(self._describe)
 
     def finish(self) -> None:
         """Reports the end."""
+        self.close()
         self._report(self._describe())
+
+    def close(self) -> None:
+        """Ends the display."""
+        self._line.close()
 
     def _now(self) -> tuple[int, int, int]:
         """Bytes, documents, tokens."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -23,4 +26,4 @@ def profiled(folder: Path | None, step: int) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.json"
     profiler.export_chrome_trace(str(path))
-    print(f"[train] profiler trace of step {step}: {path}", flush=True)
+    logger.info("profiler trace of step %d: %s", step, path)
