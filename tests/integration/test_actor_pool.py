@@ -47,13 +47,16 @@ class Dying(Doubler):
 
 def test_results_come_once_each_and_in_order_though_a_process_is_killed(ray_local: None, tmp_path: Path) -> None:
     said: list[str] = []
-    now = iter(range(0, 1000, 20))
-    progress = ProgressLines("numbers", len(ROWS), said.append, clock=lambda: next(now))
-    arguments = (str(tmp_path),)
-    found = map_over_actors(POOL, Dying, arguments, ROWS, take="rows", is_ordered=True, progress=progress)
-    assert [row["doubled"] for row in found] == [0, 2, 4, 6, 8, 10, 12, 14]
+    now = [0.0]
+    progress = ProgressLines("numbers", len(ROWS), said.append, clock=lambda: now[0])
+    now[0], found = 3600.0, []
+    for row in map_over_actors(POOL, Dying, (str(tmp_path),), ROWS, take="rows", is_ordered=True, progress=progress):
+        found.append(row["doubled"])
+        now[0] += 20
+    assert found == [0, 2, 4, 6, 8, 10, 12, 14]
     assert (tmp_path / "died").exists()
-    assert said[0] == "1 of 8 numbers, about 140 s to go"  # 20 s each, 7 left
+    # the first result took an hour, each one after it 20 s
+    assert said == ["1 of 8 numbers", "4 of 8 numbers, about 80 s to go", "7 of 8 numbers, about 20 s to go"]
 
 
 @pytest.mark.parametrize("fault", [-1, 5])

@@ -34,10 +34,24 @@ def test_progress_is_said_once_a_minute_with_the_time_that_is_left() -> None:
     progress = ProgressLines("prompts answered", 128, lines.append, done=28, clock=lambda: now[0])
     for now[0], count in ((24.0, 10), (66.0, 10), (90.0, 10), (132.0, 30), (240.0, 40)):
         progress.add(count)
-    # 20 of the 100 left took 66 s, 80 more take 264 s; then 60 took 132 s, 40 more take 88 s; the end needs no line
+    # after the first 10: 10 took 42 s, 80 more take 336 s; then 50 took 108 s, 40 more take 86.4 s; the end needs no line
     assert lines == [
-        "48 of 128 prompts answered, about 264 s to go",
-        "88 of 128 prompts answered, about 88 s to go",
+        "48 of 128 prompts answered, about 336 s to go",
+        "88 of 128 prompts answered, about 86 s to go",
+    ]
+
+
+def test_how_long_the_rest_takes_is_said_from_the_second_result_on_and_without_the_load() -> None:
+    """A model that takes an hour to load, and then 20 s for each of 100 probes."""
+    now, lines = [0.0], []
+    progress = ProgressLines("probes measured", 100, lines.append, clock=lambda: now[0])
+    for result in range(7):
+        now[0] = 3600 + 20 * result
+        progress.add(1)
+    assert lines == [
+        "1 of 100 probes measured",
+        "4 of 100 probes measured, about 1920 s to go",
+        "7 of 100 probes measured, about 1860 s to go",
     ]
 
 
