@@ -54,6 +54,7 @@ class ModelRef:
         """Its sizes, from config and code, no weight; raises `ModelError` when no causal model can be built from them."""
         from layerplan.models.model_sizes import load_model_shape
 
+        self.check_consent()
         return load_model_shape(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def max_positions(self) -> int | None:
