@@ -25,6 +25,7 @@ from layerplan.artifacts import compute_sha256, write_text
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError
 from layerplan.models.cores import find_threads, use_cores
+from layerplan.models.footprint import estimate_actor_memory
 from layerplan.models.ref import ModelRef
 from layerplan.progress import ProgressLines
 
@@ -183,6 +184,9 @@ def _measure(
         config.num_gpus_per_actor,
         what=f"{model}: held-out text: the scoring process",
         error=EvaluationError,
+        memory_bytes=estimate_actor_memory(
+            model, config.dtype, num_gpus=config.num_gpus_per_actor, num_logits=window * len(tokenizer)
+        ),
     )
     options = (config.dtype, config.num_gpus_per_actor, config.num_threads_per_actor, config.num_actors)
     progress = ProgressLines("windows of held-out text", len(rows), report)

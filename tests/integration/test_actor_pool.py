@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,34 @@ def test_results_come_once_each_and_in_order_though_a_process_is_killed(ray_loca
     assert (tmp_path / "died").exists()
     # the first result took an hour, each one after it 20 s
     assert said == ["1 of 8 numbers", "4 of 8 numbers, about 80 s to go", "7 of 8 numbers, about 20 s to go"]
+
+
+class Engine:
+    """Says which process it is, and works long enough for a second one to be there if there is room."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(0.5)
+        return {"pid": [os.getpid()] * len(batch["number"])}
+
+
+@pytest.mark.parametrize("share", [0.6, 3.0])
+def test_a_node_that_holds_one_engine_is_given_one_and_one_that_holds_none_tries(
+    ray_local: None, share: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two were asked for, each of more than half of what the node has, or of more than all of it."""
+    import ray
+
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    there = node["Resources"]["memory"]
+    pool = dataclasses.replace(POOL, memory_bytes=share * there)
+    pids = [row["pid"] for row in map_over_actors(pool, Engine, (), ROWS, take="rows")]
+    assert len(pids) == len(ROWS) and len(set(pids)) == 1
+    line = (
+        f"the counting process needs about {3 * there / 2**30:.1f} GiB of memory; the largest node has"
+        f" {there / 2**30:.1f} GiB for it"
+    )
+    said = [record.getMessage() for record in caplog.records if record.name == "layerplan.actor_pool"]
+    assert said == ([line] if share > 1 else [])
 
 
 @pytest.mark.parametrize("fault", [-1, 5])
