@@ -84,7 +84,8 @@ def test_a_command_leaves_the_loggers_of_a_program_as_they_were(capsys: pytest.C
 
 def test_what_was_printed_before_stands_before_where_both_go_to_one_file(tmp_path: Path) -> None:
     code = "import logging, layerplan.log as log; log.set_up(); print('answer'); logging.getLogger('eval').info('then')"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    environment |= {"PYTHONPATH": str(ROOT)}
     with (tmp_path / "job.log").open("w") as file:
         subprocess.run([sys.executable, "-c", code], env=environment, stdout=file, stderr=file, check=True)
     assert (tmp_path / "job.log").read_text() == "answer\n[evaluate] then\n"
