@@ -8,6 +8,7 @@ wait. When a score breaks the guardrail, the workers are asked to save and stop,
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from layerplan.checkpoint.index import list_checkpoints
 from layerplan.checkpoint.layout import read_train_state
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import CheckpointError, EvaluationError
+from layerplan.log import set_up_worker
 from layerplan.models.ref import ModelRef
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.ray_session import quiet_engines
@@ -39,6 +41,8 @@ from layerplan.storage.flag import Flag
 from layerplan.storage.mirror import carry_file, carry_folder, fetch_folder
 from layerplan.storage.paths import StoredPath, remove_tree
 from layerplan.storage.working import find_home
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class CheckpointScoring:
         """
         from ray.exceptions import TaskCancelledError
 
+        set_up_worker()
         quiet_engines()
         path = find_home(self.run_dir / CHECKPOINTS_NAME / Path(checkpoint.path).name)
 
@@ -94,7 +99,7 @@ class CheckpointScoring:
         except TaskCancelledError:
             raise
         except Exception as error:
-            print(f"[evaluate] {path.name}: not scored beside training: {error}", flush=True)
+            logger.warning("%s: not scored beside training: %s", path.name, error)
             return {}
         return {f"eval/{key}/accuracy": result.question_mean for key, result in results.items()}
 
@@ -106,7 +111,7 @@ class CheckpointScoring:
             found = {"step": step, "verdict": breach.model_dump(mode="json")}
             write_json(self.run_dir / GUARDRAIL_NAME, found)
             carry_file(self.run_dir / GUARDRAIL_NAME)
-            print(f"[evaluate] guardrail: {breach.sentence} Training stops", flush=True)
+            logger.info("guardrail: %s Training stops", breach.sentence)
             self.stop_file.touch()
 
 
@@ -147,7 +152,7 @@ def score_checkpoint(
             scoring.base.at(exported),
             scoring.config,
             out_dir,
-            report=lambda line: print(f"[evaluate] {label}: {line}", flush=True),
+            report=lambda line: logger.info("%s: %s", label, line),
             after_batch=after_batch,
         )
         carry_folder(out_dir)

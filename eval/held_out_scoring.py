@@ -7,6 +7,7 @@ document from the beginning- or end-of-text token.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -24,9 +25,12 @@ from layerplan.artifacts import compute_sha256, write_text
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError
 from layerplan.models.cores import find_threads, use_cores
+from layerplan.models.footprint import estimate_actor_memory
 from layerplan.models.ref import ModelRef
 from layerplan.progress import ProgressLines
 from layerplan.run_folder import HELD_OUT_NAME
+
+logger = logging.getLogger(__name__)
 
 MAX_WINDOW = 2048
 """Longest window, in tokens; bounds the logits held at once."""
@@ -90,7 +94,7 @@ def score_held_out(
     config: EvaluationConfig,
     out_dir: Path,
     *,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = logger.info,
 ) -> dict[str, HeldOutResult]:
     """Scores a model on every held-out text; writes `held_out/<name>.json`. Ray must be initialised.
 
@@ -181,6 +185,9 @@ def _measure(
         config.num_gpus_per_actor,
         what=f"{model}: held-out text: the scoring process",
         error=EvaluationError,
+        memory_bytes=estimate_actor_memory(
+            model, config.dtype, num_gpus=config.num_gpus_per_actor, num_logits=window * len(tokenizer)
+        ),
     )
     options = (config.dtype, config.num_gpus_per_actor, config.num_threads_per_actor, config.num_actors)
     progress = ProgressLines("windows of held-out text", len(rows), report)

@@ -7,8 +7,8 @@ process that lives is restarted as often as a process that dies; then the run fa
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,8 +21,11 @@ from layerplan.actor_pool import MAX_RESTARTS, ActorPool, map_over_actors
 from layerplan.artifacts import compute_sha256, write_text
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError, LayerplanError
+from layerplan.models.footprint import estimate_actor_memory
 from layerplan.progress import ProgressLines
 from layerplan.run_folder import ANSWERS_LEDGER_NAME, ENGINE_LOGS_NAME
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class EngineActor:
                 raise
             except Exception as error:
                 self._faults += 1
-                print(f"engine fault {self._faults}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                logger.warning("engine fault %d: %s: %s", self._faults, type(error).__name__, error)
                 if self._faults > MAX_RESTARTS:
                     lines = [line for line in str(error).splitlines() if line.strip()]
                     raise EvaluationError(
@@ -180,8 +183,20 @@ def _describe_pool(spec: EngineSpec, config: EvaluationConfig, work_dir: Path) -
         config.num_gpus_per_actor,
         what=f"{spec.model}: the engine's process",
         error=EvaluationError,
+        memory_bytes=estimate_actor_memory(
+            spec.model,
+            spec.dtype,
+            num_gpus=spec.num_gpus,
+            num_logits=config.batch_size * len(spec.model.tokenizer()),
+            cache_bytes=_find_cache_bytes(spec.backend),
+        ),
         log_dir=work_dir / ENGINE_LOGS_NAME,
     )
+
+
+def _find_cache_bytes(backend: str) -> float:
+    """Of keys and values on a CPU, by the variable that tells vLLM; transformers keeps those of a few prompts only."""
+    return float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 1) * 2**30 if backend == "vllm" else 0.0
 
 
 def _order(asks: Sequence[Ask], backend: str) -> list[int]:

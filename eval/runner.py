@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -25,13 +26,15 @@ from layerplan.errors import EvaluationError
 from layerplan.models.files import name_folder
 from layerplan.models.ref import ModelRef
 
+logger = logging.getLogger(__name__)
+
 
 def evaluate_model(
     model: ModelRef,
     config: EvaluationConfig,
     out_dir: Path,
     *,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = logger.info,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Results:
     """Scores a model on every benchmark under every protocol; benchmarks finished before are read back.

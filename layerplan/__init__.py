@@ -5,6 +5,7 @@ What this module offers is imported when it is used: reading a config or a plan 
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -45,3 +46,10 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# a worker of a run, told by its command: Ray imports the package there before anything runs
+if "LAYERPLAN_LOG_LEVEL" in os.environ:
+    from layerplan.log import set_up_worker
+
+    set_up_worker()

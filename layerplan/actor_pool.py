@@ -9,19 +9,24 @@ one that keeps dying ends the work with its last words.
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import pickle
 import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from layerplan.errors import LayerplanError, find_layerplan_error
+from layerplan.log import set_up_worker
 from layerplan.progress import ProgressLines
 
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
 FAULT = "fault"
 """Column of the one row that says which error ended an actor's work, pickled."""
 MAX_RESTARTS = 2
@@ -42,6 +47,8 @@ class ActorPool:
     """What dies, for messages."""
     error: type[LayerplanError] = LayerplanError
     """What is raised when the processes keep dying."""
+    memory_bytes: float = 0.0
+    """What each asks of its node's memory; 0 asks for nothing."""
     log_dir: Path | None = None
     """Folder, reachable from every node, in which each process has its standard error; None leaves it to Ray."""
 
@@ -69,13 +76,16 @@ def map_over_actors(
         batch_size: Rows of a batch.
         take: What is yielded: single rows, the columns of a block as numpy arrays, or as an Arrow table.
         is_ordered: Whether results come in the order of the rows.
-        progress: Told how many rows came back.
+        progress: Told how many rows came back, and ended with them.
 
     Raises:
         LayerplanError: What an actor raised, or `pool.error` when its process keeps dying.
     """
     try:
-        with closing(_start(pool, actor, arguments, rows, batch_size, take, is_ordered)) as results:
+        with (
+            closing(progress) if progress is not None else nullcontext(),
+            closing(_start(pool, actor, arguments, rows, batch_size, take, is_ordered)) as results,
+        ):
             for result in results:
                 _raise_fault(result)
                 if progress is not None:
@@ -115,11 +125,26 @@ def _start(
             compute=ray.data.ActorPoolStrategy(size=min(pool.size, num_batches)),
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
+            memory=_bound_memory(pool),
             max_restarts=MAX_RESTARTS,
             max_task_retries=MAX_RESTARTS,
         )
         results = _iterate(mapped, take)
     yield from results
+
+
+def _bound_memory(pool: ActorPool) -> float | None:
+    """What an actor asks for, at most all that the largest node has: a small machine tries, one actor at a time."""
+    import ray
+
+    if not pool.memory_bytes:
+        return None
+    largest = max(node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"])
+    if pool.memory_bytes <= largest:
+        return pool.memory_bytes
+    asked, there = pool.memory_bytes / GIB, largest / GIB
+    logger.warning("%s needs about %.1f GiB of memory; the largest node has %.1f GiB for it", pool.what, asked, there)
+    return largest or None
 
 
 def _iterate(mapped: Any, take: str) -> Iterator[Any]:
@@ -134,6 +159,7 @@ class _Shielded:
     """Holds an actor: makes it at the first batch, and hands a fault of ours back as a value from then on."""
 
     def __init__(self, actor: type, arguments: tuple[Any, ...], log_dir: str | None) -> None:
+        set_up_worker()
         if log_dir is not None:
             _log_stderr(Path(log_dir))
         self._actor, self._arguments = actor, arguments

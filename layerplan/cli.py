@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 
 COMMANDS = {
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser(words[0] if words else "").parse_args(words)
     from layerplan.entry import run_guarded
 
-    return run_guarded(lambda: import_module(COMMANDS[args.command][0]).execute(args))
+    work = partial(import_module(COMMANDS[args.command][0]).execute, args)
+    return run_guarded(work, style=args.log, level=args.level)
 
 
 def build_parser(command: str) -> argparse.ArgumentParser:
@@ -53,7 +55,23 @@ def build_parser(command: str) -> argparse.ArgumentParser:
         child = commands.add_parser(name, help=summary, description=summary[:1].upper() + summary[1:] + ".")
         if name == command:
             import_module(module).add_arguments(child)
+            for leaf in _list_leaves(child):
+                _add_log_arguments(leaf)
     return parser
+
+
+def _list_leaves(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """The parsers of a command's actions, or its own when it has none."""
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [leaf for action in actions for leaf in action.choices.values()] or [parser]
+
+
+def _add_log_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is said on the way, on standard error")
+    level = group.add_mutually_exclusive_group()
+    level.add_argument("--verbose", dest="level", action="store_const", const="DEBUG", help="what engines say too")
+    level.add_argument("--quiet", dest="level", action="store_const", const="WARNING", help="warnings and errors only")
+    group.add_argument("--log", choices=("text", "json"), help="lines for people (default) or JSON lines")
 
 
 def _read_version() -> str:

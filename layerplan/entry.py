@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a fault while running, 2 a bad config, 130 and 143 after S
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import signal
 import sys
@@ -17,9 +18,13 @@ from types import FrameType
 
 from layerplan.config.load import apply_overrides, load_config, validate_config
 from layerplan.config.run import RunConfig
+from layerplan.engine_noise import calm_engines
 from layerplan.errors import ConfigError, LayerplanError, find_layerplan_error
+from layerplan.log import kept, set_up
 from layerplan.redaction import redact_text
 from layerplan.telemetry import disable_bars_in_logs, disable_telemetry
+
+logger = logging.getLogger(__name__)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, takes_model: bool = False) -> None:
@@ -55,15 +60,28 @@ def read_config(args: argparse.Namespace) -> RunConfig:
     return validate_config(apply_overrides(values, args.set))
 
 
-def run_guarded(work: Callable[[], None]) -> int:
-    """Runs the work with telemetry off and turns every ending into an exit code and at most one line per fault."""
+def run_guarded(work: Callable[[], None], *, style: str | None = None, level: str | None = None) -> int:
+    """Runs the work with telemetry off and turns every ending into an exit code and at most one line per fault.
+
+    Args:
+        work: The command.
+        style: `text` or `json`, how records are shown; the environment's when left out.
+        level: The least that is shown; the environment's when left out.
+    """
     disable_telemetry()
     disable_bars_in_logs()
     signal.signal(signal.SIGTERM, _stop_on_sigterm)
+    with kept():
+        return _run(work, style, level)
+
+
+def _run(work: Callable[[], None], style: str | None, level: str | None) -> int:
     try:
-        work()
+        set_up(style, level)
+        with calm_engines():
+            work()
     except KeyboardInterrupt:
-        print("stopped by the user; submit the same run name again to continue", file=sys.stderr)
+        logger.info("stopped by the user; submit the same run name again to continue")
         return 130
     except SystemExit as stop:
         return int(stop.code or 0)
@@ -75,14 +93,14 @@ def run_guarded(work: Callable[[], None]) -> int:
 
 
 def _stop_on_sigterm(signum: int, frame: FrameType | None) -> None:
-    print("stopped by SIGTERM; submit the same run name again to continue", file=sys.stderr)
+    logger.info("stopped by SIGTERM; submit the same run name again to continue")
     raise SystemExit(143)
 
 
 def _report_fault(error: LayerplanError) -> int:
     faults = error.faults if isinstance(error, ConfigError) else (str(error),)
     for fault in faults:
-        print(f"error: {redact_text(fault)}", file=sys.stderr)
+        logger.error("%s", redact_text(fault))
     return error.exit_code
 
 
@@ -94,10 +112,7 @@ def _report(error: Exception) -> int:
     with tempfile.NamedTemporaryFile("w", prefix="layerplan-", suffix=".log", delete=False) as log:
         log.write(redact_text("".join(traceback.format_exception(error))))
     first_line = redact_text(str(error).strip().splitlines()[0]) if str(error).strip() else "no message"
-    print(
-        f"error: {type(error).__name__}: {first_line}{_describe_loss(error)} (details: {Path(log.name)})",
-        file=sys.stderr,
-    )
+    logger.error("%s: %s%s (details: %s)", type(error).__name__, first_line, _describe_loss(error), log.name)
     return 1
 
 

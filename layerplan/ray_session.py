@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from layerplan.config.cluster import ClusterConfig
 from layerplan.errors import ClusterError, first_line
+from layerplan.log import get_settings
 from layerplan.ray_access import LOOPBACK, ask_for_token, is_loopback, stay_on_loopback
 from layerplan.telemetry import QUIET_VARIABLES
 from layerplan.waiting import start_watching
@@ -67,7 +68,12 @@ def connect(config: ClusterConfig, *, min_cpus: float, min_gpus: float = 0) -> N
 
 
 def quiet_engines() -> None:
-    """Keeps Ray's own progress to terminals that can redraw it; in a log file it would bury the run's lines."""
+    """Keeps Ray's own progress to terminals that can redraw it; in a log file it would bury the run's lines.
+
+    Who asks for all there is hears Ray too.
+    """
+    if logging.getLogger("layerplan").isEnabledFor(logging.DEBUG):
+        return
     import ray.data
 
     names = ["ray.data", "ray.train"]
@@ -97,7 +103,10 @@ def _init(address: str | None, config: ClusterConfig) -> None:
     import ray
 
     variables = {**WORKER_VARIABLES, **QUIET_VARIABLES}
+    if logging.getLogger("layerplan").isEnabledFor(logging.DEBUG):
+        variables["VLLM_LOGGING_LEVEL"] = "INFO"
     variables |= {name: os.environ[name] for name in (*WORKER_VARIABLES, *PASSED_ON, *STORAGE) if name in os.environ}
+    variables |= get_settings()
     # Ray Train's watcher asks the State API whether a run is alive. Where a host has several clusters and the watcher is not
     # told which is its own, it may ask another, hear that the run is unknown there, and free its resources.
     if address is not None:

@@ -6,12 +6,15 @@ the actor pools that trace, tokenize and score, and single tasks. It only reads:
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 3.0
 PATIENCE_S = 5.0
@@ -25,6 +28,9 @@ AGAIN_AFTER_LOSS = "if this run ends now, submit the same command again: it cont
 _ASK_TIMEOUT_S = 5
 _MOST_ROWS = 2000
 _SHOWN_HOLDERS = 4
+
+_UNITS = {"memory": "GiB of memory"}
+"""Of what Ray counts in bytes."""
 
 Resources = Mapping[str, float]
 
@@ -111,7 +117,10 @@ def describe_wait(asks: Sequence[Ask], snapshot: Snapshot, own_job: str, waited_
     names = sorted({name for ask in asks for name in ask.resources})
     wanted = Counter(f"{ask.what} of {_render(ask.resources)}" for ask in asks)
     asked = ", ".join(f"{count} x {text}" if count > 1 else text for text, count in wanted.items())
-    free = ", ".join(f"{snapshot.free.get(name, 0):g} of {snapshot.total.get(name, 0):g} {name}" for name in names)
+    free = ", ".join(
+        f"{_count(name, snapshot.free.get(name, 0))} of {_count(name, snapshot.total.get(name, 0))} {_UNITS.get(name, name)}"
+        for name in names
+    )
     held = _describe_holders(snapshot, names, own_job)
     return f"{waited_s:.0f} s for {asked}; free: {free}; held: {held or 'nothing that Ray lists'}"
 
@@ -136,7 +145,12 @@ def _describe_holders(snapshot: Snapshot, names: Sequence[str], own_job: str) ->
 
 
 def _render(resources: Resources) -> str:
-    return " + ".join(f"{amount:g} {name}" for name, amount in sorted(resources.items())) or "no resources"
+    shown = (f"{_count(name, amount)} {_UNITS.get(name, name)}" for name, amount in sorted(resources.items()))
+    return " + ".join(shown) or "no resources"
+
+
+def _count(name: str, amount: float) -> str:
+    return f"{amount / 2**30:.1f}" if name in _UNITS else f"{amount:g}"
 
 
 def _parenthesised(text: str) -> str:
@@ -169,7 +183,7 @@ def _watch(address: str, own_job: str) -> None:
             if failures == FAILURES_SAID and ray.is_initialized():
                 line = f"the head of the Ray cluster does not answer any more; {AGAIN_AFTER_LOSS}"
         if line:
-            print(f"[wait] {line}", flush=True)
+            logger.info(line)
 
 
 def ask_ray(address: str, own_job: str) -> Snapshot:

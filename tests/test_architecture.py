@@ -146,6 +146,26 @@ def test_no_two_modules_import_each_other():
     assert circles == [], "modules in circles, and those that import them"
 
 
+def test_only_what_answers_a_command_prints():
+    """The rest is told to a logger: `layerplan.log`."""
+    answers = ("layerplan/pipeline/", "layerplan/commands/")
+    own_commands = {
+        "layerplan/config/reference.py",
+        "layerplan/plan/schema.py",
+        "layerplan/tracking/address.py",
+        "eval/printed.py",
+    }
+    library = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("layerplan", "eval")]
+    printing = {
+        str(path.relative_to(ROOT))
+        for path in library
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Name) and node.id == "print"
+    }
+    assert {name for name in printing if not name.startswith(answers)} == own_commands
+    assert "layerplan/pipeline/stages.py" not in printing
+
+
 def test_tests_have_no_init_and_no_file_is_called_utils():
     names = {path.relative_to(ROOT).as_posix() for path in SOURCES}
     assert not [name for name in names if name.startswith("tests/") and name.endswith("__init__.py")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,8 @@ from layerplan.models.ref import ModelRef
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.run_folder import CARD_NAME, PLAN_NAME, STATE_NAME
 from layerplan.storage.paths import StoredPath
+
+logger = logging.getLogger(__name__)
 
 
 def export_hf(
@@ -58,7 +61,7 @@ def export_hf(
     weights = sort_base_weights(model, source, applied.trainable, as_float32=export_dtype == "float32")
     parameters = dict(model.named_parameters())
     if warning := prove_checkpoint(checkpoint, plan.sealed().sha256):
-        print(f"[checkpoint] warning: {warning}", flush=True)
+        logger.warning(warning)
     trained = load_trained_tensors(checkpoint, {name: parameters[name] for name in applied.trainable})
     rounded = {name: round_as_stored(weights, name, value) for name, value in trained.items()}
     changed = sum(not torch.equal(parameters[name], value) for name, value in rounded.items())

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from layerplan.plan.exports import EXPORTS, READ
 from layerplan.run_folder import PLAN_NAME
+
+if TYPE_CHECKING:
+    from layerplan.models.ref import ModelRef
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,16 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", action="append", default=[], metavar="PLAN", help="price this plan too; may be repeated"
     )
     price.add_argument("--seq-len", type=int, default=4096, metavar="TOKENS", help="length of a row (default 4096)")
-    price.add_argument("--revision", default="main", help="branch, tag or commit of a hub model")
+    _add_model_options(price)
     export = actions.add_parser("export", help="a plan in another tool's configuration")
     export.add_argument("plan", metavar="PLAN", help="freeze_plan.json, or the folder of a run or an export")
     export.add_argument("--to", required=True, choices=sorted(EXPORTS), help="whose configuration")
     export.add_argument("--model", required=True, metavar="MODEL", help="folder or hub id of the plan's model")
+    _add_model_options(export)
     bring = actions.add_parser("import", help="another tool's configuration as a plan")
     bring.add_argument("file", metavar="FILE", help="YAML or JSON file of the tool")
     bring.add_argument("--from", dest="tool", required=True, choices=READ, help="whose configuration it is")
     bring.add_argument("--model", required=True, metavar="MODEL", help="folder or hub id it is for")
+    _add_model_options(bring)
     bring.add_argument("--out", default=PLAN_NAME, metavar="FILE", help="where the plan goes")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", default="main", help="branch, tag or commit of a hub model")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -43,10 +54,14 @@ def execute(args: argparse.Namespace) -> None:
         case "diff":
             plans.print_difference(*args.plans)
         case "price":
-            from layerplan.models.ref import ModelRef
-
-            plans.print_prices(ModelRef(args.model, args.revision), args.plan, seq_len=args.seq_len)
+            plans.print_prices(_read_model(args), args.plan, seq_len=args.seq_len)
         case "export":
-            plans.print_export(args.plan, args.to, args.model)
+            plans.print_export(args.plan, args.to, _read_model(args))
         case "import":
-            plans.import_plan(args.file, args.tool, args.model, args.out)
+            plans.import_plan(args.file, args.tool, _read_model(args), args.out)
+
+
+def _read_model(args: argparse.Namespace) -> ModelRef:
+    from layerplan.models.ref import ModelRef
+
+    return ModelRef(args.model, args.revision, args.trust_remote_code)

@@ -8,6 +8,7 @@ input, config and tokenizer give the same bytes, whatever the number of actors a
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -37,6 +38,8 @@ from layerplan.errors import CorpusError
 from layerplan.run_folder import CONTAMINATED_NAME, MANIFEST_NAME, QUARANTINE_NAME, VALIDATION_NAME
 from layerplan.storage.address import hide_keys
 
+logger = logging.getLogger(__name__)
+
 WORKERS_PER_INPUT_BYTES = 32 * 2**20
 """One actor per so much input at most; more would wait longer for their start than they work."""
 ITEMS_PER_PIPELINE = 1024
@@ -54,7 +57,7 @@ def build_token_store(
     *,
     questions: Sequence[BenchmarkText] = (),
     seed: int = 0,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = logger.info,
 ) -> Manifest:
     """Builds the store, goes on with an unfinished one, or returns the manifest of a complete one.
 
@@ -185,27 +188,26 @@ def _consume(
     report: Callable[[str], None],
 ) -> None:
     """Feeds the writer source by source, each up to its limit, from where the writer stopped."""
-    progress = BuildProgress(units, writer, report)
-    numbered = list(enumerate(units))
-    for source, members in groupby(numbered, key=lambda pair: pair[1].source):
-        mine = list(members)
-        last = mine[-1][0]
-        if writer.state.unit > last:
-            continue
-        rest = [(number, unit) for number, unit in mine if number >= writer.state.unit]
-        rest[0] = (rest[0][0], replace(rest[0][1], skip=writer.state.skip))
-        limit = config.sources[source].max_documents
-        taken = writer.state.sources[source]
-        if limit is None or taken.num_documents < limit:
-            with closing(iter_rest(rest)) as records:  # stops the actors at once, also when an error ends the build
-                for record in records:
-                    writer.add(record)
-                    _check_lost_bytes(config, writer, progress.total_bytes)
-                    progress.update()
-                    if limit is not None and taken.num_documents >= limit:
-                        break
-        writer.finish_source(source, next_unit=last + 1)
-    progress.finish()
+    with closing(BuildProgress(units, writer, report)) as progress:
+        for source, members in groupby(enumerate(units), key=lambda pair: pair[1].source):
+            mine = list(members)
+            last = mine[-1][0]
+            if writer.state.unit > last:
+                continue
+            rest = [(number, unit) for number, unit in mine if number >= writer.state.unit]
+            rest[0] = (rest[0][0], replace(rest[0][1], skip=writer.state.skip))
+            limit = config.sources[source].max_documents
+            taken = writer.state.sources[source]
+            if limit is None or taken.num_documents < limit:
+                with closing(iter_rest(rest)) as records:  # stops the actors at once, also when an error ends the build
+                    for record in records:
+                        writer.add(record)
+                        _check_lost_bytes(config, writer, progress.total_bytes)
+                        progress.update()
+                        if limit is not None and taken.num_documents >= limit:
+                            break
+            writer.finish_source(source, next_unit=last + 1)
+        progress.finish()
 
 
 def iter_records(

@@ -10,6 +10,7 @@ lanes. There is no de-duplication across the corpus, and the last row of every c
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +35,8 @@ from layerplan.corpus.writer import explain_disk_faults
 from layerplan.errors import CorpusError
 from layerplan.run_folder import MANIFEST_NAME, STREAM_NAME
 
+logger = logging.getLogger(__name__)
+
 MIN_CHUNK_BYTES = 64 * 2**10
 CHUNKS_WANTED = 4096
 MAX_WHOLE_BYTES = 64 * 2**20
@@ -47,7 +50,7 @@ def write_stream(
     *,
     questions: Sequence[BenchmarkText] = (),
     seed: int = 0,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = logger.info,
 ) -> Manifest:
     """Writes what training needs to make rows by itself: the chunks, the tokenizer, the filters. Reads no text.
 

@@ -10,19 +10,21 @@ from itertools import accumulate
 from layerplan.corpus.outcome import KEPT
 from layerplan.corpus.unit import Unit
 from layerplan.corpus.writer import StoreWriter
-
-REPORT_EVERY_S = 5.0
+from layerplan.progress import Pace
+from layerplan.progress_line import ProgressLine
 
 
 class BuildProgress:
-    """Reports at most every five seconds; the share done is by bytes of input."""
+    """Says from time to time how far a build is; the share done is by bytes of input."""
 
     def __init__(self, units: Sequence[Unit], writer: StoreWriter, report: Callable[[str], None]) -> None:
         self._writer = writer
         self._report = report
         self._bytes_before = [0, *accumulate(unit.num_bytes for unit in units)]
-        self._started = self._reported = time.monotonic()
+        self._line = ProgressLine(report)
+        self._started = time.monotonic()
         self._first = self._now()
+        self._pace = Pace(self.total_bytes, done=self._first[0])
 
     @property
     def total_bytes(self) -> int:
@@ -30,14 +32,18 @@ class BuildProgress:
         return self._bytes_before[-1]
 
     def update(self) -> None:
-        """Reports when it is time."""
-        if time.monotonic() - self._reported > REPORT_EVERY_S:
-            self._reported = time.monotonic()
-            self._report(self._describe())
+        """Says it when it is time."""
+        self._pace.note(self._bytes_before[self._writer.state.unit])
+        self._line.show(self._describe)
 
     def finish(self) -> None:
         """Reports the end."""
+        self.close()
         self._report(self._describe())
+
+    def close(self) -> None:
+        """Ends the display."""
+        self._line.close()
 
     def _now(self) -> tuple[int, int, int]:
         """Bytes, documents, tokens."""
@@ -49,14 +55,14 @@ class BuildProgress:
     def _describe(self) -> str:
         elapsed_s = max(time.monotonic() - self._started, 1e-9)
         now = self._now()
-        done, documents, tokens = (int(after - before) for after, before in zip(now, self._first, strict=True))
+        documents, tokens = (after - before for after, before in zip(now[1:], self._first[1:], strict=True))
         share = now[0] / max(self.total_bytes, 1)
         kept = sum(progress.counts[KEPT] for progress in self._writer.state.sources)
         line = (
             f"{share:6.1%}  {now[1]:,} documents in ({documents / elapsed_s:,.0f}/s), {kept:,} kept,"
             f" {now[2]:,} tokens ({tokens / elapsed_s:,.0f}/s)"
         )
-        if done and share < 1:
-            left_s = (self.total_bytes - now[0]) / done * elapsed_s
+        left_s = self._pace.estimate_left_s(now[0])
+        if left_s:
             line += f", {timedelta(seconds=round(left_s))} left"
         return line

@@ -5,6 +5,7 @@ Rows are not read here. Each row group is compared with its hash when training r
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,11 +20,13 @@ from layerplan.corpus.row_groups import READ_FAULTS, count_groups, hash_tail
 from layerplan.errors import CorpusError, first_line
 from layerplan.storage.address import hide_keys, join_location, open_filesystem
 
+logger = logging.getLogger(__name__)
+
 NUM_THREADS = 32
 """Files looked at at once: at an address each is a wait."""
 
 
-def check_files(store: Path | str, manifest: Manifest, report: Callable[[str], None] = print) -> None:
+def check_files(store: Path | str, manifest: Manifest, report: Callable[[str], None] = logger.info) -> None:
     """Compares every file with the manifest, by size and end, or by size, rows and row groups where no end was hashed.
 
     Warns where rows have no hashes.

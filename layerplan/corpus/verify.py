@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,14 +19,16 @@ from layerplan.corpus.location import open_file
 from layerplan.corpus.manifest import Manifest, Shard
 from layerplan.corpus.row_groups import READ_FAULTS, count_groups, read_group
 from layerplan.errors import first_line
+from layerplan.progress_line import ProgressLine
 from layerplan.storage.address import hide_keys, join_location
 
-REPORT_EVERY_S = 5.0
+logger = logging.getLogger(__name__)
+
 MAX_THREADS = 8
 """Each holds one file in memory."""
 
 
-def verify_store(store: Path | str, manifest: Manifest, report: Callable[[str], None] = print) -> list[str]:
+def verify_store(store: Path | str, manifest: Manifest, report: Callable[[str], None] = logger.info) -> list[str]:
     """Reads every file and returns one line for each damaged row group or file, in row order.
 
     Args:
@@ -32,17 +36,21 @@ def verify_store(store: Path | str, manifest: Manifest, report: Callable[[str], 
         manifest: The store's, which says what was written.
         report: Receives progress lines.
     """
-    started = reported = time.monotonic()
+    started = time.monotonic()
     damage: dict[str, list[str]] = {}
     files = manifest.files
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="verify") as pool:
+
+    def describe() -> str:
+        found, seconds = sum(map(len, damage.values())), time.monotonic() - started
+        return f"{len(damage):,} of {len(files):,} files in {seconds:.0f} s, {found:,} faults"
+
+    threads = min(MAX_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool, closing(ProgressLine(report)) as line:
         futures = {pool.submit(_verify_file, store, manifest, shard): shard.name for shard in files}
         for future in as_completed(futures):
             damage[futures[future]] = future.result()
-            if time.monotonic() - reported > REPORT_EVERY_S or len(damage) == len(files):
-                reported = time.monotonic()
-                found = sum(map(len, damage.values()))
-                report(f"{len(damage):,} of {len(files):,} files in {reported - started:.0f} s, {found:,} faults")
+            line.show(describe)
+    report(describe())
     return [line for shard in files for line in damage[shard.name]]
 
 

@@ -69,7 +69,7 @@ def refuse_code_without_consent(name: str, config: dict[str, Any], *, trust_remo
     if code and not trust_remote_code and config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
             f"model.name={name}: is made by Python code that comes with it ({code}), which is not run unless asked;"
-            " read it, then set model.trust_remote_code: true"
+            " read it, then set model.trust_remote_code: true, or give --trust-remote-code where a command takes it"
         )
 
 

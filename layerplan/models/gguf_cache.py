@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
@@ -11,6 +12,8 @@ from layerplan.artifacts import hash_file
 from layerplan.errors import ModelError
 from layerplan.models.gguf import convert_gguf
 from layerplan.models.gguf_file import GGUF_SUFFIX
+
+logger = logging.getLogger(__name__)
 
 PACKAGE_SCHEME = "package://"
 """A file inside an installed Python package: `package://<import name>/<path>`."""
@@ -23,7 +26,7 @@ def is_gguf(name: str) -> bool:
     return name.lower().endswith(GGUF_SUFFIX)
 
 
-def find_model(name: str, cache: Path, *, report: Callable[[str], None] = print) -> str:
+def find_model(name: str, cache: Path, *, report: Callable[[str], None] = logger.info) -> str:
     """The folder or hub id of a model; a GGUF file is converted first, once for all runs that share the cache.
 
     Args:

@@ -8,20 +8,21 @@ from torch import nn
 
 from layerplan.errors import PlanError
 from layerplan.models.causal_lm import find_decoder_parts
-from layerplan.models.files import load_hf_config
 from layerplan.models.freezing import apply_plan
 from layerplan.models.meta import build_without_memory
+from layerplan.models.ref import ModelRef
 from layerplan.plan.exports import ParameterNames, Rule
 from layerplan.plan.freeze_plan import FreezePlan
 
 
-def build_by_name(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> nn.Module:
-    """The model of a folder or hub id on the meta device; raises `ModelError` when there is none."""
+def build_unloaded(model: ModelRef) -> nn.Module:
+    """The model on the meta device; raises `ModelError` when there is none, or its own code is not allowed."""
     from transformers import AutoConfig
 
-    load_hf_config(name, revision=revision)  # its errors are one line each
-    config: Any = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    return build_without_memory(config, name=name, trust_remote_code=trust_remote_code)
+    model.check_consent()  # its errors are one line each
+    options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    config: Any = AutoConfig.from_pretrained(model.name, **options)
+    return build_without_memory(config, name=model.name, trust_remote_code=model.trust_remote_code)
 
 
 def name_parameters(model: nn.Module, plan: FreezePlan) -> ParameterNames:

@@ -54,7 +54,19 @@ class ModelRef:
         """Its sizes, from config and code, no weight; raises `ModelError` when no causal model can be built from them."""
         from layerplan.models.model_sizes import load_model_shape
 
+        self.check_consent()
         return load_model_shape(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+    def num_params(self) -> int:
+        """Numbers in its weights: of a folder by its files' headers, else by its config; raises `ModelError` without."""
+        from math import prod
+
+        from layerplan.models.weight_files import read_stored_tensors
+
+        folder = Path(self.name).expanduser()
+        if not folder.is_dir():
+            return self.shape().total_params
+        return sum(prod(tensor.shape) for tensor in read_stored_tensors(folder).values())
 
     def max_positions(self) -> int | None:
         """Tokens its positions can hold, None where nothing bounds them; raises `ModelError` without a config."""

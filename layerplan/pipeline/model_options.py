@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from layerplan.config.model import ScratchModelConfig
@@ -10,7 +11,7 @@ from layerplan.models.ref import ModelRef
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.storage.working import is_remote, make_private
 
-PREFIX = "[model] "
+logger = logging.getLogger(__name__)
 
 
 def find_base(config: RunConfig) -> ModelRef:
@@ -43,8 +44,4 @@ def find_model(name: str, storage_path: str = "runs") -> str:
         return name  # spares a dry run the import
     from layerplan.models import gguf_cache
 
-    return gguf_cache.find_model(name, Path(storage_path).expanduser(), report=_say)
-
-
-def _say(line: str) -> None:
-    print(PREFIX + line, flush=True)
+    return gguf_cache.find_model(name, Path(storage_path).expanduser(), report=logger.info)

@@ -76,7 +76,7 @@ def print_prices(model: ModelRef, plans: Sequence[str], *, seq_len: int) -> None
         raise ConfigError(f"--seq-len {seq_len}: must be at least 1")
     from layerplan.models.published import load_shape_and_type
 
-    model = replace(model, name=find_model(model.name))
+    model = _find(model)
     shape, model_type = load_shape_and_type(model)
     identity = ModelIdentity(name=Path(model.name).name, model_type=model_type, num_layers=shape.num_layers)
     chosen = {"full": make_full_plan(identity, shape), **_list_usual(identity, shape)}
@@ -95,24 +95,24 @@ def print_prices(model: ModelRef, plans: Sequence[str], *, seq_len: int) -> None
     print()
 
 
-def print_export(path: str, tool: str, model_name: str) -> None:
+def print_export(path: str, tool: str, model: ModelRef) -> None:
     """Prints a plan as a tool's configuration.
 
     Raises:
         LayerplanError: When plan or model cannot be read, do not fit together, or the tool cannot say the plan.
     """
-    from layerplan.models.parameter_names import build_by_name, name_parameters
+    from layerplan.models.parameter_names import build_unloaded, name_parameters
 
-    print(export_names(name_parameters(build_by_name(find_model(model_name)), read_plan(path)), tool), end="")
+    print(export_names(name_parameters(build_unloaded(_find(model)), read_plan(path)), tool), end="")
 
 
-def import_plan(path: str, tool: str, model_name: str, out: str) -> None:
+def import_plan(path: str, tool: str, model: ModelRef, out: str) -> None:
     """Writes the plan that a tool's configuration is, and prints it.
 
     Raises:
         LayerplanError: When the file or the model cannot be read, or no plan says what the configuration does.
     """
-    from layerplan.models.parameter_names import build_by_name, find_selectors, name_parameters
+    from layerplan.models.parameter_names import build_unloaded, find_selectors, name_parameters
 
     try:
         values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -120,12 +120,12 @@ def import_plan(path: str, tool: str, model_name: str, out: str) -> None:
         raise PlanError(f"{path}: cannot be read ({first_line(error)})") from None
     if not isinstance(values, dict):
         raise PlanError(f"{path}: a mapping of fields is expected")
-    base = ModelRef(find_model(model_name))
-    model, shape = build_by_name(base.name), base.shape()
+    model = _find(model)
+    built, shape = build_unloaded(model), model.shape()
     rule = read_rule(values, tool, num_layers=shape.num_layers)
-    config = ExplicitPlanConfig(**find_selectors(model, rule))
-    plan = make_plan(config, model=base.identity(), shape=shape)
-    for name in (names := name_parameters(model, plan)).all:
+    config = ExplicitPlanConfig(**find_selectors(built, rule))
+    plan = make_plan(config, model=model.identity(), shape=shape)
+    for name in (names := name_parameters(built, plan)).all:
         if rule(name) != (name in names.trainable):
             raise PlanError(
                 f"{path}: {'trains' if rule(name) else 'freezes'} {name}, which no plan does beside the rest"
@@ -133,6 +133,11 @@ def import_plan(path: str, tool: str, model_name: str, out: str) -> None:
     plan.save(Path(out))
     print(explain_plan(plan, None))
     print(f"plan      {Path(out).resolve()} ({plan.sha256[:12]})")
+
+
+def _find(model: ModelRef) -> ModelRef:
+    """The same, a GGUF file converted."""
+    return replace(model, name=find_model(model.name))
 
 
 def _list_usual(model: ModelIdentity, shape: ModelShape) -> dict[str, FreezePlan]:

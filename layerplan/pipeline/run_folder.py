@@ -7,6 +7,7 @@ numbers has changed; where it runs, how it is logged and how often it is saved m
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from layerplan.errors import ConfigError
 from layerplan.redaction import redact_values
 from layerplan.run_folder import RunFolder
 from layerplan.storage.working import find_home, find_working_folder, is_remote
+
+logger = logging.getLogger(__name__)
 
 MAY_CHANGE = (
     "storage_path",
@@ -87,7 +90,7 @@ def _open_mirror(folder: RunFolder) -> RunFolder:
 
     mirror = Mirror(folder.root)
     mirror.fetch()
-    print(f"[storage] the run is kept at {find_home(folder.root)}; this machine works in {folder.root}", flush=True)
+    logger.info("the run is kept at %s; this machine works in %s", find_home(folder.root), folder.root)
     return RunFolder(folder.root, mirror)
 
 

@@ -10,6 +10,7 @@ that stands still for `STALE_S` by the clock of who looks, the run is taken over
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
@@ -29,6 +30,8 @@ from layerplan.config.base import StrictModel
 from layerplan.errors import ConfigError, RunBusyError
 from layerplan.pipeline.lease_files import LeaseFiles
 from layerplan.storage.paths import StoredPath
+
+logger = logging.getLogger(__name__)
 
 BEAT_S = 5.0
 """Between two signs of life."""
@@ -69,7 +72,7 @@ def hold_run(
     *,
     beat_s: float = BEAT_S,
     stale_s: float = STALE_S,
-    report: Callable[[str], None] = lambda line: print(line, flush=True),
+    report: Callable[[str], None] = logger.info,
 ) -> Iterator[None]:
     """Holds a run's folder; nobody else writes it within the block.
 

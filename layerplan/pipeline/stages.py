@@ -6,6 +6,7 @@ A stage never calls the next one: `chain.py` and its siblings put them in order.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -57,6 +58,8 @@ from layerplan.train.asking import ask_in_task, read_recipe
 from layerplan.train.request import CheckpointValidation, TrainRequest, TrainResult, load_result
 from layerplan.train.trainer import run_training
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class RunContext:
@@ -68,8 +71,8 @@ class RunContext:
 
 
 def say(stage: str, text: str) -> None:
-    """Prints one progress line."""
-    print(f"[{stage}] {text}", flush=True)
+    """Says how far the run is."""
+    logger.info("%s", text, extra={"stage": stage})
 
 
 @contextmanager

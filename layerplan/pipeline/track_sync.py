@@ -7,6 +7,7 @@ written there, so an address that has any is given again.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from layerplan.tracking.background import BackgroundSender, locate_store
 from layerplan.tracking.outbox import TrackingFolder
 from layerplan.tracking.position import count_backlog
 
+logger = logging.getLogger(__name__)
+
 PATIENCE_S = 300.0
 """With a store that neither takes anything nor fails; somebody is watching."""
 
@@ -32,12 +35,12 @@ def sync(run_dir: Path, uri: str | None) -> None:
         TrackingError: When something has not arrived.
     """
     config = read_tracking(run_dir, uri)
-    print(f"[tracking] to send: {count_backlog(run_dir).describe() or 'nothing'}", flush=True)
+    logger.info("to send: %s", count_backlog(run_dir).describe() or "nothing")
     sender = BackgroundSender(
         locate_store(config, run_dir),
         config.experiment,
         TrackingFolder(run_dir),
-        lambda line: print(f"[tracking] {line}"),
+        logger.info,
     )
     sender.start()
     sender.close(stalled_s=PATIENCE_S, in_all_s=math.inf)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from layerplan.corpus.damage import advise_rebuild
 from layerplan.corpus.manifest import Manifest, resolve_store
 from layerplan.corpus.verify import verify_store
 from layerplan.errors import CorpusError
 from layerplan.storage.address import hide_keys
+
+logger = logging.getLogger(__name__)
 
 
 def verify(folder: str) -> None:
@@ -22,7 +26,7 @@ def verify(folder: str) -> None:
     manifest = Manifest.load(store)
     if manifest.mode != "store":
         raise CorpusError(f"{hide_keys(store)}: holds no rows to verify; they are made while training")
-    damage = verify_store(store, manifest, report=lambda line: print(line, flush=True))
+    damage = verify_store(store, manifest, report=logger.info)
     for line in damage:
         print(line)
     if damage:

@@ -112,6 +112,19 @@ def estimate_memory(
     )
 
 
+def estimate_inference_memory(num_params: int, dtype: str, *, num_logits: int, cache_bytes: float = 0.0) -> float:
+    """Predicts the bytes of a process that runs a model on a CPU, trains nothing and keeps no activations.
+
+    Args:
+        num_params: Of the model.
+        dtype: `float32`, `bfloat16` or `auto`, which is float32.
+        num_logits: Held at once, as the model gives them and once more in float32.
+        cache_bytes: Of keys and values.
+    """
+    width = _WIDTH["float32" if dtype == "auto" else dtype]
+    return num_params * width + num_logits * (width + 4) + cache_bytes + BASELINE_BYTES["cpu"]
+
+
 def choose_placement(
     plan: FreezePlan,
     shape: ModelShape,

@@ -14,6 +14,7 @@ from layerplan.actor_pool import ActorPool, map_over_actors
 from layerplan.aside import writing_aside
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import ModelError, ProbeError
+from layerplan.models.footprint import estimate_actor_memory
 from layerplan.models.ref import ModelRef
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.progress import ProgressLines
@@ -42,8 +43,15 @@ def trace_model(
     identity = model.identity()
     if identity.num_layers < 2:
         raise ModelError(f"model.name={model}: has {identity.num_layers} layer; tracing needs at least 2")
-    encoded = encode_probes(probes, model.tokenizer(), model.max_positions(), mask_check_every=config.mask_check_every)
-    records = _measure(encoded, model, config, report)
+    tokenizer = model.tokenizer()
+    encoded = encode_probes(probes, tokenizer, model.max_positions(), mask_check_every=config.mask_check_every)
+    memory = estimate_actor_memory(
+        model,
+        "float32",
+        num_gpus=config.num_gpus_per_actor,
+        num_logits=config.batch_size * identity.num_layers * len(tokenizer),
+    )
+    records = _measure(encoded, model, config, memory, report)
     check_complete([probe.id for probe in probes], [record["id"] for record in records])
     profile = build_profile(records, model=identity, config=config, probe_set_sha256=hash_probes(probes))
     _write_records(out_dir / PROBES_NAME, records)
@@ -81,11 +89,20 @@ def check_complete(expected: list[str], measured: list[str]) -> None:
 
 
 def _measure(
-    encoded: list[EncodedProbe], model: ModelRef, config: TraceConfig, report: Callable[[str], None]
+    encoded: list[EncodedProbe],
+    model: ModelRef,
+    config: TraceConfig,
+    memory_bytes: float,
+    report: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     rows = [{"probes": encode_batch(batch)} for batch in make_batches(encoded, config.batch_size)]
     pool = ActorPool(
-        config.num_actors, config.num_cpus_per_actor, config.num_gpus_per_actor, "a tracer's process", ModelError
+        config.num_actors,
+        config.num_cpus_per_actor,
+        config.num_gpus_per_actor,
+        "a tracer's process",
+        ModelError,
+        memory_bytes,
     )
     progress = ProgressLines("probes measured", len(encoded), report)
     measured = map_over_actors(pool, TracerActor, (model, config), rows, take="rows", progress=progress)

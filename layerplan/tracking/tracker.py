@@ -5,6 +5,7 @@ Everything is written into the run folder and carried to the store from there, s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 from layerplan.config.tracking import TrackingConfig
 from layerplan.tracking.jsonl import JsonlSink
 from layerplan.tracking.outbox import Dataset, Status
+
+logger = logging.getLogger(__name__)
 
 NOTE_TAG = "mlflow.note.content"
 """What a run's page shows as its description, in Markdown."""
@@ -89,7 +92,7 @@ def status_of(error: BaseException) -> Status:
 
 
 def open_tracker(
-    config: TrackingConfig, run_dir: Path, run_name: str, report: Callable[[str], None] = print
+    config: TrackingConfig, run_dir: Path, run_name: str, report: Callable[[str], None] = logger.info
 ) -> Tracker:
     """Opens the run's tracker; a run folder that was tracked before continues its run.
 

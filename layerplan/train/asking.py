@@ -7,6 +7,7 @@ from typing import Any
 import ray
 
 from layerplan.errors import find_layerplan_error
+from layerplan.log import set_up_worker
 from layerplan.models.ref import ModelRef
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.ray_session import quiet_engines
@@ -41,6 +42,7 @@ def read_recipe(report: dict[str, Any]) -> LossRecipe:
 def _ask(model: ModelRef, seq_len: int) -> dict[str, Any] | None:
     from layerplan.train.loss_proof import ask_by_name
 
+    set_up_worker()
     quiet_engines()
     model.fetch()
     report = ask_by_name(model, seq_len=seq_len)

@@ -10,6 +10,7 @@ recipe.
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import suppress
 from typing import Any
@@ -21,6 +22,8 @@ from layerplan.config.train import TrainConfig
 from layerplan.errors import first_line
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.model_shape import ModelShape
+
+logger = logging.getLogger(__name__)
 
 CPU_EAGER_TOKENS = 1024
 """Longest rows for which the compiled plain attention is chosen on a CPU."""
@@ -43,7 +46,7 @@ def choose_attention(
         try:
             seconds[name] = time_attention(name, shape, seq_len, config.micro_batch_size, device)
         except (RuntimeError, ImportError) as error:
-            print(f"[train] attention {name} cannot run here: {str(error).splitlines()[0]}", flush=True)
+            logger.info("attention %s cannot run here: %s", name, str(error).splitlines()[0])
     return min(seconds, key=lambda name: seconds[name], default="sdpa")
 
 

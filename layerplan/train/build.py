@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,8 @@ from layerplan.train.loss_proof import agree_on_recipe
 from layerplan.train.optim import build_optimizer
 from layerplan.train.request import TrainRequest
 from layerplan.train.sharding import PlacedModel, place_model
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def build_model(
     optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters, compiled=config.compile)
     placed.masters.clear()
     if rank == 0:
-        print(render_placement(placement, estimate, available, applied), flush=True)
+        logger.info(render_placement(placement, estimate, available, applied))
     return BuiltModel(placed, applied, optimizer, placement, estimate, available, parked, recipe)
 
 
@@ -145,7 +148,7 @@ def agree_on_memory(available: float, device: torch.device) -> float:
 def render_placement(placement: Placement, estimate: MemoryEstimate, available: float, applied: AppliedPlan) -> str:
     """What was decided at start, in one line."""
     return (
-        f"[train] {len(applied.trainable)} parameters train, {len(applied.frozen)} are frozen;"
+        f"{len(applied.trainable)} parameters train, {len(applied.frozen)} are frozen;"
         f" parallelism {placement.parallelism}"
         + (f", frozen layers {placement.frozen_sharding}d" if placement.parallelism == "shard" else "")
         + f", attention {placement.attention}, {len(placement.checkpointed_layers)} layers recomputed;"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,8 @@ from layerplan.corpus.start_check import check_files
 from layerplan.corpus.stream import iter_rank_steps, make_schedule
 from layerplan.train.request import TrainRequest
 from layerplan.train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 class Feed(Protocol):
@@ -107,5 +110,5 @@ def check_feed(store: Path | str, *, num_lanes: int, seed: int) -> None:
     if manifest.mode == "on_the_fly":
         check_lanes(open_chunks(str(store)), num_lanes)
     else:
-        check_files(store, manifest, report=lambda line: print(f"[train] {line}", flush=True))
+        check_files(store, manifest, report=logger.info)
         make_schedule(store, num_lanes=num_lanes, seed=seed)

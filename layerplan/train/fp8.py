@@ -7,6 +7,7 @@ measured once at start and reported.
 from __future__ import annotations
 
 import copy
+import logging
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from torch import nn
 from layerplan.errors import TrainingError
 from layerplan.models.causal_lm import DecoderParts
 from layerplan.plan.freeze_plan import FreezePlan
+
+logger = logging.getLogger(__name__)
 
 
 def convert_frozen_layers(parts: DecoderParts, plan: FreezePlan) -> dict[int, float]:
@@ -44,7 +47,7 @@ def convert_frozen_layers(parts: DecoderParts, plan: FreezePlan) -> dict[int, fl
         errors[index] = sum(_relative_error(before[name], layer.get_submodule(name)) for name in linears) / len(linears)
     if errors:
         worst = max(errors, key=lambda index: errors[index])
-        print(f"[train] frozen layers in FP8: largest relative error {errors[worst]:.2%}, at layer {worst}", flush=True)
+        logger.info("frozen layers in FP8: largest relative error %s, at layer %d", f"{errors[worst]:.2%}", worst)
     return errors
 
 

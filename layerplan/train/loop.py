@@ -5,9 +5,10 @@ It runs on every rank, under Ray Train or in a single process; what differs is h
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ from layerplan.train.step import TensorBatch, accumulate_gradients, equalise, ma
 from layerplan.train.throughput import Window, compute_mfu, peak_memory_gib, render_progress
 from layerplan.train.validation import compute_validation_loss
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class LoopHooks:
@@ -49,7 +52,7 @@ class LoopHooks:
     """Held-out rows, the same on every rank."""
     restore: Callable[[], TrainState | None] = lambda: None
     """Loads the newest complete checkpoint of this run into the model; None when there is none yet."""
-    say: Callable[[str], None] = field(default=lambda line: print(line, flush=True))
+    say: Callable[[str], None] = logger.info
     """Takes the console lines of rank 0."""
     write_ledger: Callable[[int, PackedRows], None] | None = None
     """Takes (1-based step, rows) when a ledger is wanted."""
@@ -212,7 +215,7 @@ def _report_event(verdict: StepDecision, step: int, rank: int, hooks: LoopHooks)
     if verdict.event and hooks.sink is not None:
         hooks.sink.log_event(verdict.event, step, verdict.message)
     if verdict.event and rank == 0:
-        hooks.say(f"[train] {verdict.message}")
+        hooks.say(verdict.message)
     if verdict.action == "stop":
         raise TrainingError(verdict.message)
 
@@ -310,7 +313,7 @@ def _measure_validation(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -
     if hooks.sink is not None:
         hooks.sink.log_metrics({metrics.VALIDATION_LOSS: loss}, step=state.step)
     if setup.rank == 0:
-        hooks.say(f"[train] step {state.step}/{setup.config.max_steps}  validation loss {loss:.4f}")
+        hooks.say(f"step {state.step}/{setup.config.max_steps}  validation loss {loss:.4f}")
     return loss
 
 

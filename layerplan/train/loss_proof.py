@@ -6,6 +6,7 @@ its first step, whatever was said before. Rank 0 tells, all obey.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from layerplan.train.sample_documents import find_shortest_window
 from layerplan.train.self_test import SelfTestReport, ask_model, confirm_recipe
 from layerplan.train.state import TrainState
 from layerplan.train.step import LossModel
+
+logger = logging.getLogger(__name__)
 
 _BYTES_PER_PARAMETER = 4
 
@@ -55,7 +58,7 @@ def agree_on_recipe(causal_lm: nn.Module, *, seq_len: int, rank: int, world_size
         report = ask_model(
             causal_lm, seq_len=seq_len, with_gradients=world_size == 1 and has_room_for_gradients(causal_lm)
         )
-        print(f"[train] self-test: {report.sentence}", flush=True)
+        logger.info("self-test: %s", report.sentence)
         return report.recipe
 
     return _told_by_rank_0(ask if rank == 0 else None, world_size)

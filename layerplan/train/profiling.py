@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import torch
 
 from layerplan.run_folder import name_step
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -25,4 +28,4 @@ def profiled(folder: Path | None, step: int) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name_step(step)}.json"
     profiler.export_chrome_trace(str(path))
-    print(f"[train] profiler trace of step {step}: {path}", flush=True)
+    logger.info("profiler trace of step %d: %s", step, path)

@@ -7,6 +7,7 @@ run must not end because that file is gone or cut. Before Ray reads it, it is wr
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from layerplan.errors import CheckpointError
 from layerplan.run_folder import AWAITS_NAME, parse_step
 from layerplan.storage.paths import StoredPath, write_whole
 from layerplan.train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 RAY_INDEX_NAME = "checkpoint_manager_snapshot.json"
 
@@ -59,7 +62,7 @@ def find_resume(folder: StoredPath, expected: TrainState, rank: int) -> Resumed:
     if rank == 0:
         set_aside(choice)
         if line := choice.describe():
-            print(f"[train] {line}", flush=True)
+            logger.info(line)
     if choice.used is None:
         return Resumed(None, expected, run_id)
     return Resumed(choice.used.path, expected.check_same_run(choice.used.state), run_id)

@@ -102,7 +102,7 @@ def render_progress(step: int, config: TrainConfig, *, loss: float, rate: float,
     """The console line of rank 0."""
     left_s = (config.max_steps - step) * window.step_s
     line = (
-        f"[train] step {step}/{config.max_steps}  loss {loss:.4f}  lr {rate:.2e}  {window.tokens_per_s:,.0f} tokens/s"
+        f"step {step}/{config.max_steps}  loss {loss:.4f}  lr {rate:.2e}  {window.tokens_per_s:,.0f} tokens/s"
         f"  MFU {mfu:.1%}"
     )
     if step == 1:  # it includes the start-up of every engine and says nothing about the rest

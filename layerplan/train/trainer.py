@@ -6,6 +6,7 @@ newest one that proves itself. Calling `run_training` again on the same folder c
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -29,6 +30,8 @@ from layerplan.train.feed import check_feed
 from layerplan.train.request import TrainRequest, TrainResult, load_result
 from layerplan.train.resume import check_resumable, reset_ray_index
 from layerplan.train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["TrainRequest", "TrainResult", "load_result", "run_training"]
 
@@ -209,11 +212,13 @@ def _export(request: TrainRequest, checkpoint: StoredPath, step: int) -> Path:
         export_dtype=request.config.export_dtype,
     )
     report.save(request.run_dir / EXPORT_NAME)
-    print(
-        f"[train] exported {folder}: {report.num_frozen} frozen tensors have the base's dtype and bytes,"
-        f" {report.num_trained_changed} of {report.num_trained} trained ones changed"
-        f" (written in {' and '.join(report.trained_dtypes)})",
-        flush=True,
+    logger.info(
+        "exported %s: %d frozen tensors have the base's dtype and bytes, %d of %d trained ones changed (written in %s)",
+        folder,
+        report.num_frozen,
+        report.num_trained_changed,
+        report.num_trained,
+        " and ".join(report.trained_dtypes),
     )
     return folder
 
@@ -267,7 +272,7 @@ def _stop_on_sigterm(run_dir: Path) -> Iterator[None]:
     def request_stop(signum: int, frame: Any) -> None:
         nonlocal asked
         asked = True
-        print("[train] SIGTERM: saving a checkpoint, then stopping", flush=True)
+        logger.info("SIGTERM: saving a checkpoint, then stopping")
         stop_file.touch()
 
     try:

@@ -7,6 +7,7 @@ outside cannot write its stacks: then its node is asked what has become of it. N
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
@@ -25,6 +26,8 @@ from layerplan.storage.mirror import fetch_file
 from layerplan.train.heartbeat import BEAT_EVERY_S, Board, name_stacks
 from layerplan.train.place import Beat
 from layerplan.train.stall import Pulse, Stall, find_limit, find_slowest, find_stall, update_pulses
+
+logger = logging.getLogger(__name__)
 
 GONE = "gone"
 _ANSWER_TIMEOUT_S = 15.0
@@ -175,7 +178,7 @@ def watching_stalls(run_dir: Path, timeout_s: float | None) -> Iterator[Any]:
         yield None
         return
     board = ray.remote(Board).options(**_OPTIONS).remote()
-    dog = Watchdog(board, run_dir, timeout_s, say=lambda line: print(f"[watch] {line}", flush=True))
+    dog = Watchdog(board, run_dir, timeout_s, say=logger.info)
     stopped = threading.Event()
     threading.Thread(target=_watch, args=(dog, stopped), name="layerplan-watchdog", daemon=True).start()
     try:

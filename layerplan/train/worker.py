@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.store import load_validation_rows
 from layerplan.errors import StorageError
+from layerplan.log import set_rank, set_up_worker
 from layerplan.plan.cost import GIB, predict_cost
 from layerplan.plan.explain import explain_changes
 from layerplan.plan.freeze_plan import FreezePlan, PlanPhase
@@ -44,13 +46,17 @@ from layerplan.train.sharding import reset_compiled
 from layerplan.train.state import TrainState
 from layerplan.train.throughput import find_peak_flops
 
+logger = logging.getLogger(__name__)
+
 
 def run_worker(request: TrainRequest) -> None:
     """One worker's part of a training run, inside Ray Train's train function."""
+    set_up_worker()
     quiet_engines()
     request.model.fetch()
     fetch_file(request.run_dir / RESULT_NAME)
     context = ray.train.get_context()
+    set_rank(context.get_world_rank())
     with beating(request.board, context.get_world_rank()) as mark:
         train_phases(request, mark)
 
@@ -63,8 +69,7 @@ def train_phases(request: TrainRequest, mark: Mark) -> None:
     manifest = Manifest.load(request.store)
     shape = request.model.shape()
     num_nodes = count_ray_nodes(world_size)
-    if rank == 0:
-        print(f"[train] workers: {world_size} on {num_nodes} Ray node{'s' if num_nodes > 1 else ''}", flush=True)
+    logger.info("workers: %d on %d Ray node%s", world_size, num_nodes, "s" if num_nodes > 1 else "")
     fresh = TrainState(plan_sha256=request.plan.sha256, corpus_sha256=manifest.content_sha256)
     checkpoints = find_home(request.run_dir / CHECKPOINTS_NAME)
     resumed = find_resume(checkpoints, fresh, rank)
@@ -191,8 +196,8 @@ class Recorders:
         """Records that the schedule is one of more steps from here on, when it is."""
         finished = load_result(request.run_dir)
         state, line = extend_horizon(state, request.config, None if finished is None else finished.final_step)
-        if line and self.is_first_rank:
-            print(f"[train] {line}", flush=True)
+        if line:
+            logger.info(line)
             if self.sink is not None:
                 self.sink.log_event("schedule_horizon", state.step, line)
         return state
@@ -203,7 +208,7 @@ class Recorders:
             return
         message = explain_changes(plan.model_copy(update={"phases": (_phase_at(plan, step),)}))[0]
         self.sink.log_event("plan_change", step, message)
-        print(f"[train] plan changes at {message}", flush=True)
+        logger.info("plan changes at %s", message)
 
 
 def _phase_at(plan: FreezePlan, step: int) -> PlanPhase:

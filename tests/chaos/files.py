@@ -23,6 +23,7 @@ import torch
 from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.store import StoreReader, load_validation_rows
 from layerplan.errors import LayerplanError, first_line
+from layerplan.log import kept, set_up
 from layerplan.train.resume import find_resume
 from tests.chaos.outcomes import Outcome
 from tests.tiny_checkpoint import FRESH, RUN_ID, load, save
@@ -93,11 +94,12 @@ def try_store(store: Path, wanted: list[np.ndarray], draw: random.Random) -> Out
 def try_checkpoint(folder: Path, wanted: dict[str, list[torch.Tensor]], draw: random.Random) -> Outcome:
     """Damages one file of the newer checkpoint, and resumes."""
     file = draw.choice(sorted(path for path in (folder / f"step_{NEWER:08d}").iterdir() if path.is_file()))
-    kept = shutil.copytree(file.parent, Path(tempfile.mkdtemp(dir=folder.parent)) / "kept")
+    spare = shutil.copytree(file.parent, Path(tempfile.mkdtemp(dir=folder.parent)) / "kept")
     said = io.StringIO()
     with damaged(file, draw) as kind:
         try:
-            with contextlib.redirect_stdout(said):
+            with kept(), contextlib.redirect_stderr(said):
+                set_up(style="text", level="INFO")
                 found = find_resume(folder, FRESH, rank=0).checkpoint
             assert found is not None, "began at step 0"
             same = all(torch.equal(one, other) for one, other in zip(load(found), wanted[found.name], strict=True))
@@ -106,7 +108,7 @@ def try_checkpoint(folder: Path, wanted: dict[str, list[torch.Tensor]], draw: ra
             lost = f"{type(error).__name__}: {first_line(error)}"
     shutil.rmtree(folder / "set_aside", ignore_errors=True)
     shutil.rmtree(file.parent, ignore_errors=True)
-    shutil.move(kept, file.parent)
+    shutil.move(spare, file.parent)
     line = said.getvalue().strip()
     named = not line or file.name in line or "was never finished" in line
     return Outcome(f"checkpoint: {kind}", line, lost or ("" if named else "the name of the file"))
@@ -156,8 +158,7 @@ def _write_to_full_disk(folder: Path, kind: str) -> Outcome:
     except LayerplanError as error:
         said = str(error)
     (folder / "ballast").unlink()
-    with contextlib.redirect_stdout(io.StringIO()):
-        found = find_resume(folder, FRESH, rank=0).checkpoint
+    found = find_resume(folder, FRESH, rank=0).checkpoint
     if "No space left" not in said or str(folder) not in said:
         return Outcome(kind, said, "the reason, or the name of the folder")
     whole = found is not None and all(torch.equal(one, other) for one, other in zip(load(found), wanted, strict=True))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,13 +49,44 @@ class Dying(Doubler):
 
 def test_results_come_once_each_and_in_order_though_a_process_is_killed(ray_local: None, tmp_path: Path) -> None:
     said: list[str] = []
-    now = iter(range(0, 1000, 20))
-    progress = ProgressLines("numbers", len(ROWS), said.append, clock=lambda: next(now))
-    arguments = (str(tmp_path),)
-    found = map_over_actors(POOL, Dying, arguments, ROWS, take="rows", is_ordered=True, progress=progress)
-    assert [row["doubled"] for row in found] == [0, 2, 4, 6, 8, 10, 12, 14]
+    now = [0.0]
+    progress = ProgressLines("numbers", len(ROWS), said.append, clock=lambda: now[0])
+    now[0], found = 3600.0, []
+    for row in map_over_actors(POOL, Dying, (str(tmp_path),), ROWS, take="rows", is_ordered=True, progress=progress):
+        found.append(row["doubled"])
+        now[0] += 20
+    assert found == [0, 2, 4, 6, 8, 10, 12, 14]
     assert (tmp_path / "died").exists()
-    assert said[0] == "1 of 8 numbers, about 140 s to go"  # 20 s each, 7 left
+    # the first result took an hour, each one after it 20 s
+    assert said == ["1 of 8 numbers", "4 of 8 numbers, about 80 s to go", "7 of 8 numbers, about 20 s to go"]
+
+
+class Engine:
+    """Says which process it is, and works long enough for a second one to be there if there is room."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(0.5)
+        return {"pid": [os.getpid()] * len(batch["number"])}
+
+
+@pytest.mark.parametrize("share", [0.6, 3.0])
+def test_a_node_that_holds_one_engine_is_given_one_and_one_that_holds_none_tries(
+    ray_local: None, share: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two were asked for, each of more than half of what the node has, or of more than all of it."""
+    import ray
+
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    there = node["Resources"]["memory"]
+    pool = dataclasses.replace(POOL, memory_bytes=share * there)
+    pids = [row["pid"] for row in map_over_actors(pool, Engine, (), ROWS, take="rows")]
+    assert len(pids) == len(ROWS) and len(set(pids)) == 1
+    line = (
+        f"the counting process needs about {3 * there / 2**30:.1f} GiB of memory; the largest node has"
+        f" {there / 2**30:.1f} GiB for it"
+    )
+    said = [record.getMessage() for record in caplog.records if record.name == "layerplan.actor_pool"]
+    assert said == ([line] if share > 1 else [])
 
 
 @pytest.mark.parametrize("fault", [-1, 5])

@@ -129,6 +129,11 @@ def test_the_summary_shows_both_scores_with_intervals_and_counts(finished_run: P
     # Ray's own watcher of a run may be asking the cluster something when the job shuts it down
     ours = [line for line in output.splitlines() if "(PlacementGroupCleaner" not in line]
     assert not [line for line in ours if "Traceback" in line]
+    assert (
+        output.count("[train] step 40/40  loss") == output.count("step 40/40  loss") == 1
+        and "[corpus] 100.0%" in output
+    )
+    assert "constructor arguments" not in output, "Ray's advice to whoever writes an actor"
 
 
 def test_the_lineage_is_one_parent_with_a_nested_run_per_stage(finished_run: Path) -> None:

@@ -124,7 +124,8 @@ from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError
 from layerplan.models.ref import ModelRef
 ray.init(log_to_driver=False, configure_logging=False,
-         runtime_env={{"worker_process_setup_hook": "crash_hook.install"}})
+         runtime_env={{"worker_process_setup_hook": "crash_hook.install",
+                      "env_vars": {{"PYTHONPATH": os.environ["PYTHONPATH"]}}}})
 spec = EngineSpec(ModelRef({model!r}), "transformers", "float32", 0, (36, 37, 38, 39), 256)
 config = EvaluationConfig(backend="transformers", batch_size=2, num_cpus_per_actor=0.5)
 try:

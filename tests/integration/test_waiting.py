@@ -64,4 +64,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from layerplan.log import set_up
+
+    set_up()
     other_job() if len(sys.argv) > 1 else main()

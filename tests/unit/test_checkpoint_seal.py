@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import shutil
 from pathlib import Path
@@ -47,10 +48,12 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved, tmp_path / "checkpoints")
 
 
-def resume(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+def resume(folder: Path, caplog: pytest.LogCaptureFixture) -> tuple[str, str]:
     """Name of the checkpoint that is used, and the line that was said."""
+    caplog.clear()
+    caplog.set_level(logging.INFO, "layerplan")
     found = find_resume(folder, FRESH, rank=0)
-    return found.checkpoint.name if found.checkpoint else "", capsys.readouterr().out
+    return found.checkpoint.name if found.checkpoint else "", "".join(f"{line}\n" for line in caplog.messages)
 
 
 def test_a_seal_states_size_and_hash_of_every_file(folder: Path) -> None:
@@ -78,8 +81,8 @@ def test_a_save_in_the_background_keeps_the_values_of_its_step_and_marks_every_f
     assert saving.marks == {path.name: mark_file(path) for path in tmp_path.iterdir()}
 
 
-def test_the_newest_whole_checkpoint_is_used_without_a_word(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert resume(folder, capsys) == ("step_00000020", "")
+def test_the_newest_whole_checkpoint_is_used_without_a_word(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert resume(folder, caplog) == ("step_00000020", "")
     weights = load(folder / "step_00000020")
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(weights, build(20)[0].parameters()))
 
@@ -106,14 +109,14 @@ def test_none_of_100_flipped_bits_is_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [SHARD, ".metadata", STATE_NAME, SEAL_NAME])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "gone"])
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
-    folder: Path, capsys: pytest.CaptureFixture[str], name: str, damage: str
+    folder: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
 ) -> None:
     file = folder / "step_00000020" / name
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     damaged = {"flipped": bytes(content), "cut": file.read_bytes()[:-7], "empty": b""}
     file.write_bytes(damaged[damage]) if damage != "gone" else file.unlink()
-    used, line = resume(folder, capsys)
+    used, line = resume(folder, caplog)
     assert used == "step_00000010"
     assert line.count("\n") == 1 and "going on from step_00000010" in line
     if (name, damage) == (SEAL_NAME, "gone"):
@@ -121,12 +124,12 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
     else:
         assert f"step_00000020/{name}" in line
         assert (folder / "set_aside/step_00000020/reason.txt").exists()
-        assert resume(folder, capsys) == ("step_00000010", ""), "it is said once"
+        assert resume(folder, caplog) == ("step_00000010", ""), "it is said once"
 
 
-def test_shards_of_another_step_are_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shards_of_another_step_are_found(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copyfile(folder / "step_00000010" / SHARD, folder / "step_00000020" / SHARD)
-    used, line = resume(folder, capsys)
+    used, line = resume(folder, caplog)
     assert used == "step_00000010" and f"step_00000020/{SHARD}: not the bytes that were written" in line
 
 
@@ -146,7 +149,7 @@ def test_going_back_in_a_running_training_proves_the_checkpoint_again(folder: Pa
     [("step", "its seal is of step 10"), ("run", "of another run"), ("plan", "its plan_sha256 is other")],
 )
 def test_a_checkpoint_from_elsewhere_is_set_aside(
-    folder: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str], kind: str, words: str
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture, kind: str, words: str
 ) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     foreign = {
@@ -155,15 +158,13 @@ def test_a_checkpoint_from_elsewhere_is_set_aside(
         "plan": lambda: save(elsewhere, 30, plan="other"),
     }[kind]()
     shutil.copytree(foreign, folder / "step_00000030")
-    used, line = resume(folder, capsys)
+    used, line = resume(folder, caplog)
     assert used == "step_00000020" and words in line and "step_00000030 is set aside" in line
 
 
-def test_files_without_a_seal_are_unfinished_and_written_again(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_without_a_seal_are_unfinished_and_written_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "step_00000020" / SEAL_NAME).unlink()
-    used, line = resume(folder, capsys)
+    used, line = resume(folder, caplog)
     assert used == "step_00000010" and "step_00000020 was never finished" in line
     assert [path.name for path in list_checkpoints(folder)] == ["step_00000010"]
     clear_checkpoint(folder / "step_00000020")
@@ -171,20 +172,20 @@ def test_files_without_a_seal_are_unfinished_and_written_again(
 
 
 def test_a_run_killed_in_its_first_save_begins_again_and_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert resume(tmp_path, capsys) == ("", "")
+    assert resume(tmp_path, caplog) == ("", "")
     (save(tmp_path, 10) / SEAL_NAME).unlink()
-    used, line = resume(tmp_path, capsys)
+    used, line = resume(tmp_path, caplog)
     assert used == "" and "step_00000010 was never finished; training begins at step 0" in line
 
 
 def test_a_checkpoint_from_before_there_were_seals_is_used_with_a_warning(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The one at hand was written by the last version without."""
     path = shutil.copytree(OLD, folder / "step_00000030")
-    used, line = resume(folder, capsys)
+    used, line = resume(folder, caplog)
     assert used == "step_00000030" and "warning: step_00000030 has no seal" in line
     assert "has no seal" in prove_checkpoint(path, "plan")
     assert read_train_state(path)["step"] == 30
@@ -194,13 +195,13 @@ def test_a_checkpoint_from_before_there_were_seals_is_used_with_a_warning(
 
 @pytest.mark.parametrize("name", [SHARD, ".metadata", STATE_NAME])
 def test_an_old_checkpoint_that_is_cut_is_set_aside_too(
-    folder: Path, capsys: pytest.CaptureFixture[str], name: str
+    folder: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     for step in (10, 20):
         make_old(folder / name_step(step))
     file = folder / "step_00000020" / name
     file.write_bytes(file.read_bytes()[:-7])
-    used, line = resume(folder, capsys)
+    used, line = resume(folder, caplog)
     assert used == "step_00000010" and f"step_00000020/{name}" in line
 
 
@@ -240,13 +241,13 @@ def test_the_id_of_a_run_is_drawn_once_and_found_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [None, b"", b'{"ray_version": "2', b"[]"])
 def test_whatever_ray_kept_does_not_matter(
-    folder: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+    folder: Path, caplog: pytest.LogCaptureFixture, content: bytes | None
 ) -> None:
     if content is not None:
         (folder / RAY_INDEX_NAME).write_bytes(content)
     reset_ray_index(folder)
     assert not (folder / RAY_INDEX_NAME).exists()
-    assert resume(folder, capsys)[0] == "step_00000020"
+    assert resume(folder, caplog)[0] == "step_00000020"
 
 
 def test_ray_takes_up_again_what_awaits_its_validation(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from eval.engine import EngineSpec
 from eval.held_out_scoring import HeldOutActor
 from eval.open_engine import open_engine
+from layerplan.cli import main
 from layerplan.config.run import RunConfig
 from layerplan.config.trace import TraceConfig
 from layerplan.errors import ModelError
@@ -73,6 +75,35 @@ def test_the_tracer_and_the_self_test_run_the_code_when_allowed(tmp_path: Path) 
         name: np.asarray(each).tolist() for name, each in plain.items()
     }
     assert read_recipe(_report(trusted)) == recipe
+
+
+def test_plans_are_priced_and_carried_to_other_tools_for_a_model_of_its_own_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same commands on the same model without its code are the oracle."""
+    base = save_tiny_base(tmp_path, vocab_size=300)
+    make_byte_tokenizer(base)
+    rule, plan = tmp_path / "axolotl.yaml", tmp_path / "plan.json"
+    rule.write_text("unfrozen_parameters: [^model.layers.0.]\n", encoding="utf-8")
+    commands = [
+        ["import", str(rule), "--from", "axolotl", "--model", str(base), "--out", str(plan)],
+        ["export", str(plan), "--to", "axolotl", "--model", str(base)],
+        ["price", str(base), "--plan", str(plan)],
+    ]
+    plain = [_run(command, capsys) for command in commands]
+    assert all(code == 0 for code, _ in plain)
+    give_code(base)
+    for command, (_, said) in zip(commands, plain, strict=True):
+        code, error = _run(command, capsys)
+        assert code == 1 and re.search(REFUSED, error)
+        assert _run([*command, "--trust-remote-code"], capsys) == (0, said)
+
+
+def _run(command: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code, and what was answered or said; without the plan's hash, which names the kind of model."""
+    code = main(["plan", *command])
+    out, error = capsys.readouterr()
+    return code, re.sub(r"\b[0-9a-f]{8,12}\b", "", out) or error
 
 
 def _report(model: ModelRef) -> dict[str, object]:

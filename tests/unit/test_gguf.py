@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -240,10 +241,12 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
 
 
 def test_a_dry_run_takes_a_gguf_file_as_its_model(
-    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     from layerplan.config.run import RunConfig
     from layerplan.pipeline.dry_run import print_dry_run
+
+    caplog.set_level(logging.INFO, "layerplan")
 
     config = RunConfig.model_validate(
         {
@@ -255,4 +258,5 @@ def test_a_dry_run_takes_a_gguf_file_as_its_model(
     )
     print_dry_run(config)
     out = capsys.readouterr().out
-    assert "model  tiny.Q8_0: 2 layers" in out and out.count("converting tiny.Q8_0.gguf to safetensors, once") == 1
+    assert "model  tiny.Q8_0: 2 layers" in out
+    assert "".join(caplog.messages).count("converting tiny.Q8_0.gguf to safetensors, once") == 1

@@ -29,15 +29,29 @@ def test_an_engine_computes_on_as_many_threads_as_it_was_given() -> None:
         torch.set_num_threads(before)
 
 
-def test_progress_is_said_every_ten_seconds_with_the_time_that_is_left() -> None:
+def test_progress_is_said_once_a_minute_with_the_time_that_is_left() -> None:
     now, lines = [0.0], []
     progress = ProgressLines("prompts answered", 128, lines.append, done=28, clock=lambda: now[0])
-    for now[0], count in ((4.0, 10), (11.0, 10), (15.0, 10), (22.0, 30), (40.0, 40)):
+    for now[0], count in ((24.0, 10), (66.0, 10), (90.0, 10), (132.0, 30), (240.0, 40)):
         progress.add(count)
-    # 20 of the 100 left took 11 s, 80 more take 44 s; then 60 took 22 s, 40 more take 14.7 s; the end needs no line
+    # after the first 10: 10 took 42 s, 80 more take 336 s; then 50 took 108 s, 40 more take 86.4 s; the end needs no line
     assert lines == [
-        "48 of 128 prompts answered, about 44 s to go",
-        "88 of 128 prompts answered, about 15 s to go",
+        "48 of 128 prompts answered, about 336 s to go",
+        "88 of 128 prompts answered, about 86 s to go",
+    ]
+
+
+def test_how_long_the_rest_takes_is_said_from_the_second_result_on_and_without_the_load() -> None:
+    """A model that takes an hour to load, and then 20 s for each of 100 probes."""
+    now, lines = [0.0], []
+    progress = ProgressLines("probes measured", 100, lines.append, clock=lambda: now[0])
+    for result in range(7):
+        now[0] = 3600 + 20 * result
+        progress.add(1)
+    assert lines == [
+        "1 of 100 probes measured",
+        "4 of 100 probes measured, about 1920 s to go",
+        "7 of 100 probes measured, about 1860 s to go",
     ]
 
 

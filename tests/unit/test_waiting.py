@@ -21,6 +21,19 @@ def test_the_line_names_what_is_asked_what_is_free_and_who_holds_it_the_largest_
     )
 
 
+def test_memory_is_said_in_gib() -> None:
+    need, there = 3 * 2.0**30, 5.5 * 2**30
+    mine = Holding("01000000", "EngineActor", {"CPU": 1.0, "memory": need})
+    asked = Ask("a", "EngineActor", {"CPU": 1.0, "memory": need})
+    busy = Snapshot([asked], [mine], {"CPU": 3.0, "memory": there - need}, {"CPU": 4.0, "memory": there})
+    log = WaitLog("01000000")
+    assert log.observe(busy, 0.0) == ""
+    assert log.observe(busy, 6.0) == (
+        "6 s for EngineActor of 1 CPU + 3.0 GiB of memory; free: 3 of 4 CPU, 2.5 of 5.5 GiB of memory;"
+        " held: 1 CPU + 3.0 GiB of memory by this run: EngineActor"
+    )
+
+
 def test_it_is_said_again_every_minute_and_the_end_once() -> None:
     log = WaitLog("01000000")
     said = {now: log.observe(BUSY, float(now)) for now in range(0, 141, 3)}
