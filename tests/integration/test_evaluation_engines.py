@@ -109,9 +109,7 @@ def test_an_engine_that_keeps_dying_fails_with_its_own_last_words(ray_local: Non
         ask_all(bad, spec, make_config(batch_size=8), tmp_path)
 
 
-def test_a_process_that_keeps_crashing_fails_with_what_it_wrote_last(
-    model: str, tmp_path: Path, shared_cluster: dict[str, str]
-) -> None:
+def test_a_process_that_keeps_crashing_fails_with_what_it_wrote_last(model: str, tmp_path: Path) -> None:
     """A limit on address space that the model cannot load under: the process is gone, its log is not."""
     script = f"""
 import os, ray
@@ -123,9 +121,8 @@ from eval.pool import Ask, ask_all
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError
 from layerplan.models.ref import ModelRef
-ray.init(log_to_driver=False, configure_logging=False,
-         runtime_env={{"worker_process_setup_hook": "crash_hook.install",
-                      "env_vars": {{"PYTHONPATH": os.environ["PYTHONPATH"]}}}})
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False,
+         runtime_env={{"worker_process_setup_hook": "crash_hook.install"}})
 spec = EngineSpec(ModelRef({model!r}), "transformers", "float32", 0, (36, 37, 38, 39), 256)
 config = EvaluationConfig(backend="transformers", batch_size=2, num_cpus_per_actor=0.5)
 try:
@@ -142,7 +139,7 @@ def install():
     logits.TransformersEngine.ask = die
 """
     (tmp_path / "crash_hook.py").write_text(hook, encoding="utf-8")
-    env = os.environ | shared_cluster | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
     done = subprocess.run(
         [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=200, check=False
     )
