@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import random
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from layerplan.errors import LayerplanError, first_line
 from layerplan.log import kept, set_up
 from layerplan.train.resume import find_resume
 from tests.chaos.outcomes import Outcome
+from tests.small_disk import fill, small_disk
 from tests.tiny_checkpoint import FRESH, RUN_ID, load, save
 from tests.tiny_store import make_store
 
@@ -133,31 +132,20 @@ def damaged(file: Path, draw: random.Random) -> Iterator[str]:
 def fill_disk(folder: Path) -> Outcome:
     """A checkpoint is written to a disk that is full; what was there before must stay and be used."""
     kind = "checkpoint: disk full while it is written"
-    folder.mkdir(parents=True)
-    if os.geteuid() != 0:
-        return Outcome(kind, "skipped: mounting a small disk needs root")
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_KIB}k", "tmpfs", str(folder)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        return Outcome(kind, f"skipped: {mounted.stderr.strip()}")
-    try:
-        return _write_to_full_disk(folder, kind)
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(folder, DISK_KIB) as fault:
+        return Outcome(kind, f"skipped: {fault}") if fault else _write_to_full_disk(folder, kind)
 
 
 def _write_to_full_disk(folder: Path, kind: str) -> Outcome:
     wanted = load(save(folder, OLDER))
     (folder / "run_id").write_text(RUN_ID)
-    with contextlib.suppress(OSError), (folder / "ballast").open("wb", buffering=0) as ballast:
-        while True:
-            ballast.write(bytes(1024))
+    ballast = fill(folder)
     try:
         save(folder, NEWER)
         return Outcome(kind, "", "no error, although there was no room")
     except LayerplanError as error:
         said = str(error)
-    (folder / "ballast").unlink()
+    ballast.unlink()
     found = find_resume(folder, FRESH, rank=0).checkpoint
     if "No space left" not in said or str(folder) not in said:
         return Outcome(kind, said, "the reason, or the name of the folder")

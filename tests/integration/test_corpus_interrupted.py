@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.small_disk import small_disk
+
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 3
 
@@ -78,9 +80,8 @@ def test_a_full_disk_is_one_clear_error_and_the_build_goes_on_when_there_is_room
 ) -> None:
     """A file system of 2 MB for a store of more; where none can be mounted, a limit on file size says no instead."""
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=False).returncode == 0
-    try:
+    with small_disk(disk, 2048) as fault:
+        mounted = not fault
         process = start(inputs, disk / "store", max_file_bytes=None if mounted else 200_000)
         output, _ = process.communicate(timeout=200)
         assert process.returncode == 1, output
@@ -93,9 +94,6 @@ def test_a_full_disk_is_one_clear_error_and_the_build_goes_on_when_there_is_room
             subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
         output, _ = start(inputs, disk / "store").communicate(timeout=200)
         assert read_store(disk / "store") == quiet, output
-    finally:
-        if mounted:
-            subprocess.run(["umount", str(disk)], check=True)
 
 
 def start(inputs: tuple[Path, Path], store: Path, max_file_bytes: int | None = None) -> subprocess.Popen[str]:

@@ -21,10 +21,13 @@ from layerplan.tracking.outbox import TrackingFolder
 from layerplan.tracking.position import Positions, count_backlog
 from layerplan.tracking.tracker import open_tracker
 from tests.mlflow_server import MlflowServer, make_database, make_sink, points_of
+from tests.small_disk import fill, small_disk
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hunter2-open-sesame"
 PATIENCE_S = 240
+DISK_KIB = 512
+"""Room for what a run logs, and no more."""
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +148,41 @@ def test_a_server_that_is_down_at_the_start_is_one_line_and_gets_all_of_it_later
     written = [path for path in (*run_dir.rglob("*"), *(server_files(server))) if path.is_file()]
     assert [path for path in written if SECRET.encode() in path.read_bytes()] == []
     assert SECRET not in refused.stderr + done.stdout + done.stderr + "".join(line for _, line in said)
+
+
+def test_a_server_whose_disk_is_full_costs_the_run_no_time_and_gets_all_of_it_later(
+    run_dir: Path, database: Path, tmp_path: Path
+):
+    """Reads are answered all the while; only what is to be written fails."""
+    with small_disk(tmp_path / "disk", database.stat().st_size // 1024 + DISK_KIB) as fault:
+        if fault:
+            pytest.skip(f"a small disk is needed: {fault}")
+        server = MlflowServer(Path(shutil.copy(database, tmp_path / "disk" / "server.db")), tmp_path / "disk" / "kept")
+        server.start()
+        try:
+            said: list[str] = []
+            tracker = open_tracker(TrackingConfig(uri=server.uri), run_dir, "run", said.append)
+            stage = tracker.child("train")
+            sink = make_sink(run_dir, stage)
+            sink.log_metrics({"train/loss": 3.0}, 1)
+            wait_until(lambda: has_sent(run_dir))
+            ballast = fill(tmp_path / "disk")
+            started = time.monotonic()
+            for step in range(2, 302):
+                sink.log_metrics({"train/loss": float(step)}, step)
+            stage.set_tags({"seen": "yes"})
+            assert time.monotonic() - started < 2, "a call waited for the server"
+            wait_until(lambda: bool(said))
+            assert not has_sent(run_dir), "there was room"
+            ballast.unlink()
+            wait_until(lambda: has_sent(run_dir))
+            tracker.close()
+            points = points_of(client_of(server), train_id(run_dir), "train/loss")
+            assert points == [(1, 3.0), *((step, float(step)) for step in range(2, 302))]
+            assert client_of(server).get_run(train_id(run_dir)).data.tags["seen"] == "yes"
+            assert "what it logs is kept" in said[0] and said[-1].endswith("what was kept is being sent"), said
+        finally:
+            server.kill()
 
 
 def server_files(server: MlflowServer) -> Iterator[Path]:
