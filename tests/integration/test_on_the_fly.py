@@ -1,4 +1,4 @@
-"""A run that tokenizes while it trains is killed and goes on with fewer workers; no row is lost or comes twice.
+"""A run that tokenizes while it trains is killed, goes on with fewer workers and stands still; no row is lost or comes twice.
 
 The file is also the program the test starts: `python test_on_the_fly.py FOLDER WORKERS KILL_STEP` trains to the end, or
 until step KILL_STEP kills its driver, on the cluster of RAY_ADDRESS.
@@ -22,6 +22,7 @@ from tests.ray_script import run_script
 
 MAX_STEPS = 24
 LANES = 4
+STOPPED_AT, STALL_S = 17, 20.0
 
 
 @pytest.mark.long
@@ -30,10 +31,15 @@ def test_a_killed_run_goes_on_with_fewer_workers_on_the_rows_that_are_left(
     tmp_path: Path, shared_cluster: dict[str, str]
 ) -> None:
     write_text(tmp_path / "raw")
+    """What is killed first is the driver of two workers; then the one worker that goes on is stopped, and started anew."""
     killed = run_script(__file__, tmp_path, 2, 9, timeout_s=400, **shared_cluster)
     assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
     finished = run_script(__file__, tmp_path, 1, 0, timeout_s=400, **shared_cluster)
     assert finished.returncode == 0, finished.stdout[-5000:]
+    (stalled,) = [line for line in finished.stdout.splitlines() if "no progress" in line]
+    assert "[watch] " in stalled and f"step {STOPPED_AT}" in stalled, stalled
+    assert "rank 0 (pid " in stalled and "its process is stopped and says nothing" in stalled, stalled
+    assert "s after a worker was lost" in finished.stdout, finished.stdout[-3000:]
 
     from layerplan.corpus.lanes import LaneStream
     from layerplan.corpus.manifest import Manifest
@@ -61,17 +67,21 @@ def write_text(folder: Path) -> None:
 
 
 @dataclass
-class DriverKiller:
-    """A sink in the worker that kills the driver at a step."""
+class AccidentSink:
+    """A sink in the worker that kills the driver at a step, or stops its own process once."""
 
     at: int
     driver: int
+    stopped: Path
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         time.sleep(0.1)
         if "train/loss" in metrics and step == self.at:
             os.kill(self.driver, signal.SIGKILL)
             time.sleep(5)
+        if "train/loss" in metrics and step == STOPPED_AT and not self.stopped.exists():
+            self.stopped.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     def log_event(self, name: str, step: int, message: str) -> None: ...
 
@@ -112,13 +122,14 @@ def main() -> None:
     make_stream(folder)
     connect(ClusterConfig(), min_cpus=1)
     request = make_request(folder, "run")
-    config = request.config.model_copy(update={"max_steps": MAX_STEPS, "num_workers": workers})
+    update = {"max_steps": MAX_STEPS, "num_workers": workers, "stall_timeout": STALL_S}
+    config = request.config.model_copy(update=update)
     run_training(
         replace(
             request,
             store=folder / "stream",
             config=config,
-            sink_factory=lambda step: DriverKiller(kill_step, driver),
+            sink_factory=lambda step: AccidentSink(kill_step, driver, folder / "stopped"),
         )
     )
     ray.shutdown()
