@@ -20,7 +20,7 @@ from layerplan.cli import build_parser, main
 from layerplan.engine_noise import CalmStream
 from layerplan.entry import run_guarded
 from layerplan.errors import ConfigError
-from layerplan.log import configure, get_settings, kept, set_rank, set_up
+from layerplan.log import PACKAGES, configure, get_settings, kept, set_rank, set_up
 from layerplan.progress_line import ProgressLine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,8 +32,12 @@ RAYS_ADVICE = (
 
 @pytest.fixture(autouse=True)
 def no_trace() -> Iterator[None]:
-    """Loggers as they were."""
+    """Loggers as in a program that set nothing up, whatever tests before did; and afterwards as they were."""
     with kept():
+        for name in PACKAGES:
+            logger = logging.getLogger(name)
+            logger.handlers, logger.propagate = [], True
+            logger.setLevel(logging.NOTSET)
         yield
 
 
