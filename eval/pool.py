@@ -22,6 +22,7 @@ from layerplan.artifacts import compute_sha256, write_text
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError, LayerplanError
 from layerplan.models.footprint import estimate_actor_memory
+from layerplan.plan.cost import GIB
 from layerplan.progress import ProgressLines
 from layerplan.run_folder import ANSWERS_LEDGER_NAME, ENGINE_LOGS_NAME
 
@@ -196,7 +197,7 @@ def _describe_pool(spec: EngineSpec, config: EvaluationConfig, work_dir: Path) -
 
 def _find_cache_bytes(backend: str) -> float:
     """Of keys and values on a CPU, by the variable that tells vLLM; transformers keeps those of a few prompts only."""
-    return float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 1) * 2**30 if backend == "vllm" else 0.0
+    return float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 1) * GIB if backend == "vllm" else 0.0
 
 
 def _order(asks: Sequence[Ask], backend: str) -> list[int]:

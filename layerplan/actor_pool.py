@@ -22,11 +22,11 @@ from typing import Any, Literal
 
 from layerplan.errors import LayerplanError, find_layerplan_error
 from layerplan.log import set_up_worker
+from layerplan.plan.cost import GIB
 from layerplan.progress import ProgressLines
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
 FAULT = "fault"
 """Column of the one row that says which error ended an actor's work, pickled."""
 MAX_RESTARTS = 2

@@ -7,7 +7,7 @@ config is refused and a dry run answers before the engines are imported, which t
 from __future__ import annotations
 
 from layerplan.config.run import RunConfig
-from layerplan.run_folder import BASE
+from layerplan.run_folder import BASE, name_step
 
 
 def continue_pretraining(config: RunConfig) -> None:
@@ -29,7 +29,6 @@ def continue_pretraining(config: RunConfig) -> None:
         train,
     )
     from layerplan.pipeline.summary import print_summary
-    from layerplan.run_folder import name_step
 
     for check in (check_model, check_corpus, check_probes, check_benchmarks):
         check(config)
