@@ -238,6 +238,8 @@ def test_a_killed_run_ends_as_a_plain_loop_does_and_both_engines_read_its_export
 
 def check_engines(export: str, texts: list[str]) -> None:
     """Greedy tokens and the letters' log-probabilities, engines in this process one after the other."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
     from eval.engine import EngineSpec
     from eval.open_engine import open_engine
     from layerplan.models.causal_lm import load_tokenizer
@@ -251,6 +253,7 @@ def check_engines(export: str, texts: list[str]) -> None:
         engine = open_engine(EngineSpec(ModelRef(export), backend, "float32", 0, letters, 64))
         answers[backend] = engine.ask(prompts, [NEW_TOKENS] * len(prompts))
         del engine
+    cleanup_dist_env_and_memory()  # vLLM leaves its process group to whoever comes after it in this process
     for mine, theirs in zip(answers["vllm"], answers["transformers"], strict=True):
         assert mine.token_ids == theirs.token_ids
         assert mine.letter_logprobs == pytest.approx(theirs.letter_logprobs, abs=1e-3)
