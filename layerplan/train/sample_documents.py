@@ -17,9 +17,9 @@ from layerplan.plan.loss_recipe import Rows
 from layerplan.train.loss import IGNORED
 from layerplan.train.step import TensorBatch
 
-LENGTH = 16
+LENGTH = 12
 """Tokens of each predicted document, where no window needs more."""
-OTHER_LENGTH = 13
+OTHER_LENGTH = 9
 """Tokens of the document before them in a packed row: both then start where no chunk of a power of two does."""
 PADDING = 3
 """Tokens behind the end of the longest document that stands alone in its row, as training has them."""

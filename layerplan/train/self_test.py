@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,8 +87,7 @@ def ask_model(model: nn.Module, *, seq_len: int, with_gradients: bool = True) ->
     model.eval()
     documents = make_documents(model, seq_len)
     try_set_attention(model, "eager")
-    head = _ask_head(model, documents)
-    oracle = Oracle(model, documents, with_gradients=with_gradients)
+    head, oracle = _ask_alone(model, documents, with_gradients=with_gradients)
     refused: list[str] = []
     try:
         for form in dict.fromkeys((head, HeadForm("own"))):
@@ -137,25 +136,35 @@ def confirm_recipe(model: LossModel, *, seq_len: int, dtype: torch.dtype) -> tup
     return alone, found
 
 
-def _ask_head(model: nn.Module, documents: Documents) -> HeadForm:
-    """What follows the layers, asked of one pass through them: the loss the model gives, and what its head does."""
+def _ask_alone(model: nn.Module, documents: Documents, *, with_gradients: bool) -> tuple[HeadForm, Oracle]:
+    """What the documents give one by one: the loss the model gives itself, what its head does, and the oracle.
+
+    All of it is asked of one pass through the layers where that can be: where the head stands beside them, the documents
+    share a batch, and no router's state is wanted.
+    """
     parts = find_decoder_parts(model)
-    is_beside = parts.trunk_path and not parts.lm_head_path.startswith(parts.trunk_path + ".")
-    with run_once(model.get_submodule(parts.trunk_path)) if is_beside else nullcontext():
-        check_own_loss(model, documents)
-        return find_head_form(model, parts.lm_head)
+    batches = list(documents.alone())
+    is_shared = len(batches) == 1 and not _list_routed(model)
+    with ExitStack() as once:
+        if parts.trunk_path and not parts.lm_head_path.startswith(parts.trunk_path + "."):
+            once.enter_context(run_once(model.get_submodule(parts.trunk_path)))
+        with torch.set_grad_enabled(with_gradients and is_shared):
+            check_own_loss(model, batches[0].input_ids_BT if is_shared else documents.whole[None, :4])
+        head = find_head_form(model, parts.lm_head)
+        if not is_shared:
+            once.close()
+        return head, Oracle(model, documents, with_gradients=with_gradients)
 
 
-def check_own_loss(model: nn.Module, documents: Documents) -> None:
+def check_own_loss(model: nn.Module, ids_BT: Tensor) -> None:
     """Raises `ModelError` when the loss the model gives for labels is not the next token's, or is no number."""
-    ids = documents.whole[None, :4]
     try:
-        logits, own = _ask_own_loss(model, ids)
+        logits, own = _ask_own_loss(model, ids_BT)
     except CANNOT_RUN as error:
         raise ModelError(
             f"{type(model).__name__}: cannot be run on token ids alone ({type(error).__name__}: {first_line(error)})"
         ) from None
-    expected = float(F.cross_entropy(logits[0, :-1].float(), ids[0, 1:]))
+    expected = float(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten()))
     if not abs(expected) < float("inf"):
         raise ModelError(f"{type(model).__name__}: its logits are not finite; the weights may hold NaN or overflow")
     if own is not None and abs(own - expected) > 1e-3 * max(1.0, abs(expected)):
@@ -165,23 +174,26 @@ def check_own_loss(model: nn.Module, documents: Documents) -> None:
         )
 
 
-@torch.no_grad()
-def _ask_own_loss(model: nn.Module, ids: Tensor) -> tuple[Tensor, float | None]:
+def _ask_own_loss(model: nn.Module, ids_BT: Tensor) -> tuple[Tensor, float | None]:
     """Logits, and the model's answer to `labels`, its routers' balance left out; None where it takes none."""
-    routed = [
-        each for each in (model.config, model.config.get_text_config()) if getattr(each, "output_router_logits", False)
-    ]
+    routed = _list_routed(model)
     for config in routed:
         config.output_router_logits = False
-    inputs = make_inputs(model, ids)
+    inputs = make_inputs(model, ids_BT)
     try:
-        answer = model(**inputs, labels=ids)
-        return answer.logits, None if answer.loss is None else float(answer.loss)
+        answer = model(**inputs, labels=ids_BT)
+        return answer.logits.detach(), None if answer.loss is None else float(answer.loss.detach())
     except CANNOT_RUN:  # it takes no labels, or none like these
-        return model(**inputs).logits, None
+        return model(**inputs).logits.detach(), None
     finally:
         for config in routed:
             config.output_router_logits = True
+
+
+def _list_routed(model: nn.Module) -> list[Any]:
+    """Its configs that ask for the routers' state."""
+    configs = (model.config, model.config.get_text_config())
+    return [config for config in configs if getattr(config, "output_router_logits", False)]
 
 
 def _list_rungs(model: nn.Module) -> Iterator[tuple[Rows, str]]:
