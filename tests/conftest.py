@@ -67,9 +67,10 @@ def ray_local() -> None:
         return
     from layerplan.config.cluster import ClusterConfig
     from layerplan.ray_session import connect
+    from tests.worker_zygote import forked_workers
 
     # what keeps this cluster on loopback must not keep there those that tests make of several nodes
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, forked_workers():
         patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         connect(ClusterConfig(num_cpus=SHARED_CPUS), min_cpus=1)
