@@ -1,8 +1,9 @@
 """Ray workers forked from a process that has imported what they need, in place of a Python of their own each.
 
-Stands where Ray has `setup_worker.py`: the raylet of the tests' shared cluster starts this file for every worker. It hands
-the worker's arguments, environment and open files to a zygote, which forks; what runs then is Ray's own `default_worker.py`.
-Workers of one environment share a zygote, made by the first of them and gone with the raylet. A worker that asks for more
+Stands where Ray has `setup_worker.py`: the raylet of a cluster that was started within `forked_workers` starts this file for
+every worker. It hands the worker's arguments, environment and open files to a zygote, which forks; what runs then is Ray's
+own `default_worker.py`. Workers of one environment share a zygote, made by the first of them; it serves every cluster of
+the process that first asked for forked workers and of that process's children, and ends with it. A worker that asks for more
 than variables (a container, another Python) is started as Ray starts it. Imports cost a worker 4 to 12 CPU seconds, and
 training by two workers starts a dozen.
 """
@@ -17,15 +18,20 @@ import hashlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import psutil
 
 PRELOADED = (
     "torch.distributed.checkpoint",
@@ -42,7 +48,9 @@ PRELOADED = (
 """Without Ray: what it reads from its variables when it is imported is another in every job."""
 OWN = ("RAY_", "LAYERPLAN_", "GLOO_", "NCCL_", "VLLM_")
 """Beginnings of variables that none of these reads while it is imported: they ask for no zygote of their own."""
-_CONTEXT, _LANGUAGE, _RAYLET = "--serialized-runtime-env-context=", "--language=", "--raylet-name="
+FOLDER = "LAYERPLAN_ZYGOTES"
+"""Names the folder of their addresses, whose last part is the process that they end with."""
+_CONTEXT, _LANGUAGE = "--serialized-runtime-env-context=", "--language="
 _NUM_FILES = 3
 
 
@@ -51,6 +59,7 @@ def forked_workers() -> Iterator[None]:
     """Clusters that are started within have their workers forked."""
     from ray._private import parameter
 
+    share_zygotes()
     plain = parameter.RayParams.__init__
 
     def start_here(self: object, *args: object, **options: object) -> None:
@@ -61,6 +70,27 @@ def forked_workers() -> Iterator[None]:
         yield
     finally:
         parameter.RayParams.__init__ = plain  # type: ignore[method-assign]
+
+
+def share_zygotes() -> None:
+    """From here on this process and its children use the same zygotes; those of a parent where it has some."""
+    if FOLDER not in os.environ:
+        folder = Path(tempfile.mkdtemp(prefix="lpz", dir="/tmp")) / str(os.getpid())
+        folder.mkdir()
+        os.environ[FOLDER] = str(folder)
+        atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
+
+
+def list_forked() -> list[psutil.Process]:
+    """The workers that the zygotes of this process have forked, and what those have started."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if (process.info["cmdline"] or [""])[-1].startswith(os.environ.get(FOLDER, "/none/") + "/"):
+            with suppress(psutil.NoSuchProcess):
+                found += process.children(recursive=True)
+    return found
 
 
 def main() -> None:
@@ -74,7 +104,7 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, setup_worker.__file__, *sys.argv[1:]])
     os.environ.update(context.get("env_vars", {}))
     worker = [part for part in sys.argv[1:] if part not in asked]
-    with _connect(Path(next(part[len(_RAYLET) :] for part in worker if part.startswith(_RAYLET))).parent) as zygote:
+    with _connect(Path(os.environ[FOLDER])) as zygote:
         message = json.dumps({"argv": worker, "environ": dict(os.environ), "cwd": str(Path.cwd())}).encode()
         files = array.array("i", range(_NUM_FILES))
         zygote.sendmsg([len(message).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
@@ -102,7 +132,7 @@ def _connect(folder: Path) -> socket.socket:
 
 
 def serve(address: Path) -> None:
-    """Imports, then forks a worker for everyone who connects, until the raylet has ended."""
+    """Imports, then forks a worker for everyone who connects, until the process that all is for has ended."""
     for name in PRELOADED:
         __import__(name)
     assert "ray" not in sys.modules
@@ -114,8 +144,8 @@ def serve(address: Path) -> None:
     listener.listen(64)
     listener.settimeout(1)
     Path(f"{address}.new").rename(address)
-    raylet = Path("/proc") / os.environ["RAY_RAYLET_PID"]
-    while raylet.exists():
+    owner = Path("/proc") / address.parent.name
+    while owner.exists():
         with suppress(TimeoutError):
             _fork(listener, listener.accept()[0])
 

@@ -23,6 +23,7 @@ from tests.chaos.outcomes import Outcome
 from tests.chaos.tracking_server import TrackingServer
 from tests.chaos.victim import MAX_STEPS
 from tests.ray_script import start_script
+from tests.worker_zygote import list_forked, share_zygotes
 
 TIMEOUT_S = 900
 """Of one submission: a driver that hangs for longer is one thing lost."""
@@ -91,6 +92,7 @@ class Storm:
 
     def submit_until_done(self) -> None:
         """Submits, hurts, damages, submits again."""
+        share_zygotes()
         for number in range(MOST_SUBMISSIONS):
             done, damage = self._submit(number)
             if done:
@@ -193,10 +195,10 @@ def judge(fault: Fault, text: str, position: int, returncode: int) -> Outcome:
 
 
 def find_family(pid: int) -> list[psutil.Process]:
-    """A driver and everything below it."""
+    """A driver, everything below it, and the workers that were forked for it: one submission runs at a time."""
     try:
         driver = psutil.Process(pid)
-        return [driver, *driver.children(recursive=True)]
+        return [driver, *driver.children(recursive=True), *list_forked()]
     except psutil.NoSuchProcess:
         return []
 

@@ -82,9 +82,11 @@ def main() -> None:
     from layerplan.ray_session import connect
     from layerplan.tracking.tracker import RunSinkFactory, open_tracker
     from layerplan.train.trainer import run_training
+    from tests.worker_zygote import forked_workers
 
     folder, run, address = Path(sys.argv[1]), sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else None
-    connect(ClusterConfig(num_cpus=4), min_cpus=1)
+    with forked_workers():
+        connect(ClusterConfig(num_cpus=4), min_cpus=1)
     request = make_request(folder, run)
     request.run_dir.mkdir(parents=True, exist_ok=True)
     if address is None:

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 from tests.ray_script import start_script
+from tests.worker_zygote import forked_workers
 
 MAX_STEPS = 48
 STEP_S = 0.1
@@ -41,9 +42,10 @@ def cluster() -> Iterator[Any]:
         port = free.getsockname()[1]
     # without a dashboard Ray Train leaks the placement group of a driver that was killed
     head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": port}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    yield made
-    made.shutdown()
+    with forked_workers():
+        made = Cluster(initialize_head=True, head_node_args=head)
+        yield made
+        made.shutdown()
 
 
 @pytest.mark.long
