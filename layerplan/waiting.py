@@ -7,10 +7,12 @@ the actor pools that trace, tokenize and score, and single tasks. It only reads:
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,20 +172,41 @@ def start_watching() -> None:
 def _watch(address: str, own_job: str) -> None:
     import ray
 
-    log = WaitLog(own_job)
-    failures: int | None = None
-    """In a row; None until Ray has answered once, as a cluster may have no State API."""
+    log, head = WaitLog(own_job), HeadLog()
     while ray.is_initialized():
         time.sleep(LOOK_EVERY_S)
-        try:
-            line = log.observe(ask_ray(address, own_job), time.monotonic())
-            failures = 0
-        except Exception:  # whatever Ray cannot say, the run goes on without it
-            line, failures = "", None if failures is None else failures + 1
-            if failures == FAILURES_SAID and ray.is_initialized():
-                line = f"the head of the Ray cluster does not answer any more; {AGAIN_AFTER_LOSS}"
-        if line:
-            logger.info(line)
+        answers = takes_connections(address)
+        lines = [head.observe(answers)]
+        if answers:
+            with suppress(Exception):  # whatever Ray cannot say, the run goes on without it
+                lines.append(log.observe(ask_ray(address, own_job), time.monotonic()))
+        for line in filter(None, lines):
+            if ray.is_initialized():
+                logger.info(line)
+
+
+@dataclass
+class HeadLog:
+    """What to say about the head of the cluster, which Ray itself misses for a minute before it ends the driver."""
+
+    _failures: int = 0
+
+    def observe(self, answers: bool) -> str:
+        """Returns the line to say after one more look, or nothing."""
+        before, self._failures = self._failures, 0 if answers else self._failures + 1
+        if self._failures == FAILURES_SAID:
+            return f"the head of the Ray cluster does not answer any more; {AGAIN_AFTER_LOSS}"
+        return "the head of the Ray cluster answers again" if answers and before >= FAILURES_SAID else ""
+
+
+def takes_connections(address: str) -> bool:
+    """Whether somebody listens at `host:port`; a question to a head that is gone would wait half a minute for it."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ASK_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def ask_ray(address: str, own_job: str) -> Snapshot:

@@ -137,15 +137,15 @@ class Storm:
         steps = len(ledger.read_text().splitlines()) if self.faults and ledger.exists() else 0
         if not self.faults or steps < self.faults[0].at or (hit and hit[-1][0].victim in ENDS_THE_RUN):
             return
-        fault = self.faults.pop(0)
+        fault = self.faults[0]
         if fault.victim == "tracking":
-            self._hurt_server(fault)
+            self._hurt_server(self.faults.pop(0))
             return
         self._family = find_family(process.pid)
         victims = [each for each in self._family if is_victim(each, fault.victim, process.pid)]
-        if not victims:
-            self.outcomes.append(Outcome(fault.name, "skipped: there was no such process at that moment"))
+        if not victims:  # it is starting: what was due while the run was down meets a run that comes up
             return
+        self.faults.pop(0)
         hit.append((fault, output.stat().st_size))
         self.draw.choice(sorted(victims, key=lambda each: each.pid)).send_signal(fault.signal)
 
@@ -189,7 +189,7 @@ def judge(fault: Fault, text: str, position: int, returncode: int) -> Outcome:
         lost = "no word that submitting again continues"
     if fault.signal == signal.SIGSTOP and not any("[watch] no progress" in line for line in after):
         lost = "the stop was not told"
-    if returncode == 1 and not any(line.startswith("error: ") for line in after):
+    if returncode == 1 and not any(line.startswith("error: ") or AGAIN in line for line in after):
         lost = lost or f"no line of ours at its end: {after[-1] if after else ''}"
     return Outcome(fault.name, said, lost)
 
