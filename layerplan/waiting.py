@@ -165,18 +165,19 @@ def start_watching() -> None:
 
     context = ray.get_runtime_context()
     # the address, since on a host with several clusters the State API would look for one of them by itself
-    arguments = (context.gcs_address, context.get_job_id())
+    arguments = (context.gcs_address, context.get_job_id(), str(ray._private.worker._global_node.raylet_socket_name))
     threading.Thread(target=_watch, args=arguments, name="layerplan-waiting", daemon=True).start()
 
 
-def _watch(address: str, own_job: str) -> None:
+def _watch(address: str, own_job: str, raylet: str) -> None:
     import ray
 
-    log, head = WaitLog(own_job), HeadLog()
+    log = WaitLog(own_job)
+    head, node = LossLog("the head of the Ray cluster", FAILURES_SAID), LossLog("this machine's Ray node (raylet)", 1)
     while ray.is_initialized():
         time.sleep(LOOK_EVERY_S)
         answers = takes_connections(address)
-        lines = [head.observe(answers)]
+        lines = [head.observe(answers), node.observe(takes_connections(raylet))]
         if answers:
             with suppress(Exception):  # whatever Ray cannot say, the run goes on without it
                 lines.append(log.observe(ask_ray(address, own_job), time.monotonic()))
@@ -186,24 +187,32 @@ def _watch(address: str, own_job: str) -> None:
 
 
 @dataclass
-class HeadLog:
-    """What to say about the head of the cluster, which Ray itself misses for a minute before it ends the driver."""
+class LossLog:
+    """What to say about a process that a driver cannot be without: Ray misses it for up to a minute, then ends the driver."""
 
+    what: str
+    failures_said: int
+    """In a row: a network may fail once, a socket on this machine does not."""
     _failures: int = 0
 
     def observe(self, answers: bool) -> str:
         """Returns the line to say after one more look, or nothing."""
         before, self._failures = self._failures, 0 if answers else self._failures + 1
-        if self._failures == FAILURES_SAID:
-            return f"the head of the Ray cluster does not answer any more; {AGAIN_AFTER_LOSS}"
-        return "the head of the Ray cluster answers again" if answers and before >= FAILURES_SAID else ""
+        if self._failures == self.failures_said:
+            return f"{self.what} does not answer any more; {AGAIN_AFTER_LOSS}"
+        return f"{self.what} answers again" if answers and before >= self.failures_said else ""
 
 
 def takes_connections(address: str) -> bool:
-    """Whether somebody listens at `host:port`; a question to a head that is gone would wait half a minute for it."""
-    host, _, port = address.rpartition(":")
+    """Whether somebody listens at `host:port` or at a path; a question to a head that is gone would wait half a minute."""
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ASK_TIMEOUT_S).close()
+        if address.startswith("/"):
+            with socket.socket(socket.AF_UNIX) as asking:
+                asking.settimeout(_ASK_TIMEOUT_S)
+                asking.connect(address)
+        else:
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_ASK_TIMEOUT_S).close()
     except OSError:
         return False
     return True

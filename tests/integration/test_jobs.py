@@ -17,6 +17,7 @@ import yaml
 
 from tests.planted import MARK, PLANTED, find_files_with
 from tests.sockets import find_open, watch_listening
+from tests.worker_zygote import forked_workers
 
 ROOT = Path(__file__).resolve().parents[2]
 RunJob = Callable[..., Any]
@@ -38,14 +39,15 @@ def two_nodes() -> Iterator[dict[str, str]]:
         port = probe.getsockname()[1]
     cluster = Cluster()
     try:
-        for node in ({"include_dashboard": True, "dashboard_port": port}, {}):
-            # Ray gives a node 30 s to start, which a busy machine may need twice
-            try:
-                cluster.add_node(num_cpus=2, **node)
-            except Exception as error:
-                if "timed out during startup" not in str(error):
-                    raise
-                cluster.add_node(num_cpus=2, **node)
+        with forked_workers():
+            for node in ({"include_dashboard": True, "dashboard_port": port}, {}):
+                # Ray gives a node 30 s to start, which a busy machine may need twice
+                try:
+                    cluster.add_node(num_cpus=2, **node)
+                except Exception as error:
+                    if "timed out during startup" not in str(error):
+                        raise
+                    cluster.add_node(num_cpus=2, **node)
         cluster.wait_for_nodes(timeout=120)
         yield {"RAY_ADDRESS": cluster.address}
     finally:

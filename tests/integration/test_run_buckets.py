@@ -42,6 +42,7 @@ from layerplan.train.request import TrainRequest
 from tests.buckets import BucketServer
 from tests.tiny_checkpoint import FRESH, RUN_ID, load, save
 from tests.tiny_store import make_inputs
+from tests.worker_zygote import forked_workers
 
 BUCKET = "stored-runs"
 
@@ -252,7 +253,8 @@ def test_training_goes_on_from_the_bucket_alone(
     ray.shutdown()  # workers of a Ray that runs already would not see the environment
     monkeypatch.setenv(*gcs_server.environment)
     gcs_server.make("trained")
-    ray.init(address="local", num_cpus=4, include_dashboard=True, log_to_driver=False, configure_logging=False)
+    with forked_workers():
+        ray.init(address="local", num_cpus=4, include_dashboard=True, log_to_driver=False, configure_logging=False)
     make_inputs(tmp_path)
     address = f"{gcs_server.scheme}trained"
     here, there = (find_working_folder(address, str(tmp_path / machine)) / "r" for machine in ("one", "two"))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
-from layerplan.waiting import Ask, HeadLog, Holding, Snapshot, WaitLog, takes_connections
+from layerplan.waiting import Ask, Holding, LossLog, Snapshot, WaitLog, takes_connections
 
 WORKERS = tuple(Ask(f"group/{number}", "worker", {"CPU": 1.5}, has_process=False) for number in range(2))
 OTHER = Holding("02000000", "placement group", {"CPU": 3.0})
@@ -62,16 +63,20 @@ def test_what_was_placed_meanwhile_and_what_waits_for_a_moment_is_not_a_wait() -
 
 
 def test_a_head_that_is_gone_is_told_once_and_when_it_is_back() -> None:
-    log = HeadLog()
+    log = LossLog("the head", 3)
     said = [log.observe(answers) for answers in (True, False, False, True, False, False, False, False, True, True)]
     assert [number for number, line in enumerate(said) if line] == [6, 8]
-    assert "does not answer any more" in said[6] and "submit the same command again" in said[6]
-    assert said[8] == "the head of the Ray cluster answers again"
+    assert said[6].startswith("the head does not answer any more; ") and "submit the same command again" in said[6]
+    assert said[8] == "the head answers again"
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_who_listens_is_asked_by_a_connection(host: str) -> None:
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
-        address = f"[{host}]:{server.getsockname()[1]}" if ":" in host else f"{host}:{server.getsockname()[1]}"
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", ""])
+def test_who_listens_is_asked_by_a_connection(host: str, tmp_path: Path) -> None:
+    families = {"": socket.AF_UNIX, "::1": socket.AF_INET6, "127.0.0.1": socket.AF_INET}
+    with socket.socket(families[host]) as server:
+        server.bind((host, 0) if host else str(tmp_path / "raylet"))
+        server.listen()
+        port = server.getsockname()[1] if host else 0
+        address = {"": str(tmp_path / "raylet"), "::1": f"[::1]:{port}"}.get(host, f"{host}:{port}")
         assert takes_connections(address)
     assert not takes_connections(address)
