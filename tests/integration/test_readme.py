@@ -115,7 +115,7 @@ def free_port() -> int:
 
 
 def fetch(url: str, server: subprocess.Popen[bytes]) -> str:
-    for _ in range(240):
+    for _ in range(600):
         assert server.poll() is None, server.communicate()[0].decode()[-2000:]
         try:
             with urllib.request.urlopen(url, timeout=5) as answer:
