@@ -1,7 +1,8 @@
 """Says what a run waits for: what it asks of the cluster, what is free, and who holds the rest.
 
 Ray itself waits without a word. A thread of the driver asks Ray's State API, so that one watcher serves the training workers,
-the actor pools that trace, tokenize and score, and single tasks. It only reads: when Ray does not answer, nothing is said.
+the actor pools that trace, tokenize and score, and single tasks. It only reads. It also tries a connection to what a driver
+cannot be without, the head and its own node, and says when there is none.
 """
 
 from __future__ import annotations
