@@ -5,16 +5,17 @@
     python benchmarks/training.py --shape qwen3-0.6b --device cuda --batch 8 --seq-len 4096 --split-ratios 1/3 1/2 2/3
 
 The model has a shape and random weights and trains on tokens drawn like words; a pre-trained one in a folder trains on
-the texts of Python's language reference. Steps of the peers are interleaved (A B C A B C ...), each in a thread of its
-own that runs only when it is its turn. On a CPU a step's cost is the process's CPU time, which a busy machine distorts
-less than the wall clock; on a GPU it is wall time between synchronisations. Ratios are medians over the steps after
-warm-up, with quartiles. It needs torch, transformers, pydantic and numpy; Trainer and Accelerate are left out, and said
+the texts of Python's language reference. On a CPU steps of the peers are interleaved (A B C A B C ...), each in a thread of
+its own that runs only when it is its turn, and a step costs the process's CPU time, which a busy machine distorts less
+than the wall clock. On a GPU, whose memory does not hold all peers, each runs its steps in one go, as users see it, and a
+step lasts from one event in the stream to the next. Ratios are medians over the steps after warm-up, with quartiles. It needs torch, transformers, pydantic and numpy; Trainer and Accelerate are left out, and said
 to be, when `accelerate` is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import threading
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ from layerplan.plan.policies import make_plan
 from layerplan.train.attention import IMPLEMENTATIONS, choose_attention
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
 from layerplan.train.optim import build_optimizer
+from layerplan.train.place import LOGGING
 from layerplan.train.sharding import place_model
 from layerplan.train.state import TrainState
 from layerplan.train.throughput import find_peak_flops, measure_matmul_flops, peak_memory_gib
@@ -72,6 +75,7 @@ class Turn:
     _done: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     _ready: threading.Event = field(default_factory=threading.Event)
     _started: float = 0.0
+    takes_turns = True
 
     def wait(self) -> None:
         """Called by the peer before a step."""
@@ -108,10 +112,31 @@ class Turn:
         self._ready.wait()
 
     def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return time.perf_counter()
         return time.process_time()
+
+
+@dataclass
+class Watch:
+    """On a GPU a peer runs its steps in one go; events in the stream say when each of them ended."""
+
+    losses: list[float] = field(default_factory=list)
+    events: list[Any] = field(default_factory=list)
+    takes_turns = False
+
+    def wait(self) -> None:
+        """The peer goes on."""
+
+    def end(self) -> None:
+        """Called by the peer when a step has been launched; waits for nothing."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.events.append(event)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Between the ends of steps."""
+        torch.cuda.synchronize()
+        return [first.elapsed_time(second) / 1e3 for first, second in zip(self.events, self.events[1:])]
 
 
 @dataclass(frozen=True)
@@ -139,7 +164,7 @@ class Case:
         return model.train()
 
 
-def run_ours(case: Case, turn: Turn) -> None:
+def run_ours(case: Case, turn: Turn | Watch) -> nn.Module:
     """Our loop, with compiled layers, one worker."""
     config = TrainConfig(
         max_steps=case.steps,
@@ -165,24 +190,24 @@ def run_ours(case: Case, turn: Turn) -> None:
 
     def iter_steps(start: int, stop: int) -> Iterator[PackedRows]:
         for step in range(start, stop):
-            turn.wait()
             ids = np.arange(step * case.batch, (step + 1) * case.batch)
             yield PackedRows(ids, case.rows[step].astype(np.int32), document_ids, position_ids)
 
-    def end_of_step(step: int, rows: PackedRows) -> None:
-        turn.end()
+    def mark(part: str, step: int) -> None:
+        if part == LOGGING:  # its update has been launched
+            turn.end()
 
-    hooks = LoopHooks(
-        iter_steps, lambda state: None, lambda: False, None, None, write_ledger=end_of_step, say=lambda line: None
-    )
+    hooks = LoopHooks(iter_steps, lambda state: None, lambda: False, None, None, mark=mark, say=lambda line: None)
     state = TrainState()
-    for step in range(case.steps):
-        state = run_loop(setup, state, hooks, stop_step=step + 1)
+    for stop in range(1, case.steps + 1) if turn.takes_turns else [case.steps]:
+        turn.wait()
+        state = run_loop(setup, state, hooks, stop_step=stop)
         turn.losses.append(float(state.last_loss or 0.0))
+    return model
 
 
-def run_trainer(case: Case, turn: Turn) -> None:
-    """transformers.Trainer as people call it: bf16=True (or not), everything else as it comes."""
+def run_trainer(case: Case, turn: Turn | Watch, **flags: Any) -> nn.Module:
+    """transformers.Trainer as people call it: bf16=True (or not), everything else as it comes, and flags beside."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Steps(TrainerCallback):
@@ -206,11 +231,12 @@ def run_trainer(case: Case, turn: Turn) -> None:
         lr_scheduler_type="constant",
         bf16=case.dtype == "bfloat16",
         use_cpu=case.device.type == "cpu",
-        logging_steps=1,
+        logging_steps=1 if turn.takes_turns else 10**6,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=case.device.type == "cuda",
+        **flags,
     )
 
     class InOrder(Trainer):
@@ -218,10 +244,12 @@ def run_trainer(case: Case, turn: Turn) -> None:
             return torch.utils.data.SequentialSampler(flat)
 
     dataset = [{"input_ids": row, "labels": row} for row in flat]
-    InOrder(case.fresh_model().to(case.device), arguments, train_dataset=dataset, callbacks=[Steps()]).train()
+    model = case.fresh_model().to(case.device)
+    InOrder(model, arguments, train_dataset=dataset, callbacks=[Steps()]).train()
+    return model
 
 
-def run_accelerate(case: Case, turn: Turn) -> None:
+def run_accelerate(case: Case, turn: Turn | Watch) -> nn.Module:
     """A plain Accelerate loop with autocast and fused AdamW."""
     from accelerate import Accelerator
 
@@ -239,15 +267,73 @@ def run_accelerate(case: Case, turn: Turn) -> None:
         accelerator.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        turn.losses.append(float(loss))
+        if turn.takes_turns:
+            turn.losses.append(float(loss.detach()))
         turn.end()
+    return accelerator.unwrap_model(model)
 
 
-PEERS: dict[str, Callable[[Case, Turn], None]] = {
+PEERS: dict[str, Callable[[Case, Any], nn.Module]] = {
     "ours": run_ours,
     "trainer": run_trainer,
+    "trainer_liger": partial(run_trainer, use_liger_kernel=True),
+    "trainer_compile": partial(run_trainer, torch_compile=True),
+    "trainer_recompute": partial(run_trainer, gradient_checkpointing=True),
     "accelerate": run_accelerate,
 }
+"""`trainer_...` are the flags people turn on for speed or memory; a peer that lacks what it needs is left out, and said to be."""
+
+
+def compare_on_gpu(case: Case, peers: list[str], warmup: int) -> dict[str, Any]:
+    """Runs peers one after another, from the same weights over the same rows; what they end with gives the same loss."""
+    results: dict[str, Any] = {}
+    flops = predict_cost(case.plan, case.shape, seq_len=case.seq_len).total_flops
+    tokens, peak = case.batch * case.seq_len, find_peak(case.device, case.dtype)
+    for name in peers:
+        gc.collect()
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        watch = Watch()
+        try:
+            model = PEERS[name](case, watch)
+            seconds = watch.seconds[warmup:]
+            peak_memory = peak_memory_gib(case.device)
+            loss = measure_loss(model, case)
+        except (torch.OutOfMemoryError, ImportError, RuntimeError, TypeError, AttributeError) as error:
+            results[name] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+            print(f"  {name:<18}{results[name]['failed']}", flush=True)
+            continue
+        finally:
+            model = None
+        median = statistics.median(seconds)
+        results[name] = {
+            "step_s": median,
+            "quartiles_s": statistics.quantiles(seconds, n=4)[::2],
+            "tokens_per_s": tokens / median,
+            "mfu": tokens / median * flops / peak,
+            "peak_memory_gib": peak_memory,
+            "loss_after": loss,
+        }
+        if name != peers[0] and "step_s" in results.get(peers[0], {}):
+            results[name]["ours_is_faster_by"] = median / results[peers[0]]["step_s"]
+            results[name]["loss_difference"] = loss - results[peers[0]]["loss_after"]
+        print(f"  {name:<18}" + "  ".join(_shown(key, value) for key, value in results[name].items()), flush=True)
+    return results
+
+
+@torch.no_grad()
+def measure_loss(model: nn.Module, case: Case) -> float:
+    """Of the last step's rows, by what a peer ended with, in bfloat16 and by the model's own code."""
+    model.eval()
+    model.set_attn_implementation("sdpa")
+    total = 0.0
+    for row in case.rows[-1]:
+        ids = torch.from_numpy(row.astype(np.int64)).to(case.device)[None]
+        with torch.autocast(case.device.type, torch.bfloat16):
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        total += float(nn.functional.cross_entropy(logits.float(), ids[0, 1:]))
+    return total / len(case.rows[-1])
 
 
 def compare(case: Case, peers: list[str], warmup: int) -> dict[str, Any]:
@@ -314,7 +400,8 @@ def build_random_model(args: argparse.Namespace) -> Any:
 
     torch.manual_seed(0)
     values = {"vocab_size": args.vocab_size, "max_position_embeddings": max(1024, args.seq_len)} | SHAPES[args.shape]
-    return Qwen3ForCausalLM(Qwen3Config(**values)).float()
+    with torch.device(args.device):
+        return Qwen3ForCausalLM(Qwen3Config(**values)).float()
 
 
 def draw_rows(vocab_size: int, size: tuple[int, int, int]) -> np.ndarray:
@@ -371,10 +458,10 @@ def main() -> None:
             name = f"{plan_type} {ratio} vocab {case.shape.vocab_size} seq {args.seq_len} batch {args.batch}"
             print(f"== {name}", flush=True)
             torch._dynamo.reset()
-            result = compare(case, args.peers, args.warmup)
+            result = (compare_on_gpu if args.device == "cuda" else compare)(case, args.peers, args.warmup)
             report["cases"][name] = result
             for peer, values in result.items():
-                if isinstance(values, dict):
+                if isinstance(values, dict) and args.device == "cpu":
                     print(f"  {peer:<11}" + "  ".join(_shown(key, value) for key, value in values.items()), flush=True)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -58,14 +58,15 @@ def make_loop(
     save: Callable[[TrainState], None] = lambda state: None,
     sink: Sink | None = None,
     placement: Placement | None = None,
+    device: torch.device | None = None,
     **setup: Any,
 ) -> tuple[LoopSetup, LoopHooks]:
-    """Applies the plan, places the model on the CPU and builds its optimizer, as a worker does."""
+    """Applies the plan, places the model (on the CPU, unless told otherwise) and builds its optimizer, as a worker does."""
 
     def iter_steps(start: int, stop: int) -> Iterator[PackedRows]:
         return (rows_of_step(step) for step in range(start, stop))
 
-    device = torch.device("cpu")
+    device = device or torch.device("cpu")
     applied = apply_plan(model, plan)
     placement = placement or Placement("replicate", "replicate")
     placed = place_model(model, plan, config, placement, world_size=1, device=device)

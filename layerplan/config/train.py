@@ -84,7 +84,7 @@ class TrainConfig(StrictModel):
     """Recompute activations along the gradient path; `auto` only as much as memory asks for."""
     compile: bool = False
     """Compile each decoder layer, the loss and the optimizer pass with torch.compile."""
-    attention: Literal["auto", "sdpa", "flex", "eager"] = "auto"
+    attention: Literal["auto", "sdpa", "flex", "eager", "varlen", "segmented"] = "auto"
     """Attention over packed documents; `auto` measures the candidates at start on a GPU; on a
     CPU it is `eager` for short rows under `compile`, else `sdpa`. A model whose own attention does more than those
     kernels, as capping its scores, is given its own whatever this says; the self-test tells."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.storage.paths import StoredPath
 from layerplan.train.attention import IMPLEMENTATIONS, choose_attention, try_set_attention
-from layerplan.train.loss_proof import agree_on_recipe
+from layerplan.train.loss_proof import agree_on_recipe, find_document_fault
 from layerplan.train.optim import build_optimizer
 from layerplan.train.request import TrainRequest
 from layerplan.train.sharding import PlacedModel, place_model
@@ -87,7 +88,8 @@ def build_model(
     torch.manual_seed(request.seed)
     causal_lm = request.model.load()
     recipe = request.recipe or agree_on_recipe(causal_lm, seq_len=seq_len, rank=rank, world_size=world_size)
-    placement = replace(placement, attention=choose_attention(config, shape, seq_len, device, recipe))
+    find_fault = partial(find_document_fault, causal_lm, recipe, seq_len=seq_len)
+    placement = replace(placement, attention=choose_attention(config, shape, seq_len, device, recipe, find_fault))
     try_set_attention(causal_lm, IMPLEMENTATIONS[placement.attention])
     parked = park_other_phases(causal_lm, request.plan, plan, checkpoint)
     applied = apply_plan(causal_lm, plan)

@@ -1,6 +1,10 @@
-"""The training loop, visible in one place: read rows, accumulate, judge, update, log, validate, save.
+"""The training loop, visible in one place: take rows, accumulate, update, judge, log, validate, save.
 
 It runs on every rank, under Ray Train or in a single process; what differs is handed in through `LoopHooks`.
+
+Between two log lines the host never waits for the device. What it has to know before a step, it knows from the rows; a step
+that is not finite is left out by the device itself. What became of a step is read when the next one has been launched, or
+at once where something depends on it: a log line, a validation, a checkpoint, the last step.
 """
 
 from __future__ import annotations
@@ -21,15 +25,18 @@ from layerplan.corpus.rows import PackedRows
 from layerplan.errors import TrainingError
 from layerplan.models.freezing import AppliedPlan, check_gradient_coverage
 from layerplan.train import metrics
+from layerplan.train.agreement import Agreement, StepCounts
+from layerplan.train.ahead import PreparedStep, StepsAhead
 from layerplan.train.frozen_check import FrozenTensors
 from layerplan.train.optim import compute_clip_scale, compute_grad_norm
 from layerplan.train.place import IN_STEP, LOGGING, Mark
 from layerplan.train.profiling import profiled
+from layerplan.train.readback import Readback
 from layerplan.train.schedule import compute_lr_scale, compute_rewarm_scale
 from layerplan.train.sharding import PlacedModel
 from layerplan.train.stability import StabilityMonitor, StepDecision
 from layerplan.train.state import PROOF_FIELDS, TrainState
-from layerplan.train.step import TensorBatch, accumulate_gradients, equalise, make_batches
+from layerplan.train.step import TensorBatch, accumulate_gradients, fill_up, make_batches
 from layerplan.train.throughput import Window, compute_mfu, peak_memory_gib, render_progress
 from layerplan.train.validation import compute_validation_loss
 
@@ -85,16 +92,40 @@ class LoopSetup:
     """(first step, number of steps) over which the learning rate rises again after a change of plan."""
     frozen: FrozenTensors | None = None
     """Checked before every checkpoint; None leaves it out."""
+    host_group: dist.ProcessGroup | None = None
+    """A gloo group of all ranks for what hosts tell each other; None where the default group is one."""
 
 
 @dataclass(frozen=True)
-class StepOutcome:
-    """Global numbers of one step before its update is decided."""
+class TakenStep:
+    """The rows of the step to be launched next, and what all ranks agree on about it."""
 
-    loss: float
+    step: int
+    """1-based."""
+    prepared: PreparedStep
+    agreement: Agreement
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step the device was told to compute; its global loss and gradient norm arrive by themselves."""
+
+    step: int
+    prepared: PreparedStep
+    counts: StepCounts
+    loss_sum: Tensor
     grad_norm: Tensor
-    tokens: int
-    wants_stop: bool
+    """Before clipping."""
+    numbers: Readback
+    """Both, on their way to the host."""
+    is_last: bool
+    is_due: bool
+    """Whether something depends on the numbers at once."""
+
+    def read(self) -> tuple[float, float]:
+        """Mean loss and gradient norm; waits for the device."""
+        loss_sum, norm = self.numbers.read()
+        return loss_sum / max(self.counts.labels, 1), norm
 
 
 def run_loop(setup: LoopSetup, state: TrainState, hooks: LoopHooks, *, stop_step: int | None = None) -> TrainState:
@@ -105,92 +136,171 @@ def run_loop(setup: LoopSetup, state: TrainState, hooks: LoopHooks, *, stop_step
     """
     config = setup.config
     end = config.max_steps if stop_step is None else min(stop_step, config.max_steps)
-    monitor = StabilityMonitor(config.stability)
-    monitor.recent.extend(state.recent_losses)
-    rows_of_steps = hooks.iter_steps(state.step + state.data_offset, end + state.data_offset)
-    window = Window()
-    checked = False
-    state = _validate_base(setup, state, hooks)
-    while state.step < end:
-        started = time.perf_counter()
-        hooks.mark(IN_STEP[0], state.step + 1)
-        with window.phase("data"):
-            rows = next(rows_of_steps)
-        with profiled(setup.profile_dir if state.step + 1 == config.profile_step else None, state.step + 1):
-            hooks.mark(IN_STEP[1], state.step + 1)
-            outcome = _forward_backward(setup, state, rows, hooks, window)
-            if not checked:
-                state, checked = _check_coverage(setup, state), True
-            verdict = monitor.judge(
-                state.step + 1,
-                outcome.loss,
-                float(outcome.grad_norm),
-                skipped=state.skipped_steps,
-                rollbacks=state.rollbacks,
-            )
-            _report_event(verdict, state.step + 1, setup.rank, hooks)
-            if verdict.action == "rollback" and (restored := _roll_back(state, hooks)) is not None:
-                state = restored
-                setup.optimizer.zero_grad(set_to_none=True)
-                monitor.forget()
-                rows_of_steps = hooks.iter_steps(state.step + state.data_offset, end + state.data_offset)
-                continue
-            hooks.mark(IN_STEP[2], state.step + 1)
-            with window.phase("optimizer"):
-                _update(setup, state.step, outcome, apply=verdict.action == "apply")
-        if hooks.write_ledger is not None:
-            hooks.write_ledger(state.step + 1, rows)
-        seconds = time.perf_counter() - started
-        hooks.mark(LOGGING, state.step + 1)
-        state = _advance(
-            state, outcome, seconds, skipped=verdict.action != "apply", monitor=monitor, peak_flops=setup.peak_flops
-        )
-        window.steps, window.tokens, window.seconds = (
-            window.steps + 1,
-            window.tokens + outcome.tokens,
-            window.seconds + seconds,
-        )
-        is_last = state.step == end or outcome.wants_stop
-        if state.step == 1 or state.step % config.log_every_steps == 0 or is_last:
-            state = _log(setup, state, outcome, window, hooks)
-            window = Window()
-        if state.step % config.validate_every_steps == 0 or is_last:
-            state = _validate(setup, state, hooks)
-        if state.step % config.checkpoint_every_steps == 0 or is_last:
-            state = _save(setup, state, hooks)
-        if outcome.wants_stop:
-            break
-    return state
+    with _open_steps(setup, state, hooks, end) as ahead:
+        books = Books(setup, hooks, _validate_base(setup, state, hooks))
+        unread: LaunchedStep | None = None
+        taken = _take(books, ahead, state.step + 1) if state.step < end else None
+        while taken is not None:
+            with profiled(setup.profile_dir if taken.step == config.profile_step else None, taken.step):
+                launched = _forward_backward(books, taken, end)
+                books.check_coverage()
+                hooks.mark(IN_STEP[2], launched.step)
+                with books.window.phase("optimizer"):
+                    _update(setup, launched, apply=books.applies(launched))
+            settling = [unread, launched] if launched.is_due else [unread]
+            bad = next((each for each in settling if each is not None and not books.settle(each)), None)
+            unread = None if launched.is_due or bad is not None else launched
+            hooks.mark(LOGGING, launched.step)
+            if bad is not None:
+                ahead.put_back([launched.prepared] if bad is not launched else [])
+                ahead.extend(end + books.state.data_offset)
+            elif launched.is_due:
+                books.report(launched)
+                if launched.is_last:
+                    break
+            taken = _take(books, ahead, books.state.step + (1 if unread is None else 2))
+    return books.state
 
 
-def _forward_backward(
-    setup: LoopSetup, state: TrainState, rows: PackedRows, hooks: LoopHooks, window: Window
-) -> StepOutcome:
+class Books:
+    """What is known of the steps whose numbers were read: the state, the sums of the next log line, the recent losses."""
+
+    def __init__(self, setup: LoopSetup, hooks: LoopHooks, state: TrainState) -> None:
+        self.setup = setup
+        self.hooks = hooks
+        self.state = state
+        self.window = Window()
+        self._monitor = StabilityMonitor(setup.config.stability)
+        self._monitor.recent.extend(state.recent_losses)
+        self._verdict: tuple[int, StepDecision] | None = None
+        self._has_checked = False
+        self._since = time.perf_counter()
+
+    @property
+    def looks_first(self) -> bool:
+        """Whether the host looks at the loss of a step before it is applied, and so waits for the device."""
+        return self._monitor.looks_first
+
+    def check_coverage(self) -> None:
+        """Compares the gradients of the first step with the plan.
+
+        Raises:
+            TrainingError: When they do not match.
+        """
+        if not self._has_checked:
+            self.state, self._has_checked = _check_coverage(self.setup, self.state), True
+
+    def applies(self, launched: LaunchedStep) -> bool:
+        """Whether the host lets the update be; it looks at the loss for that only where the policy asks it to."""
+        return not self.looks_first or self._judge(launched).action == "apply"
+
+    def settle(self, launched: LaunchedStep) -> bool:
+        """Takes in what became of a step; False when training went back to a checkpoint because of it.
+
+        Raises:
+            TrainingError: When a stability policy says stop.
+        """
+        verdict = self._judge(launched)
+        _report_event(verdict, launched.step, self.setup.rank, self.hooks)
+        if verdict.action == "rollback" and (restored := _roll_back(self.state, self.hooks)) is not None:
+            self.state, self._verdict = restored, None
+            self.setup.optimizer.zero_grad(set_to_none=True)
+            self._monitor.forget()
+            return False
+        if self.hooks.write_ledger is not None:
+            self.hooks.write_ledger(launched.step, launched.prepared.rows)
+        self._advance(launched, is_skipped=verdict.action != "apply")
+        return True
+
+    def report(self, launched: LaunchedStep) -> None:
+        """Logs, validates and saves what is due after a step that was settled."""
+        setup, config, step = self.setup, self.setup.config, launched.step
+        if _is_due(step, config.log_every_steps, launched.is_last) or step == 1:
+            self.state = _log(setup, self.state, launched, self.window, self.hooks)
+            self.window = Window()
+        if _is_due(step, config.validate_every_steps, launched.is_last):
+            self.state = _validate(setup, self.state, self.hooks)
+        if _is_due(step, config.checkpoint_every_steps, launched.is_last):
+            self.state = _save(setup, self.state, self.hooks)
+        self._since = time.perf_counter()
+
+    def _judge(self, launched: LaunchedStep) -> StepDecision:
+        if self._verdict is None or self._verdict[0] != launched.step:
+            counts = {"skipped": self.state.skipped_steps, "rollbacks": self.state.rollbacks}
+            self._verdict = launched.step, self._monitor.judge(launched.step, *launched.read(), **counts)
+        return self._verdict[1]
+
+    def _advance(self, launched: LaunchedStep, *, is_skipped: bool) -> None:
+        now = time.perf_counter()
+        seconds, self._since, self._verdict = now - self._since, now, None
+        update = {
+            "step": launched.step,
+            "tokens_seen": self.state.tokens_seen + launched.counts.tokens,
+            "train_s": self.state.train_s + seconds,
+            "skipped_steps": self.state.skipped_steps + int(is_skipped),
+            "recent_losses": tuple(self._monitor.recent),
+            "window_losses": (*self.state.window_losses, launched.read()[0]),
+            "peak_flops": self.setup.peak_flops,
+        }
+        self.state = self.state.model_copy(update=update)
+        self.window.steps += 1
+        self.window.tokens += launched.counts.tokens
+        self.window.seconds += seconds
+
+
+def _is_due(step: int, every: int, is_last: bool) -> bool:
+    return is_last or step % every == 0
+
+
+def _open_steps(setup: LoopSetup, state: TrainState, hooks: LoopHooks, end: int) -> StepsAhead:
+    def make(rows: PackedRows) -> list[TensorBatch]:
+        return make_batches(rows, setup.config.micro_batch_size, setup.placed.model.recipe, setup.device)
+
+    start = state.step + state.data_offset
+    return StepsAhead(hooks.iter_steps, make, setup.device, start=start, stop=end + state.data_offset)
+
+
+def _take(books: Books, ahead: StepsAhead, step: int) -> TakenStep:
+    """The next step's rows, and the question to all ranks about it."""
+    setup, hooks = books.setup, books.hooks
+    hooks.mark(IN_STEP[0], step)
+    with books.window.phase("data"):
+        prepared = ahead.take()
+    mine = StepCounts(
+        labels=sum(batch.num_labels for batch in prepared.batches),
+        tokens=int(np.sum(prepared.rows.document_ids >= 0)),
+        num_batches=len(prepared.batches),
+        wants_stop=setup.rank == 0 and hooks.should_stop(),
+    )
+    return TakenStep(step, prepared, Agreement(mine, setup.world_size, setup.host_group))
+
+
+def _forward_backward(books: Books, taken: TakenStep, end: int) -> LaunchedStep:
+    setup, config, step = books.setup, books.setup.config, taken.step
+    books.hooks.mark(IN_STEP[1], step)
     # dropout, where a model has any, is a function of the step, so that a resume repeats it
-    torch.manual_seed(state.step * setup.world_size + setup.rank)
+    torch.manual_seed((step - 1) * setup.world_size + setup.rank)
     placed = setup.placed
-    batches = make_batches(rows, setup.config.micro_batch_size, placed.model.recipe, setup.device)
-    batches = equalise(batches, placed.model.recipe, setup.device, setup.world_size)
-    labels, tokens, wants_stop = _agree(setup, batches, rows, hooks)
+    counts = taken.agreement.wait()
+    taken.prepared.wait()
+    batches = fill_up(taken.prepared.batches, counts.num_batches, setup.device)
     try:
-        with window.phase("forward_backward"):
-            loss_sum = accumulate_gradients(placed.model, batches, setup.world_size / labels, placed.set_sync)
+        with books.window.phase("forward_backward"):
+            scale = setup.world_size / max(counts.labels, 1)
+            loss_sum = accumulate_gradients(placed.model, batches, scale, placed.set_sync)
             if placed.finish_sync is not None:
                 placed.finish_sync()
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise TrainingError(f"step {state.step + 1}: out of memory. {setup.memory_advice}") from error
+        raise TrainingError(f"step {step}: out of memory. {setup.memory_advice}") from error
+    loss_sum = _reduce_sum(loss_sum, setup)
     parameters = [parameter for parameter in placed.model.parameters() if parameter.requires_grad]
-    loss = float(_reduce_sum(loss_sum, setup)) / labels
-    norm = compute_grad_norm(parameters, placed.reduce_square, compiled=setup.config.compile)
-    return StepOutcome(loss, norm, tokens, wants_stop)
-
-
-def _agree(setup: LoopSetup, batches: list[TensorBatch], rows: PackedRows, hooks: LoopHooks) -> tuple[float, int, bool]:
-    """One small all-reduce a step: global labels and tokens, and whether rank 0 was asked to stop."""
-    wants_stop = setup.rank == 0 and hooks.should_stop()
-    mine = [sum(batch.num_labels for batch in batches), int(np.sum(rows.document_ids >= 0)), int(wants_stop)]
-    counts = _reduce_sum(torch.tensor(mine, dtype=torch.float64, device=setup.device), setup).tolist()
-    return max(counts[0], 1.0), int(counts[1]), counts[2] > 0
+    norm = compute_grad_norm(parameters, placed.reduce_square, compiled=config.compile)
+    is_last = step == end or counts.wants_stop
+    spacings = (config.log_every_steps, config.validate_every_steps, config.checkpoint_every_steps)
+    is_due = step == 1 or any(_is_due(step, every, is_last) for every in spacings) or books.looks_first
+    return LaunchedStep(
+        step, taken.prepared, counts, loss_sum, norm, Readback(loss_sum, norm), is_last=is_last, is_due=is_due
+    )
 
 
 def _check_coverage(setup: LoopSetup, state: TrainState) -> TrainState:
@@ -199,15 +309,16 @@ def _check_coverage(setup: LoopSetup, state: TrainState) -> TrainState:
     return state.model_copy(update={"gradient_coverage": coverage, "coverage_checks": state.coverage_checks + 1})
 
 
-def _update(setup: LoopSetup, step: int, outcome: StepOutcome, *, apply: bool) -> None:
-    config = setup.config
+def _update(setup: LoopSetup, launched: LaunchedStep, *, apply: bool) -> None:
+    config, step = setup.config, launched.step - 1
     if apply:
         rate = config.optimizer.learning_rate * compute_lr_scale(step, config.max_steps, config.schedule)
         rate *= compute_rewarm_scale(step, *setup.rewarm)
         for group in setup.optimizer.param_groups:
             group["lr"] = rate
-        scale = compute_clip_scale(outcome.grad_norm, config.optimizer.max_grad_norm)
-        setup.optimizer.step(grad_scale=scale)
+        scale = compute_clip_scale(launched.grad_norm, config.optimizer.max_grad_norm)
+        is_finite = torch.isfinite(launched.loss_sum) & torch.isfinite(launched.grad_norm)
+        setup.optimizer.step(grad_scale=scale, found_inf=1 - is_finite.float())
     setup.optimizer.zero_grad(set_to_none=True)
 
 
@@ -233,28 +344,7 @@ def _roll_back(state: TrainState, hooks: LoopHooks) -> TrainState | None:
     return restored.model_copy(update=kept | update)
 
 
-def _advance(
-    state: TrainState,
-    outcome: StepOutcome,
-    seconds: float,
-    *,
-    skipped: bool,
-    monitor: StabilityMonitor,
-    peak_flops: float,
-) -> TrainState:
-    update = {
-        "step": state.step + 1,
-        "tokens_seen": state.tokens_seen + outcome.tokens,
-        "train_s": state.train_s + seconds,
-        "skipped_steps": state.skipped_steps + int(skipped),
-        "recent_losses": tuple(monitor.recent),
-        "window_losses": (*state.window_losses, outcome.loss),
-        "peak_flops": peak_flops,
-    }
-    return state.model_copy(update=update)
-
-
-def _log(setup: LoopSetup, state: TrainState, outcome: StepOutcome, window: Window, hooks: LoopHooks) -> TrainState:
+def _log(setup: LoopSetup, state: TrainState, launched: LaunchedStep, window: Window, hooks: LoopHooks) -> TrainState:
     """Logs the mean loss since the last line: the loss of one small batch says little."""
     loss = state.mean_window_loss()
     first = loss if state.first_loss is None else state.first_loss
@@ -267,7 +357,7 @@ def _log(setup: LoopSetup, state: TrainState, outcome: StepOutcome, window: Wind
     )
     values = {
         metrics.LOSS: loss,
-        metrics.GRAD_NORM: float(outcome.grad_norm),
+        metrics.GRAD_NORM: launched.read()[1],
         metrics.LEARNING_RATE: rate,
         metrics.TOKENS_SEEN: float(state.tokens_seen),
         metrics.SKIPPED_STEPS: float(state.skipped_steps),

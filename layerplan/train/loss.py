@@ -77,7 +77,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients already carry `scale`; only what the caller asks beyond it is left to multiply."""
         grads = list(ctx.saved_tensors)
-        if grad_output.device.type != "cpu" or float(grad_output) != ctx.scale:
+        if grad_output.device.type != "cpu" or float(grad_output.numpy()) != ctx.scale:
             rest = grad_output / ctx.scale
             grads = [None if grad is None else grad * rest.to(grad.dtype) for grad in grads]
         grads = [None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes)]
@@ -181,6 +181,6 @@ def _compiled_core() -> Callable[..., tuple[Tensor, Tensor]]:
     def core(
         logits_NV: Tensor, labels_N: Tensor, scale: float, softcap: float | None, z_weight: float
     ) -> tuple[Tensor, Tensor]:
-        return compiled(logits_NV, labels_N, torch.tensor(scale, device=logits_NV.device), softcap, z_weight)
+        return compiled(logits_NV, labels_N, torch.full((), scale, device=logits_NV.device), softcap, z_weight)
 
     return core

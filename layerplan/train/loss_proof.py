@@ -16,11 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from layerplan.errors import CheckpointError, ModelError
+from layerplan.errors import CheckpointError, ModelError, first_line
 from layerplan.models.causal_lm import find_decoder_parts
 from layerplan.models.ref import ModelRef
 from layerplan.plan.loss_recipe import LossRecipe
-from layerplan.train.sample_documents import find_shortest_window
+from layerplan.train.attention import set_attention, try_set_attention
+from layerplan.train.document_attention import SEGMENTED, attends_by_document
+from layerplan.train.exactness import CANNOT_RUN
+from layerplan.train.sample_documents import find_shortest_window, make_documents
 from layerplan.train.self_test import SelfTestReport, ask_model, confirm_recipe
 from layerplan.train.state import TrainState
 from layerplan.train.step import LossModel
@@ -62,6 +65,30 @@ def agree_on_recipe(causal_lm: nn.Module, *, seq_len: int, rank: int, world_size
         return report.recipe
 
     return _told_by_rank_0(ask if rank == 0 else None, world_size)
+
+
+def find_document_fault(causal_lm: nn.Module, recipe: LossRecipe, *, seq_len: int) -> str | None:
+    """Why attention that reads each document alone does not give the recipe's loss; None when it does.
+
+    The model is whole, on a CPU, and asked there: what it hands its layers is the same on a GPU.
+    """
+    before = causal_lm.config._attn_implementation
+    was_training = causal_lm.training
+    try:
+        set_attention(causal_lm, SEGMENTED)
+        if not attends_by_document(causal_lm):
+            return f"{type(causal_lm).__name__} has attention of its own"
+        model = LossModel(causal_lm, recipe)
+        with torch.no_grad():
+            model.train()(make_documents(causal_lm, seq_len, with_window=False).trial(recipe.rows))
+        dtype = next(causal_lm.parameters()).dtype
+        confirm_recipe(model, seq_len=seq_len, dtype=dtype, with_window=True)
+    except (*CANNOT_RUN, ModelError) as error:
+        return first_line(error)
+    finally:
+        try_set_attention(causal_lm, before)
+        causal_lm.train(was_training)
+    return None
 
 
 def prove_loss(model: LossModel, state: TrainState, *, seq_len: int, dtype: torch.dtype, world_size: int) -> TrainState:

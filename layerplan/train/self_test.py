@@ -109,7 +109,9 @@ def ask_model(model: nn.Module, *, seq_len: int, with_gradients: bool = True) ->
     )
 
 
-def confirm_recipe(model: LossModel, *, seq_len: int, dtype: torch.dtype) -> tuple[float, float]:
+def confirm_recipe(
+    model: LossModel, *, seq_len: int, dtype: torch.dtype, with_window: bool = False
+) -> tuple[float, float]:
     """Asks the placed model, by forward passes only: (loss of documents alone, loss by its recipe), nats per token.
 
     Every rank must call it; sharded layers are gathered together.
@@ -118,7 +120,7 @@ def confirm_recipe(model: LossModel, *, seq_len: int, dtype: torch.dtype) -> tup
         ModelError: When the two differ by more than the dtype's bound, or what must not matter moves a loss.
     """
     causal_lm = model.causal_lm
-    documents = make_documents(causal_lm, seq_len, with_window=False)
+    documents = make_documents(causal_lm, seq_len, with_window=with_window)
     before = causal_lm.config._attn_implementation
     was_training = model.training
     model.eval()

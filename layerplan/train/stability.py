@@ -29,6 +29,11 @@ class StabilityMonitor:
     config: StabilityConfig
     recent: deque[float] = field(default_factory=deque)
 
+    @property
+    def looks_first(self) -> bool:
+        """Whether the update of a step depends on its loss, finite or not; what is not finite the device leaves out itself."""
+        return self.config.on_spike in ("skip", "rollback", "stop")
+
     def judge(self, step: int, loss: float, grad_norm: float, *, skipped: int, rollbacks: int) -> StepDecision:
         """Decides on the step and remembers its loss.
 

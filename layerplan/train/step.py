@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +24,8 @@ from layerplan.models.causal_lm import find_decoder_parts
 from layerplan.models.document_starts import find_start_arguments, mark_starts
 from layerplan.models.head import make_inputs, run_to_head
 from layerplan.plan.loss_recipe import LossRecipe
+from layerplan.train.attention import prefer_cudnn
+from layerplan.train.document_attention import OFFSETS, WHOLE_ROWS, attends_by_document, find_offsets
 from layerplan.train.loss import IGNORED, LossOptions, compute_loss_sum, make_labels
 
 
@@ -57,6 +58,8 @@ class LossModel(nn.Module):
         inputs = make_inputs(self.causal_lm, batch.input_ids_BT, batch.position_ids_BT)
         if self.recipe.rows == "reset" and batch.position_ids_BT is not None:
             inputs |= mark_starts(self._start_arguments, batch.position_ids_BT)
+        if attends_by_document(self.causal_lm):
+            inputs[OFFSETS] = WHOLE_ROWS if batch.position_ids_BT is None else batch.find_offsets()
         labels_N = batch.labels_BT.flatten()
         if naive or self.recipe.head.kind == "own":
             return _sum_plain_loss(self.causal_lm(**inputs).logits.flatten(0, 1), labels_N, self._loss_options.z_weight)
@@ -89,12 +92,30 @@ class TensorBatch:
     labels_BT: Tensor
     num_labels: int
     """Positions that have a label."""
+    offsets: Tensor | None = None
+    """Where documents start in the flattened rows (`find_offsets`), int32; None where nobody wrote it down."""
+
+    def find_offsets(self) -> Tensor:
+        """Where documents start; asks the device when they did not come with the rows."""
+        if self.offsets is not None:
+            return self.offsets
+        assert self.position_ids_BT is not None
+        is_start = (self.position_ids_BT == 0).cpu().numpy()
+        return torch.from_numpy(find_offsets(is_start)).to(self.input_ids_BT.device)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that lie on the device."""
+        return [each for each in vars(self).values() if isinstance(each, Tensor)]
 
 
 def make_batch(rows: PackedRows, device: torch.device) -> TensorBatch:
     """Moves packed rows to a device and gives them labels."""
     input_ids, document_ids = _load(rows.input_ids), _load(rows.document_ids)
-    return _finish_batch(input_ids, _load(rows.position_ids), make_labels(input_ids, document_ids), device)
+    is_whole = bool((rows.position_ids == np.arange(rows.position_ids.shape[1])).all())
+    position_ids = None if is_whole else _load(rows.position_ids)
+    is_start = np.diff(rows.document_ids, prepend=-2) != 0
+    return _finish_batch(input_ids, position_ids, make_labels(input_ids, document_ids), device, is_start)
 
 
 def make_batches(rows: PackedRows, size: int, recipe: LossRecipe, device: torch.device) -> list[TensorBatch]:
@@ -120,15 +141,10 @@ def make_blank_batch(device: torch.device) -> TensorBatch:
     return _finish_batch(one, None, torch.full_like(one, IGNORED), device)
 
 
-def equalise(
-    batches: list[TensorBatch], recipe: LossRecipe, device: torch.device, world_size: int
-) -> list[TensorBatch]:
-    """As many micro-batches on every rank: sharded layers are gathered together. Packed rows are that already."""
-    if recipe.rows != "alone" or world_size == 1:
-        return batches
-    most = torch.tensor([len(batches)], device=device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return batches + [make_blank_batch(device)] * (int(most) - len(batches))
+def fill_up(batches: list[TensorBatch], count: int, device: torch.device) -> list[TensorBatch]:
+    """As many micro-batches as the rank that has most: sharded layers are gathered together."""
+    missing = count - len(batches)
+    return batches + [make_blank_batch(device)] * missing if missing > 0 else batches
 
 
 def _split_documents(rows: PackedRows) -> list[NDArray[np.int32]]:
@@ -157,13 +173,21 @@ def _load(values: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
 
 
-def _finish_batch(input_ids: Tensor, position_ids: Tensor | None, labels: Tensor, device: torch.device) -> TensorBatch:
+def _finish_batch(
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    labels: Tensor,
+    device: torch.device,
+    is_start: NDArray[np.bool_] | None = None,
+) -> TensorBatch:
+    """On the device; `is_start` marks documents' first tokens, and is left out where each row is one."""
     num_labels = int((labels != IGNORED).sum())
-    tensors = [input_ids, position_ids, labels]
+    offsets = None if is_start is None else torch.from_numpy(find_offsets(is_start))
+    tensors = [input_ids, position_ids, labels, offsets]
     if device.type == "cuda":
         tensors = [None if each is None else each.pin_memory().to(device, non_blocking=True) for each in tensors]
-    input_ids, position_ids, labels = tensors
-    return TensorBatch(input_ids, position_ids, labels, num_labels)
+    input_ids, position_ids, labels, offsets = tensors
+    return TensorBatch(input_ids, position_ids, labels, num_labels, offsets)
 
 
 def accumulate_gradients(
@@ -180,11 +204,13 @@ def accumulate_gradients(
     Returns:
         The summed, unscaled loss of this rank, float32.
     """
-    total = torch.zeros((), dtype=torch.float32, device=batches[0].labels_BT.device)
-    for index, batch in enumerate(batches):
-        if set_sync is not None:
-            set_sync(index == len(batches) - 1)
-        loss = model(batch, scale)
-        (loss * scale).backward()
-        total += loss.detach()
+    device = batches[0].labels_BT.device
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    with prefer_cudnn(device):
+        for index, batch in enumerate(batches):
+            if set_sync is not None:
+                set_sync(index == len(batches) - 1)
+            loss = model(batch, scale)
+            (loss * scale).backward()
+            total += loss.detach()
     return total

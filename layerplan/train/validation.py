@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from layerplan.corpus.rows import PADDING, PackedRows
 from layerplan.train.sharding import reshard
-from layerplan.train.step import LossModel, equalise, make_batches
+from layerplan.train.step import LossModel, TensorBatch, fill_up, make_batches
 
 
 def compute_validation_loss(
@@ -33,7 +33,7 @@ def compute_validation_loss(
             mine = rows.take(start + rank, min(start + size, len(rows)))
             mine = _every(mine, world_size) if len(mine) else _blank(rows)
             batches = make_batches(mine, micro_batch_size, model.recipe, device)
-            for batch in equalise(batches, model.recipe, device, world_size):
+            for batch in _equalise(batches, model, device, world_size):
                 total[0] += model(batch).double()
                 total[1] += batch.num_labels
     model.train()
@@ -41,6 +41,15 @@ def compute_validation_loss(
     if world_size > 1:
         dist.all_reduce(total)
     return float(total[0] / total[1].clamp_min(1))
+
+
+def _equalise(batches: list[TensorBatch], model: LossModel, device: torch.device, world_size: int) -> list[TensorBatch]:
+    """As many micro-batches on every rank; packed rows are that already."""
+    if model.recipe.rows != "alone" or world_size == 1:
+        return batches
+    most = torch.tensor([len(batches)], device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return fill_up(batches, int(most), device)
 
 
 def _every(rows: PackedRows, step: int) -> PackedRows:

@@ -1,0 +1,116 @@
+"""Attention within documents against PyTorch's own under a mask, and in the models of eight families."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+from layerplan.corpus.rows import PackedRows
+from layerplan.train.document_attention import (
+    OFFSETS,
+    SEGMENTED,
+    UnservedAttentionError,
+    attend_segmented,
+    find_offsets,
+)
+from layerplan.train.step import LossModel, make_batch
+from tests.small_families import build_family
+
+LENGTHS = [[20, 30, 14], [64], [1, 2, 61]]
+
+
+def make_starts(lengths: list[list[int]]) -> np.ndarray:
+    starts = np.zeros((len(lengths), sum(lengths[0])), dtype=bool)
+    for row, documents in enumerate(lengths):
+        starts[row, np.cumsum([0, *documents[:-1]])] = True
+    return starts
+
+
+def make_mask(starts: np.ndarray, window: int | None) -> Tensor:
+    """What a query may see, spelled out: its own document, no later token, no further back than the window."""
+    documents = torch.from_numpy(np.cumsum(starts, axis=1))
+    distance = torch.arange(starts.shape[1])[:, None] - torch.arange(starts.shape[1])[None, :]
+    seen = (documents[:, :, None] == documents[:, None, :]) & (distance >= 0)
+    return (seen if window is None else seen & (distance < window))[:, None]
+
+
+def test_offsets_are_the_starts_and_then_the_end_in_few_sizes() -> None:
+    offsets = find_offsets(make_starts(LENGTHS))
+    assert offsets.dtype == np.int32
+    assert offsets.tolist() == [0, 20, 50, 64, 128, 129, 131, *[192] * 9]
+    assert len(find_offsets(np.ones((1, 40), dtype=bool))) == 64
+
+
+@pytest.mark.parametrize("window", [None, 8, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_segments_give_what_a_mask_gives_forward_and_backward(window: int | None, dtype: torch.dtype) -> None:
+    starts = make_starts(LENGTHS)
+    draw = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(3, heads, 64, 16, generator=draw).to(dtype).requires_grad_() for heads in (4, 2, 2)]
+    weight = torch.randn(3, 4, 64, 16, generator=draw)
+    wanted = scaled_dot_product_attention(
+        *(each.float() for each in inputs), attn_mask=make_mask(starts, window), scale=0.3, enable_gqa=True
+    )
+    expected = torch.autograd.grad((wanted * weight).sum(), inputs)
+    asked = {"scaling": 0.3, "sliding_window": window, OFFSETS: torch.from_numpy(find_offsets(starts))}
+    found, _ = attend_segmented(nn.Module(), *inputs, None, **asked)
+    grads = torch.autograd.grad((found.transpose(1, 2).float() * weight).sum(), inputs)
+    bound = 1e-5 if dtype == torch.float32 else 3e-2
+    for ours, theirs in [(found.transpose(1, 2), wanted), *zip(grads, expected)]:
+        assert (ours.float() - theirs.float()).norm() <= bound * theirs.float().norm()
+
+
+def test_the_compiler_takes_it_as_it_is() -> None:
+    starts = make_starts(LENGTHS[:1])
+    offsets = torch.from_numpy(find_offsets(starts))
+    torch.library.opcheck(
+        torch.ops.layerplan.segmented_attention,
+        (*(torch.randn(1, 2, 64, 16, requires_grad=True) for _ in range(3)), offsets, 0.25, 0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"softcap": 50.0}, "asks for softcap"),
+        ({"s_aux": torch.zeros(4)}, "asks for s_aux"),
+        ({"dropout": 0.1}, "asks for dropout"),
+        ({"is_causal": False}, "also looks at later tokens"),
+        ({OFFSETS: None}, "does not hand down where documents start"),
+    ],
+)
+def test_what_a_layer_asks_beyond_documents_and_windows_is_refused(asked: dict[str, object], words: str) -> None:
+    query = torch.zeros(1, 4, 64, 16)
+    offsets = torch.from_numpy(find_offsets(make_starts(LENGTHS[:1])))
+    with pytest.raises(UnservedAttentionError, match=words):
+        attend_segmented(nn.Module(), query, query, query, None, **{OFFSETS: offsets} | asked)
+    with pytest.raises(UnservedAttentionError, match="brings a mask of its own"):
+        attend_segmented(nn.Module(), query, query, query, torch.ones(1), **{OFFSETS: offsets})
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "phi3", "starcoder2", "olmo3", "cohere2", "exaone4", "qwen3"])
+def test_a_packed_row_costs_its_documents_and_gives_what_they_give_alone(family: str) -> None:
+    """Loss and every gradient, against the model's own logits of one document at a time."""
+    model = build_family(family)
+    lengths = LENGTHS[0]
+    ids = np.random.default_rng(0).integers(3, 128, (1, sum(lengths)), dtype=np.int32)
+    documents = np.repeat(np.arange(len(lengths)), lengths)[None].astype(np.int32)
+    positions = np.concatenate([np.arange(length) for length in lengths])[None].astype(np.int32)
+    model.set_attn_implementation("eager")
+    expected = torch.zeros(())
+    for piece in np.split(ids, np.cumsum(lengths)[:-1], axis=1):
+        tokens = torch.from_numpy(piece.astype(np.int64))
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+        expected = expected + cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    names = dict(model.named_parameters())
+    wanted = torch.autograd.grad(expected, list(names.values()))
+    model.set_attn_implementation(SEGMENTED)
+    batch = make_batch(PackedRows(np.arange(1), ids, documents, positions), torch.device("cpu"))
+    found = LossModel(model)(batch, naive=True)
+    grads = torch.autograd.grad(found, list(names.values()))
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    for name, ours, theirs in zip(names, grads, wanted):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-5, name
