@@ -72,6 +72,7 @@ class StepsAhead:
         self._device = device
         self._depth = depth
         self._again: deque[PreparedStep] = deque()
+        self._left = 0
         self._last = start
         self._stop = stop
         self._begin()

@@ -7,6 +7,7 @@ asks beyond that (capped scores, sinks, its own mask) is refused, so that a mode
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -205,7 +206,7 @@ def _list_documents(offsets: Tensor, seq_len: int) -> list[tuple[int, slice]]:
     bounds = offsets.numpy().tolist()
     return [
         (start // seq_len, slice(start % seq_len, start % seq_len + stop - start))
-        for start, stop in zip(bounds, bounds[1:])
+        for start, stop in pairwise(bounds)
         if stop > start
     ]
 

@@ -61,7 +61,10 @@ class StoreFeed:
 
 
 class StreamFeed:
-    """Rows made while training; goes on where it is, whatever the step: rows are never given out twice."""
+    """Rows made while training; goes on where it is, whatever the step: rows are never given out twice.
+
+    Rows are taken before their step is trained on, so where each lane stood is kept for every step given out.
+    """
 
     def __init__(self, request: TrainRequest, state: TrainState, *, rank: int, world_size: int) -> None:
         self._world_size = world_size
@@ -72,18 +75,25 @@ class StreamFeed:
             world_size=world_size,
             cursor=state.data_cursor,
         )
+        self._cursors = {state.step + state.data_offset: self._stream.cursor}
 
     def iter_steps(self, start: int, stop: int) -> Iterator[PackedRows]:
         """The next `stop - start` steps."""
-        for _ in range(start, stop):
-            yield self._stream.take()
+        for step in range(start, stop):
+            rows = self._stream.take()
+            self._cursors[step + 1] = self._stream.cursor
+            yield rows
 
     def stamp(self, state: TrainState) -> TrainState:
         """Adds every lane's next row."""
-        cursors: list[dict[int, int]] = [self._stream.cursor]
+        reached = state.step + state.data_offset
+        mine = self._cursors[reached]
+        for step in [step for step in self._cursors if step < reached]:
+            del self._cursors[step]
+        cursors: list[dict[int, int]] = [mine]
         if self._world_size > 1:
             cursors = [{} for _ in range(self._world_size)]
-            dist.all_gather_object(cursors, self._stream.cursor)
+            dist.all_gather_object(cursors, mine)
         lanes = {lane: row for cursor in cursors for lane, row in cursor.items()}
         return state.model_copy(update={"data_cursor": tuple(lanes[lane] for lane in sorted(lanes))})
 

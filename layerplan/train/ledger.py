@@ -21,8 +21,12 @@ from layerplan.errors import TrainingError
 class LedgerWriter:
     """Appends to `ledger.jsonl`; every rank calls `write`, as the row ids of all ranks are gathered."""
 
-    def __init__(self, path: Path, *, start_step: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, path: Path, *, start_step: int, rank: int, world_size: int, group: dist.ProcessGroup | None = None
+    ) -> None:
+        """Drops what is behind `start_step`; `group` is one of hosts, so that no device is asked (default: all ranks')."""
         self._path = path
+        self._group = group
         self._rank = rank
         self._world_size = world_size
         if rank == 0:
@@ -45,7 +49,7 @@ class LedgerWriter:
         pieces: Sequence[NDArray[np.int64] | None] = [row_ids]
         if self._world_size > 1:
             pieces = [None] * self._world_size
-            dist.all_gather_object(pieces, row_ids)
+            dist.all_gather_object(pieces, row_ids, group=self._group)
         if self._rank == 0:
             ids = np.sort(np.concatenate([piece for piece in pieces if piece is not None]))
             line = {"step": step, "num_rows": len(ids), "sha256": hash_row_ids(ids), "row_ids": ids.tolist()}

@@ -74,8 +74,8 @@ def train_phases(request: TrainRequest, mark: Mark) -> None:
     checkpoints = find_home(request.run_dir / CHECKPOINTS_NAME)
     resumed = find_resume(checkpoints, fresh, rank)
     state = resumed.state
-    group = dist.new_group(backend="gloo")
-    with open_recorders(request, state, rank, world_size) as recorders:
+    group, host_group = (dist.new_group(backend="gloo") for _ in range(2))
+    with open_recorders(request, state, rank, world_size, host_group) as recorders:
         while True:
             mark(STARTING, state.step)
             plan = request.plan.at_step(state.step)
@@ -129,6 +129,7 @@ def train_phases(request: TrainRequest, mark: Mark) -> None:
                 profile_dir=RunFolder(request.run_dir).step_times if rank == 0 else None,
                 rewarm=find_rewarm(request.plan, state.step),
                 frozen=frozen,
+                host_group=host_group,
             )
             state = run_loop(setup, state, make_hooks(request, setup, state, writer, recorders, mark), stop_step=end)
             if state.step < end or state.step >= request.config.max_steps or is_asked_to_stop(request, rank):
@@ -216,7 +217,9 @@ def _phase_at(plan: FreezePlan, step: int) -> PlanPhase:
 
 
 @contextmanager
-def open_recorders(request: TrainRequest, state: TrainState, rank: int, world_size: int) -> Iterator[Recorders]:
+def open_recorders(
+    request: TrainRequest, state: TrainState, rank: int, world_size: int, host_group: dist.ProcessGroup
+) -> Iterator[Recorders]:
     """Opens the sink of rank 0 and the ledger, goes on with what they hold, and closes the sink."""
     if rank == 0:
         for path in list_records(request):
@@ -224,7 +227,8 @@ def open_recorders(request: TrainRequest, state: TrainState, rank: int, world_si
     sink = request.sink_factory(state.step) if rank == 0 and request.sink_factory is not None else None
     ledger = None
     if request.config.write_ledger:
-        ledger = LedgerWriter(request.run_dir / LEDGER_NAME, start_step=state.step, rank=rank, world_size=world_size)
+        place = {"rank": rank, "world_size": world_size, "group": host_group}
+        ledger = LedgerWriter(request.run_dir / LEDGER_NAME, start_step=state.step, **place)
     try:
         yield Recorders(sink, ledger, is_first_rank=rank == 0)
     finally:
