@@ -10,7 +10,6 @@ import json
 import random
 import re
 import signal
-import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +17,12 @@ from pathlib import Path
 import psutil
 
 from layerplan.checkpoint.index import list_checkpoints
+from tests.chaos.driver import Driver
 from tests.chaos.files import KINDS
 from tests.chaos.outcomes import Outcome
 from tests.chaos.tracking_server import TrackingServer
 from tests.chaos.victim import MAX_STEPS
-from tests.chaos.victims import end_all, find_family, hurt, is_victim, name_process
-from tests.ray_script import start_script
+from tests.chaos.victims import end_all, find_family, go_on, hurt, is_victim, name_process
 from tests.worker_zygote import share_zygotes
 
 TIMEOUT_S = 900
@@ -33,6 +32,11 @@ WORDS = re.compile(r"error:|\[watch\] no progress|is set aside|was never finishe
 AGAIN = "submit the same"
 RECOVERED = re.compile(r"\[watch\] training goes on at step \d+, (\d+) s after a worker was lost, (\d+) s of which")
 ENDS_THE_RUN = ("driver", "raylet", "head", "controller")
+OUTLIVE_S = 60
+"""How long processes may take to end after their run has."""
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+AGENTS_OUTLIVE_S = 90
+"""Ray's agents tell all drivers that their raylet is gone, and wait 60 s for a head that is gone too."""
 LOOK_EVERY_S = 0.2
 """How often a storm looks whether something is due; a look at all processes takes a tenth of it."""
 
@@ -58,6 +62,7 @@ class Hit:
     fault: Fault
     position: int
     """Of the submission's output when it was done."""
+    process: psutil.Process
 
     @property
     def ends_the_run(self) -> bool:
@@ -74,8 +79,7 @@ CHOICES: tuple[tuple[str, signal.Signals], ...] = (
     ("raylet", signal.SIGKILL),
     ("head", signal.SIGKILL),
     ("tracking", signal.SIGKILL),
-    ("worker", signal.SIGKILL),
-    ("worker", signal.SIGKILL),
+    *[("worker", signal.SIGKILL)] * 5,
 )
 """Drawn without putting back, until all are; workers are what a cluster has most of."""
 
@@ -104,6 +108,8 @@ class Storm:
     """The driver and its processes when they were last hurt."""
     _doomed: set[psutil.Process] = field(default_factory=set)
     """Workers of an attempt that was hurt: they end with it, so killing one of them too would be no fault of its own."""
+    _leaving: list[tuple[psutil.Process, float]] = field(default_factory=list)
+    """Agents that will end by themselves, and when they must have."""
 
     @property
     def run_dir(self) -> Path:
@@ -113,6 +119,11 @@ class Storm:
     def submit_until_done(self) -> None:
         """Submits, hurts, damages, submits again."""
         share_zygotes()
+        self._submit_again()
+        for agent, deadline in self._leaving:
+            self._end_late([agent], deadline - time.monotonic(), AGENTS_OUTLIVE_S)
+
+    def _submit_again(self) -> None:
         for number in range(MOST_SUBMISSIONS):
             done, damage = self._submit(number)
             if done:
@@ -125,10 +136,9 @@ class Storm:
     def _submit(self, number: int) -> tuple[bool, Outcome | None]:
         """One submission to its end; whether the run is done, and the damage its end was used for."""
         output = self.folder / f"{self.run}_{number}.txt"
-        arguments = [self.folder, self.run, *([self.server.address] if self.server else [])]
-        script, ray_folder = str(Path(__file__).with_name("victim.py")), str(self.folder / "ray")
-        with output.open("w") as handle:
-            process = start_script(script, *arguments, output=handle, RAY_TMPDIR=ray_folder)
+        output.touch()
+        arguments = [str(self.folder), self.run, *([self.server.address] if self.server else [])]
+        process = Driver(arguments, output, RAY_TMPDIR=str(self.folder / "ray"))
         hits: list[Hit] = []
         deadline = time.monotonic() + TIMEOUT_S
         try:
@@ -152,7 +162,7 @@ class Storm:
             self.outcomes.append(Outcome("nothing", last, f"the run ended by itself with {returncode}"))
         return False, self._damage_between()
 
-    def _hurt_when_due(self, process: subprocess.Popen[str], hits: list[Hit], output: Path) -> None:
+    def _hurt_when_due(self, process: Driver, hits: list[Hit], output: Path) -> None:
         ledger = self.run_dir / "ledger.jsonl"
         steps = len(ledger.read_text().splitlines()) if self.faults and ledger.exists() else 0
         if not self.faults or steps < self.faults[0].at or (hits and hits[-1].ends_the_run):
@@ -167,8 +177,9 @@ class Storm:
         if not victims:  # it is starting: what was due while the run was down meets a run that comes up
             return
         position = output.stat().st_size
-        if hurt(self.draw.choice(sorted(victims, key=lambda each: each.pid)), fault.signal):
-            hits.append(Hit(self.faults.pop(0), position))
+        victim = self.draw.choice(sorted(victims, key=lambda each: each.pid))
+        if hurt(victim, fault.signal):
+            hits.append(Hit(self.faults.pop(0), position, victim))
             self._doomed.update(victims)
 
     def _hurt_server(self, fault: Fault) -> None:
@@ -179,13 +190,20 @@ class Storm:
         self.outcomes.append(Outcome(fault.name, f"the server was away for {self.server.away_s:.0f} s"))
 
     def _outlive(self, hits: list[Hit]) -> None:
-        """Workers of a killed driver die a moment after it; what is left after a minute is one thing lost, and ended."""
-        if hits and hits[-1].ends_the_run:
-            _, alive = psutil.wait_procs(self._family, timeout=60)
-            if alive:
-                names = ", ".join(sorted({name_process(each) for each in alive}))
-                self.outcomes.append(Outcome("processes that outlive the run", names, f"{len(alive)} after 60 s"))
-                end_all(alive)
+        """What is left of a run that was ended is one thing lost, and ended; what stood still first goes on."""
+        if not hits or not hits[-1].ends_the_run:
+            return
+        go_on([hit.process for hit in hits if hit.fault.signal == signal.SIGSTOP])
+        agents = [each for each in self._family if name_process(each).startswith(AGENTS)]
+        self._leaving += [(agent, time.monotonic() + AGENTS_OUTLIVE_S) for agent in agents]
+        self._end_late([each for each in self._family if each not in agents], OUTLIVE_S, OUTLIVE_S)
+
+    def _end_late(self, processes: list[psutil.Process], wait_s: float, limit_s: int) -> None:
+        _, alive = psutil.wait_procs(processes, timeout=max(0, wait_s))
+        if alive:
+            names = ", ".join(sorted({name_process(each) for each in alive}))
+            self.outcomes.append(Outcome("processes that outlive the run", names, f"{len(alive)} after {limit_s} s"))
+            end_all(alive)
 
     def _damage_between(self) -> Outcome | None:
         """Half of the times: a file of the newest of several checkpoints is damaged, or Ray's own index is gone."""

@@ -81,7 +81,8 @@ def run_all(folder: Path, options: argparse.Namespace, report: Report, keep: Cal
 def list_faults(draw: random.Random, options: argparse.Namespace) -> list[Fault]:
     """The faults of one storm: those that were named, else drawn ones."""
     if not options.kill:
-        choices = CHOICES if options.tracking else tuple(each for each in CHOICES if each[0] != "tracking")
+        choices = tuple(each for each in CHOICES if options.tracking or each[0] != "tracking")
+        choices = tuple(each for each in choices if options.signal in ("", each[1].name))
         return draw_faults(draw, options.faults, choices)
     named = [word.split(":") for word in options.kill.split(",")]
     steps = [fault.at for fault in draw_faults(draw, len(named), CHOICES)]

@@ -1,4 +1,4 @@
-"""The program a storm hurts: `python victim.py FOLDER RUN [tracking address]` trains on a Ray of its own.
+"""The program a storm hurts, `victim.py FOLDER RUN [tracking address]`: trains on a Ray of its own.
 
 Rank 0 goes slowly enough for a fault to meet a step, and writes no metrics but to the tracking server, when there is one.
 """
@@ -97,9 +97,3 @@ def main() -> None:
         run_training(replace(request, sink_factory=lambda start: SlowSink(sinks(start))))
         tracker.close()
     ray.shutdown()
-
-
-if __name__ == "__main__":
-    from layerplan.entry import run_guarded
-
-    sys.exit(run_guarded(main))

@@ -68,3 +68,12 @@ def end_all(processes: list[psutil.Process]) -> None:
             process.kill()
         except psutil.NoSuchProcess:
             continue
+
+
+def go_on(processes: list[psutil.Process]) -> None:
+    """Lets stopped processes go on, those that are still there."""
+    for process in processes:
+        try:
+            process.resume()
+        except psutil.NoSuchProcess:
+            continue
