@@ -30,6 +30,10 @@ WORKER_VARIABLES = {
 }
 """Defaults of the workers; what the user's environment sets wins."""
 
+OWN_CLUSTER = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_gcs_rpc_server_reconnect_timeout_s": "20"}
+"""Of a cluster that a job starts on its machine: the machine is not taken away from under it, and a head that is gone does not
+come back, so nobody waits a minute for it; 20 s are twice what it takes to say so."""
+
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "PYTHONPATH")
 """Variables of the submitting process that its workers need too, and that everybody may see."""
 
@@ -50,11 +54,11 @@ def connect(config: ClusterConfig, *, min_cpus: float, min_gpus: float = 0) -> N
 
     if not ray.is_initialized():
         address = config.address or os.environ.get("RAY_ADDRESS")
+        for name, value in OWN_CLUSTER.items() if address is None else ():
+            os.environ.setdefault(name, value)
         ask_for_token(os.environ, config.auth_mode, make=address is None)
         if address is None or is_loopback(address):
             stay_on_loopback(os.environ)
-        if address is None:  # a machine that its own job started is not taken away from under it
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         try:
             with _own_sigterm():
                 _init(address, config)
