@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--files", type=int, default=200, help="damages to a store, and as many to checkpoints")
     parser.add_argument("--tracking", action="store_true", help="with an MLflow server that is killed too")
     parser.add_argument("--kill", default="", help="only these, such as worker:SIGKILL,driver:SIGTERM, in this order")
+    parser.add_argument("--signal", default="", help="draw only faults by this, such as SIGKILL")
     parser.add_argument(
         "--out", type=Path, help="file for the table, such as chaos.md; chaos.json beside it is what can be added up"
     )
