@@ -237,6 +237,8 @@ def judge(hit: Hit, text: str, returncode: int, *, cut_short: bool) -> Outcome:
     lost = ""
     if fault.victim == "controller" and returncode and not any(AGAIN in line for line in after):
         lost = "no word that submitting again continues"
+    if fault.victim == "worker" and fault.signal == signal.SIGKILL and not cut_short:
+        lost = "" if any(RECOVERED.search(line) for line in after) else "that training went on was not told"
     if fault.signal == signal.SIGSTOP and not cut_short and not any("[watch] no progress" in line for line in after):
         lost = "the stop was not told"
     if returncode == 1 and not any(line.startswith("error: ") or AGAIN in line for line in after):

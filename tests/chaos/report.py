@@ -41,8 +41,13 @@ class Report:
         return sum(outcome.injected == STORM for outcome in self.outcomes)
 
     @property
+    def equal(self) -> int:
+        """Those of them that ended with its ledger and its weights, byte for byte."""
+        return sum(outcome.injected == STORM and not outcome.lost for outcome in self.outcomes)
+
+    @property
     def lost(self) -> int:
-        """Faults by which something was lost, or not said."""
+        """Faults after which something was lost, or a line or an end was missing."""
         return sum(bool(outcome.lost) for outcome in self.outcomes)
 
     def save(self, path: Path) -> None:
@@ -60,8 +65,8 @@ class Report:
         """The table of this seed and two lines below it."""
         return (
             f"{render_table(self.outcomes)}\n\n{describe_recoveries(self.recoveries)}\n"
-            f"Seed {self.seed}: {self.storms} storms, {self.kills} kills that met a living process, {self.lost} losses,"
-            f" {self.seconds} s.\n"
+            f"Seed {self.seed}: {self.equal} of {self.storms} storms ended as the quiet run did, {self.kills} kills met a living"
+            f" process, {self.lost} times something was lost or not said, {self.seconds} s.\n"
         )
 
 
@@ -70,16 +75,24 @@ def add_up(reports: Sequence[Report]) -> str:
     machines = list(dict.fromkeys(f"{each.machine['cpu']}, {each.machine['cores']} cores" for each in reports))
     outcomes = [outcome for report in reports for outcome in report.outcomes]
     recoveries = [pair for report in reports for pair in report.recoveries]
-    sums = {name: sum(getattr(report, name) for report in reports) for name in ("storms", "kills", "lost")}
-    rows = ["| seed | date | commit | storms | kills that met | losses | seconds |", "|---|---|---|---|---|---|---|"]
-    rows += [
-        f"| {each.seed} | {each.machine['date']} | {each.machine['commit']} | {each.storms} | {each.kills} | {each.lost} |"
-        f" {each.seconds} |"
-        for each in reports
-    ]
+    sums = {name: sum(getattr(report, name) for report in reports) for name in ("storms", "equal", "kills", "lost")}
+    rows = ["| seed | date | commit | storms | equal | kills that met | lost or not said | seconds |"]
+    rows += ["|---|---|---|---|---|---|---|---|"]
+    for each in reports:
+        cells = (
+            each.seed,
+            each.machine["date"],
+            each.machine["commit"],
+            each.storms,
+            each.equal,
+            each.kills,
+            each.lost,
+        )
+        rows.append(f"| {' | '.join(map(str, cells))} | {each.seconds} |")
     return (
-        f"{_TITLE}\n\n{sums['storms']} storms of {len(reports)} seeds on {'; '.join(machines)}:"
-        f" {sums['kills']} processes that lived were killed, {sums['lost']} losses.\n"
+        f"{_TITLE}\n\n{sums['kills']} processes that lived were killed in {sums['storms']} storms of {len(reports)} seeds"
+        f" on {'; '.join(machines)}.\n{sums['equal']} of {sums['storms']} ended with the ledger and the weights of a quiet run,"
+        f" byte for byte; {sums['lost']} times something else was lost or not said.\n"
         f"{describe_recoveries(recoveries)}\n\n{render_table(outcomes)}\n\n" + "\n".join(rows) + "\n"
     )
 

@@ -83,7 +83,9 @@ def test_seeds_are_added_up_and_what_missed_is_no_kill(tmp_path: Path) -> None:
     Report(1, machine, first, [(18, 11)], 60).save(tmp_path / "1.json")
     Report(2, machine, second, [(30, 12)], 61).save(tmp_path / "2.json")
     page = add_up([Report.load(tmp_path / name) for name in ("1.json", "2.json")])
-    assert "1 storms of 2 seeds on two of them, 2 cores: 2 processes that lived were killed, 1 losses.\n" in page
+    assert (
+        "2 processes that lived were killed in 1 storms of 2 seeds on two of them, 2 cores.\n0 of 1 ended with" in page
+    )
     assert "2 times training went on by itself after a worker was lost, within 30 s at most, 18 s beyond" in page
     assert "| head: SIGKILL | 1 | 1 | ended | nothing |" in page
-    assert "| 2 | 2026-11-26 | abc | 1 | 1 | 1 | 61 |" in page
+    assert "| 2 | 2026-11-26 | abc | 1 | 0 | 1 | 1 | 61 |" in page
