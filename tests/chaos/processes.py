@@ -21,7 +21,7 @@ from tests.chaos.driver import Driver
 from tests.chaos.files import KINDS
 from tests.chaos.outcomes import Outcome
 from tests.chaos.tracking_server import TrackingServer
-from tests.chaos.victim import MAX_STEPS
+from tests.chaos.victim import HOLD_NAME, MAX_STEPS
 from tests.chaos.victims import end_all, find_family, go_on, hurt, is_victim, name_process
 from tests.worker_zygote import share_zygotes
 
@@ -137,6 +137,7 @@ class Storm:
         """One submission to its end; whether the run is done, and the damage its end was used for."""
         output = self.folder / f"{self.run}_{number}.txt"
         output.touch()
+        (self.folder / HOLD_NAME).unlink(missing_ok=True)
         arguments = [str(self.folder), self.run, *([self.server.address] if self.server else [])]
         process = Driver(arguments, output, RAY_TMPDIR=str(self.folder / "ray"))
         hits: list[Hit] = []
@@ -181,6 +182,8 @@ class Storm:
         if hurt(victim, fault.signal):
             hits.append(Hit(self.faults.pop(0), position, victim))
             self._doomed.update(victims)
+            if fault.victim in ("raylet", "head"):
+                (self.folder / HOLD_NAME).touch()
 
     def _hurt_server(self, fault: Fault) -> None:
         if self.server is None:
@@ -231,13 +234,16 @@ def judge_all(hits: list[Hit], text: str, returncode: int) -> list[Outcome]:
 def judge(hit: Hit, text: str, returncode: int, *, cut_short: bool) -> Outcome:
     """What was said after a fault, and whether that was enough; nothing may have been said yet when another ended the run."""
     fault = hit.fault
-    after = text.encode()[hit.position :].decode(errors="replace").splitlines()
+    before, after = (
+        part.decode(errors="replace") for part in (text.encode()[: hit.position], text.encode()[hit.position :])
+    )
+    trained, after = "[train] step " in before, after.splitlines()
     words = [line for line in after if WORDS.search(line) or RECOVERED.search(line)]
     said = words[0] if words else f"(exit status {returncode})"
     lost = ""
     if fault.victim == "controller" and returncode and not any(AGAIN in line for line in after):
         lost = "no word that submitting again continues"
-    if fault.victim == "worker" and fault.signal == signal.SIGKILL and not cut_short:
+    if fault.victim == "worker" and fault.signal == signal.SIGKILL and trained and not cut_short:
         lost = "" if any(RECOVERED.search(line) for line in after) else "that training went on was not told"
     if fault.signal == signal.SIGSTOP and not cut_short and not any("[watch] no progress" in line for line in after):
         lost = "the stop was not told"
