@@ -28,7 +28,9 @@ from tests.worker_zygote import share_zygotes
 TIMEOUT_S = 900
 """Of one submission: a driver that hangs for longer is one thing lost."""
 MOST_SUBMISSIONS = 12
-WORDS = re.compile(r"error:|\[watch\] no progress|is set aside|was never finished|stopped by|does not answer any more")
+WORDS = re.compile(
+    r"^error: |\[watch\] no progress|is set aside|was never finished|stopped by|does not answer any more"
+)
 AGAIN = "submit the same"
 RECOVERED = re.compile(r"\[watch\] training goes on at step \d+, (\d+) s after a worker was lost, (\d+) s of which")
 ENDS_THE_RUN = ("driver", "raylet", "head", "controller")
