@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 _SHOWN_CHARS = 200
+_FOLDER = re.compile(r"/\S*?/chaos\w+/")
+"""A storm's own, which is gone when its table is read."""
 
 
 @dataclass(frozen=True)
@@ -39,5 +42,5 @@ def render_table(outcomes: Sequence[Outcome]) -> str:
 
 
 def _cell(text: str) -> str:
-    line = " ".join(text.split()).replace("|", "\\|")
+    line = _FOLDER.sub("", " ".join(text.split())).replace("|", "\\|")
     return line if len(line) <= _SHOWN_CHARS else line[:_SHOWN_CHARS] + " …"
