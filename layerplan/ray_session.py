@@ -16,7 +16,7 @@ from layerplan.errors import ClusterError, first_line
 from layerplan.log import get_settings
 from layerplan.ray_access import LOOPBACK, ask_for_token, is_loopback, stay_on_loopback
 from layerplan.telemetry import QUIET_VARIABLES
-from layerplan.waiting import start_watching
+from layerplan.waiting import start_watching, telling_slow_start
 from layerplan.worker_secrets import collect_secrets
 
 WORKER_VARIABLES = {
@@ -29,6 +29,13 @@ WORKER_VARIABLES = {
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }
 """Defaults of the workers; what the user's environment sets wins."""
+
+OWN_CLUSTER = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_gcs_rpc_server_reconnect_timeout_s": "20"}
+"""Of a cluster that a job starts on its machine: the machine is not taken away from under it, and a head that is gone does not
+come back, so nobody waits a minute for it; 20 s are twice what it takes to say so."""
+
+DASHBOARD_TIMEOUT_S = 180
+"""How long the dashboard may take to start on a machine that has other work; Ray gives up after 60 s."""
 
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "PYTHONPATH")
 """Variables of the submitting process that its workers need too, and that everybody may see."""
@@ -50,18 +57,17 @@ def connect(config: ClusterConfig, *, min_cpus: float, min_gpus: float = 0) -> N
 
     if not ray.is_initialized():
         address = config.address or os.environ.get("RAY_ADDRESS")
+        for name, value in OWN_CLUSTER.items() if address is None else ():
+            os.environ.setdefault(name, value)
         ask_for_token(os.environ, config.auth_mode, make=address is None)
         if address is None or is_loopback(address):
             stay_on_loopback(os.environ)
-        if address is None:  # a machine that its own job started is not taken away from under it
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        where = f"cluster.address={address}" if address else "a local Ray cluster"
         try:
-            with _own_sigterm():
+            with _own_sigterm(), telling_slow_start(where):
                 _init(address, config)
         except Exception as error:
-            first = first_line(error)
-            where = f"cluster.address={address}" if address else "a local Ray cluster"
-            raise ClusterError(f"{where}: cannot be reached or started ({first})") from error
+            raise ClusterError(f"{where}: cannot be reached or started ({find_reason(error)})") from error
         start_watching()
     quiet_engines()
     _check_size(ray.cluster_resources(), min_cpus, min_gpus)
@@ -117,6 +123,8 @@ def _init(address: str | None, config: ClusterConfig) -> None:
         ray.init(address=address, runtime_env={"env_vars": variables, **hook}, logging_level=logging.WARNING)
         return
     port = _find_free_port()
+    constants = ray._private.ray_constants
+    constants.RAY_DASHBOARD_STARTUP_TIMEOUT_S = max(constants.RAY_DASHBOARD_STARTUP_TIMEOUT_S, DASHBOARD_TIMEOUT_S)
     variables["RAY_API_SERVER_ADDRESS"] = f"http://{LOOPBACK}:{port}"
     ray.init(
         address="local",
@@ -128,6 +136,12 @@ def _init(address: str | None, config: ClusterConfig) -> None:
         runtime_env={"env_vars": variables},
         logging_level=logging.WARNING,
     )
+
+
+def find_reason(error: Exception) -> str:
+    """What Ray says first; where that announces lines of a log, the last of them too."""
+    first, last = first_line(error), str(error).strip().rpartition("\n")[-1].strip()
+    return f"{first} {last}" if first.endswith(":") and last != first else first
 
 
 def _find_free_port() -> int:

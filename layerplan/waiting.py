@@ -12,8 +12,8 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,8 @@ PATIENCE_S = 5.0
 START_PATIENCE_S = 30.0
 """The same where there is room: a process that is starting looks to Ray as one that was not placed."""
 REPEAT_S = 60.0
+START_SAID_S = 10.0
+"""When a cluster that has not answered yet is told of: less than Ray takes to end a driver whose head is gone."""
 FAILURES_SAID = 3
 AGAIN_AFTER_LOSS = "if this run ends now, submit the same command again: it continues from its newest checkpoint"
 """Ray ends the process of a driver that lost its head, so that nothing can be said then."""
@@ -158,6 +160,24 @@ def _count(name: str, amount: float) -> str:
 
 def _parenthesised(text: str) -> str:
     return f" ({text})" if text else ""
+
+
+@contextmanager
+def telling_slow_start(what: str) -> Iterator[None]:
+    """Says after ten seconds, and then every minute, that the work within is still waiting for a cluster."""
+    done = threading.Event()
+
+    def tell() -> None:
+        started, wait_s = time.monotonic(), START_SAID_S
+        while not done.wait(wait_s):
+            logger.info("%.0f s for %s to start or answer; %s", time.monotonic() - started, what, AGAIN_AFTER_LOSS)
+            wait_s = REPEAT_S
+
+    threading.Thread(target=tell, name="layerplan-start", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def start_watching() -> None:

@@ -46,8 +46,9 @@ PRELOADED = (
     "pydantic",
 )
 """Without Ray: what it reads from its variables when it is imported is another in every job."""
-OWN = ("RAY_", "LAYERPLAN_", "GLOO_", "NCCL_", "VLLM_")
-"""Beginnings of variables that none of these reads while it is imported: they ask for no zygote of their own."""
+OWN = ("RAY_", "LAYERPLAN_", "GLOO_", "NCCL_", "VLLM_", "OMP_NUM_THREADS")
+"""Beginnings of variables that none of these reads while it is imported: they ask for no zygote of their own. A number of
+threads is read then, and set again in the fork."""
 FOLDER = "LAYERPLAN_ZYGOTES"
 """Names the folder of their addresses, whose last part is the process that they end with."""
 _CONTEXT, _LANGUAGE = "--serialized-runtime-env-context=", "--language="
@@ -59,7 +60,13 @@ def forked_workers() -> Iterator[None]:
     """Clusters that are started within have their workers forked."""
     from ray._private import parameter
 
+    from layerplan.ray_session import WORKER_VARIABLES
+    from layerplan.telemetry import QUIET_VARIABLES
+
     share_zygotes()
+    # what jobs give their workers stands in the raylet's environment too, so that its idle workers need no other zygote
+    added = {name: value for name, value in (WORKER_VARIABLES | QUIET_VARIABLES).items() if name not in os.environ}
+    os.environ.update(added)
     plain = parameter.RayParams.__init__
 
     def start_here(self: object, *args: object, **options: object) -> None:
@@ -70,6 +77,8 @@ def forked_workers() -> Iterator[None]:
         yield
     finally:
         parameter.RayParams.__init__ = plain  # type: ignore[method-assign]
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def share_zygotes() -> None:
@@ -170,6 +179,7 @@ def _become_worker(asked: dict[str, Any], files: list[int]) -> NoReturn:
     import random
 
     import numpy as np
+    import torch
 
     os.setpgid(0, 0)
     for number, file in enumerate(files):
@@ -183,6 +193,8 @@ def _become_worker(asked: dict[str, Any], files: list[int]) -> NoReturn:
     sys.path[0] = str(Path(sys.argv[0]).parent)
     random.seed()
     np.random.seed()
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     code = 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")

@@ -133,7 +133,7 @@ def fill_disk(folder: Path) -> Outcome:
     """A checkpoint is written to a disk that is full; what was there before must stay and be used."""
     kind = "checkpoint: disk full while it is written"
     with small_disk(folder, DISK_KIB) as fault:
-        return Outcome(kind, f"skipped: {fault}") if fault else _write_to_full_disk(folder, kind)
+        return Outcome(kind, f"skipped: {fault}", met=False) if fault else _write_to_full_disk(folder, kind)
 
 
 def _write_to_full_disk(folder: Path, kind: str) -> Outcome:

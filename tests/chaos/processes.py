@@ -10,7 +10,6 @@ import json
 import random
 import re
 import signal
-import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,22 +17,30 @@ from pathlib import Path
 import psutil
 
 from layerplan.checkpoint.index import list_checkpoints
+from tests.chaos.driver import Driver
 from tests.chaos.files import KINDS
 from tests.chaos.outcomes import Outcome
 from tests.chaos.tracking_server import TrackingServer
-from tests.chaos.victim import MAX_STEPS
-from tests.ray_script import start_script
-from tests.worker_zygote import list_forked, share_zygotes
+from tests.chaos.victim import HOLD_NAME, MAX_STEPS
+from tests.chaos.victims import end_all, find_family, go_on, hurt, is_victim, name_process
+from tests.worker_zygote import share_zygotes
 
 TIMEOUT_S = 900
 """Of one submission: a driver that hangs for longer is one thing lost."""
 MOST_SUBMISSIONS = 12
-WORDS = re.compile(r"error:|\[watch\] no progress|is set aside|was never finished|stopped by|does not answer any more")
+WORDS = re.compile(
+    r"^error: |\[watch\] no progress|is set aside|was never finished|stopped by|does not answer any more"
+)
 AGAIN = "submit the same"
 RECOVERED = re.compile(r"\[watch\] training goes on at step \d+, (\d+) s after a worker was lost, (\d+) s of which")
-PROCESSES = {"worker": "RayTrainWorker", "controller": "TrainController", "raylet": "/raylet", "head": "/gcs_server"}
-"""Part of the name or of the command line, by what it is called here."""
 ENDS_THE_RUN = ("driver", "raylet", "head", "controller")
+OUTLIVE_S = 60
+"""How long processes may take to end after their run has."""
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+AGENTS_OUTLIVE_S = 90
+"""Ray's agents tell all drivers that their raylet is gone, and wait 60 s for a head that is gone too."""
+LOOK_EVERY_S = 0.2
+"""How often a storm looks whether something is due; a look at all processes takes a tenth of it."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,21 @@ class Fault:
         return f"{self.victim}: {self.signal.name}"
 
 
+@dataclass(frozen=True)
+class Hit:
+    """A fault that was done to a process that lived."""
+
+    fault: Fault
+    position: int
+    """Of the submission's output when it was done."""
+    process: psutil.Process
+
+    @property
+    def ends_the_run(self) -> bool:
+        """Whether the submission cannot go on."""
+        return self.fault.victim in ENDS_THE_RUN
+
+
 CHOICES: tuple[tuple[str, signal.Signals], ...] = (
     ("worker", signal.SIGKILL),
     ("driver", signal.SIGKILL),
@@ -59,11 +81,13 @@ CHOICES: tuple[tuple[str, signal.Signals], ...] = (
     ("raylet", signal.SIGKILL),
     ("head", signal.SIGKILL),
     ("tracking", signal.SIGKILL),
+    *[("worker", signal.SIGKILL)] * 5,
 )
+"""Drawn without putting back, until all are; workers are what a cluster has most of."""
 
 
 def draw_faults(draw: random.Random, number: int, choices: tuple[tuple[str, signal.Signals], ...]) -> list[Fault]:
-    """So many faults over the steps of one run, in order; each kind comes once before any comes twice."""
+    """So many faults over the steps of one run, in order; all choices come before one comes again."""
     steps = sorted(draw.sample(range(2, MAX_STEPS - 3), number))
     kinds = [kind for _ in range(number) for kind in draw.sample(choices, len(choices))][:number]
     return [Fault(victim, number, at) for (victim, number), at in zip(kinds, steps, strict=True)]
@@ -84,6 +108,10 @@ class Storm:
     """(seconds until training went on, seconds of them for the start of a process)."""
     _family: list[psutil.Process] = field(default_factory=list)
     """The driver and its processes when they were last hurt."""
+    _doomed: set[psutil.Process] = field(default_factory=set)
+    """Workers of an attempt that was hurt: they end with it, so killing one of them too would be no fault of its own."""
+    _leaving: list[tuple[psutil.Process, float]] = field(default_factory=list)
+    """Agents that will end by themselves, and when they must have."""
 
     @property
     def run_dir(self) -> Path:
@@ -93,10 +121,15 @@ class Storm:
     def submit_until_done(self) -> None:
         """Submits, hurts, damages, submits again."""
         share_zygotes()
+        self._submit_again()
+        for agent, deadline in self._leaving:
+            self._end_late([agent], deadline - time.monotonic(), AGENTS_OUTLIVE_S)
+
+    def _submit_again(self) -> None:
         for number in range(MOST_SUBMISSIONS):
             done, damage = self._submit(number)
             if done:
-                self.outcomes += [Outcome(fault.name, "skipped: the run was over") for fault in self.faults]
+                self.outcomes += [Outcome(fault.name, "skipped: the run was over", met=False) for fault in self.faults]
                 return
             if damage is not None:
                 self.outcomes.append(damage)
@@ -105,37 +138,37 @@ class Storm:
     def _submit(self, number: int) -> tuple[bool, Outcome | None]:
         """One submission to its end; whether the run is done, and the damage its end was used for."""
         output = self.folder / f"{self.run}_{number}.txt"
-        arguments = [self.folder, self.run, *([self.server.address] if self.server else [])]
-        script, ray_folder = str(Path(__file__).with_name("victim.py")), str(self.folder / "ray")
-        with output.open("w") as handle:
-            process = start_script(script, *arguments, output=handle, RAY_TMPDIR=ray_folder)
-        hit: list[tuple[Fault, int]] = []
+        output.touch()
+        (self.folder / HOLD_NAME).unlink(missing_ok=True)
+        arguments = [str(self.folder), self.run, *([self.server.address] if self.server else [])]
+        process = Driver(arguments, output, RAY_TMPDIR=str(self.folder / "ray"))
+        hits: list[Hit] = []
         deadline = time.monotonic() + TIMEOUT_S
         try:
             while process.poll() is None and time.monotonic() < deadline:
-                self._hurt_when_due(process, hit, output)
-                time.sleep(0.02)
+                self._hurt_when_due(process, hits, output)
+                time.sleep(LOOK_EVERY_S)
         finally:
             hung = process.poll() is None
             end_all(find_family(process.pid) if hung else [])
         returncode = process.wait()
         if hung:
             self.outcomes.append(Outcome("a submission", output.name, f"it hung for {TIMEOUT_S} s"))
-        self._outlive(hit)
+        self._outlive(hits)
         text = output.read_text(errors="replace")
         self.recoveries += [(int(whole), int(start)) for whole, start in RECOVERED.findall(text)]
-        self.outcomes += [judge(fault, text, position, returncode) for fault, position in hit]
+        self.outcomes += judge_all(hits, text, returncode)
         if returncode == 0:
             return True, None
-        if not hit:
+        if not hits:
             last = text.strip().splitlines()[-1] if text.strip() else "no output"
             self.outcomes.append(Outcome("nothing", last, f"the run ended by itself with {returncode}"))
         return False, self._damage_between()
 
-    def _hurt_when_due(self, process: subprocess.Popen[str], hit: list[tuple[Fault, int]], output: Path) -> None:
+    def _hurt_when_due(self, process: Driver, hits: list[Hit], output: Path) -> None:
         ledger = self.run_dir / "ledger.jsonl"
         steps = len(ledger.read_text().splitlines()) if self.faults and ledger.exists() else 0
-        if not self.faults or steps < self.faults[0].at or (hit and hit[-1][0].victim in ENDS_THE_RUN):
+        if not self.faults or steps < self.faults[0].at or (hits and hits[-1].ends_the_run):
             return
         fault = self.faults[0]
         if fault.victim == "tracking":
@@ -143,27 +176,39 @@ class Storm:
             return
         self._family = find_family(process.pid)
         victims = [each for each in self._family if is_victim(each, fault.victim, process.pid)]
+        victims = [each for each in victims if each not in self._doomed]
         if not victims:  # it is starting: what was due while the run was down meets a run that comes up
             return
-        self.faults.pop(0)
-        hit.append((fault, output.stat().st_size))
-        self.draw.choice(sorted(victims, key=lambda each: each.pid)).send_signal(fault.signal)
+        position = output.stat().st_size
+        victim = self.draw.choice(sorted(victims, key=lambda each: each.pid))
+        if hurt(victim, fault.signal):
+            hits.append(Hit(self.faults.pop(0), position, victim))
+            self._doomed.update(victims)
+            if fault.victim in ("raylet", "head"):
+                (self.folder / HOLD_NAME).touch()
 
     def _hurt_server(self, fault: Fault) -> None:
         if self.server is None:
-            self.outcomes.append(Outcome(fault.name, "skipped: without a tracking server"))
+            self.outcomes.append(Outcome(fault.name, "skipped: without a tracking server", met=False))
             return
         self.server.restart()
         self.outcomes.append(Outcome(fault.name, f"the server was away for {self.server.away_s:.0f} s"))
 
-    def _outlive(self, hit: list[tuple[Fault, int]]) -> None:
-        """Workers of a killed driver die a moment after it; what is left after a minute is one thing lost, and ended."""
-        if hit and hit[-1][0].victim in ENDS_THE_RUN:
-            _, alive = psutil.wait_procs(self._family, timeout=60)
-            if alive:
-                names = ", ".join(sorted({name_process(each) for each in alive}))
-                self.outcomes.append(Outcome("processes that outlive the run", names, f"{len(alive)} after 60 s"))
-                end_all(alive)
+    def _outlive(self, hits: list[Hit]) -> None:
+        """What is left of a run that was ended is one thing lost, and ended; what stood still first goes on."""
+        if not hits or not hits[-1].ends_the_run:
+            return
+        go_on([hit.process for hit in hits if hit.fault.signal == signal.SIGSTOP])
+        agents = [each for each in self._family if name_process(each).startswith(AGENTS)]
+        self._leaving += [(agent, time.monotonic() + AGENTS_OUTLIVE_S) for agent in agents]
+        self._end_late([each for each in self._family if each not in agents], OUTLIVE_S, OUTLIVE_S)
+
+    def _end_late(self, processes: list[psutil.Process], wait_s: float, limit_s: int) -> None:
+        _, alive = psutil.wait_procs(processes, timeout=max(0, wait_s))
+        if alive:
+            names = ", ".join(sorted({name_process(each) for each in alive}))
+            self.outcomes.append(Outcome("processes that outlive the run", names, f"{len(alive)} after {limit_s} s"))
+            end_all(alive)
 
     def _damage_between(self) -> Outcome | None:
         """Half of the times: a file of the newest of several checkpoints is damaged, or Ray's own index is gone."""
@@ -179,50 +224,35 @@ class Storm:
         return Outcome(f"newest checkpoint between submissions: {kind}", f"{file.parent.name}/{file.name}")
 
 
-def judge(fault: Fault, text: str, position: int, returncode: int) -> Outcome:
-    """What was said after a fault, and whether that was enough."""
-    after = text[position:].splitlines()
+def judge_all(hits: list[Hit], text: str, returncode: int) -> list[Outcome]:
+    """What came of the faults of one submission, of which only the last can have ended it."""
+    if not hits:
+        return []
+    cut_short = hits[-1].ends_the_run
+    earlier = [judge(hit, text, 0, cut_short=cut_short) for hit in hits[:-1]]
+    return [*earlier, judge(hits[-1], text, returncode, cut_short=False)]
+
+
+def judge(hit: Hit, text: str, returncode: int, *, cut_short: bool) -> Outcome:
+    """What was said after a fault, and whether that was enough; nothing may have been said yet when another ended the run."""
+    fault = hit.fault
+    before, after = (
+        part.decode(errors="replace") for part in (text.encode()[: hit.position], text.encode()[hit.position :])
+    )
+    trained, after = "[train] step " in before, after.splitlines()
     words = [line for line in after if WORDS.search(line) or RECOVERED.search(line)]
     said = words[0] if words else f"(exit status {returncode})"
     lost = ""
     if fault.victim == "controller" and returncode and not any(AGAIN in line for line in after):
         lost = "no word that submitting again continues"
-    if fault.signal == signal.SIGSTOP and not any("[watch] no progress" in line for line in after):
+    if fault.victim == "worker" and fault.signal == signal.SIGKILL and trained and not cut_short:
+        lost = "" if any(RECOVERED.search(line) for line in after) else "that training went on was not told"
+    if fault.signal == signal.SIGSTOP and not cut_short and not any("[watch] no progress" in line for line in after):
         lost = "the stop was not told"
     if returncode == 1 and not any(line.startswith("error: ") or AGAIN in line for line in after):
         lost = lost or f"no line of ours at its end: {after[-1] if after else ''}"
-    return Outcome(fault.name, said, lost)
-
-
-def find_family(pid: int) -> list[psutil.Process]:
-    """A driver, everything below it, and the workers that were forked for it: one submission runs at a time."""
-    try:
-        driver = psutil.Process(pid)
-        return [driver, *driver.children(recursive=True), *list_forked()]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def is_victim(process: psutil.Process, victim: str, driver: int) -> bool:
-    """Whether a process is of the kind that a fault hits."""
-    return process.pid == driver if victim == "driver" else PROCESSES[victim] in name_process(process)
-
-
-def name_process(process: psutil.Process) -> str:
-    """Its command, or nothing once it is gone."""
-    try:
-        return (process.cmdline() or [process.name()])[0]
-    except psutil.Error:
-        return ""
-
-
-def end_all(processes: list[psutil.Process]) -> None:
-    """Ends processes that this storm started."""
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
+    met = fault.signal != signal.SIGTERM or returncode != 0  # one that had nothing left to end came too late
+    return Outcome(fault.name, said, lost, met)
 
 
 def compare_runs(storm: Path, quiet: Path) -> Outcome:

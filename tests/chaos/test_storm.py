@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.chaos.files import damage_files, fill_disk, try_checkpoint
 from tests.chaos.outcomes import Outcome, render_table
 from tests.chaos.processes import CHOICES, draw_faults
+from tests.chaos.report import Report, add_up
+from tests.chaos.victims import hurt
 from tests.tiny_checkpoint import RUN_ID, load, make_old, save
 
 
@@ -49,7 +55,37 @@ def test_a_seed_draws_the_same_faults_and_each_kind_before_any_twice() -> None:
 
 def test_the_table_has_a_row_for_each_kind_with_what_was_lost() -> None:
     outcomes = [Outcome("bit", "a | b"), Outcome("bit", ""), Outcome("cut", "", "weights")]
+    outcomes += [Outcome("kill", "skipped", met=False), Outcome("kill", "again")]
     assert render_table(outcomes).splitlines()[2:] == [
-        "| bit | 2 | a \\| b (1 without effect) | nothing |",
-        "| cut | 1 | nothing: no value changed | weights |",
+        "| bit | 2 | 0 | a \\| b (1 without effect) | nothing |",
+        "| cut | 1 | 0 | nothing: no value changed | weights |",
+        "| kill | 1 | 1 | again | nothing |",
     ]
+
+
+def test_a_kill_counts_only_where_a_process_lived() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    victim = psutil.Process(process.pid)
+    assert hurt(victim, signal.SIGSTOP) and victim.status() == psutil.STATUS_STOPPED
+    assert hurt(victim, signal.SIGKILL)
+    assert not hurt(victim, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_seeds_are_added_up_and_what_missed_is_no_kill(tmp_path: Path) -> None:
+    machine = {"date": "2026-11-26", "commit": "abc", "cpu": "two of them", "cores": 2}
+    first = [Outcome("worker: SIGKILL", "went on"), Outcome("head: SIGKILL", "skipped", met=False)]
+    second = [
+        Outcome("head: SIGKILL", "ended"),
+        Outcome("driver: SIGTERM", "stopped"),
+        Outcome("a whole storm", "", "weights"),
+    ]
+    Report(1, machine, first, [(18, 11)], 60).save(tmp_path / "1.json")
+    Report(2, machine, second, [(30, 12)], 61).save(tmp_path / "2.json")
+    page = add_up([Report.load(tmp_path / name) for name in ("1.json", "2.json")])
+    assert (
+        "2 processes that lived were killed in 1 storms of 2 seeds on two of them, 2 cores.\n0 of 1 ended with" in page
+    )
+    assert "2 times training went on by itself after a worker was lost, within 30 s at most, 18 s beyond" in page
+    assert "| head: SIGKILL | 1 | 1 | ended | nothing |" in page
+    assert "| 2 | 2026-11-26 | abc | 1 | 0 | 1 | 1 | 61 |" in page

@@ -1,4 +1,4 @@
-"""The program a storm hurts: `python victim.py FOLDER RUN [tracking address]` trains on a Ray of its own.
+"""The program a storm hurts, `victim.py FOLDER RUN [tracking address]`: trains on a Ray of its own.
 
 Rank 0 goes slowly enough for a fault to meet a step, and writes no metrics but to the tracking server, when there is one.
 """
@@ -14,12 +14,16 @@ from typing import Any
 
 MAX_STEPS = 24
 STEP_S = 0.3
+HOLD_NAME, HOLD_S = "hold", 60
+"""A file in the storm's folder, and how long rank 0 waits in its step while it is there: Ray takes 12 to 20 s to end a driver
+whose node or head was killed, and a run of a few steps would be over by then."""
 
 
 @dataclass
 class SlowSink:
     """Waits a moment every step."""
 
+    hold: Path
     inner: Any = None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -27,6 +31,9 @@ class SlowSink:
             self.inner.log_metrics(metrics, step)
         if "train/loss" in metrics:
             time.sleep(STEP_S)
+            deadline = time.monotonic() + HOLD_S
+            while self.hold.exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
 
     def log_event(self, name: str, step: int, message: str) -> None:
         if self.inner is not None:
@@ -90,16 +97,10 @@ def main() -> None:
     request = make_request(folder, run)
     request.run_dir.mkdir(parents=True, exist_ok=True)
     if address is None:
-        run_training(replace(request, sink_factory=lambda start: SlowSink()))
+        run_training(replace(request, sink_factory=lambda start: SlowSink(folder / HOLD_NAME)))
     else:
         tracker = open_tracker(TrackingConfig(backend="mlflow", uri=address), request.run_dir, run)
         sinks = RunSinkFactory(request.run_dir / "metrics.jsonl", "train", tracker)
-        run_training(replace(request, sink_factory=lambda start: SlowSink(sinks(start))))
+        run_training(replace(request, sink_factory=lambda start: SlowSink(folder / HOLD_NAME, sinks(start))))
         tracker.close()
     ray.shutdown()
-
-
-if __name__ == "__main__":
-    from layerplan.entry import run_guarded
-
-    sys.exit(run_guarded(main))

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct measured and trained: against the oracle, a plain loop, and another engine.
 
-The file is also the program the test starts: `python test_real_model_trained.py FOLDER KILL_STEP` trains `FOLDER/base` on
-the cluster of RAY_ADDRESS, to the end or until step KILL_STEP kills its driver. `... record FOLDER_OF_THE_MODEL` measures
+The file is also the program the test starts: `python test_real_model_trained.py FOLDER` trains `FOLDER/base` on the cluster of
+RAY_ADDRESS until a step kills its driver. `... record FOLDER_OF_THE_MODEL` measures
 the model and writes the profile that the first test compares with.
 """
 
@@ -29,10 +29,10 @@ GOLDEN = Path(__file__).resolve().parents[1] / "unit" / "data" / "smollm2_profil
 CURVES = ("task_particle", "js", "layer_sensitivity")
 LEARNING_RATE, EPS, BETAS, CLIP, DECAY = 1e-3, 1e-5, (0.9, 0.95), 1.0, 0.01
 STEPS, SEQ_LEN = 10, 128
-RAY_STEPS, KILLED_AT = 6, 4
+RAY_STEPS, RAY_ROWS, KILLED_AT = 5, 2, 4
 SAME_WAY = 2e-3
 RAY_PREFIXES = ("model.layers.0.", "model.layers.1.")
-NUM_PROMPTS, NEW_TOKENS = 64, 4
+NUM_PROMPTS, NEW_TOKENS = 64, 3
 PROBES: dict[str, Any] = {"probes_per_group": 2, "batch_size": 20, "bootstrap_samples": 20}
 
 
@@ -98,15 +98,16 @@ PLANS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 def test_ten_steps_are_those_of_a_plain_loop(name: str, smollm2: str, texts: list[str]) -> None:
     """Losses and weights; what is frozen keeps its bits."""
     import torch
+    from safetensors.torch import load_file
 
-    from layerplan.models.causal_lm import load_causal_lm, load_tokenizer
+    from layerplan.models.causal_lm import load_tokenizer
 
     settings, prefixes = PLANS[name]
     joined = "\n\n".join(texts[:100] + texts[-100:])
     tokens = load_tokenizer(smollm2)(joined, return_tensors="np")["input_ids"][0]
     assert len(tokens) >= STEPS * SEQ_LEN
     rows = tokens[: STEPS * SEQ_LEN].reshape(STEPS, 1, SEQ_LEN)
-    base = load_causal_lm(smollm2).state_dict()
+    base = load_file(Path(smollm2) / "model.safetensors")
     losses, weights = train_in_the_loop(smollm2, settings, rows)
     expected_losses, expected = train_plainly(smollm2, prefixes, rows.tolist())
     assert losses == pytest.approx(expected_losses, rel=1e-4)
@@ -211,19 +212,20 @@ def make_plan_for(model_folder: str, settings: dict[str, Any]) -> Any:
 def test_a_killed_run_ends_as_a_plain_loop_does_and_both_engines_read_its_export(
     smollm2: str, texts: list[str], tmp_path: Path, shared_cluster: dict[str, str]
 ) -> None:
-    """One worker on Ray, four rows of two documents a step, two of thirty layers; 64 prompts for vLLM and transformers."""
+    """One worker on Ray, two rows of two documents a step, two of thirty layers; 64 prompts for vLLM and transformers."""
     import torch
     from safetensors.torch import load_file
 
+    from layerplan.train.trainer import run_training
     from tests.tiny_store import make_store
 
     (tmp_path / "base").symlink_to(smollm2)
     make_store(tmp_path / "store")
-    killed = run_script(__file__, tmp_path, KILLED_AT, timeout_s=400, **shared_cluster)
+    killed = run_script(__file__, tmp_path, timeout_s=400, **shared_cluster)
     assert killed.returncode == -signal.SIGKILL, killed.stdout[-3000:]
-    finished = run_script(__file__, tmp_path, 0, timeout_s=400, **shared_cluster)
-    assert finished.returncode == 0, finished.stdout[-5000:]
-    assert f"step 1/{RAY_STEPS}" not in finished.stdout, "training began again from nothing"
+    result = run_training(make_request(tmp_path, lambda start: StartKeeper(tmp_path, start)))
+    assert result.final_step == RAY_STEPS
+    assert (tmp_path / "started_at").read_text() in ("2", "4"), "training began again from nothing"
     export = tmp_path / "run" / f"hf/step_{RAY_STEPS:08d}"
     weights = load_file(export / "model.safetensors")
     _, expected = train_plainly(smollm2, RAY_PREFIXES, iter_steps_of(tmp_path / "store"))
@@ -246,7 +248,7 @@ def check_engines(export: str, texts: list[str]) -> None:
     from layerplan.models.ref import ModelRef
 
     tokenizer = load_tokenizer(export)
-    prompts = [tokenizer(text)["input_ids"][: 16 + number % 8] for number, text in enumerate(texts[-NUM_PROMPTS:])]
+    prompts = [tokenizer(text)["input_ids"][: 8 + number % 4] for number, text in enumerate(texts[-NUM_PROMPTS:])]
     letters = tuple(tokenizer.encode(letter)[0] for letter in "ABCD")
     answers = {}
     for backend in ("transformers", "vllm"):
@@ -263,7 +265,7 @@ def iter_steps_of(store: Path) -> Iterable[list[list[int]]]:
     """The documents of every step, which begin where positions begin anew."""
     from layerplan.corpus.stream import iter_rank_steps
 
-    place = {"num_lanes": 4, "seed": 0, "rank": 0, "world_size": 1, "start_step": 0, "stop_step": RAY_STEPS}
+    place = {"num_lanes": RAY_ROWS, "seed": 0, "rank": 0, "world_size": 1, "start_step": 0, "stop_step": RAY_STEPS}
     for rows in iter_rank_steps(store, **place):  # type: ignore[arg-type]
         yield [
             ids[start:stop].tolist()
@@ -273,14 +275,28 @@ def iter_steps_of(store: Path) -> Iterable[list[list[int]]]:
 
 
 @dataclass
+class StartKeeper:
+    """A sink in the worker that keeps the step at which training began."""
+
+    folder: Path
+    start: int
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def log_event(self, name: str, step: int, message: str) -> None: ...
+
+    def close(self) -> None:
+        (self.folder / "started_at").write_text(str(self.start))
+
+
+@dataclass
 class DriverKiller:
     """A sink in the worker that kills the driver at a step."""
 
-    at: int
     driver: int
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        if "train/loss" in metrics and step == self.at:
+        if "train/loss" in metrics and step == KILLED_AT:
             os.kill(self.driver, signal.SIGKILL)
             time.sleep(5)
 
@@ -289,25 +305,27 @@ class DriverKiller:
     def close(self) -> None: ...
 
 
-def main() -> None:
-    import ray
-
-    from layerplan.config.cluster import ClusterConfig
+def make_request(folder: Path, sink: Callable[[int], Any]) -> Any:
+    """Trains two layers of `folder/base` with one worker."""
     from layerplan.models.ref import ModelRef
-    from layerplan.ray_session import connect
     from layerplan.train.request import TrainRequest
-    from layerplan.train.trainer import run_training
 
-    folder, at, driver = Path(sys.argv[1]), int(sys.argv[2]), os.getpid()
-    connect(ClusterConfig(), min_cpus=1)
     base = str(folder / "base")
     every = {"log_every_steps": 1, "checkpoint_every_steps": 2, "validate_every_steps": RAY_STEPS}
-    config = make_train_config(RAY_STEPS, 4, num_workers=1, num_cpus_per_worker=1, **every)
+    config = make_train_config(RAY_STEPS, RAY_ROWS, num_workers=1, num_cpus_per_worker=1, **every)
     plan = make_plan_for(base, {"type": "freeze_deep", "boundary": len(RAY_PREFIXES)})
-    sink: Callable[[int], Any] = lambda start: DriverKiller(at, driver)  # noqa: E731
     request = TrainRequest(folder / "run", ModelRef(base), plan, folder / "store", config, seed=0, sink_factory=sink)
-    run_training(replace(request, env={"OMP_NUM_THREADS": "1"}))
-    ray.shutdown()
+    return replace(request, env={"OMP_NUM_THREADS": "1"})
+
+
+def main() -> None:
+    from layerplan.config.cluster import ClusterConfig
+    from layerplan.ray_session import connect
+    from layerplan.train.trainer import run_training
+
+    driver = os.getpid()
+    connect(ClusterConfig(), min_cpus=1)
+    run_training(make_request(Path(sys.argv[1]), lambda start: DriverKiller(driver)))
 
 
 def record(model: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import socket
+import time
 from pathlib import Path
 
 import pytest
 
-from layerplan.waiting import Ask, Holding, LossLog, Snapshot, WaitLog, takes_connections
+from layerplan import waiting
+from layerplan.waiting import Ask, Holding, LossLog, Snapshot, WaitLog, takes_connections, telling_slow_start
 
 WORKERS = tuple(Ask(f"group/{number}", "worker", {"CPU": 1.5}, has_process=False) for number in range(2))
 OTHER = Holding("02000000", "placement group", {"CPU": 3.0})
@@ -80,3 +83,21 @@ def test_who_listens_is_asked_by_a_connection(host: str, tmp_path: Path) -> None
         address = {"": str(tmp_path / "raylet"), "::1": f"[::1]:{port}"}.get(host, f"{host}:{port}")
         assert takes_connections(address)
     assert not takes_connections(address)
+
+
+def test_a_cluster_that_is_slow_to_start_is_told_of_and_one_that_is_quick_is_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray ends a driver whose head dies while it connects, and nothing can be said then."""
+    caplog.set_level(logging.INFO, "layerplan")
+    monkeypatch.setattr(waiting, "START_SAID_S", 0.05)
+    with telling_slow_start("a local Ray cluster"):
+        pass
+    time.sleep(0.15)
+    assert caplog.messages == []
+    with telling_slow_start("a local Ray cluster"):
+        time.sleep(0.15)
+    assert caplog.messages == [
+        "0 s for a local Ray cluster to start or answer; if this run ends now, submit the same command again:"
+        " it continues from its newest checkpoint"
+    ]
