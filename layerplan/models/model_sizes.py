@@ -20,6 +20,7 @@ from layerplan.models.estimated_work import estimate_work
 from layerplan.models.files import load_hf_config
 from layerplan.models.layer_work import LayerWork, is_expert_stack, measure_work
 from layerplan.models.meta import build_without_memory
+from layerplan.models.own_types import make_known
 from layerplan.models.positions import positions_of
 from layerplan.plan.model_shape import UNBOUNDED, LayerKind, LayerShape, ModelShape, SharedParams
 
@@ -50,6 +51,7 @@ def make_model_shape(config: Mapping[str, Any]) -> ModelShape:
     from transformers import AutoConfig
 
     name = str(config.get("model_type"))
+    make_known(name)
     try:
         values = AutoConfig.for_model(**config)
     except Exception as error:
