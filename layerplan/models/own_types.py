@@ -6,6 +6,8 @@ from importlib import import_module
 
 HYBRID_TYPE = "layerplan_hybrid"
 """`model_type` of models whose layers are of several families."""
+HYBRID_CLASS = "HybridForCausalLM"
+"""Their class, as `architectures` of their config names it."""
 _MODULES = {HYBRID_TYPE: "layerplan.models.hybrid"}
 
 

@@ -9,8 +9,8 @@ from layerplan.config.stitch import StitchedModelConfig
 from layerplan.corpus.joining import read_joining
 from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
+from layerplan.pipeline.donors import check_donors
 from layerplan.pipeline.model_options import find_base
-from layerplan.pipeline.stitched import check_donors
 from layerplan.plan.decide import wants_profile
 from layerplan.tracer.pool import collect_probes
 

@@ -21,9 +21,9 @@ from layerplan.models.ref import ModelRef
 from layerplan.models.scratch_config import make_hf_config
 from layerplan.models.tokenizer_facts import describe_tokenizer
 from layerplan.pipeline.candidates import make_candidates, name_trial
+from layerplan.pipeline.donors import resolve_stitched
 from layerplan.pipeline.model_options import find_base, read_origins
 from layerplan.pipeline.run_folder import locate_run_folder
-from layerplan.pipeline.stitched import resolve_stitched
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, explain_cost, predict_cost, render_cost_table
 from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile

@@ -10,13 +10,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from layerplan.config.stitch import StitchedModelConfig
 from layerplan.models.ref import ModelRef
+from layerplan.models.stitching.build import write_stitched
+from layerplan.models.stitching.recipe import read_donor, resolve_recipe
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.stitch_report import StitchReport
 from tests.hybrids import NEMOTRON
 from tests.integration.conftest import TINY
 
-DONOR = {"base": {"name": "DONOR"}}
 LAYERS = [{"kind": "nemotron", "count": 2}, {"donor": "base", "layers": "1:2"}]
 
 
@@ -39,7 +41,7 @@ def write_config(
 
 
 def find_export(run: Path) -> Path:
-    return Path(json.loads((run / "training.json").read_text())["hf_dir"])
+    return run / json.loads((run / "training.json").read_text())["hf_dir"]
 
 
 @pytest.mark.long
@@ -86,3 +88,17 @@ def test_an_expanded_model_trains_its_copies_only_and_resumes(run_here, seed_mod
     moved = {name.split(".")[2] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"1", "3"}
     assert ModelRef(str(export)).config()["model_type"] == "qwen3"
+
+
+@pytest.mark.real_model
+def test_a_published_model_with_copied_layers_has_its_own_logits_bit_for_bit(smollm2, tmp_path):
+    """SmolLM2-135M: 30 layers and 6 copies, on a real sentence."""
+    folder = tmp_path / "expanded"
+    folder.mkdir()
+    spec = StitchedModelConfig(donors={"base": {"name": smollm2}}, expand={"copies": 6})
+    report = write_stitched(resolve_recipe(spec, {"base": read_donor(ModelRef(smollm2))}), folder, seed=0)
+    donor, expanded = ModelRef(smollm2).load(), ModelRef(str(folder)).load()
+    ids = ModelRef(str(folder)).tokenizer()("The capital of France is Paris.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(donor(ids).logits, expanded(ids).logits)
+    assert len(report.layers) == 36 and sum(tensor.donor is None for tensor in report.tensors) == 12

@@ -9,13 +9,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHForCausalLM
 
+from layerplan.config.train import OptimizerConfig
 from layerplan.errors import ModelError
 from layerplan.models.causal_lm import find_decoder_parts, load_causal_lm
 from layerplan.models.hybrid import HybridConfig
+from layerplan.models.hybrid.causal_lm import list_documents
 from layerplan.models.hybrid.layer_kinds import LAYER_KINDS
 from layerplan.models.meta import build_without_memory
 from layerplan.models.model_sizes import make_model_shape, measure_shape
 from layerplan.models.ref import ModelRef
+from layerplan.plan.memory import layer_activation_bytes
+from layerplan.train.optim import build_optimizer
 from layerplan.train.self_test import ask_model
 from tests.hybrids import NEMOTRON, build_hybrid, load, make_config
 from tests.model_folders import edit_config
@@ -139,6 +143,17 @@ def test_the_self_test_falls_to_one_document_per_row_for_a_layer_that_cannot_sta
     assert ask_model(build_hybrid(), seq_len=64).recipe.rows == "alone"
 
 
+def test_a_compiled_layer_is_not_compiled_anew_for_every_row_of_documents(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    layer = build_hybrid().model.layers[0]
+    compiled = torch.compile(layer.forward, backend="eager", dynamic=False)
+    states = torch.randn(1, 40, 32)
+    for cut in range(3, 37, 5):
+        documents = list_documents(torch.tensor([[0] * cut + [1] * (40 - cut)]))
+        torch.testing.assert_close(compiled(states, documents=documents), layer(states, documents=documents))
+    torch._dynamo.reset()
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     model, ids = build_hybrid(), draw_ids(2, 33)
     model.train()
@@ -169,6 +184,34 @@ def test_a_folder_is_a_base_that_can_be_checked_identified_and_sized(hybrid, tmp
     assert shape.is_exact
     assert [layer.kind for layer in shape.layers] == ["recurrent_decoder"] * 2 + ["decoder"] * 2
     assert shape.total_params == hybrid.num_parameters()
+
+
+def test_what_mamba_keeps_in_vectors_does_not_decay():
+    model = build_hybrid()
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.5))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decay = {names[id(value)]: group["weight_decay"] for group in optimizer.param_groups for value in group["params"]}
+    mixer = "model.layers.0.mixer_block.mixer."
+    assert [decay[mixer + name] for name in ("A_log", "D", "dt_bias", "in_proj.weight")] == [0.0, 0.0, 0.0, 0.5]
+
+
+def test_the_memory_predicted_for_a_layer_is_what_pytorch_keeps_of_it(hybrid, tmp_path):
+    """The hooks on real tensors of the same length are the oracle of the count without values."""
+    hybrid.save_pretrained(tmp_path)
+    layer, tokens = build_hybrid().model.layers[0], 64
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = layer(torch.randn(1, tokens, 32, requires_grad=True))
+    predicted = layer_activation_bytes(ModelRef(str(tmp_path)).shape(), "float32", trained=True, layer=0)
+    assert output.shape == (1, tokens, 32) and predicted * tokens == pytest.approx(sum(kept.values()), rel=0.02)
 
 
 def test_hidden_states_are_those_after_each_layer(hybrid):

@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from layerplan.models.hybrid.config import HybridConfig
 from layerplan.models.hybrid.layer_kinds import LAYER_KINDS
-from layerplan.models.hybrid.nemotron import Document, NemotronLayer
+from layerplan.models.hybrid.nemotron import Documents, NemotronLayer
 
 MASKS = {
     "full_attention": create_causal_mask,
@@ -191,15 +191,15 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         )
 
 
-def list_documents(seq_idx_BT: Tensor | None) -> tuple[Document, ...] | None:
+def list_documents(seq_idx_BT: Tensor | None) -> Documents | None:
     """Pieces of equal index, row by row; None when every row is one."""
     if seq_idx_BT is None:
         return None
-    documents: list[Document] = []
+    pieces: list[tuple[int, int, int]] = []
     for row, indices in enumerate(seq_idx_BT.tolist()):
         starts = [at for at, index in enumerate(indices) if at == 0 or index != indices[at - 1]]
-        documents += [(row, start, stop) for start, stop in zip(starts, [*starts[1:], len(indices)], strict=True)]
-    return tuple(documents) if len(documents) > len(seq_idx_BT) else None
+        pieces += [(row, start, stop) for start, stop in zip(starts, [*starts[1:], len(indices)], strict=True)]
+    return Documents(tuple(pieces)) if len(pieces) > len(seq_idx_BT) else None
 
 
 def _count_positions(inputs_embeds: Tensor, past_key_values: Any, config: HybridConfig) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import Qwen3Config
 
 from layerplan.models.hybrid.layer_kinds import find_kind
+from layerplan.models.hybrid.nemotron import SIZES
 from layerplan.models.own_types import HYBRID_TYPE
 
 
@@ -38,3 +39,8 @@ class HybridConfig(Qwen3Config):
             except ValueError as error:
                 raise ValueError(f"kind_sizes.{name}: {error}") from None
         super().__post_init__(**kwargs)
+
+    @property
+    def mamba_chunk_size(self) -> int:
+        """Tokens of a chunk of Mamba2's scan, by the name vLLM asks for it."""
+        return int((self.kind_sizes or {}).get("nemotron", {}).get("chunk_size", SIZES["chunk_size"]))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,14 @@ from torch import Tensor, nn
 from transformers import NemotronHConfig, initialization
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock, NemotronHMamba2Mixer
 
-Document = tuple[int, int, int]
-"""Row, first position, and the position after the last."""
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Pieces of packed rows; an object of its own, at whose content no compiled graph looks."""
+
+    pieces: tuple[tuple[int, int, int], ...]
+    """Row, first position, and the position after the last, in order."""
+
 
 SIZES: dict[str, int | float | str | bool] = {
     "intermediate_size": 4096,
@@ -46,16 +53,16 @@ class NemotronLayer(nn.Module):
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
-        self.mixer_block = NemotronHBlock(_make_config(config, "linear_attention"), layer_idx)
+        self.mixer_block = NemotronHBlock(make_block_config(config, "linear_attention"), layer_idx)
         self.mixer_block.mixer.time_step_limit = (0.0, math.inf)
-        self.feed_forward_block = NemotronHBlock(_make_config(config, "mlp"), layer_idx)
+        self.feed_forward_block = NemotronHBlock(make_block_config(config, "mlp"), layer_idx)
 
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
-        documents: Sequence[Document] | None = None,
+        documents: Documents | None = None,
         **_: Any,
     ) -> Tensor:
         """The residual stream after both blocks.
@@ -64,7 +71,7 @@ class NemotronLayer(nn.Module):
             hidden_states: (batch, tokens, width).
             attention_mask: (batch, tokens), zero where there is padding; None when there is none.
             past_key_values: transformers' cache.
-            documents: Pieces of the rows, in order, that know nothing of each other.
+            documents: Pieces of the rows that know nothing of each other.
         """
         if documents is not None and past_key_values is None:
             mixed = _mix_documents(self.mixer_block, hidden_states, documents)
@@ -75,9 +82,9 @@ class NemotronLayer(nn.Module):
 
 
 @torch.compiler.disable
-def _mix_documents(block: Callable[..., Tensor], hidden_states: Tensor, documents: Sequence[Document]) -> Tensor:
+def _mix_documents(block: Callable[..., Tensor], hidden_states: Tensor, documents: Documents) -> Tensor:
     """Every document by itself; lengths differ from row to row, so no graph is compiled of it."""
-    pieces = [block(hidden_states[row : row + 1, start:stop]) for row, start, stop in documents]
+    pieces = [block(hidden_states[row : row + 1, start:stop]) for row, start, stop in documents.pieces]
     return torch.cat(pieces, dim=1).view_as(hidden_states)
 
 
@@ -124,7 +131,7 @@ def _draw_time_steps(mixer: NemotronHMamba2Mixer) -> Tensor:
     return steps + torch.log(-torch.expm1(-steps))
 
 
-def _make_config(config: Any, block_type: str) -> NemotronHConfig:
+def make_block_config(config: Any, block_type: str) -> NemotronHConfig:
     """NemotronH's config of a model all of whose blocks are of one type, so that a block has the hybrid's layer index."""
     sizes: dict[str, Any] = SIZES | (config.kind_sizes or {}).get("nemotron", {})
     return NemotronHConfig(

@@ -11,7 +11,7 @@ from typing import Any
 from layerplan.config.stitch import ExpansionConfig, StitchedModelConfig
 from layerplan.errors import ModelError
 from layerplan.models.files import count_layers
-from layerplan.models.own_types import HYBRID_TYPE, make_known
+from layerplan.models.own_types import HYBRID_CLASS, HYBRID_TYPE, make_known
 from layerplan.models.ref import ModelRef
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.stitch_report import LayerOrigin
@@ -239,7 +239,7 @@ def _make_hybrid_config(
             f"model.donors.{spec.first_donor}: use_sliding_window=true; a hybrid's attention reads every token"
         )
     try:
-        config: dict[str, Any] = HybridConfig(**values, architectures=["HybridForCausalLM"]).to_dict()
+        config: dict[str, Any] = HybridConfig(**values, architectures=[HYBRID_CLASS]).to_dict()
     except Exception as error:  # the config's class checks values in its own way
         raise ModelError(f"model: {_last_line(error)}") from None
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def compare_sides(
         expected: The same of each donor's layers in the donor.
     """
     seams = []
-    for index, (below, above) in enumerate(zip(layers[:-1], layers[1:], strict=True), start=1):
+    for index, (below, above) in enumerate(pairwise(layers), start=1):
         is_whole = above.donor == below.donor and not above.is_new and not below.is_new
         if is_whole and above.donor_layer == (below.donor_layer or 0) + 1:
             continue
