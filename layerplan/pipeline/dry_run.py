@@ -16,12 +16,10 @@ from layerplan.corpus.joining import read_joining
 from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
 from layerplan.models.files import is_at_hand
-from layerplan.models.model_sizes import make_model_shape
 from layerplan.models.ref import ModelRef
 from layerplan.models.scratch_config import make_hf_config
 from layerplan.models.tokenizer_facts import describe_tokenizer
 from layerplan.pipeline.candidates import make_candidates, name_trial
-from layerplan.pipeline.donors import resolve_stitched
 from layerplan.pipeline.model_options import find_base, read_origins
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.plan.communication import predict_communication
@@ -121,6 +119,9 @@ def _shape(config: RunConfig) -> tuple[ModelShape, str]:
         values = make_hf_config(config.model, vocab_size=config.model.vocab_size)
         return ModelShape.from_hf_config(values), str(values["model_type"])
     if isinstance(config.model, StitchedModelConfig):
+        from layerplan.models.model_sizes import make_model_shape
+        from layerplan.pipeline.donors import resolve_stitched
+
         values = resolve_stitched(config, config.model, from_published=True).config
         return make_model_shape(values), str(values["model_type"])
     from layerplan.models.published import load_shape_and_type
@@ -158,6 +159,8 @@ def _model_name(config: RunConfig) -> str:
 def _read_origins(config: RunConfig) -> tuple[LayerOrigin, ...] | None:
     """Where the layers will come from, or do."""
     if isinstance(config.model, StitchedModelConfig):
+        from layerplan.pipeline.donors import resolve_stitched
+
         return resolve_stitched(config, config.model, from_published=True).layers
     return None if isinstance(config.model, ScratchModelConfig) else read_origins(find_base(config))
 

@@ -67,7 +67,7 @@ def test_a_hybrid_is_made_traced_trained_on_two_workers_exported_and_scored(
     assert moved == set(before) - set(given)
     assert (run / "report.html").exists() and list((run / "evaluation").glob("step_*/*.json"))
     traced = run_here(
-        "jobs/trace_layers.py", "--config", config, "--set", "name=traced", "--set", "plan.type=from_profile"
+        "jobs/trace_layers.py", "--config", config, "--set", "name=traced", "--set", "plan={type: from_profile}"
     )
     assert traced.returncode == 0, traced.output[-3000:]
     assert json.loads((tmp_path / "traced" / "layer_profile.json").read_text())["model"]["num_layers"] == 3

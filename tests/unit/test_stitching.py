@@ -194,7 +194,7 @@ def test_a_family_whose_layers_no_hybrid_takes_is_named(tmp_path):
 def test_copies_of_layers_leave_the_logits_bit_for_bit_what_they_were(model_type, tmp_path):
     donor = save_family(tmp_path / "donor", model_type)
     report = stitch(tmp_path / "made", {"base": donor}, expand={"copies": 2})
-    assert report.keeps_logits is True
+    assert report.keeps_logits is True and report.seams == ()
     assert list_layers(report.layers, "new") == (2, 5) and len(report.layers) == 6
     assert torch.equal(logits(tmp_path / "made"), logits(donor))
 

@@ -42,7 +42,7 @@ def measure_residuals(model: nn.Module, ids_BT: Tensor) -> tuple[list[float], Te
 def compare_sides(
     layers: Sequence[LayerOrigin], arriving: Sequence[float], expected: Mapping[str, Sequence[float]]
 ) -> tuple[Seam, ...]:
-    """Every place where a layer stands on one that it did not stand on before.
+    """Every place where a layer stands on one that it did not stand on before; a copy without effect stands for nothing.
 
     Args:
         layers: Origins from the embeddings up.
@@ -50,7 +50,8 @@ def compare_sides(
         expected: The same of each donor's layers in the donor.
     """
     seams = []
-    for index, (below, above) in enumerate(pairwise(layers), start=1):
+    whole = [(index, layer) for index, layer in enumerate(layers) if not layer.is_copy]
+    for (_, below), (index, above) in pairwise(whole):
         is_whole = above.donor == below.donor and not above.is_new and not below.is_new
         if is_whole and above.donor_layer == (below.donor_layer or 0) + 1:
             continue
@@ -66,4 +67,4 @@ def compare_sides(
 def _name(layer: LayerOrigin) -> str:
     if layer.donor is None:
         return f"a new {layer.kind} layer"
-    return f"{'a copy of ' if layer.is_copy else ''}layer {layer.donor_layer} of {layer.donor}"
+    return f"layer {layer.donor_layer} of {layer.donor}"
