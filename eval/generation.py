@@ -1,6 +1,7 @@
 """vLLM as the engine of both protocols: one pass gives the letters' log-probabilities and the generated answer.
 
-The only module that imports vllm. On a CPU the engine runs in float32 and in this process, which starts much faster
+Beside the hybrid's own model (`layerplan/models/hybrid/vllm_model.py`) the only module that imports vllm. On a CPU the
+engine runs in float32 and in this process, which starts much faster
 than with a process of its own. Prompts of one subject begin alike; vLLM keeps that beginning (prefix caching).
 """
 
@@ -13,6 +14,28 @@ from typing import Any
 
 from eval.engine import EngineAnswer, EngineSpec
 from layerplan.errors import EvaluationError
+from layerplan.models.own_types import HYBRID_CLASS, HYBRID_TYPE, make_known
+
+
+def register_own_models() -> None:
+    """Makes the hybrid known to vLLM; called by vLLM itself, in each of its processes, where the package is installed."""
+    from vllm import ModelRegistry
+
+    make_known(HYBRID_TYPE)
+    ModelRegistry.register_model(HYBRID_CLASS, "layerplan.models.hybrid.vllm_model:VllmHybridForCausalLM")
+
+
+def register_hybrid() -> None:
+    """The same in this process, where a job ships the package as its working directory.
+
+    With the class and not its name: vLLM looks at a named one in a process of its own, which has no such directory.
+    """
+    from vllm import ModelRegistry
+
+    from layerplan.models.hybrid.vllm_model import VllmHybridForCausalLM
+
+    make_known(HYBRID_TYPE)
+    ModelRegistry.register_model(HYBRID_CLASS, VllmHybridForCausalLM)
 
 
 class VllmEngine:
@@ -24,9 +47,15 @@ class VllmEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
 
+        is_hybrid = spec.model.config()["model_type"] == HYBRID_TYPE
+        if is_hybrid:
+            register_hybrid()
         on_cpu = spec.num_gpus <= 0
         dtype = ("float32" if on_cpu else "bfloat16") if spec.dtype == "auto" else spec.dtype
-        options: dict[str, Any] = {"tensor_parallel_size": max(1, int(spec.num_gpus))}
+        options: dict[str, Any] = {"enable_prefix_caching": True}
+        options |= {"enforce_eager": True} if on_cpu else {"tensor_parallel_size": max(1, int(spec.num_gpus))}
+        if is_hybrid:  # a state cannot be begun in the middle, and sums up too much for fewer bits
+            options |= {"enable_prefix_caching": False, "mamba_ssm_cache_dtype": "float32"}
         try:
             self._engine = LLM(
                 model=spec.model.name,
@@ -35,10 +64,9 @@ class VllmEngine:
                 dtype=dtype,
                 seed=0,
                 max_model_len=spec.max_length,
-                enable_prefix_caching=True,
                 disable_log_stats=True,
                 use_tqdm_on_load=sys.stderr.isatty(),
-                **({"enforce_eager": True} if on_cpu else options),
+                **options,
             )
         except Exception as error:
             lines = [line for line in str(error).splitlines() if line.strip()]

@@ -47,9 +47,7 @@ def execute(args: argparse.Namespace) -> None:
         return
     model = args.model or getattr(config.model, "name", None)
     if model is None:
-        raise ConfigError(
-            "--model: is required when the config's model is made from scratch; a folder or hub id is expected"
-        )
+        raise ConfigError("--model: is required when the run makes its model itself; a folder or hub id is expected")
     from layerplan.pipeline.evaluate import evaluate, print_dry_run
     from layerplan.pipeline.model_options import find_named
 

@@ -1,4 +1,4 @@
-"""Which model is continued: an existing one, or a small one made from scratch for a first run."""
+"""Which model is continued: an existing one, one put together from several, or a small one made from scratch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from layerplan.config.base import StrictModel
 from layerplan.config.corpus import SourceConfig
+from layerplan.config.stitch import StitchedModelConfig
 
 
 class PretrainedModelConfig(StrictModel):
@@ -67,4 +68,4 @@ class ScratchModelConfig(StrictModel):
         return self
 
 
-ModelConfig = Annotated[PretrainedModelConfig | ScratchModelConfig, Field(discriminator="type")]
+ModelConfig = Annotated[PretrainedModelConfig | ScratchModelConfig | StitchedModelConfig, Field(discriminator="type")]

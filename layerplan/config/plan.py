@@ -132,6 +132,14 @@ class MidpointPlanConfig(PlanOptions):
     """Which side freezes."""
 
 
+class StitchedPlanConfig(PlanOptions):
+    """The plan that matches a stitched model: what was added trains and what donors gave freezes, or the reverse."""
+
+    type: Literal["stitched"] = "stitched"
+    train: Literal["new", "donor"] = "new"
+    """Which layers train: those that were initialised or copied in, or those taken over from donors."""
+
+
 class FilePlanConfig(StrictModel):
     """A `freeze_plan.json` made earlier; its hash is checked on load."""
 
@@ -182,6 +190,7 @@ _FixedPlanConfig = (
     | RandomPlanConfig
     | ReversePlanConfig
     | MidpointPlanConfig
+    | StitchedPlanConfig
 )
 FixedPlanConfig = Annotated[_FixedPlanConfig, Field(discriminator="type")]
 

@@ -83,7 +83,7 @@ def refuse_other_tasks(name: str, config: dict[str, Any]) -> None:
     if _find_own_code(config):
         return
     described = f"model_type {kind!r}" + (f", {classes[0]}" if classes else "")
-    if kind not in known:
+    if kind not in known and not _is_registered(kind):
         if kind not in transformers.CONFIG_MAPPING:
             raise ModelError(f"model.name={name}: {described} is unknown to transformers {transformers.__version__}")
         raise ModelError(
@@ -96,6 +96,13 @@ def refuse_other_tasks(name: str, config: dict[str, Any]) -> None:
             f"model.name={name}: config.json says the checkpoint is a {classes[0]}, which is no causal language model;"
             " a decoder-only language model is expected"
         )
+
+
+def _is_registered(kind: str) -> bool:
+    """Whether a causal language model of the type was made known to transformers beside its own."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def check_tensors(name: str, model: Any, stored: dict[str, StoredTensor]) -> None:

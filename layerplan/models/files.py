@@ -13,6 +13,7 @@ from typing import Any
 from layerplan.artifacts import hash_files
 from layerplan.errors import ModelError, first_line
 from layerplan.models.gguf_file import SOURCE_NAME, read_source
+from layerplan.models.own_types import make_known
 from layerplan.models.weight_files import INDEX_NAME, OTHER_FORMATS, WEIGHTS_NAME, read_index
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.run_folder import CARD_NAME, PLAN_NAME, is_export
@@ -38,6 +39,7 @@ def load_hf_config(name: str, *, revision: str = "main") -> dict[str, Any]:
         raise ModelError(f"model.name={name}: {path} is not a readable config ({error})") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise ModelError(f"model.name={name}: {path} has no model_type")
+    make_known(config["model_type"])
     return config
 
 

@@ -8,15 +8,14 @@ matrix per expert, say) is held whole once.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from layerplan.aside import making_folder
 from layerplan.errors import ModelError, first_line
 from layerplan.models.gguf_file import SOURCE_NAME, GgufFile, open_gguf
-from layerplan.models.weight_files import INDEX_NAME, WEIGHTS_NAME
+from layerplan.models.weight_files import INDEX_NAME
+from layerplan.models.weight_shards import write_shards
 from layerplan.plan.layer_profile import ModelSource
 
 SHARD_BYTES = 1 << 30
@@ -89,39 +88,6 @@ def _write_tokenizer(file: GgufFile, alone: Path, out_dir: Path) -> None:
             f"model.name={file.path}: its tokenizer ({said}) cannot be rebuilt ({first_line(error)}); convert the model's"
             " safetensors, or save its tokenizer.json with them"
         ) from None
-
-
-def write_shards(tensors: Iterable[tuple[str, Any]], out_dir: Path, *, shard_bytes: int) -> None:
-    """Writes tensors as they come: one `model.safetensors`, or shards of about `shard_bytes` with their index."""
-    parts: list[tuple[Path, list[str]]] = []
-    held: dict[str, Any] = {}
-    total = size = 0
-    for name, value in tensors:
-        if held and size + value.nbytes > shard_bytes:
-            parts.append(_write_part(held, out_dir, len(parts)))
-            held, size = {}, 0
-        held[name] = value.contiguous()
-        size += value.nbytes
-        total += value.nbytes
-    parts.append(_write_part(held, out_dir, len(parts)))
-    if len(parts) == 1:
-        parts[0][0].replace(out_dir / WEIGHTS_NAME)
-        return
-    places: dict[str, str] = {}
-    for number, (part, names) in enumerate(parts, start=1):
-        final = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        part.replace(out_dir / final)
-        places |= dict.fromkeys(names, final)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (out_dir / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_part(tensors: dict[str, Any], out_dir: Path, number: int) -> tuple[Path, list[str]]:
-    from safetensors.torch import save_file
-
-    path = out_dir / f"part-{number:05d}"
-    save_file(tensors, path, metadata={"format": "pt"})
-    return path, list(tensors)
 
 
 def _spell_as_stored(model: Any, out_dir: Path) -> None:

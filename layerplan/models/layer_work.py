@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from layerplan.models import attention_probe
 from layerplan.models.attention_probe import AttentionCall
 from layerplan.models.causal_lm import DecoderParts
+from layerplan.models.saved_bytes import measure_saved_bytes
 
 SHORTEST_ROW = 64
 """Tokens of the shorter of two rows, unless a scan works in longer chunks; as long as delta rules chunk by default."""
@@ -50,6 +51,8 @@ class LayerWork:
     """Calls of attention; empty when there is none, or when the layer attends by code of its own."""
     routed_copies: int
     """Experts a token was sent to."""
+    saved_bytes: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Per token and by dtype: what a frozen layer keeps for the backward pass, and a trained one; empty where it attends."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class _Counts:
     parameter_gradient: int = 0
     attention: tuple[AttentionCall, ...] = ()
     routed_copies: int = 0
+    saved_bytes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def _solve(short: _Counts, long: _Counts, tokens: int) -> LayerWork:
@@ -113,6 +117,7 @@ def _solve(short: _Counts, long: _Counts, tokens: int) -> LayerWork:
         scan_flops=mixing / tokens - per_key * tokens,
         attention=short.attention,
         routed_copies=short.routed_copies,
+        saved_bytes={name: (kept[0] / tokens, kept[1] / tokens) for name, kept in short.saved_bytes.items()},
     )
 
 
@@ -178,6 +183,8 @@ class _Run:
             self._outputs[kind] = original(*args, **kwargs)
         counts.forward = counter.get_total_flops()
         counts.attention = tuple(attention_probe.calls)
+        if self._with_gradients and not counts.attention:
+            counts.saved_bytes = measure_saved_bytes(original, layer, args, kwargs)
         self.counts[kind] = counts
 
 

@@ -20,8 +20,12 @@ from layerplan.models.estimated_work import estimate_work
 from layerplan.models.files import load_hf_config
 from layerplan.models.layer_work import LayerWork, is_expert_stack, measure_work
 from layerplan.models.meta import build_without_memory
+from layerplan.models.own_types import make_known
 from layerplan.models.positions import positions_of
 from layerplan.plan.model_shape import UNBOUNDED, LayerKind, LayerShape, ModelShape, SharedParams
+
+CARRIES_STATE = ("mamba2", "recurrent", "recurrent_decoder")
+"""Kinds of layers whose mixing keeps what no formula over widths gives."""
 
 
 @lru_cache(maxsize=8)
@@ -50,6 +54,7 @@ def make_model_shape(config: Mapping[str, Any]) -> ModelShape:
     from transformers import AutoConfig
 
     name = str(config.get("model_type"))
+    make_known(name)
     try:
         values = AutoConfig.for_model(**config)
     except Exception as error:
@@ -165,6 +170,7 @@ def _layer_shape(layer: nn.Module, work: LayerWork, hidden_size: int) -> LayerSh
         # a gated part has three matrices of this width
         feed_forward_width=0 if kind == "attention" else max(0, round(rest / (3 * hidden_size))),
         routed_copies=work.routed_copies,
+        saved_bytes=work.saved_bytes if kind in CARRIES_STATE else {},
     )
 
 

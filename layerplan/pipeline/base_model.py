@@ -1,4 +1,4 @@
-"""The base stage: an existing model by name, or a small one made here and trained briefly with the `full` plan."""
+"""The base stage: an existing model by name, one put together, or a small one trained briefly with the `full` plan."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from layerplan.aside import writing_folder_aside
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.model import ScratchModelConfig
+from layerplan.config.stitch import StitchedModelConfig
 from layerplan.config.train import TrainConfig
 from layerplan.corpus.build import build_token_store
 from layerplan.corpus.sources import iter_documents
@@ -16,6 +17,7 @@ from layerplan.models.scratch import build_scratch_model, train_tokenizer
 from layerplan.models.weight_files import WEIGHTS_NAME
 from layerplan.pipeline.model_options import find_base
 from layerplan.pipeline.stages import RunContext, list_benchmark_texts, name_store, say, send_store, tracked
+from layerplan.pipeline.stitched import make_stitched
 from layerplan.plan.policies import make_full_plan
 from layerplan.run_folder import BASE_MODEL_NAME, UNTRAINED_NAME, RunFolder
 from layerplan.storage.mirror import carry_folder
@@ -27,8 +29,10 @@ TOKENIZER_SAMPLE_CHARS = 8_000_000
 
 
 def prepare_model(context: RunContext) -> ModelRef:
-    """Returns the base model, making a scratch one first when the config asks for it."""
+    """Returns the base model, making it first when the config asks for that."""
     model = context.config.model
+    if isinstance(model, StitchedModelConfig):
+        return make_stitched(context, model)
     if not isinstance(model, ScratchModelConfig):
         found = find_base(context.config)
         carry_folder(Path(found.name))  # a conversion, for the workers of other nodes

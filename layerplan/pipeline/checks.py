@@ -5,25 +5,31 @@ from __future__ import annotations
 from eval.items import load_benchmark
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.run import RunConfig
+from layerplan.config.stitch import StitchedModelConfig
 from layerplan.corpus.joining import read_joining
 from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
+from layerplan.pipeline.donors import check_donors
 from layerplan.pipeline.model_options import find_base
 from layerplan.plan.decide import wants_profile
 from layerplan.tracer.pool import collect_probes
 
 
 def check_model(config: RunConfig) -> None:
-    """Looks at config, tokenizer and every stored tensor of an existing model.
+    """Looks at config, tokenizer and every stored tensor of an existing model, or of each donor of one put together.
 
     Raises:
         ModelError: When one is missing or they do not fit together.
     """
     if isinstance(config.model, ScratchModelConfig):
         return
-    model = find_base(config)
-    model.check()
-    vocab_size = model.shape().vocab_size
+    if isinstance(config.model, StitchedModelConfig):
+        model, shape = check_donors(config, config.model)
+    else:
+        model = find_base(config)
+        model.check()
+        shape = model.shape()
+    vocab_size = shape.vocab_size
     joining = read_joining(config.corpus, model.tokenizer_file())
     if joining.num_ids > vocab_size:
         raise ModelError(

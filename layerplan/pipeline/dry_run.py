@@ -10,15 +10,17 @@ from layerplan.config.load import dump_config
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig, PlanOptions
 from layerplan.config.run import RunConfig
+from layerplan.config.stitch import StitchedModelConfig
 from layerplan.config.sweep import SweepConfig
 from layerplan.corpus.joining import read_joining
 from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
 from layerplan.models.files import is_at_hand
+from layerplan.models.ref import ModelRef
 from layerplan.models.scratch_config import make_hf_config
 from layerplan.models.tokenizer_facts import describe_tokenizer
 from layerplan.pipeline.candidates import make_candidates, name_trial
-from layerplan.pipeline.model_options import find_base
+from layerplan.pipeline.model_options import find_base, read_origins
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, explain_cost, predict_cost, render_cost_table
@@ -30,6 +32,7 @@ from layerplan.plan.memory import choose_placements
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.plan_cost import PlanCost
 from layerplan.plan.policies import make_full_plan, make_plan
+from layerplan.plan.stitch_report import LayerOrigin
 from layerplan.storage.mirror import fetch_file
 from layerplan.train.request import load_result
 
@@ -115,6 +118,12 @@ def _shape(config: RunConfig) -> tuple[ModelShape, str]:
     if isinstance(config.model, ScratchModelConfig):
         values = make_hf_config(config.model, vocab_size=config.model.vocab_size)
         return ModelShape.from_hf_config(values), str(values["model_type"])
+    if isinstance(config.model, StitchedModelConfig):
+        from layerplan.models.model_sizes import make_model_shape
+        from layerplan.pipeline.donors import resolve_stitched
+
+        values = resolve_stitched(config, config.model, from_published=True).config
+        return make_model_shape(values), str(values["model_type"])
     from layerplan.models.published import load_shape_and_type
 
     return load_shape_and_type(find_base(config))
@@ -124,7 +133,7 @@ def _describe_text(config: RunConfig) -> list[str]:
     """What the model's tokenizer is, and how documents are joined."""
     if isinstance(config.model, ScratchModelConfig):
         return ["tokenizer to be trained by the run"]
-    model = find_base(config)
+    model = _find_tokenizer_home(config)
     if not is_at_hand(model.name, "tokenizer.json", revision=model.revision):
         return [f"not known yet: the tokenizer of {model} is not on this machine; a run fetches it"]
     try:
@@ -134,8 +143,26 @@ def _describe_text(config: RunConfig) -> list[str]:
     return [f"documents are {joining}", *describe_tokenizer(joining.facts)]
 
 
+def _find_tokenizer_home(config: RunConfig) -> ModelRef:
+    """The model whose tokenizer the run has."""
+    if isinstance(config.model, StitchedModelConfig):
+        donor = config.model.donors[config.model.first_donor]
+        return ModelRef(donor.name, donor.revision, donor.trust_remote_code)
+    return find_base(config)
+
+
 def _model_name(config: RunConfig) -> str:
-    return "scratch" if isinstance(config.model, ScratchModelConfig) else Path(find_base(config).name).name
+    is_made = isinstance(config.model, ScratchModelConfig | StitchedModelConfig)
+    return config.model.type if is_made else Path(find_base(config).name).name
+
+
+def _read_origins(config: RunConfig) -> tuple[LayerOrigin, ...] | None:
+    """Where the layers will come from, or do."""
+    if isinstance(config.model, StitchedModelConfig):
+        from layerplan.pipeline.donors import resolve_stitched
+
+        return resolve_stitched(config, config.model, from_published=True).layers
+    return None if isinstance(config.model, ScratchModelConfig) else read_origins(find_base(config))
 
 
 def _plan(config: RunConfig, model: ModelIdentity, shape: ModelShape) -> tuple[FreezePlan, str]:
@@ -144,7 +171,8 @@ def _plan(config: RunConfig, model: ModelIdentity, shape: ModelShape) -> tuple[F
     fetch_file(folder.profile)
     profile = LayerProfile.load(folder.profile) if folder.profile.exists() else None
     if profile is not None or not wants_profile(config.plan):
-        plan = resolve_plan(config.plan, PlanContext(model, shape, config.train, config.corpus.seq_len, profile))
+        context = PlanContext(model, shape, config.train, config.corpus.seq_len, profile, _read_origins(config))
+        plan = resolve_plan(config.plan, context)
         return plan, plan.reason
     options = {name: getattr(config.plan, name) for name in PlanOptions.model_fields if hasattr(config.plan, name)}
     freezes_shallow = config.plan.type == "semantic" or getattr(config.plan, "freeze", "deep") == "shallow"

@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from layerplan.config.model import ScratchModelConfig
+from layerplan.config.model import PretrainedModelConfig
 from layerplan.config.run import RunConfig
+from layerplan.config.stitch import StitchedModelConfig
 from layerplan.models.ref import ModelRef
 from layerplan.pipeline.run_folder import locate_run_folder
+from layerplan.plan.stitch_report import LayerOrigin, StitchReport
+from layerplan.run_folder import STITCH_NAME, STITCHED_NAME
 from layerplan.storage.working import is_remote, make_private
 
 logger = logging.getLogger(__name__)
 
 
 def find_base(config: RunConfig) -> ModelRef:
-    """The config's existing model; a GGUF file is converted first, once, beside the runs."""
+    """The config's existing model; a GGUF file is converted first, once, beside the runs; one that is put together lies there."""
+    if isinstance(config.model, StitchedModelConfig):
+        return find_named(str(locate_run_folder(config).base_model / STITCHED_NAME), config)
     return find_named(config.model.name, config)  # type: ignore[union-attr]
 
 
@@ -30,12 +35,14 @@ def find_named(name: str, config: RunConfig) -> ModelRef:
     if is_remote(config.storage_path):
         make_private(run.parent)
     found = find_model(name, str(run.parent))
-    if isinstance(own, ScratchModelConfig):
-        return ModelRef(found)
+    is_own = Path(found).expanduser().resolve().is_relative_to(run)
+    if not isinstance(own, PretrainedModelConfig):
+        donors = own.donors.values() if isinstance(own, StitchedModelConfig) else ()
+        return ModelRef(found, trust_remote_code=is_own and any(donor.trust_remote_code for donor in donors))
     base = ModelRef(found, own.revision, own.trust_remote_code)
     if name == own.name:
         return base
-    return base.at(found) if Path(found).expanduser().resolve().is_relative_to(run) else ModelRef(found)
+    return base.at(found) if is_own else ModelRef(found)
 
 
 def find_model(name: str, storage_path: str = "runs") -> str:
@@ -45,3 +52,13 @@ def find_model(name: str, storage_path: str = "runs") -> str:
     from layerplan.models import gguf_cache
 
     return gguf_cache.find_model(name, Path(storage_path).expanduser(), report=logger.info)
+
+
+def read_origins(model: ModelRef) -> tuple[LayerOrigin, ...] | None:
+    """Where the layers of a stitched model, or of what was exported of one, come from; None for any other.
+
+    Raises:
+        PlanError: When it cannot be read or was changed.
+    """
+    path = Path(model.name).expanduser() / STITCH_NAME
+    return StitchReport.load(path).layers if path.is_file() else None

@@ -30,6 +30,7 @@ from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
 from layerplan.models.ref import ModelRef
 from layerplan.pipeline.lineage import note_corpus, note_results
+from layerplan.pipeline.model_options import read_origins
 from layerplan.plan.boundary_choice import choose_boundary, find_options
 from layerplan.plan.decide import PlanContext, check_planned_steps, resolve_plan, wants_profile
 from layerplan.plan.describe import describe_certainty, describe_measurement
@@ -182,7 +183,8 @@ def decide_plan(context: RunContext, model: ModelRef, profile: LayerProfile | No
         if plan.planned_steps is not None:
             check_planned_steps(plan, config.train.max_steps, context.folder.plan)
     else:
-        plan = resolve_plan(config.plan, PlanContext(identity, shape, config.train, seq_len, profile))
+        origins = read_origins(model)
+        plan = resolve_plan(config.plan, PlanContext(identity, shape, config.train, seq_len, profile, origins))
     plan.check_model(identity)
     cost_here = predict_beside_full(plan, shape, seq_len)
     write_json(context.folder.predicted_cost, cost_here.model_dump(mode="json"))

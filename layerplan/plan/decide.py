@@ -18,15 +18,24 @@ from layerplan.config.plan import (
     RotationPlanConfig,
     SampleBudgetPlanConfig,
     SchedulePlanConfig,
+    StitchedPlanConfig,
 )
 from layerplan.config.train import TrainConfig
 from layerplan.errors import PlanError
 from layerplan.plan.budget import search_budget
+from layerplan.plan.explain import name_ranges
 from layerplan.plan.freeze_plan import FreezePlan, PlanPhase, Tied
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan, needs_profile, seal_with_cost
 from layerplan.plan.sample_budget import allocate_start_layers
+from layerplan.plan.stitch_report import LayerOrigin, list_layers
+from layerplan.run_folder import STITCH_NAME
+
+TRAINED_TEXT = {
+    "new": "The layers that were added train, those of the donors freeze",
+    "donor": "The layers of the donors train, those that were added freeze",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,8 @@ class PlanContext:
     train: TrainConfig
     seq_len: int
     profile: LayerProfile | None = None
+    origins: tuple[LayerOrigin, ...] | None = None
+    """Where the layers of a stitched model come from."""
 
 
 def resolve_plan(config: PlanConfig, context: PlanContext) -> FreezePlan:
@@ -180,7 +191,27 @@ def _follow_budget(config: SampleBudgetPlanConfig, context: PlanContext) -> Free
 
 
 def _plan_of(config: PlanConfig, context: PlanContext) -> FreezePlan:
+    if isinstance(config, StitchedPlanConfig):
+        return _follow_origins(config, context)
     return make_plan(config, model=context.model, shape=context.shape, profile=context.profile, seq_len=context.seq_len)
+
+
+def _follow_origins(config: StitchedPlanConfig, context: PlanContext) -> FreezePlan:
+    """An explicit choice of layers, by where they come from."""
+    if context.origins is None:
+        raise PlanError(
+            f"plan.type=stitched: {context.model.name} has no {STITCH_NAME}, which says where layers come from; use it with"
+            " model.type: stitched, or a folder that such a run made"
+        )
+    layers = list_layers(context.origins, config.train)
+    if not layers:
+        raise PlanError(
+            f"plan.train={config.train}: none of the model's {context.model.num_layers} layers is such a one"
+        )
+    chosen = ExplicitPlanConfig(trainable=[*layers], **_options(config))
+    plan = make_plan(chosen, model=context.model, shape=context.shape, profile=context.profile, seq_len=context.seq_len)
+    reason = f"{TRAINED_TEXT[config.train]} ({name_ranges(layers)} of {context.model.num_layers})."
+    return plan.model_copy(update={"plan_type": config.type, "reason": reason}).sealed()
 
 
 def _options(config: PlanOptions) -> dict[str, Any]:

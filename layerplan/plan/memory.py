@@ -67,8 +67,11 @@ def layer_activation_bytes(shape: ModelShape, dtype: str, *, trained: bool, laye
     """Bytes per token a layer on the gradient path stores.
 
     A layer with experts also keeps what they were given and what they gave back, once for each that a token is sent to;
-    a mixer without attention is taken for a feed-forward part of twice its width, unmeasured.
+    a mixer without attention is taken for a feed-forward part of twice its width where the layer was not measured.
     """
+    measured = shape.layers[layer].saved_bytes.get(dtype)
+    if measured is not None:
+        return measured[trained]
     residual, queries, keys_values, feed_forward = _ACTIVATION[(dtype, trained)]
     sizes = shape.layers[layer]
     has_both = sizes.kind in ("decoder", "recurrent_decoder")

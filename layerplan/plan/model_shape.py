@@ -53,6 +53,8 @@ class LayerShape(StrictModel):
     """Channels a token passes in the feed-forward part, as of a gated one: of experts the active ones."""
     routed_copies: int = 0
     """Experts a token is sent to."""
+    saved_bytes: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    """Per token and by dtype: what it keeps for the backward pass frozen, and trained; measured for layers that carry state."""
 
     def mean_keys(self, seq_len: int, *, causal: bool) -> float:
         """Keys a query reads, averaged over a row; the whole square unless `causal`."""

@@ -19,6 +19,7 @@ _KINDS_WITH: dict[str, tuple[LayerKind, ...]] = {
     "attention": ("decoder", "attention"),
     "mlp": ("decoder", "mlp"),
     "mamba2": ("mamba2",),
+    "recurrent": ("mamba2", "recurrent", "recurrent_decoder"),
 }
 """Role of a layer to the kinds of layers that play it."""
 

@@ -44,6 +44,14 @@ def make_config(family: str):
             num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
             layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention"],
         )  # fmt: skip
+    if family == "layerplan_hybrid":
+        from layerplan.models.hybrid import HybridConfig
+
+        sizes = {"intermediate_size": 48, "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2}
+        return HybridConfig(
+            **ATTENTION, head_dim=8, tie_word_embeddings=True, layer_kinds=["nemotron", "qwen3"] * 2,
+            kind_sizes={"nemotron": {**sizes, "chunk_size": 8}},
+        )  # fmt: skip
     if family == "olmo":
         return hf.OlmoConfig(**ATTENTION, num_hidden_layers=4)
     if family == "opt":

@@ -16,9 +16,10 @@ import torch
 from layerplan.errors import ModelError
 from layerplan.models.causal_lm import load_causal_lm, load_tokenizer
 from layerplan.models.files import identify_model, list_companions
-from layerplan.models.gguf import convert_gguf, write_shards
+from layerplan.models.gguf import convert_gguf
 from layerplan.models.gguf_cache import find_model
 from layerplan.models.gguf_file import SOURCE_NAME
+from layerplan.models.weight_shards import write_shards
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan
 from tests.tiny_gguf import FAMILIES, dequantized, gguf, make_original, write_gguf

@@ -23,7 +23,7 @@ from layerplan.tracer.zero_context import attend_after_zeros
 
 TOLERANCE = 1e-5
 ATTENTION_ONLY = {"qwen3", "llama", "gpt2", "gemma2", "olmo2"}
-FAMILIES = sorted({*ATTENTION_ONLY, "mamba2", "nemotron_h", "qwen3_next"})
+FAMILIES = sorted({*ATTENTION_ONLY, "layerplan_hybrid", "mamba2", "nemotron_h", "qwen3_next"})
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,53 @@
+"""Hybrids small enough to train in milliseconds, and the Qwen3 they take layers from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from layerplan.models.hybrid import HybridConfig, HybridForCausalLM
+from tests.model_folders import save_tiny_base
+from tests.qwen3 import TINY_QWEN3
+
+NEMOTRON: dict[str, Any] = {
+    "intermediate_size": 48,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    "chunk_size": 16,
+}
+"""Sizes of a tiny Nemotron layer, with chunks short enough that rows of the tests have several."""
+KINDS = ["nemotron", "nemotron", "qwen3", "qwen3"]
+
+
+def make_config(kinds: list[str] | None = None, **changes: Any) -> HybridConfig:
+    """Config of a tiny hybrid: two Nemotron layers below two of Qwen3 unless told otherwise."""
+    kinds = kinds or KINDS
+    sizes = {"nemotron": NEMOTRON} if "nemotron" in kinds else {}
+    values = {name: value for name, value in TINY_QWEN3.items() if name not in ("model_type", "num_hidden_layers")}
+    return HybridConfig(**{**values, "layer_kinds": kinds, "kind_sizes": sizes, **changes})
+
+
+def build_hybrid(kinds: list[str] | None = None, **changes: Any) -> HybridForCausalLM:
+    """The hybrid in float32 and eval mode, with the weights of seed 0, drawn wide enough that every layer matters."""
+    torch.manual_seed(0)
+    model = HybridForCausalLM(make_config(kinds, **{"initializer_range": 0.15, **changes})).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() < 2:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def save_donor(folder: Path, **changes: Any) -> Path:
+    """A Qwen3 of four layers as a folder with an empty tokenizer."""
+    return save_tiny_base(folder, **{"num_hidden_layers": 4, "initializer_range": 0.15, **changes})
+
+
+def load(folder: Path) -> Any:
+    """Any model folder as transformers loads it, in float32."""
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
