@@ -16,6 +16,11 @@ BASE_MODEL_NAME = "base_model"
 UNTRAINED_NAME = "untrained"
 PROFILE_NAME = "layer_profile.json"
 PROBES_NAME = "layer_probes.parquet"
+MEASUREMENTS_NAME = "layer_measurements.json"
+MEASUREMENTS_STEM = "layer_measurements"
+"""Of their table and figure."""
+MEASURED_NAME = "measured.jsonl"
+"""What was measured so far, a line for each piece of work, so that an interrupted measurement goes on."""
 SELF_TEST_NAME = "self_test.json"
 PLAN_NAME = "freeze_plan.json"
 PLAN_TEXT_NAME = "freeze_plan.md"
@@ -142,6 +147,11 @@ class RunFolder:
     def probes(self) -> Path:
         """Per-probe measurements, from which any aggregate can be computed again."""
         return self.root / PROBES_NAME
+
+    @property
+    def measurements(self) -> Path:
+        """What the tracer's rivals measured."""
+        return self.root / MEASUREMENTS_NAME
 
     @property
     def self_test(self) -> Path:
