@@ -52,7 +52,7 @@ def measure_layers(config: RunConfig, names: Sequence[str]) -> None:
 def measure(
     context: RunContext, model: ModelRef, wanted: Sequence[Measurement], *, traces: bool = False
 ) -> LayerMeasurements:
-    """Takes the wanted measurements, keeps those that were taken before, and writes `layer_measurements.json`."""
+    """Takes the wanted measurements, and the tracer's when asked, and writes them, and no others, to the run's folder."""
     path = context.folder.measurements
     with tracked(context, "measure") as tracker:
         taken = measure_model(

@@ -28,6 +28,8 @@ from layerplan.plan.permutation import NUM_RESAMPLES, draw_orders
 
 Side = Literal["deep", "shallow", "either"]
 SEED = 20
+AT_ONCE = NUM_RESAMPLES // 9
+"""Permutations held in memory together."""
 PAIR = 2
 """Neighbours that are moved together."""
 
@@ -85,8 +87,10 @@ def rate_top(repeats: Sequence[Sequence[float | None]], k: int) -> TopTest:
         return TopTest(None, agreement)
     observed = _separate(shares[None], k)[0] - TIE
     rng = np.random.default_rng([SEED, *shares.shape, k])
-    drawn = _permute_rows(shares, rng)
-    return TopTest(float((1 + (_separate(drawn, k) >= observed).sum()) / (1 + NUM_RESAMPLES)), agreement)
+    counts = [
+        (_separate(_permute_rows(shares, AT_ONCE, rng), k) >= observed).sum() for _ in range(NUM_RESAMPLES // AT_ONCE)
+    ]
+    return TopTest(float((1 + sum(counts)) / (1 + NUM_RESAMPLES)), agreement)
 
 
 def compute_agreement(shares: Array) -> float:
@@ -146,9 +150,9 @@ def _separate(shares: Array, k: int) -> Array:
     return np.asarray(mean[:, -k:].mean(-1) - mean[:, :-k].mean(-1))
 
 
-def _permute_rows(shares: Array, rng: np.random.Generator) -> Array:
-    """Each repeat's ranks given to other layers, those without a rank staying without one: (R, L) to (N, R, L)."""
-    drawn = np.repeat(shares[None], NUM_RESAMPLES, axis=0)
+def _permute_rows(shares: Array, count: int, rng: np.random.Generator) -> Array:
+    """Each repeat's ranks given to other layers, those without a rank staying without one: (R, L) to (count, R, L)."""
+    drawn = np.repeat(shares[None], count, axis=0)
     for row, own in enumerate(shares):
         there = np.flatnonzero(~np.isnan(own))
         drawn[:, row, there] = rng.permuted(drawn[:, row, there], axis=-1)
