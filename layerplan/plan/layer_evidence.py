@@ -21,7 +21,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import rankdata
 
 from layerplan.plan.boundary import TIE, Array, step_down
 from layerplan.plan.permutation import NUM_RESAMPLES, draw_orders
@@ -60,6 +59,8 @@ class Step:
 
 def rank_shares(repeats: Sequence[Sequence[float | None]] | ArrayLike) -> Array:
     """Each repeat's ranks of the layers as shares in (0, 1), largest value highest, ties averaged; NaN stays: (R, L)."""
+    from scipy.stats import rankdata  # takes longer to load than a config to be refused
+
     values = np.array(repeats, dtype=np.float64)
     shares = np.full(values.shape, np.nan)
     for row, ranked in zip(values, shares):
