@@ -26,7 +26,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> CorpusConfig:
     """Forty short documents."""
     path = tmp_path_factory.mktemp("text") / "raw.jsonl"
     write_jsonl(path, *({"id": str(number), "text": make_text(number)} for number in range(40)))
-    return CorpusConfig(sources=[SourceConfig(path=str(path))], end_of_text="<|endoftext|>")
+    return CorpusConfig(sources=[SourceConfig(path=str(path))])
 
 
 def measure(seed_model: str, corpus: CorpusConfig, out_dir: Path, config: MeasureConfig) -> list[LayerMeasurement]:
