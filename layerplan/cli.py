@@ -15,6 +15,7 @@ from importlib import import_module
 COMMANDS = {
     "run": ("layerplan.commands.run", "trace, plan, train, score and judge: the whole chain of a config"),
     "trace": ("layerplan.commands.trace", "measure a model's layers and make a freeze plan; trains nothing"),
+    "measure": ("layerplan.commands.measure", "take the measurements others choose layers by, and compare them"),
     "plan": ("layerplan.commands.plan", "show, compare and price freeze plans, or carry them to other tools"),
     "corpus": ("layerplan.commands.corpus", "build a token store from raw text, or verify one"),
     "evaluate": ("layerplan.commands.evaluate", "score a model on C-Eval and CMMLU"),

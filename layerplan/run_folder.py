@@ -19,6 +19,11 @@ STITCH_NAME = "stitch.json"
 """In a stitched model and what is exported of it: where every layer and tensor comes from."""
 PROFILE_NAME = "layer_profile.json"
 PROBES_NAME = "layer_probes.parquet"
+MEASUREMENTS_NAME = "layer_measurements.json"
+MEASUREMENTS_STEM = "layer_measurements"
+"""Of their table and figure."""
+MEASURED_NAME = "measured.jsonl"
+"""What was measured so far, a line for each piece of work, so that an interrupted measurement goes on."""
 SELF_TEST_NAME = "self_test.json"
 PLAN_NAME = "freeze_plan.json"
 PLAN_TEXT_NAME = "freeze_plan.md"
@@ -145,6 +150,11 @@ class RunFolder:
     def probes(self) -> Path:
         """Per-probe measurements, from which any aggregate can be computed again."""
         return self.root / PROBES_NAME
+
+    @property
+    def measurements(self) -> Path:
+        """What the tracer's rivals measured."""
+        return self.root / MEASUREMENTS_NAME
 
     @property
     def self_test(self) -> Path:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from layerplan.config.base import StrictModel
+from layerplan.config.measure import Measurement
 
 BoundaryRule = Literal["paper", "change_point"]
 DEFAULT_MIN_SIDE = 2
@@ -140,6 +141,37 @@ class StitchedPlanConfig(PlanOptions):
     """Which layers train: those that were initialised or copied in, or those taken over from donors."""
 
 
+class MeasuredPlanConfig(PlanOptions):
+    """The layers a rival measurement speaks for; `measure` says how it is taken, `docs/measurements.md` what it is."""
+
+    type: Measurement
+    """Which number decides: signal to noise of the weights, change of the residual stream, norm of the gradient, Fisher
+    information, loss saved in a short training of everything, or gain of the tuned lens."""
+    select: Literal["top", "boundary"] = "top"
+    """`top` trains the best layers, wherever they lie; `boundary` one side of the largest step of the values."""
+    k: int | None = Field(default=None, ge=1)
+    """With `top`: how many layers train."""
+    max_flops_share: float | None = Field(default=None, gt=0, le=1)
+    """With `top`, in place of `k`: as many as cost at most this share of the FLOPs of training everything."""
+    freeze: Literal["deep", "shallow", "either"] = "either"
+    """With `boundary`: which side may freeze."""
+    min_side: int = Field(default=DEFAULT_MIN_SIDE, ge=1)
+    """With `boundary`: fewest layers on either side."""
+    end: Literal["best", "worst"] = "best"
+    """`worst` takes the layers the measurement speaks against: a control."""
+    without_evidence: Literal["best", "error"] = "best"
+    """What happens when its null test has a p of 0.05 or more: the choice stands with its p, or an error."""
+
+    @model_validator(mode="after")
+    def _one_number(self) -> MeasuredPlanConfig:
+        given = [name for name in ("k", "max_flops_share") if getattr(self, name) is not None]
+        if self.select == "boundary" and given:
+            raise ValueError(f"{given[0]} belongs to select=top; leave it out, or set select: top")
+        if self.select == "top" and len(given) != 1:
+            raise ValueError("give exactly one of k and max_flops_share, or set select: boundary")
+        return self
+
+
 class FilePlanConfig(StrictModel):
     """A `freeze_plan.json` made earlier; its hash is checked on load."""
 
@@ -191,6 +223,7 @@ _FixedPlanConfig = (
     | ReversePlanConfig
     | MidpointPlanConfig
     | StitchedPlanConfig
+    | MeasuredPlanConfig
 )
 FixedPlanConfig = Annotated[_FixedPlanConfig, Field(discriminator="type")]
 

@@ -8,6 +8,7 @@ from layerplan.config.base import StrictModel
 from layerplan.config.cluster import ClusterConfig
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.evaluation import EvaluationConfig
+from layerplan.config.measure import MeasureConfig
 from layerplan.config.model import ModelConfig, ScratchModelConfig
 from layerplan.config.plan import FromProfilePlanConfig, PlanConfig
 from layerplan.config.sweep import SweepConfig
@@ -31,6 +32,8 @@ class RunConfig(StrictModel):
     """The model to continue."""
     trace: TraceConfig = TraceConfig()
     """Layer measurement."""
+    measure: MeasureConfig = MeasureConfig()
+    """Rival measurements of the layers."""
     plan: PlanConfig = Field(default_factory=FromProfilePlanConfig)
     """What freezes."""
     corpus: CorpusConfig = CorpusConfig()

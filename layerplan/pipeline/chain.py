@@ -14,6 +14,7 @@ def continue_pretraining(config: RunConfig) -> None:
     """Runs every stage that is not done yet."""
     from layerplan.pipeline.base_model import prepare_model
     from layerplan.pipeline.checks import check_benchmarks, check_corpus, check_model, check_probes
+    from layerplan.pipeline.measure_layers import find_measurements
     from layerplan.pipeline.publish import publish_card, publish_report
     from layerplan.pipeline.session import open_run
     from layerplan.pipeline.stages import (
@@ -37,7 +38,7 @@ def continue_pretraining(config: RunConfig) -> None:
         recipe = ask_loss(context, model)
         store = build_store(context, model)
         profile = trace(context, model)
-        plan = decide_plan(context, model, profile)
+        plan = decide_plan(context, model, profile, find_measurements(context, model))
         check_guardrail(context)
         scoring = describe_scoring(context, model, plan)
         judges = config.evaluation.evaluate_base

@@ -24,9 +24,10 @@ from layerplan.pipeline.model_options import find_base, read_origins
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, explain_cost, predict_cost, render_cost_table
-from layerplan.plan.decide import PlanContext, resolve_plan, wants_profile
+from layerplan.plan.decide import PlanContext, list_measurements, resolve_plan, wants_profile
 from layerplan.plan.explain import explain_changes, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.layer_measurement import LayerMeasurements
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.memory import choose_placements
 from layerplan.plan.model_shape import ModelShape
@@ -170,15 +171,20 @@ def _plan(config: RunConfig, model: ModelIdentity, shape: ModelShape) -> tuple[F
     folder = locate_run_folder(config)
     fetch_file(folder.profile)
     profile = LayerProfile.load(folder.profile) if folder.profile.exists() else None
-    if profile is not None or not wants_profile(config.plan):
-        context = PlanContext(model, shape, config.train, config.corpus.seq_len, profile, _read_origins(config))
+    fetch_file(folder.measurements)
+    measurements = LayerMeasurements.load(folder.measurements) if folder.measurements.exists() else None
+    lacks_measurements = measurements is None and list_measurements(config.plan)
+    if not lacks_measurements and (profile is not None or not wants_profile(config.plan)):
+        origins = _read_origins(config)
+        context = PlanContext(model, shape, config.train, config.corpus.seq_len, profile, origins, measurements)
         plan = resolve_plan(config.plan, context)
         return plan, plan.reason
     options = {name: getattr(config.plan, name) for name in PlanOptions.model_fields if hasattr(config.plan, name)}
     freezes_shallow = config.plan.type == "semantic" or getattr(config.plan, "freeze", "deep") == "shallow"
     stand_in = FreezeShallowPlanConfig if freezes_shallow else FreezeDeepPlanConfig
     plan = make_plan(stand_in(boundary=max(1, shape.num_layers // 2), **options), model=model, shape=shape)
-    return plan, f"`{config.plan.type}` is decided by tracing; shown at the middle boundary meanwhile"
+    how = "measuring" if lacks_measurements else "tracing"
+    return plan, f"`{config.plan.type}` is decided by {how}; shown at the middle boundary meanwhile"
 
 
 def _active(shape: ModelShape) -> str:

@@ -36,6 +36,7 @@ from layerplan.plan.decide import PlanContext, check_planned_steps, resolve_plan
 from layerplan.plan.describe import describe_certainty, describe_measurement
 from layerplan.plan.explain import describe_flops, describe_older_rule, explain_plan, read_choice, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.layer_measurement import LayerMeasurements
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.policies import predict_beside_full
@@ -174,7 +175,12 @@ def trace(context: RunContext, model: ModelRef) -> LayerProfile | None:
     return profile
 
 
-def decide_plan(context: RunContext, model: ModelRef, profile: LayerProfile | None) -> FreezePlan:
+def decide_plan(
+    context: RunContext,
+    model: ModelRef,
+    profile: LayerProfile | None,
+    measurements: LayerMeasurements | None = None,
+) -> FreezePlan:
     """Makes the freeze plan, or reads the one that was made before."""
     config = context.config
     identity, shape, seq_len = model.identity(), model.shape(), config.corpus.seq_len
@@ -184,7 +190,8 @@ def decide_plan(context: RunContext, model: ModelRef, profile: LayerProfile | No
             check_planned_steps(plan, config.train.max_steps, context.folder.plan)
     else:
         origins = read_origins(model)
-        plan = resolve_plan(config.plan, PlanContext(identity, shape, config.train, seq_len, profile, origins))
+        context = PlanContext(identity, shape, config.train, seq_len, profile, origins, measurements)
+        plan = resolve_plan(config.plan, context)
     plan.check_model(identity)
     cost_here = predict_beside_full(plan, shape, seq_len)
     write_json(context.folder.predicted_cost, cost_here.model_dump(mode="json"))

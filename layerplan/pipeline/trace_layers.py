@@ -9,6 +9,7 @@ def trace_layers(config: RunConfig) -> None:
     """Runs the stages up to the plan."""
     from layerplan.pipeline.base_model import prepare_model
     from layerplan.pipeline.checks import check_model, check_probes
+    from layerplan.pipeline.measure_layers import find_measurements
     from layerplan.pipeline.publish import publish_report
     from layerplan.pipeline.session import open_run
     from layerplan.pipeline.stages import decide_plan, trace
@@ -17,7 +18,7 @@ def trace_layers(config: RunConfig) -> None:
         check(config)
     with open_run(config) as context:
         model = prepare_model(context)
-        plan = decide_plan(context, model, trace(context, model))
+        plan = decide_plan(context, model, trace(context, model), find_measurements(context, model))
         publish_report(context)
         print(f"\nplan      {context.folder.plan} ({plan.sha256[:12]})")
         print(f"report    {context.folder.report}")

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerplan.config.measure import Measurement
 from layerplan.config.plan import (
     BudgetPlanConfig,
     ExplicitPlanConfig,
     FilePlanConfig,
     FreezeShallowPlanConfig,
+    MeasuredPlanConfig,
     PlanConfig,
     PlanOptions,
     RotationPlanConfig,
@@ -25,6 +27,7 @@ from layerplan.errors import PlanError
 from layerplan.plan.budget import search_budget
 from layerplan.plan.explain import name_ranges
 from layerplan.plan.freeze_plan import FreezePlan, PlanPhase, Tied
+from layerplan.plan.layer_measurement import LayerMeasurements
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan, needs_profile, seal_with_cost
@@ -49,6 +52,7 @@ class PlanContext:
     profile: LayerProfile | None = None
     origins: tuple[LayerOrigin, ...] | None = None
     """Where the layers of a stitched model come from."""
+    measurements: LayerMeasurements | None = None
 
 
 def resolve_plan(config: PlanConfig, context: PlanContext) -> FreezePlan:
@@ -98,6 +102,12 @@ def wants_profile(config: PlanConfig) -> bool:
     if isinstance(config, SchedulePlanConfig):
         return any(needs_profile(phase.plan) for phase in config.phases)
     return isinstance(config, BudgetPlanConfig) or needs_profile(config)
+
+
+def list_measurements(config: PlanConfig) -> list[Measurement]:
+    """Rival measurements that the decision reads, each once."""
+    plans = [phase.plan for phase in config.phases] if isinstance(config, SchedulePlanConfig) else [config]
+    return list(dict.fromkeys(plan.type for plan in plans if isinstance(plan, MeasuredPlanConfig)))
 
 
 def join_phases(
@@ -193,7 +203,14 @@ def _follow_budget(config: SampleBudgetPlanConfig, context: PlanContext) -> Free
 def _plan_of(config: PlanConfig, context: PlanContext) -> FreezePlan:
     if isinstance(config, StitchedPlanConfig):
         return _follow_origins(config, context)
-    return make_plan(config, model=context.model, shape=context.shape, profile=context.profile, seq_len=context.seq_len)
+    return make_plan(
+        config,
+        model=context.model,
+        shape=context.shape,
+        profile=context.profile,
+        seq_len=context.seq_len,
+        measurements=context.measurements,
+    )
 
 
 def _follow_origins(config: StitchedPlanConfig, context: PlanContext) -> FreezePlan:

@@ -93,7 +93,7 @@ def compare_with_other_orders(
     shifted = np.full((high.shape[1], low.shape[1]), -np.inf)
     for one, other in zip(high, low):
         np.maximum(shifted, one[:, None] - other, out=shifted)
-    orders = [_draw_orders(len(values), num_layers) for values in (sensitivity, particle)]
+    orders = [draw_orders(len(values), num_layers) for values in (sensitivity, particle)]
     mixed = (contrasts[0] @ sensitivity[orders[0]] - contrasts[1] @ particle[orders[1]]).max(0)
     return LayerTest(
         shift_p=float((shifted >= observed).mean()),
@@ -145,10 +145,16 @@ def _list_shifts(length: int) -> NDArray[Any]:
 
 
 @lru_cache(maxsize=8)
-def _draw_orders(length: int, num_layers: int) -> NDArray[Any]:
-    """Indices of a profile whose blocks stand in random order; the last block may be shorter: (length, resamples)."""
+def draw_orders(length: int, num_layers: int, size: int | None = None) -> NDArray[Any]:
+    """Indices of a profile whose blocks stand in random order; the last block may be shorter: (length, resamples).
+
+    Args:
+        length: Values of the profile.
+        num_layers: Layers of the model, which decide the draw.
+        size: Layers of a block; the model's own size when left out.
+    """
     rng = np.random.default_rng([SEED, length, num_layers])
-    size = _block_size(num_layers)
+    size = size or _block_size(num_layers)
     blocks = [np.arange(start, min(start + size, length)) for start in range(0, length, size)]
     return np.stack(
         [np.concatenate([blocks[i] for i in rng.permutation(len(blocks))]) for _ in range(NUM_RESAMPLES)], axis=1

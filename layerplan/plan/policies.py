@@ -11,6 +11,7 @@ from layerplan.config.plan import (
     FreezeShallowPlanConfig,
     FromProfilePlanConfig,
     FullPlanConfig,
+    MeasuredPlanConfig,
     MidpointPlanConfig,
     PlanConfig,
     PlanOptions,
@@ -24,7 +25,9 @@ from layerplan.plan.boundary import check_boundary, compute_boundary
 from layerplan.plan.boundary_choice import BoundaryChoice, choose_boundary, explain_choice
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.freeze_plan import FreezePlan, Tied
+from layerplan.plan.layer_measurement import LayerMeasurements
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
+from layerplan.plan.measured import choose_measured
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.plan_cost import PredictedCost
 from layerplan.plan.selectors import select
@@ -49,6 +52,7 @@ def make_plan(
     shape: ModelShape,
     profile: LayerProfile | None = None,
     seq_len: int = DEFAULT_SEQ_LEN,
+    measurements: LayerMeasurements | None = None,
 ) -> FreezePlan:
     """Makes the sealed plan with its evidence and predicted cost.
 
@@ -58,6 +62,7 @@ def make_plan(
         shape: Its sizes.
         profile: What was measured, for policies that read it.
         seq_len: Tokens in a row of the run, on which the cost depends.
+        measurements: What the tracer's rivals measured, for policies named after them.
 
     Raises:
         PlanError: When the policy needs a profile there is none of, the profile is of another model, a selector or
@@ -68,6 +73,8 @@ def make_plan(
         raise PlanError(
             f"layer profile {profile.sha256[:12]}: has {profile.model.num_layers} layers, the model {model.num_layers}"
         )
+    if isinstance(config, MeasuredPlanConfig):
+        return _plan_measured(config, model, shape, measurements, seq_len)
     layers, reason, evidence = _choose(config, shape, profile)
     if profile is not None:
         evidence = {"profile_sha256": profile.sha256, **evidence}
@@ -80,6 +87,36 @@ def make_plan(
         **decide_ends(_with_selected_ends(config, shape, profile), shape),
     )
     return seal_with_cost(plan, shape, seq_len)
+
+
+def _plan_measured(
+    config: MeasuredPlanConfig,
+    model: ModelIdentity,
+    shape: ModelShape,
+    measurements: LayerMeasurements | None,
+    seq_len: int,
+) -> FreezePlan:
+    if measurements is None:
+        raise PlanError(f"plan.type={config.type}: needs layer measurements; measure the model with layerplan measure")
+    found = measurements.model
+    if (found.num_layers, found.model_type) != (model.num_layers, model.model_type):
+        raise PlanError(
+            f"layer measurements {measurements.sha256[:12]}: of a {found.model_type} with {found.num_layers} layers, the"
+            f" model is a {model.model_type} with {model.num_layers}"
+        )
+    ends = decide_ends(config, shape)
+
+    def make(layers: tuple[int, ...], reason: str, evidence: dict[str, Any]) -> FreezePlan:
+        return FreezePlan(
+            model=model, plan_type=config.type, trainable_layers=layers, reason=reason, evidence=evidence, **ends
+        )
+
+    def price(layers: tuple[int, ...]) -> float:
+        full = predict_cost(make_full_plan(model, shape), shape, seq_len=seq_len)
+        return predict_cost(make(layers, "", {}), shape, seq_len=seq_len).total_flops / full.total_flops
+
+    layers, reason, evidence = choose_measured(config, measurements.find(config.type), price)
+    return seal_with_cost(make(layers, reason, evidence), shape, seq_len)
 
 
 def seal_with_cost(plan: FreezePlan, shape: ModelShape, seq_len: int) -> FreezePlan:

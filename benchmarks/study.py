@@ -1,0 +1,256 @@
+"""Which layers should train? Every plan of a grid, every rival's plan, one model and text: trained, cached, compared.
+
+    OMP_NUM_THREADS=1 python benchmarks/study.py run --study benchmarks/studies/smollm2_zh.yaml
+    python benchmarks/study.py tables --study benchmarks/studies/smollm2_zh.yaml > benchmarks/results/study_smollm2_zh.md
+
+`run` does what is not done yet and may be stopped at any time: an arm is one file in `runs/studies/<name>/arms`, named
+after what it trains and on what, and is written when it is finished. First the learning rate is tuned for a few sizes of
+the trained part, then the rivals measure, then the arms follow, seed by seed. `--max-arms 3` stops after so many. `tables`
+trains nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from machine import describe_machine, find_commit, render_machine
+from study_plan import Arm, StudyConfig, check_study, list_arms, list_rate_arms, load_study
+from study_tables import correlate_measurement, render_early, render_equal_flops, render_regret
+
+from layerplan.artifacts import compute_sha256, write_json
+from layerplan.config.corpus import CorpusConfig
+from layerplan.errors import LayerplanError
+from layerplan.measure.text import TextRows, read_text
+from layerplan.models.ref import ModelRef
+from layerplan.plan.layer_measurement import LayerMeasurements
+
+TEXTS = ("target", "source")
+COMMON = {
+    "target",
+    "source",
+    "seq_len",
+    "held_out_rows",
+    "early_rows",
+    "steps",
+    "rows_per_step",
+    "seed_pool",
+    "read_at",
+}
+"""Fields that every arm depends on."""
+
+
+class Study:
+    """A study's folder and what is known without training."""
+
+    def __init__(self, config: StudyConfig, root: Path) -> None:
+        self.config, self.folder = config, root / config.name
+        self.model = ModelRef(config.model)
+        self.identity, self.shape = self.model.identity(), self.model.shape()
+        check_study(config, self.shape.num_layers)
+        self._inputs: str | None = None
+
+    def read_rows(self) -> tuple[TextRows, TextRows]:
+        """Rows of the target text for every seed with the held-out ones first, and held-out rows of the source text."""
+        study = self.config
+        per_seed = study.steps * study.rows_per_step
+        target = self._read(study.target, study.held_out_rows + per_seed * study.seed_pool)
+        return target, self._read(study.source, study.held_out_rows)
+
+    def find_inputs(self) -> str:
+        """Hash of all that arms have in common: weights, texts, and how an arm is trained."""
+        if self._inputs is None:
+            kept = self.folder / "inputs.json"
+            common = self.config.model_dump(mode="json", include=COMMON)
+            now = {"model": self.identity.model_dump(mode="json"), "config": common}
+            if kept.exists() and (found := json.loads(kept.read_text()))["now"] == now:
+                texts = found["texts"]
+            else:
+                texts = [rows.describe().sha256 for rows in self.read_rows()]
+                write_json(kept, {"now": now, "texts": texts})
+            self._inputs = compute_sha256({"texts": texts, **now})
+        return self._inputs
+
+    def load(self, arm: Arm) -> dict[str, Any] | None:
+        """The cached result of an arm, under this study's name for it."""
+        path = self._path(arm)
+        if not path.exists():
+            return None
+        return json.loads(path.read_text(encoding="utf-8")) | {"group": arm.group, "label": arm.label}
+
+    def save(self, arm: Arm, result: dict[str, Any]) -> None:
+        """Keeps a finished arm."""
+        write_json(
+            self._path(arm), {**vars(arm), **result, "commit": find_commit(), "machine": describe_machine("torch")}
+        )
+
+    def measurements(self) -> LayerMeasurements | None:
+        """What the rivals measured, when they did."""
+        path = self.folder / "layer_measurements.json"
+        return LayerMeasurements.load(path) if path.exists() else None
+
+    def tune(self) -> dict[int, float]:
+        """Best rate by size, of the sizes whose arms are all done, by the mean loss on held-out target text."""
+        found: dict[int, dict[float, float]] = {}
+        for arm in list_rate_arms(self.config, self.identity, self.shape):
+            result = self.load(arm)
+            if result is not None:
+                found.setdefault(len(arm.layers), {})[arm.rate] = sum(result["final"]["target"])
+        whole = {size: rates for size, rates in found.items() if len(rates) == len(self.config.rates)}
+        return {size: min(rates, key=lambda rate: rates[rate]) for size, rates in whole.items()}
+
+    def list_arms(self) -> list[Arm]:
+        """What is to be trained, as far as it is known: after the rate is tuned and the rivals measured, everything."""
+        tuning = list_rate_arms(self.config, self.identity, self.shape)
+        rates = self.tune()
+        if len(rates) < len(set(self.config.rate_sizes)):
+            return tuning
+        return tuning + list_arms(self.config, self.identity, self.shape, self.measurements(), rates)
+
+    def _read(self, source: Any, num_rows: int) -> TextRows:
+        corpus = CorpusConfig(sources=[source])
+        return read_text(corpus, self.model, num_rows=num_rows, seq_len=self.config.seq_len, seed=0)
+
+    def _path(self, arm: Arm) -> Path:
+        return self.folder / "arms" / f"{arm.key(self.find_inputs())}.json"
+
+
+def run(study: Study, max_arms: int | None) -> None:
+    """Trains what is left, the rate's arms first."""
+    from study_train import Bench, stack_rows
+
+    config = study.config
+    target, source = study.read_rows()
+    held_out = {"target": stack_rows(target.ids[: config.held_out_rows]), "source": stack_rows(source.ids)}
+    bench = Bench(study.model.load(), study.identity, study.shape)
+    if not (study.folder / "base.json").exists():
+        write_json(study.folder / "base.json", {text: bench.score(ids) for text, ids in held_out.items()})
+    done = 0
+    while max_arms is None or done < max_arms:
+        if config.measurements and study.measurements() is None and len(study.tune()) == len(set(config.rate_sizes)):
+            measure(study)
+        left = [arm for arm in study.list_arms() if study.load(arm) is None]
+        if not left:
+            break
+        arm, per_seed = left[0], config.steps * config.rows_per_step
+        first = config.held_out_rows + arm.seed * per_seed
+        rows = stack_rows(target.ids[first : first + per_seed])
+        study.save(arm, bench.train(arm, config, rows, held_out))
+        done += 1
+        print(
+            f"{arm.label}, seed {arm.seed}, rate {arm.rate:g}: done; {len(left) - 1} known arms left", file=sys.stderr
+        )
+
+
+def measure(study: Study) -> None:
+    """Lets the rivals measure on a local cluster, at the middle of the tuned rates."""
+    from layerplan.config.cluster import ClusterConfig
+    from layerplan.config.train import OptimizerConfig, TrainConfig
+    from layerplan.measure.pool import measure_model
+    from layerplan.ray_session import connect
+
+    connect(ClusterConfig(num_cpus=2), min_cpus=1)
+    rates = sorted(study.tune().values())
+    train = TrainConfig(max_steps=study.config.steps, optimizer=OptimizerConfig(learning_rate=rates[len(rates) // 2]))
+    taken = measure_model(
+        study.model,
+        study.config.measurements,
+        config=study.config.measure,
+        train=train,
+        corpus=CorpusConfig(sources=[study.config.target]),
+        out_dir=study.folder,
+        report=lambda line: print(line, file=sys.stderr),
+    )
+    LayerMeasurements(model=study.identity, measurements=taken).save(study.folder / "layer_measurements.json")
+
+
+def render(study: Study) -> str:
+    """All tables of a study, from the cache alone."""
+    arms = study.list_arms()
+    done = [result for arm in arms if (result := study.load(arm)) is not None]
+    compared = [result for result in done if result["group"] != "rate"]
+    parts = [
+        f"# Study {study.config.name}: {study.identity.name}, {study.shape.num_layers} layers",
+        f"{len(done)} of {len(arms)} arms that are known are done ({_describe_plan(study)}). {_describe_commits(done)}",
+        render_machine("torch", "transformers"),
+        _render_rates(study),
+    ]
+    for text, what in zip(TEXTS, ("adaptation", "forgetting")):
+        parts += [f"## Held-out {text} text: {what}", _render_base(study, text), render_regret(compared, text)]
+    parts += ["## At equal FLOPs, target text", render_equal_flops(compared, "target", study.config.flops_shares)]
+    parts += ["## Does a measurement rank plans as training does?", _render_correlations(study, compared)]
+    if compared:
+        parts += [
+            "## How early can one know?",
+            *(f"{text.capitalize()} text:\n\n{render_early(compared, text)}" for text in TEXTS),
+        ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _describe_plan(study: Study) -> str:
+    config = study.config
+    tokens = f"{config.steps} steps of {config.rows_per_step} rows of {config.seq_len} tokens each"
+    return f"planned: {len(config.seeds)} seeds, {tokens}"
+
+
+def _describe_commits(done: Sequence[dict[str, Any]]) -> str:
+    commits = sorted({result["commit"] for result in done})
+    return f"Trained at {', '.join(commits)}." if commits else ""
+
+
+def _render_rates(study: Study) -> str:
+    rates = study.tune()
+    return (
+        "Learning rate by number of trained layers, tuned on the first seed: "
+        + (", ".join(f"{size}: {rate:g}" for size, rate in sorted(rates.items())) or "not tuned yet")
+        + "."
+    )
+
+
+def _render_base(study: Study, text: str) -> str:
+    path = study.folder / "base.json"
+    if not path.exists():
+        return ""
+    losses = json.loads(path.read_text())[text]
+    return f"Loss of the base {sum(losses) / len(losses):.4f}."
+
+
+def _render_correlations(study: Study, arms: Sequence[dict[str, Any]]) -> str:
+    found = study.measurements()
+    if found is None:
+        return "Nothing was measured yet."
+    grid = [arm for arm in arms if arm["group"] == "grid"]
+    lines = ["| measurement | target: Spearman, 95 % | source: Spearman, 95 % |", "|---|---:|---:|"]
+    for each in found.measurements:
+        cells = []
+        for text in TEXTS:
+            value = correlate_measurement(each.turned_values, grid, text)
+            cells.append("-" if value is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*value))
+        lines.append(f"| {each.name.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "Over plans of the grid with equal numbers of trained layers (pairs of equal layers).\n\n" + "\n".join(lines)
+
+
+def main() -> None:
+    """Runs or renders a study."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "tables"))
+    parser.add_argument("--study", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/studies"))
+    parser.add_argument("--max-arms", type=int, help="stop after so many")
+    args = parser.parse_args()
+    try:
+        study = Study(load_study(args.study), args.out)
+        if args.action == "run":
+            run(study, args.max_arms)
+        else:
+            print(render(study), end="")
+    except LayerplanError as error:
+        sys.exit(f"{error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""What a study trains: its config, and the arms that follow from it. Nothing here trains or loads a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from layerplan.artifacts import compute_sha256
+from layerplan.config.base import StrictModel
+from layerplan.config.corpus import SourceConfig
+from layerplan.config.measure import MeasureConfig, Measurement
+from layerplan.config.plan import ExplicitPlanConfig, FullPlanConfig, MeasuredPlanConfig, PlanConfig
+from layerplan.errors import ConfigError, PlanError
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.layer_measurement import LayerMeasurements
+from layerplan.plan.layer_profile import ModelIdentity
+from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.policies import make_plan
+
+Side = Literal["shallow", "deep"]
+
+
+class StudyConfig(StrictModel):
+    """One model continued on one text, by every plan of a grid and of every measurement."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    """Of the study and its folder."""
+    model: str
+    """Folder or hub id of the base. Environment variables are expanded anywhere in the file."""
+    target: SourceConfig
+    """Text that is trained on; its held-out rows measure adaptation."""
+    source: SourceConfig
+    """Text the base knows; its held-out rows measure forgetting."""
+    seq_len: int = Field(default=256, ge=16)
+    """Tokens of a row."""
+    held_out_rows: int = Field(default=24, ge=2)
+    """Rows of each text that are scored, the same in every arm: comparisons are paired by them."""
+    early_rows: int = Field(default=8, ge=2)
+    """The first of them that are scored before the end too."""
+    steps: int = Field(default=20, ge=2)
+    """Optimizer steps of an arm."""
+    rows_per_step: int = Field(default=4, ge=1)
+    """Rows of a step."""
+    seeds: list[int] = Field(default=[0, 1], min_length=1)
+    """Each draws its own rows and their order."""
+    seed_pool: int = Field(default=5, ge=1)
+    """Seeds that text is set aside for, so that a further seed leaves the arms of the others as they are."""
+    boundaries: list[int] = Field(min_length=1)
+    """Layers [0, boundary) are shallow."""
+    sides: list[Side] = ["shallow", "deep"]
+    """Which side of each boundary trains."""
+    measurements: list[Measurement] = []
+    """Rivals whose plans are trained."""
+    controls: list[Literal["full", "random"]] = ["full", "random"]
+    """Plans without a measurement; `random` draws as many layers as half of the model, one draw for each seed."""
+    flops_shares: list[float] = [0.6, 0.8]
+    """Rivals train as many layers as cost at most this share of training everything: pairs of equal FLOPs."""
+    rates: list[float] = Field(default=[1.5e-4, 3e-4, 6e-4, 1.2e-3], min_length=1)
+    """Learning rates that are tried, on the first seed, for each of `rate_sizes`."""
+    rate_sizes: list[int] = Field(min_length=1)
+    """Numbers of trained layers the rate is tuned for; others take that of the nearest in the logarithm."""
+    read_at: list[float] = [0.05, 0.1, 0.25, 0.5]
+    """Shares of the steps after which an arm is scored on the early rows."""
+    measure: MeasureConfig = MeasureConfig()
+    """How rivals measure."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training."""
+
+    group: Literal["rate", "grid", "rival", "control"]
+    label: str
+    """Of the plan, the same for every seed and rate."""
+    layers: tuple[int, ...]
+    """Layers that train."""
+    trains_everything: bool
+    """Embeddings, norm and head too."""
+    flops_share: float
+    """Of training everything."""
+    seed: int
+    rate: float
+    steps: int
+
+    def key(self, inputs: str) -> str:
+        """Name of its cached result: of what it trains and on what, not of why, so that equal arms are trained once."""
+        content = {name: value for name, value in vars(self).items() if name not in ("group", "label")}
+        return compute_sha256({"inputs": inputs, **content, "layers": list(self.layers)})[:16]
+
+
+def load_study(path: Path) -> StudyConfig:
+    """Reads a study; raises `ConfigError` with one line per fault."""
+    try:
+        return StudyConfig.model_validate(yaml.safe_load(os.path.expandvars(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def check_study(study: StudyConfig, num_layers: int) -> None:
+    """Raises `ConfigError` for boundaries and sizes that the model does not have, and seeds without text."""
+    wrong = [k for k in study.boundaries if not 1 <= k < num_layers]
+    if wrong:
+        raise ConfigError(f"boundaries={wrong}: must lie in 1..{num_layers - 1} for a model of {num_layers} layers")
+    wrong = [seed for seed in study.seeds if not 0 <= seed < study.seed_pool]
+    if wrong:
+        raise ConfigError(f"seeds={wrong}: must lie in 0..{study.seed_pool - 1}, for which seed_pool sets text aside")
+    wrong = [size for size in study.rate_sizes if not 1 <= size <= num_layers]
+    if wrong:
+        raise ConfigError(f"rate_sizes={wrong}: must lie in 1..{num_layers}")
+
+
+def list_rate_arms(study: StudyConfig, model: ModelIdentity, shape: ModelShape) -> list[Arm]:
+    """Deep sides of the tuned sizes, at every rate, on the first seed."""
+    plans = {
+        size: _explicit(model, shape, range(shape.num_layers - size, shape.num_layers), study)
+        for size in study.rate_sizes
+    }
+    return [
+        _make_arm("rate", f"deep {size}", plan, study.seeds[0], rate, study)
+        for size, plan in plans.items()
+        for rate in study.rates
+    ]
+
+
+def list_arms(
+    study: StudyConfig,
+    model: ModelIdentity,
+    shape: ModelShape,
+    measurements: LayerMeasurements | None,
+    rates: dict[int, float],
+) -> list[Arm]:
+    """Every arm of the study but those the rate is tuned with, the first seed's first.
+
+    Args:
+        study: The study.
+        model: Its model.
+        shape: The model's sizes.
+        measurements: What its rivals measured; None leaves their arms out.
+        rates: Tuned rate by number of trained layers.
+    """
+    arms: list[Arm] = []
+    for seed in study.seeds:
+        plans: list[tuple[Any, str, FreezePlan]] = []
+        for boundary in study.boundaries:
+            for side in study.sides:
+                layers = range(boundary) if side == "shallow" else range(boundary, shape.num_layers)
+                plans.append(("grid", f"{side} of {boundary}", _explicit(model, shape, layers, study)))
+        for name in study.measurements if measurements is not None else []:
+            for share in study.flops_shares:
+                config = MeasuredPlanConfig(type=name, max_flops_share=share)
+                plans.append(("rival", f"{name} at {share:.0%}", _plan(config, model, shape, study, measurements)))
+        plans += [("control", name, _control(name, model, shape, study, seed)) for name in study.controls]
+        arms += [
+            _make_arm(group, label, plan, seed, find_rate(rates, len(plan.trainable_layers)), study)
+            for group, label, plan in plans
+        ]
+    return arms
+
+
+def find_rate(rates: dict[int, float], num_layers: int) -> float:
+    """The rate of the tuned size nearest in the logarithm, the smaller on a tie."""
+    return rates[min(sorted(rates), key=lambda size: abs(log(size) - log(max(1, num_layers))))]
+
+
+def _make_arm(group: Any, label: str, plan: FreezePlan, seed: int, rate: float, study: StudyConfig) -> Arm:
+    assert plan.predicted_cost is not None, "plans made by a policy have a cost"
+    share = plan.predicted_cost.flops_share
+    return Arm(group, label, plan.trainable_layers, plan.trains_everything, share, seed, rate, study.steps)
+
+
+def _explicit(model: ModelIdentity, shape: ModelShape, layers: Sequence[int], study: StudyConfig) -> FreezePlan:
+    return _plan(ExplicitPlanConfig(trainable=[*layers]), model, shape, study, None)
+
+
+def _control(name: str, model: ModelIdentity, shape: ModelShape, study: StudyConfig, seed: int) -> FreezePlan:
+    if name == "full":
+        return _plan(FullPlanConfig(), model, shape, study, None)
+    from layerplan.config.plan import RandomPlanConfig
+
+    return _plan(RandomPlanConfig(k=max(1, shape.num_layers // 2), seed=seed), model, shape, study, None)
+
+
+def _plan(
+    config: PlanConfig,
+    model: ModelIdentity,
+    shape: ModelShape,
+    study: StudyConfig,
+    measurements: LayerMeasurements | None,
+) -> FreezePlan:
+    try:
+        return make_plan(config, model=model, shape=shape, seq_len=study.seq_len, measurements=measurements)
+    except PlanError as error:
+        raise ConfigError(str(error)) from None

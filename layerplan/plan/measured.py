@@ -1,0 +1,118 @@
+"""From one number per layer to the layers that train: the best of them, as many as asked for or paid for, or one side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from layerplan.config.plan import MeasuredPlanConfig
+from layerplan.errors import PlanError
+from layerplan.plan.layer_evidence import Step, TopTest, find_step, rate_top
+from layerplan.plan.layer_measurement import LayerMeasurement
+from layerplan.plan.permutation import SIGNIFICANT
+
+Layers = tuple[int, ...]
+
+
+def choose_measured(
+    config: MeasuredPlanConfig, measurement: LayerMeasurement, price: Callable[[Layers], float]
+) -> tuple[Layers, str, dict[str, Any]]:
+    """Chooses layers by a measurement.
+
+    Args:
+        config: What is chosen, and how many.
+        measurement: One number per layer.
+        price: FLOPs of training these layers, as a share of those of training everything.
+
+    Returns:
+        The layers, one sentence that says why, and what a plan keeps of the measurement and its test.
+
+    Raises:
+        PlanError: When k or the limit does not fit the model, or the measurement supports no choice and that is an error.
+    """
+    if config.select == "boundary":
+        return _choose_side(config, measurement)
+    num_layers = len(measurement.values)
+    order = measurement.rank(from_worst=config.end == "worst")
+    k = _find_k(config, order, price, num_layers)
+    tested = rate_top(measurement.turned_repeats, k)
+    _require_evidence(config, tested.p_value, f"repeats of {measurement.name} do not agree on its {k} best layers")
+    layers = tuple(sorted(order[:k]))
+    which = "most" if config.end == "best" else "least"
+    reason = (
+        f"The {k} layers of {num_layers} that {_name(measurement)} speaks {which} for training ({_describe(tested)})."
+    )
+    return layers, reason, _keep(measurement, k=k, end=config.end, top_p=tested.p_value, agreement=tested.agreement)
+
+
+def _choose_side(config: MeasuredPlanConfig, measurement: LayerMeasurement) -> tuple[Layers, str, dict[str, Any]]:
+    num_layers = len(measurement.values)
+    higher = measurement.higher_trains == (config.end == "best")
+    step = find_step(measurement.values, min_side=config.min_side, freeze=config.freeze, higher_trains=higher)
+    if step is None:
+        raise PlanError(
+            f"plan.min_side={config.min_side}: {num_layers} layers have no boundary with so many on either side; set at"
+            f" most {num_layers // 2}"
+        )
+    _require_evidence(
+        config, step.p_value, f"layers in other orders have as large a step of {measurement.name} as at {step.boundary}"
+    )
+    layers = tuple(range(step.boundary) if step.freeze == "deep" else range(step.boundary, num_layers))
+    reason = (
+        f"{_name(measurement).capitalize()} changes most at boundary {step.boundary} (p = {step.p_value:.2g}); the"
+        f" {step.freeze} side freezes."
+    )
+    return layers, reason, _keep(measurement, end=config.end, step=_describe_step(step))
+
+
+def _describe_step(step: Step) -> dict[str, Any]:
+    return {"boundary": step.boundary, "freeze": step.freeze, "rating": step.rating, "p_value": step.p_value}
+
+
+def _find_k(config: MeasuredPlanConfig, order: list[int], price: Callable[[Layers], float], num_layers: int) -> int:
+    if config.max_flops_share is None:
+        assert config.k is not None, "the config gives one of the two"
+        if config.k > num_layers:
+            raise PlanError(f"plan.k={config.k}: must lie in 1..{num_layers}")
+        return config.k
+    fitting = [k for k in range(1, num_layers + 1) if price(tuple(sorted(order[:k]))) <= config.max_flops_share]
+    if not fitting:
+        least = price((order[0],))
+        raise PlanError(
+            f"plan.max_flops_share={config.max_flops_share}: layer {order[0]} alone costs {least:.3f} of training"
+            " everything; raise it"
+        )
+    return max(fitting)
+
+
+def _require_evidence(config: MeasuredPlanConfig, p_value: float | None, what: str) -> None:
+    if config.without_evidence == "error" and (p_value is None or p_value >= SIGNIFICANT):
+        p = "no test" if p_value is None else f"p = {p_value:.2g}"
+        raise PlanError(
+            f"plan.without_evidence=error: {what} ({p}); measure more rows (measure.num_rows), set best, or name layers"
+            " with plan.type=explicit"
+        )
+
+
+def _keep(measurement: LayerMeasurement, **choice: Any) -> dict[str, Any]:
+    return {
+        "measurement": {
+            "name": measurement.name,
+            "sha256": measurement.sha256,
+            "values": measurement.values,
+            "higher_trains": measurement.higher_trains,
+            "text": None if measurement.text is None else measurement.text.model_dump(mode="json"),
+            "cost": measurement.cost.model_dump(mode="json"),
+            **choice,
+        }
+    }
+
+
+def _name(measurement: LayerMeasurement) -> str:
+    return measurement.name.replace("_", " ")
+
+
+def _describe(tested: TopTest) -> str:
+    if tested.p_value is None:
+        return "no repeats to test it by" if tested.agreement is None else "every layer, so there is nothing to test"
+    return f"p = {tested.p_value:.2g}, agreement of repeats {tested.agreement:.2f}"
