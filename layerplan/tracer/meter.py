@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from layerplan.config.trace import TraceConfig
+from layerplan.models.semantic_bases import SemanticBases
 from layerplan.tracer import measures
 from layerplan.tracer.encode import EncodedProbe
 from layerplan.tracer.masking import Mask, Way, choose_way, is_masked_up_to_query, trace_masked
@@ -33,7 +34,7 @@ class ProbeMeter:
     def __init__(self, runner: LayerRunner, config: TraceConfig) -> None:
         self.runner = runner
         self._config = config
-        self._space = measures.SemanticSpace(runner.parts.lm_head.weight)
+        self._bases = SemanticBases(runner.parts.lm_head.weight)
         self._ways: dict[tuple[Mask, bool], Way] = {}
         self._is_checked = False
 
@@ -145,7 +146,7 @@ class ProbeMeter:
         flat, shape = states.flatten(0, 1), states.shape[:2]
         row_of = torch.arange(shape[1], device=flat.device).repeat(shape[0])
         found = [
-            self._space.compute_deviations(state, gold_B[rows])
+            measures.compute_deviations(self._bases, state, gold_B[rows])
             for state, rows in zip(flat.split(HEAD_ROWS), row_of.split(HEAD_ROWS))
         ]
         return {
