@@ -10,7 +10,7 @@ import csv
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class LabelTask:
     """Prompts in two fixed splits, and how each class may be spelled after a prompt."""
 
     name: str
-    spellings: dict[str, tuple[str, ...]]
+    spellings: Mapping[str, tuple[str, ...]]
     """By class, in the order of the classes."""
     train: tuple[LabelledPrompt, ...]
     test: tuple[LabelledPrompt, ...]
@@ -131,7 +131,8 @@ def _hash(text: str) -> str:
 
 def _split(items: Iterable[LabelledPrompt]) -> tuple[tuple[LabelledPrompt, ...], tuple[LabelledPrompt, ...]]:
     """Train and test by the hash of each id, which no other prompt moves."""
-    train, test = [], []
+    train: list[LabelledPrompt] = []
+    test: list[LabelledPrompt] = []
     for item in items:
         (train if int(_hash(item.id)[:8], 16) % TEST_SHARE else test).append(item)
     return tuple(train), tuple(test)
@@ -221,7 +222,8 @@ def _read_hub(config: HubTaskConfig, split: str) -> Iterable[dict[str, Any]]:
     load: Callable[..., Any] = load_dataset
     revision = None if Path(config.name).is_dir() else config.revision
     try:
-        return load(config.name, config.subset, split=split, revision=revision)  # type: ignore[no-any-return]
+        found: Iterable[dict[str, Any]] = load(config.name, config.subset, split=split, revision=revision)
+        return found
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise EvaluationError(

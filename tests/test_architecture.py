@@ -49,6 +49,7 @@ def test_eval_is_imported_by_from_only():
         ("vllm", "eval/generation.py"),
         ("mlflow", "layerplan/tracking/mlflow_store.py"),
         ("fastokens", "layerplan/corpus/encoders.py"),
+        ("peft", "layerplan/models/adapters.py"),
     ],
 )
 def test_an_engine_is_imported_in_its_one_module_only(engine: str, home: str):

@@ -86,6 +86,17 @@ TaskConfig = Annotated[
 ]
 
 
+class LoraOptions(StrictModel):
+    """Adapters of PEFT beside every linear map of the layers that train."""
+
+    rank: int = Field(default=8, ge=1)
+    """Width of an adapter."""
+    alpha: int = Field(default=16, ge=1)
+    """Its output is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that are left out while training."""
+
+
 class FinetuneConfig(StrictModel):
     """Fine-tuning on prompts whose next token is a label."""
 
@@ -96,6 +107,10 @@ class FinetuneConfig(StrictModel):
     same budget, rows drawn at random; `lift`: so, and only the start layer itself trains. `full`, `freeze_deep` and
     `freeze_shallow` train every decoder layer, the shallow or the deep ones. `lora_full` and `lora_half` are `full` and
     `freeze_shallow` with `update: lora`. Embeddings, final norm and head are frozen under every method."""
+    update: Literal["full", "lora"] = "full"
+    """What a layer that trains moves: its weights, or adapters beside them, which need the package `peft`."""
+    lora: LoraOptions = LoraOptions()
+    """Adapters, with `update: lora`."""
     loss: LabelLoss = "vocabulary"
     """Cross-entropy of the label over the vocabulary; or over the cosines with every label's semantic basis
     (`semantic_ce`, Algorithm 1); or the cosine distance to the label's own basis (`semantic_cosine`, Algorithm 2)."""
@@ -109,6 +124,11 @@ class FinetuneConfig(StrictModel):
     """Shallow share of the layers, for `freeze_deep`, `freeze_shallow` and `lora_half`."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the training rows; each reads every row once, shallow start layers first. `train.max_steps` follows."""
+
+    @property
+    def uses_lora(self) -> bool:
+        """Whether adapters train in place of the layers' weights."""
+        return self.update == "lora" or self.method in ("lora_full", "lora_half")
 
     @property
     def has_budget(self) -> bool:

@@ -29,7 +29,7 @@ from layerplan.train.schedule import compute_lr_scale, compute_rewarm_scale
 from layerplan.train.sharding import PlacedModel
 from layerplan.train.stability import StabilityMonitor, StepDecision
 from layerplan.train.state import PROOF_FIELDS, TrainState
-from layerplan.train.step import TensorBatch, accumulate_gradients, equalise, make_batches
+from layerplan.train.step import TensorBatch, accumulate_gradients, equalise
 from layerplan.train.throughput import Window, compute_mfu, peak_memory_gib, render_progress
 from layerplan.train.validation import compute_validation_loss
 
@@ -109,7 +109,7 @@ def run_loop(setup: LoopSetup, state: TrainState, hooks: LoopHooks, *, stop_step
     monitor.recent.extend(state.recent_losses)
     rows_of_steps = hooks.iter_steps(state.step + state.data_offset, end + state.data_offset)
     window = Window()
-    checked = False
+    checked: tuple[int, ...] | None = None
     state = _validate_base(setup, state, hooks)
     while state.step < end:
         started = time.perf_counter()
@@ -119,8 +119,8 @@ def run_loop(setup: LoopSetup, state: TrainState, hooks: LoopHooks, *, stop_step
         with profiled(setup.profile_dir if state.step + 1 == config.profile_step else None, state.step + 1):
             hooks.mark(IN_STEP[1], state.step + 1)
             outcome = _forward_backward(setup, state, rows, hooks, window)
-            if not checked:
-                state, checked = _check_coverage(setup, state), True
+            if checked != (starts := setup.placed.model.list_starts(rows)):
+                state, checked = _check_coverage(setup, state, starts), starts
             verdict = monitor.judge(
                 state.step + 1,
                 outcome.loss,
@@ -169,7 +169,7 @@ def _forward_backward(
     # dropout, where a model has any, is a function of the step, so that a resume repeats it
     torch.manual_seed(state.step * setup.world_size + setup.rank)
     placed = setup.placed
-    batches = make_batches(rows, setup.config.micro_batch_size, placed.model.recipe, setup.device)
+    batches = placed.model.make_batches(rows, setup.config.micro_batch_size, setup.device)
     batches = equalise(batches, placed.model.recipe, setup.device, setup.world_size)
     labels, tokens, wants_stop = _agree(setup, batches, rows, hooks)
     try:
@@ -193,8 +193,9 @@ def _agree(setup: LoopSetup, batches: list[TensorBatch], rows: PackedRows, hooks
     return max(counts[0], 1.0), int(counts[1]), counts[2] > 0
 
 
-def _check_coverage(setup: LoopSetup, state: TrainState) -> TrainState:
-    check_gradient_coverage(setup.placed.model, setup.applied)
+def _check_coverage(setup: LoopSetup, state: TrainState, starts: tuple[int, ...]) -> TrainState:
+    model = setup.placed.model
+    check_gradient_coverage(model, model.expect_gradients(setup.applied, starts))
     coverage = {"trainable_with_gradient": len(setup.applied.trainable), "frozen_without": len(setup.applied.frozen)}
     return state.model_copy(update={"gradient_coverage": coverage, "coverage_checks": state.coverage_checks + 1})
 

@@ -29,4 +29,4 @@ def compute_cosine_loss_sum(hidden_ND: Tensor, units_VD: Tensor, labels_N: Tenso
     """Summed cosine distance to the label's own basis (Algorithm 2), a float32 scalar; arguments as above."""
     is_asked = labels_N != IGNORED
     cosine_N = (scale_to_units(hidden_ND.float()) * units_VD[labels_N.clamp_min(0)]).sum(-1)
-    return (1 - cosine_N)[is_asked].sum()
+    return ((1 - cosine_N) * is_asked).sum()
