@@ -16,6 +16,10 @@ COMMANDS = {
     "run": ("layerplan.commands.run", "trace, plan, train, score and judge: the whole chain of a config"),
     "trace": ("layerplan.commands.trace", "measure a model's layers and make a freeze plan; trains nothing"),
     "measure": ("layerplan.commands.measure", "take the measurements others choose layers by, and compare them"),
+    "finetune": (
+        "layerplan.commands.finetune",
+        "train on prompts whose next token is a label, each from its own layer",
+    ),
     "plan": ("layerplan.commands.plan", "show, compare and price freeze plans, or carry them to other tools"),
     "corpus": ("layerplan.commands.corpus", "build a token store from raw text, or verify one"),
     "evaluate": ("layerplan.commands.evaluate", "score a model on C-Eval and CMMLU"),
@@ -24,6 +28,7 @@ COMMANDS = {
     "ledger": ("layerplan.commands.ledger", "prove from their ledgers what runs trained on"),
     "track": ("layerplan.commands.track", "send a tracking store what did not arrive while it was down"),
     "convert": ("layerplan.commands.convert", "make a safetensors folder of a GGUF file"),
+    "merge": ("layerplan.commands.merge", "merge an adapter of PEFT into its base"),
     "generate": ("layerplan.commands.generate", "continue a text with models, side by side"),
     "push": ("layerplan.commands.push", "upload a finished run's model, card, plan and scores to the Hugging Face hub"),
     "report": ("layerplan.commands.report", "write the page of a run folder anew"),

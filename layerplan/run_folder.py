@@ -37,10 +37,15 @@ LEDGER_NAME = "ledger.jsonl"
 RESULT_NAME = "training.json"
 EXPORTS_NAME = "hf"
 EXPORT_NAME = "export.json"
+ADAPTERS_NAME = "adapters"
 EVALUATION_NAME = "evaluation"
 GUARDRAIL_NAME = "guardrail.json"
 VERDICTS_NAME = "verdicts.json"
 REPORT_NAME = "report.html"
+SAMPLES_NAME = "label_samples"
+LABEL_SCORES_NAME = "label_scores.json"
+LABEL_COST_NAME = "label_cost.json"
+DEVIATIONS_NAME = "deviations.png"
 FIGURES_NAME = "figures"
 STALLS_NAME = "stalls"
 STEP_TIMES_NAME = "profile"
@@ -72,6 +77,7 @@ AWAITS_NAME = "awaits_validation"
 
 # In an export
 CARD_NAME = "README.md"
+ADAPTER_BASE_NAME = "adapter_base.json"
 SCORING_SUFFIX = ".scoring"
 """Marks an export that was made for a scoring only."""
 
@@ -263,6 +269,25 @@ class RunFolder:
     def report(self) -> Path:
         """The page."""
         return self.root / REPORT_NAME
+
+    @property
+    def label_scores(self) -> Path:
+        """Scores of a fine-tuning, before and after, and the test of their difference."""
+        return self.root / LABEL_SCORES_NAME
+
+    @property
+    def label_cost(self) -> Path:
+        """What a fine-tuning saved in backward passes, as planned and as counted."""
+        return self.root / LABEL_COST_NAME
+
+    @property
+    def deviations(self) -> Path:
+        """Figure of the deviations before and after a fine-tuning."""
+        return self.root / DEVIATIONS_NAME
+
+    def samples_of(self, label: str, split: str) -> Path:
+        """Deviations and predictions of a model, `base` or a step, on a split of a fine-tuning's task."""
+        return self.root / SAMPLES_NAME / f"{label}_{split}.parquet"
 
     @property
     def figures(self) -> Path:

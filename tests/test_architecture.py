@@ -49,6 +49,7 @@ def test_eval_is_imported_by_from_only():
         ("vllm", {"eval/generation.py", "layerplan/models/hybrid/vllm_model.py"}),
         ("mlflow", {"layerplan/tracking/mlflow_store.py"}),
         ("fastokens", {"layerplan/corpus/encoders.py"}),
+        ("peft", {"layerplan/models/adapters.py"}),
     ],
 )
 def test_an_engine_is_imported_where_it_belongs_only(engine: str, homes: set[str]):

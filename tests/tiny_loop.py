@@ -20,6 +20,7 @@ from layerplan.train.loop import LoopHooks, LoopSetup
 from layerplan.train.optim import build_optimizer
 from layerplan.train.sharding import place_model
 from layerplan.train.state import TrainState
+from layerplan.train.step import LossModel
 
 SEQ_LEN = 12
 
@@ -59,6 +60,7 @@ def make_loop(
     sink: Sink | None = None,
     placement: Placement | None = None,
     device: torch.device | None = None,
+    loss_model: Callable[..., LossModel] = LossModel,
     **setup: Any,
 ) -> tuple[LoopSetup, LoopHooks]:
     """Applies the plan, places the model (on the CPU, unless told otherwise) and builds its optimizer, as a worker does."""
@@ -69,7 +71,7 @@ def make_loop(
     device = device or torch.device("cpu")
     applied = apply_plan(model, plan)
     placement = placement or Placement("replicate", "replicate")
-    placed = place_model(model, plan, config, placement, world_size=1, device=device)
+    placed = place_model(model, plan, config, placement, world_size=1, device=device, loss_model=loss_model)
     optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters, compiled=config.compile)
     hooks = LoopHooks(iter_steps, save, lambda: False, sink, None, say=lambda line: None)
     frozen = FrozenTensors(placed.model, config.compute_dtype)

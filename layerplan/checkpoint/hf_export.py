@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ def export_hf(
     out_dir: Path,
     plan: FreezePlan,
     export_dtype: Literal["base", "float32"] = "base",
+    read_trained: Callable[[StoredPath, dict[str, torch.Tensor]], dict[str, torch.Tensor]] = load_trained_tensors,
 ) -> ExportReport:
     """Writes the trained model as safetensors and proves that the frozen tensors are the base's, byte for byte.
 
@@ -49,6 +51,7 @@ def export_hf(
         out_dir: Folder of the export; appears only when everything was proved.
         plan: What was frozen.
         export_dtype: Dtype of the trained tensors: the one the base keeps each in, or float32.
+        read_trained: From checkpoint and tensors like those that trained to their values; adapters come merged.
 
     Raises:
         CheckpointError: When the base is no longer the one the plan was made for, a frozen tensor has other bytes than
@@ -62,7 +65,7 @@ def export_hf(
     parameters = dict(model.named_parameters())
     if warning := prove_checkpoint(checkpoint, plan.sealed().sha256):
         logger.warning(warning)
-    trained = load_trained_tensors(checkpoint, {name: parameters[name] for name in applied.trainable})
+    trained = read_trained(checkpoint, {name: parameters[name] for name in applied.trainable})
     rounded = {name: round_as_stored(weights, name, value) for name, value in trained.items()}
     changed = sum(not torch.equal(parameters[name], value) for name, value in rounded.items())
     moved = 0.0

@@ -8,6 +8,7 @@ from layerplan.config.base import StrictModel
 from layerplan.config.cluster import ClusterConfig
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.evaluation import EvaluationConfig
+from layerplan.config.finetune import FinetuneConfig
 from layerplan.config.measure import MeasureConfig
 from layerplan.config.model import ModelConfig, ScratchModelConfig
 from layerplan.config.plan import FromProfilePlanConfig, PlanConfig
@@ -48,6 +49,8 @@ class RunConfig(StrictModel):
     """Ray."""
     sweep: SweepConfig | None = None
     """Boundaries to try; read by `sweep_boundary` only."""
+    finetune: FinetuneConfig | None = None
+    """Task and method of a fine-tuning; read by `finetune` only, which takes plan, rows and steps from it."""
 
     @model_validator(mode="after")
     def _sequence_fits_model(self) -> RunConfig:

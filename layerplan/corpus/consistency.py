@@ -28,6 +28,8 @@ def _iter_contradictions(manifest: Manifest) -> Iterator[str]:
         if total != parts:
             yield f"{name}={total:,}, its shards have {parts:,}"
     yield from _iter_split_shards(manifest)
+    if manifest.labels is not None and len(manifest.labels.start_layers) != manifest.num_rows:
+        yield f"num_rows={manifest.num_rows:,}, start layers are given for {len(manifest.labels.start_layers):,}"
     names = [shard.name for shard in manifest.files]
     if len(set(names)) != len(names):
         yield f"{next(name for name in names if names.count(name) > 1)} is listed twice"

@@ -79,6 +79,19 @@ class SourceRows(StrictModel):
     """Control tokens spelled out in them."""
 
 
+class LabelFacts(StrictModel):
+    """What makes a store one of prompts with a label: the last token of each row is the label, and only it is learned."""
+
+    task: str
+    """Name of the task."""
+    task_sha256: str
+    """Hash of its prompts, labels and splits."""
+    label_ids: dict[str, int]
+    """Token of each class."""
+    start_layers: list[int]
+    """Decoder layer that each training row's backward pass ends at, by row id."""
+
+
 class Manifest(StrictModel):
     """Everything a reader of the store must know; written last, so a store without it is incomplete."""
 
@@ -131,6 +144,9 @@ class Manifest(StrictModel):
     validation: Shard | None = None
     """The file of held-out rows; None where there are none, and in stores of earlier versions."""
 
+    labels: LabelFacts | None = None
+    """Of a store of prompts with a label; None where every token is learned."""
+
     @property
     def held_out(self) -> Shard | None:
         """The file of held-out rows; of an earlier version's store, what is known of it."""
@@ -173,6 +189,8 @@ class Manifest(StrictModel):
             fields.pop("config_sha256")
         elif self.control_tokens != "unknown":
             fields |= {"joining": [self.end_of_text_id, self.begin_ids, self.control_tokens]}
+        if self.labels is not None:
+            fields |= {"labels": self.labels.model_dump(mode="json")}
         return compute_sha256(fields | {"sources": [[source.num_rows, source.weight] for source in self.sources]})
 
     @classmethod

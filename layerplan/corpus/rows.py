@@ -17,24 +17,32 @@ class PackedRows:
     """n rows of T tokens.
 
     `row_ids` (n,) int64 are unique in a store; `input_ids` (n, T) int32; `document_ids` (n, T) int32 count documents
-    within the row, -1 is padding; `position_ids` (n, T) int32 restart at every document.
+    within the row, -1 is padding; `position_ids` (n, T) int32 restart at every document. `start_layers` (n,) int32 is the
+    decoder layer each row trains from where rows are prompts with a label, whose last token alone is learned; a row that
+    only fills up a rank's share has the id -1 and is all padding.
     """
 
     row_ids: NDArray[np.int64]
     input_ids: NDArray[np.int32]
     document_ids: NDArray[np.int32]
     position_ids: NDArray[np.int32]
+    start_layers: NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.row_ids)
 
     def take(self, start: int, stop: int) -> PackedRows:
         """Rows [start, stop)."""
+        return self.select(slice(start, stop))
+
+    def select(self, chosen: slice | NDArray[np.int64]) -> PackedRows:
+        """The rows a slice or an array of indices names."""
         return PackedRows(
-            self.row_ids[start:stop],
-            self.input_ids[start:stop],
-            self.document_ids[start:stop],
-            self.position_ids[start:stop],
+            self.row_ids[chosen],
+            self.input_ids[chosen],
+            self.document_ids[chosen],
+            self.position_ids[chosen],
+            None if self.start_layers is None else self.start_layers[chosen],
         )
 
     def split(self, size: int) -> Iterator[PackedRows]:

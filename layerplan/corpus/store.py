@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -143,9 +144,10 @@ def load_validation_rows(store: Path | str, *, num_ids: int | None = None) -> Pa
         return None
     files = StoreFiles(store, manifest, num_ids)
     parts = [files.read(shard, group) for group in range(count_groups(shard.num_rows, manifest.rows_per_group))]
-    return make_rows(
+    rows = make_rows(
         np.arange(-shard.num_rows, 0, dtype=np.int64),
         np.concatenate([part.input_ids for part in parts]),
         [starts for part in parts for starts in part.starts],
         np.concatenate([part.used for part in parts]),
     )
+    return rows if manifest.labels is None else replace(rows, start_layers=np.zeros(len(rows), dtype=np.int32))

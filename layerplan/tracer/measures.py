@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from layerplan.models.semantic_bases import SemanticBases, scale_to_units
+
 TASK_PARTICLE_EPS = 1e-8
 SENSITIVITY_EPS = 1e-4
 Deviation = Literal["cosine", "ce", "rank"]
 DEVIATIONS: tuple[Deviation, ...] = ("cosine", "ce", "rank")
-ROWS_AT_ONCE = 4096
-"""Rows of a head that are taken to float64 at once."""
 
 
 def compute_task_particle(prob_LB: Tensor, denominator: str = "current", eps: float = TASK_PARTICLE_EPS) -> Tensor:
@@ -79,60 +79,20 @@ def find_longest_run(values: list[float], threshold: float) -> tuple[int, int]:
     return best
 
 
-class SemanticSpace:
-    """SALF's vocabulary space of a head: where labels lie, and how far a state is from one.
+def compute_deviations(bases: SemanticBases, state_BD: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
+    """Deviations of a state from its gold label by kind, each (B,) in float64 (SALF, section 3.1).
 
-    Args:
-        weight_VD: The head's weight; rows are labels. A second matrix of its shape, in float32, is made at the first use.
+    `cosine` is 1 - cos(f, v) with the label's output basis v; `ce` the cross-entropy of the cosine similarities to
+    every label's basis (Algorithm 1); `rank` the number of labels whose basis is nearer than the gold one's.
     """
-
-    def __init__(self, weight_VD: Tensor) -> None:
-        self._weight = weight_VD.detach()
-        self._factor_DD: Tensor | None = None
-        self._bases_VD: Tensor | None = None
-
-    def compute_output_bases(self, rows_ND: Tensor) -> Tensor:
-        """Output semantic bases of labels by their rows w of the head W: rows of pinv(W), that is (W^T W)^-1 w.
-
-        Args:
-            rows_ND: The labels' rows.
-
-        Returns:
-            (N, D) in float64, by a Cholesky factor made once.
-        """
-        if self._factor_DD is None:
-            # a few thousand rows at a time: all of W in float64 would be twice the model's largest matrix
-            gram = sum(rows.double().T @ rows.double() for rows in self._weight.split(ROWS_AT_ONCE))
-            gram += torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * gram.diagonal().mean() * 1e-12
-            self._factor_DD = torch.linalg.cholesky(gram)
-        return torch.cholesky_solve(rows_ND.double().T, self._factor_DD).T
-
-    def compute_deviations(self, state_BD: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
-        """Deviations of a state from its gold label by kind, each (B,) in float64 (SALF, section 3.1).
-
-        `cosine` is 1 - cos(f, v) with the label's output basis v; `ce` the cross-entropy of the cosine similarities to
-        every label's basis (Algorithm 1); `rank` the number of labels whose basis is nearer than the gold one's.
-        """
-        state = _unit(state_BD.double())
-        gold_basis = _unit(self.compute_output_bases(self._weight[labels_B]))
-        similarity_BV = state.float() @ self._all_bases().T
-        gold_B = similarity_BV.gather(1, labels_B[:, None])
-        return {
-            "cosine": 1 - (state * gold_basis).sum(-1),
-            "ce": (torch.logsumexp(similarity_BV, -1) - gold_B[:, 0]).double(),
-            "rank": (similarity_BV > gold_B).sum(-1).double(),
-        }
-
-    def _all_bases(self) -> Tensor:
-        """Every label's basis at length 1: (V, D) in float32."""
-        if self._bases_VD is None:
-            parts = self._weight.split(ROWS_AT_ONCE)
-            self._bases_VD = torch.cat([_unit(self.compute_output_bases(rows)).float() for rows in parts])
-        return self._bases_VD
-
-
-def _unit(rows_ND: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(rows_ND, dim=-1)
+    state = scale_to_units(state_BD.double())
+    similarity_BV = state.float() @ bases.get_units().T
+    gold_B = similarity_BV.gather(1, labels_B[:, None])
+    return {
+        "cosine": 1 - (state * bases.compute_units(labels_B)).sum(-1),
+        "ce": (torch.logsumexp(similarity_BV, -1) - gold_B[:, 0]).double(),
+        "rank": (similarity_BV > gold_B).sum(-1).double(),
+    }
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from layerplan.config.trace import TraceConfig
+from layerplan.models.semantic_bases import SemanticBases
 from layerplan.tracer import measures
+from layerplan.tracer.deviations import measure_deviations
 from layerplan.tracer.encode import EncodedProbe
 from layerplan.tracer.masking import Mask, Way, choose_way, is_masked_up_to_query, trace_masked
 from layerplan.tracer.model_runner import LayerRunner
@@ -33,7 +35,7 @@ class ProbeMeter:
     def __init__(self, runner: LayerRunner, config: TraceConfig) -> None:
         self.runner = runner
         self._config = config
-        self._space = measures.SemanticSpace(runner.parts.lm_head.weight)
+        self._bases = SemanticBases(runner.parts.lm_head.weight)
         self._ways: dict[tuple[Mask, bool], Way] = {}
         self._is_checked = False
 
@@ -74,12 +76,13 @@ class ProbeMeter:
         if checked:
             parts = ids_BT[checked], context_BT[checked], states_LBTD[:, checked], intact_BV[checked]
             other_way, (other_js[:, checked],) = self._trace(*parts, other)
+        deviations = measure_deviations(self.runner, self._bases, last_LBD, gold_B, self._config.deviation_norm)
         columns = {
             "log_prob": log_prob_LB,
             "js": own_js[0],
             "js_top_k_check": own_js[1],
             "js_mask_check": other_js,
-            **self._deviations(last_LBD, gold_B),
+            **{f"deviation_{kind}": values for kind, values in deviations.items()},
         }
         values = {name: column.T.double().cpu().numpy() for name, column in columns.items()}
         is_right = (target_B == gold_B).tolist()
@@ -134,24 +137,6 @@ class ProbeMeter:
         final = trace_masked(self.runner, ids_BT, states_LBTD, context_BT, mask, way)
         supports = [self._config.js_top_k, self._config.js_top_k_check]
         return way, self.compute_js(final, intact_BV, supports if mask == self._config.mask else supports[:1])
-
-    def _deviations(self, last_LBD: Tensor, gold_B: Tensor) -> dict[str, Tensor]:
-        norms = self._config.deviation_norm
-        states = last_LBD
-        if norms == "all":
-            states = self.runner.parts.final_norm(last_LBD)
-        elif norms == "hf":
-            states = torch.cat([last_LBD[:-1], self.runner.parts.final_norm(last_LBD[-1:])])
-        flat, shape = states.flatten(0, 1), states.shape[:2]
-        row_of = torch.arange(shape[1], device=flat.device).repeat(shape[0])
-        found = [
-            self._space.compute_deviations(state, gold_B[rows])
-            for state, rows in zip(flat.split(HEAD_ROWS), row_of.split(HEAD_ROWS))
-        ]
-        return {
-            f"deviation_{kind}": torch.cat([part[kind] for part in found]).reshape(shape)
-            for kind in measures.DEVIATIONS
-        }
 
     def _iter_logits(self, states_LBD: Tensor, tags_LB: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits of the flattened rows, `HEAD_ROWS` at a time, with the tag of each row."""

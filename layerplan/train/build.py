@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from layerplan.checkpoint.dcp import Parked, load_parked
 from layerplan.errors import TrainingError
+from layerplan.models.adapters import inject_adapters
 from layerplan.models.freezing import AppliedPlan, apply_plan
 from layerplan.plan.cost import GIB
 from layerplan.plan.freeze_plan import FreezePlan
@@ -21,10 +23,12 @@ from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.storage.paths import StoredPath
 from layerplan.train.attention import IMPLEMENTATIONS, choose_attention, try_set_attention
+from layerplan.train.label_step import LabelLossModel
 from layerplan.train.loss_proof import agree_on_recipe, find_document_fault
 from layerplan.train.optim import build_optimizer
 from layerplan.train.request import TrainRequest
 from layerplan.train.sharding import PlacedModel, place_model
+from layerplan.train.step import LossModel
 
 logger = logging.getLogger(__name__)
 
@@ -93,13 +97,43 @@ def build_model(
     try_set_attention(causal_lm, IMPLEMENTATIONS[placement.attention])
     parked = park_other_phases(causal_lm, request.plan, plan, checkpoint)
     applied = apply_plan(causal_lm, plan)
+    if request.labels is not None and request.labels.lora is not None:
+        applied = inject_adapters(causal_lm, plan.trainable_layers, request.labels.lora, seed=request.seed)
     causal_lm.train()
-    placed = place_model(causal_lm, plan, config, placement, world_size=world_size, device=device, recipe=recipe)
+    placed = place_model(
+        causal_lm,
+        plan,
+        config,
+        placement,
+        world_size=world_size,
+        device=device,
+        recipe=recipe,
+        loss_model=choose_loss_model(request, placement),
+    )
     optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters, compiled=config.compile)
     placed.masters.clear()
     if rank == 0:
         logger.info(render_placement(placement, estimate, available, applied))
     return BuiltModel(placed, applied, optimizer, placement, estimate, available, parked, recipe)
+
+
+def choose_loss_model(request: TrainRequest, placement: Placement) -> Callable[..., LossModel]:
+    """What computes the loss: of every token, or of the labels of prompts.
+
+    Raises:
+        TrainingError: When layers that train one at a time would be sharded or recomputed, or adapters sharded.
+    """
+    options = request.labels
+    if options is None:
+        return LossModel
+    if options.trains_alone and (placement.parallelism == "shard" or placement.checkpointed_layers):
+        raise TrainingError(
+            "finetune.method=lift: trains one layer at a time, which sharded and recomputed layers cannot; use"
+            " train.parallelism=replicate and train.activation_checkpointing=none"
+        )
+    if options.lora is not None and placement.parallelism == "shard":
+        raise TrainingError("finetune.update=lora: adapters are trained whole; use train.parallelism=replicate")
+    return partial(LabelLossModel, options=options)
 
 
 def park_other_phases(

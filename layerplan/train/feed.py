@@ -10,6 +10,7 @@ from typing import Protocol
 import torch.distributed as dist
 
 from layerplan.corpus.chunks import open_chunks
+from layerplan.corpus.label_store import iter_label_steps, make_label_order
 from layerplan.corpus.lanes import LaneStream, check_lanes
 from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.rows import PackedRows
@@ -53,6 +54,27 @@ class StoreFeed:
             start_step=start,
             stop_step=stop,
             num_ids=self._num_ids,
+        )
+
+    def stamp(self, state: TrainState) -> TrainState:
+        """Adds nothing."""
+        return state
+
+
+class LabelFeed:
+    """Prompts with a label: the step is all there is to know here too."""
+
+    def __init__(self, request: TrainRequest, *, rank: int, world_size: int) -> None:
+        self._request = request
+        self._ranks = {"rank": rank, "world_size": world_size}
+
+    def iter_steps(self, start: int, stop: int) -> Iterator[PackedRows]:
+        """Reads from the step on, in O(1) of the order."""
+        request = self._request
+        batch_size = request.config.global_batch_size
+        order = make_label_order(Manifest.load(request.store), batch_size=batch_size, seed=request.seed)
+        return iter_label_steps(
+            request.store, order, range(start, stop), num_ids=count_embeddings(request), **self._ranks
         )
 
     def stamp(self, state: TrainState) -> TrainState:
@@ -104,7 +126,10 @@ def open_feed(request: TrainRequest, state: TrainState, *, rank: int, world_size
     Raises:
         CorpusError: When the store is incomplete or cannot feed the batch.
     """
-    if Manifest.load(request.store).mode == "on_the_fly":
+    manifest = Manifest.load(request.store)
+    if manifest.labels is not None:
+        return LabelFeed(request, rank=rank, world_size=world_size)
+    if manifest.mode == "on_the_fly":
         return StreamFeed(request, state, rank=rank, world_size=world_size)
     return StoreFeed(request, rank=rank, world_size=world_size)
 
@@ -121,4 +146,5 @@ def check_feed(store: Path | str, *, num_lanes: int, seed: int) -> None:
         check_lanes(open_chunks(str(store)), num_lanes)
     else:
         check_files(store, manifest, report=logger.info)
+    if manifest.mode == "store" and manifest.labels is None:
         make_schedule(store, num_lanes=num_lanes, seed=seed)

@@ -36,7 +36,7 @@ from layerplan.train.schedule import compute_lr_scale, compute_rewarm_scale
 from layerplan.train.sharding import PlacedModel
 from layerplan.train.stability import StabilityMonitor, StepDecision
 from layerplan.train.state import PROOF_FIELDS, TrainState
-from layerplan.train.step import TensorBatch, accumulate_gradients, fill_up, make_batches
+from layerplan.train.step import TensorBatch, accumulate_gradients, fill_up
 from layerplan.train.throughput import Window, compute_mfu, peak_memory_gib, render_progress
 from layerplan.train.validation import compute_validation_loss
 
@@ -143,7 +143,7 @@ def run_loop(setup: LoopSetup, state: TrainState, hooks: LoopHooks, *, stop_step
         while taken is not None:
             with profiled(setup.profile_dir if taken.step == config.profile_step else None, taken.step):
                 launched = _forward_backward(books, taken, end)
-                books.check_coverage()
+                books.check_coverage(launched)
                 hooks.mark(IN_STEP[2], launched.step)
                 with books.window.phase("optimizer"):
                     _update(setup, launched, apply=books.applies(launched))
@@ -173,7 +173,7 @@ class Books:
         self._monitor = StabilityMonitor(setup.config.stability)
         self._monitor.recent.extend(state.recent_losses)
         self._verdict: tuple[int, StepDecision] | None = None
-        self._has_checked = False
+        self._checked: tuple[int, ...] | None = None
         self._since = time.perf_counter()
 
     @property
@@ -181,14 +181,15 @@ class Books:
         """Whether the host looks at the loss of a step before it is applied, and so waits for the device."""
         return self._monitor.looks_first
 
-    def check_coverage(self) -> None:
-        """Compares the gradients of the first step with the plan.
+    def check_coverage(self, launched: LaunchedStep) -> None:
+        """Compares the gradients with the plan, at the first step and whenever rows start at other layers.
 
         Raises:
             TrainingError: When they do not match.
         """
-        if not self._has_checked:
-            self.state, self._has_checked = _check_coverage(self.setup, self.state), True
+        starts = self.setup.placed.model.list_starts(launched.prepared.rows)
+        if self._checked != starts:
+            self.state, self._checked = _check_coverage(self.setup, self.state, starts), starts
 
     def applies(self, launched: LaunchedStep) -> bool:
         """Whether the host lets the update be; it looks at the loss for that only where the policy asks it to."""
@@ -254,7 +255,7 @@ def _is_due(step: int, every: int, is_last: bool) -> bool:
 
 def _open_steps(setup: LoopSetup, state: TrainState, hooks: LoopHooks, end: int) -> StepsAhead:
     def make(rows: PackedRows) -> list[TensorBatch]:
-        return make_batches(rows, setup.config.micro_batch_size, setup.placed.model.recipe, setup.device)
+        return setup.placed.model.make_batches(rows, setup.config.micro_batch_size, setup.device)
 
     start = state.step + state.data_offset
     return StepsAhead(hooks.iter_steps, make, setup.device, start=start, stop=end + state.data_offset)
@@ -303,8 +304,9 @@ def _forward_backward(books: Books, taken: TakenStep, end: int) -> LaunchedStep:
     )
 
 
-def _check_coverage(setup: LoopSetup, state: TrainState) -> TrainState:
-    check_gradient_coverage(setup.placed.model, setup.applied)
+def _check_coverage(setup: LoopSetup, state: TrainState, starts: tuple[int, ...]) -> TrainState:
+    model = setup.placed.model
+    check_gradient_coverage(model, model.expect_gradients(setup.applied, starts))
     coverage = {"trainable_with_gradient": len(setup.applied.trainable), "frozen_without": len(setup.applied.frozen)}
     return state.model_copy(update={"gradient_coverage": coverage, "coverage_checks": state.coverage_checks + 1})
 

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from layerplan.artifacts import write_json
 from layerplan.config.base import describe_fault
+from layerplan.config.finetune import LabelLoss, LoraOptions
 from layerplan.config.train import TrainConfig
 from layerplan.errors import CheckpointError
 from layerplan.inside import lies_inside
@@ -31,6 +32,18 @@ class CheckpointValidation:
     """From a committed `ray.train.Checkpoint` to metrics, called in a Ray task of its own, one at a time."""
     steps: range
     """Steps whose checkpoints are meant."""
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """How prompts with a label are trained on."""
+
+    loss: LabelLoss = "vocabulary"
+    """What the state at the label's position is compared with."""
+    trains_alone: bool = False
+    """Whether of the layers from the start layer on only that one trains (LIFT)."""
+    lora: LoraOptions | None = None
+    """Adapters that train in place of the layers' weights."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,8 @@ class TrainRequest:
     """Files beside the ledger that grow while training, such as those of the sink."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the workers."""
+    labels: LabelOptions | None = None
+    """How a store of prompts with a label is trained on; None for one whose every token is learned."""
     board: Any = None
     """Actor that the workers tell where they are; None when nobody watches for stalls."""
 
@@ -84,6 +99,9 @@ class TrainResult:
     """Exported folder; None when training stopped early."""
     base_validation_loss: float | None = None
     """Before the first step; None when there are no held-out rows, and in results of versions that did not look."""
+
+    propagated_rows: tuple[int, ...] = ()
+    """Prompts with a label by the decoder layer their backward pass ended at."""
 
     def save(self, run_dir: Path) -> None:
         """Writes `training.json` atomically, with paths relative to the run folder."""

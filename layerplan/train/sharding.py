@@ -54,6 +54,7 @@ def place_model(
     world_size: int,
     device: torch.device,
     recipe: LossRecipe | None = None,
+    loss_model: Callable[..., LossModel] = LossModel,
 ) -> PlacedModel:
     """Casts, compiles, checkpoints and distributes the model the plan was applied to."""
     parts = find_decoder_parts(causal_lm)
@@ -66,7 +67,7 @@ def place_model(
     if config.compile:
         compile_layers(parts)
     checkpoint_layers(parts.layers, placement.checkpointed_layers)
-    model = LossModel(causal_lm, recipe, z_weight=config.z_loss, compiled=config.compile)
+    model = loss_model(causal_lm, recipe, z_weight=config.z_loss, compiled=config.compile)
     if placement.parallelism == "replicate":
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if config.global_batch_size > world_size * config.micro_batch_size:

@@ -70,6 +70,8 @@ class TrainState(StrictModel):
     """Validation loss before the first step, nats per token; None in states of versions that did not look."""
     validation_loss: float | None = None
     """Newest validation loss."""
+    propagated_rows: tuple[int, ...] = ()
+    """Prompts with a label whose backward pass ended at each decoder layer, counted as it ran; empty for other rows."""
     peak_flops: float = 0.0
     """Peak rate MFU is measured against, FLOP/s of one worker."""
     train_s: float = 0.0

@@ -22,11 +22,13 @@ from torch.nn import functional as F
 from layerplan.corpus.rows import PackedRows
 from layerplan.models.causal_lm import find_decoder_parts
 from layerplan.models.document_starts import find_start_arguments, mark_starts
+from layerplan.models.freezing import AppliedPlan
 from layerplan.models.head import make_inputs, run_to_head
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.train.attention import prefer_cudnn
 from layerplan.train.document_attention import OFFSETS, WHOLE_ROWS, attends_by_document, find_offsets
 from layerplan.train.loss import IGNORED, LossOptions, compute_loss_sum, make_labels
+from layerplan.train.state import TrainState
 
 
 class LossModel(nn.Module):
@@ -55,16 +57,41 @@ class LossModel(nn.Module):
             scale: As in `compute_loss_sum`.
             naive: Through the model's own logits, all of them at once: what the self-test compares with.
         """
+        inputs = self.make_inputs(batch)
+        labels_N = batch.labels_BT.flatten()
+        if naive or self.recipe.head.kind == "own":
+            return _sum_plain_loss(self.causal_lm(**inputs).logits.flatten(0, 1), labels_N, self._loss_options.z_weight)
+        head = self.causal_lm.get_submodule(self._head_path)
+        return self.compute_loss(run_to_head(self.causal_lm, head, inputs).flatten(0, 1), labels_N, scale)
+
+    def make_batches(self, rows: PackedRows, size: int, device: torch.device) -> list[TensorBatch]:
+        """Cuts a rank's rows into micro-batches of at most `size` rows."""
+        return make_batches(rows, size, self.recipe, device)
+
+    def list_starts(self, rows: PackedRows) -> tuple[int, ...]:
+        """Layers that a step's micro-batches start to train at, where they differ from the plan's own."""
+        return ()
+
+    def expect_gradients(self, applied: AppliedPlan, starts: Sequence[int]) -> AppliedPlan:
+        """What of a plan a step moves."""
+        return applied
+
+    def start_counting(self, state: TrainState, world_size: int) -> Callable[[TrainState], TrainState]:
+        """What puts into a state how much was trained since another; called on every rank."""
+        return lambda reached: reached
+
+    def make_inputs(self, batch: TensorBatch) -> dict[str, Any]:
+        """What the model is called with: tokens, positions, and where documents start, for whoever asks for it."""
         inputs = make_inputs(self.causal_lm, batch.input_ids_BT, batch.position_ids_BT)
         if self.recipe.rows == "reset" and batch.position_ids_BT is not None:
             inputs |= mark_starts(self._start_arguments, batch.position_ids_BT)
         if attends_by_document(self.causal_lm):
             inputs[OFFSETS] = WHOLE_ROWS if batch.position_ids_BT is None else batch.find_offsets()
-        labels_N = batch.labels_BT.flatten()
-        if naive or self.recipe.head.kind == "own":
-            return _sum_plain_loss(self.causal_lm(**inputs).logits.flatten(0, 1), labels_N, self._loss_options.z_weight)
+        return inputs
+
+    def compute_loss(self, hidden_ND: Tensor, labels_N: Tensor, scale: float) -> Tensor:
+        """The summed cross-entropy of states that enter the head, by the recipe's linear head."""
         head = self.causal_lm.get_submodule(self._head_path)
-        hidden_ND = run_to_head(self.causal_lm, head, inputs).flatten(0, 1)
         factor = self.recipe.head.factor
         bias_V = head.bias
         if factor != 1.0:
@@ -92,6 +119,10 @@ class TensorBatch:
     labels_BT: Tensor
     num_labels: int
     """Positions that have a label."""
+    start_layer: int | None = None
+    """Decoder layer that training starts at, for prompts with a label; None leaves it to the plan."""
+    asked_N: Tensor | None = None
+    """With a start layer: the positions that have a label, counted row after row."""
     offsets: Tensor | None = None
     """Where documents start in the flattened rows (`find_offsets`), int32; None where nobody wrote it down."""
 

@@ -20,9 +20,16 @@ from layerplan.checkpoint.index import list_checkpoints, prune_checkpoints
 from layerplan.checkpoint.layout import read_train_state
 from layerplan.corpus.manifest import Manifest
 from layerplan.errors import LayerplanError, TrainingError, find_layerplan_error
-from layerplan.plan.cost import predict_cost
 from layerplan.ray_access import list_loopback_variables
-from layerplan.run_folder import AWAITS_NAME, CHECKPOINTS_NAME, EXPORT_NAME, EXPORTS_NAME, STOP_REQUEST, name_step
+from layerplan.run_folder import (
+    ADAPTERS_NAME,
+    AWAITS_NAME,
+    CHECKPOINTS_NAME,
+    EXPORT_NAME,
+    EXPORTS_NAME,
+    STOP_REQUEST,
+    name_step,
+)
 from layerplan.storage.flag import Flag
 from layerplan.storage.paths import BucketPath, StoredPath
 from layerplan.storage.working import find_home
@@ -30,6 +37,7 @@ from layerplan.train.feed import check_feed
 from layerplan.train.request import TrainRequest, TrainResult, load_result
 from layerplan.train.resume import check_resumable, reset_ray_index
 from layerplan.train.state import TrainState
+from layerplan.train.token_flops import predict_token_flops
 
 logger = logging.getLogger(__name__)
 
@@ -204,12 +212,16 @@ def _export(request: TrainRequest, checkpoint: StoredPath, step: int) -> Path:
     from layerplan.checkpoint.hf_export import export_hf
 
     folder = request.run_dir / EXPORTS_NAME / name_step(step)
+    options = (
+        {} if request.labels is None or request.labels.lora is None else _export_adapter(request, checkpoint, step)
+    )
     report = export_hf(
         base=request.model,
         checkpoint=checkpoint,
         out_dir=folder,
         plan=request.plan,
         export_dtype=request.config.export_dtype,
+        **options,
     )
     report.save(request.run_dir / EXPORT_NAME)
     logger.info(
@@ -221,6 +233,17 @@ def _export(request: TrainRequest, checkpoint: StoredPath, step: int) -> Path:
         " and ".join(report.trained_dtypes),
     )
     return folder
+
+
+def _export_adapter(request: TrainRequest, checkpoint: StoredPath, step: int) -> dict[str, Any]:
+    """Writes the adapter in PEFT's own format; the export beside it is the base with it merged in."""
+    from layerplan.checkpoint.adapter_export import export_adapter
+
+    assert request.labels is not None and request.labels.lora is not None
+    folder = request.run_dir / ADAPTERS_NAME / name_step(step)
+    read = export_adapter(request.model, checkpoint, folder, request.plan, request.labels.lora)
+    logger.info("adapter in PEFT's format: %s", folder)
+    return {"read_trained": read}
 
 
 def _summarise(
@@ -245,6 +268,7 @@ def _summarise(
         stopped_early=state.step < request.config.max_steps,
         hf_dir=hf_dir,
         base_validation_loss=state.base_validation_loss,
+        propagated_rows=state.propagated_rows,
     )
 
 
@@ -253,7 +277,7 @@ def _overall_mfu(request: TrainRequest, state: TrainState) -> float:
 
     if not state.peak_flops:
         return 0.0
-    flops = predict_cost(request.plan, request.model.shape(), seq_len=Manifest.load(request.store).seq_len).total_flops
+    flops = predict_token_flops(request.plan, request.model.shape(), Manifest.load(request.store), request.labels)
     return compute_mfu(
         state.tokens_seen / max(state.train_s, 1e-9),
         flops,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from layerplan.corpus.rows import PADDING, PackedRows
 from layerplan.train.sharding import reshard
-from layerplan.train.step import LossModel, TensorBatch, fill_up, make_batches
+from layerplan.train.step import LossModel, TensorBatch, fill_up
 
 
 def compute_validation_loss(
@@ -32,7 +34,7 @@ def compute_validation_loss(
         for start in range(0, len(rows), size):
             mine = rows.take(start + rank, min(start + size, len(rows)))
             mine = _every(mine, world_size) if len(mine) else _blank(rows)
-            batches = make_batches(mine, micro_batch_size, model.recipe, device)
+            batches = model.make_batches(mine, micro_batch_size, device)
             for batch in _equalise(batches, model, device, world_size):
                 total[0] += model(batch).double()
                 total[1] += batch.num_labels
@@ -53,11 +55,9 @@ def _equalise(batches: list[TensorBatch], model: LossModel, device: torch.device
 
 
 def _every(rows: PackedRows, step: int) -> PackedRows:
-    return PackedRows(
-        rows.row_ids[::step], rows.input_ids[::step], rows.document_ids[::step], rows.position_ids[::step]
-    )
+    return rows.select(slice(None, None, step))
 
 
 def _blank(rows: PackedRows) -> PackedRows:
     one = rows.take(0, 1)
-    return PackedRows(one.row_ids, one.input_ids, np.full_like(one.document_ids, PADDING), one.position_ids)
+    return replace(one, document_ids=np.full_like(one.document_ids, PADDING))

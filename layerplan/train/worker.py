@@ -20,7 +20,7 @@ from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.store import load_validation_rows
 from layerplan.errors import StorageError
 from layerplan.log import set_rank, set_up_worker
-from layerplan.plan.cost import GIB, predict_cost
+from layerplan.plan.cost import GIB
 from layerplan.plan.explain import explain_changes
 from layerplan.plan.freeze_plan import FreezePlan, PlanPhase
 from layerplan.plan.memory import explain_shortage
@@ -45,6 +45,7 @@ from layerplan.train.resume import find_resume
 from layerplan.train.sharding import reset_compiled
 from layerplan.train.state import TrainState
 from layerplan.train.throughput import find_peak_flops
+from layerplan.train.token_flops import predict_token_flops
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def train_phases(request: TrainRequest, mark: Mark) -> None:
                 device,
                 rank,
                 world_size,
-                flops_per_token=predict_cost(plan, shape, seq_len=manifest.seq_len).total_flops,
+                flops_per_token=predict_token_flops(plan, shape, manifest, request.labels),
                 peak_flops=find_peak_flops(request.config, device),
                 predicted_memory_gib=built.estimate.total / GIB,
                 memory_advice=explain_shortage(built.estimate, built.available_bytes, request.config),
@@ -276,15 +277,16 @@ def make_hooks(
             recorders.sink.drop_after(restored.step)
         return None if restored is None else recorders.note_horizon(request, restored)
 
+    count_rows = setup.placed.model.start_counting(state, setup.world_size)
     feed = open_feed(request, state, rank=setup.rank, world_size=setup.world_size)
     return LoopHooks(
         iter_steps=feed.iter_steps,
-        save=lambda reached: writer.save(feed.stamp(reached)),
+        save=lambda reached: writer.save(count_rows(feed.stamp(reached))),
         should_stop=Flag(request.run_dir / STOP_REQUEST).exists,
         sink=recorders.sink,
         validation=load_validation_rows(request.store, num_ids=count_embeddings(request)),
         restore=restore,
-        write_ledger=None if ledger is None else lambda step, rows: ledger.write(step, rows.row_ids),
+        write_ledger=None if ledger is None else lambda step, rows: ledger.write(step, rows.row_ids[rows.row_ids >= 0]),
         mark=mark,
     )
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from layerplan.config.trace import TraceConfig
+from layerplan.models.semantic_bases import SemanticBases
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.tracer.aggregate import build_profile, compute_sensitivity
 from layerplan.tracer.encode import is_in_context
 from layerplan.tracer.lexicon import load_builtin_lexicon
 from layerplan.tracer.measures import (
-    SemanticSpace,
+    compute_deviations,
     compute_js,
     compute_layer_sensitivity,
     compute_task_particle,
@@ -72,7 +73,7 @@ def test_the_output_basis_is_a_row_of_the_pseudo_inverse() -> None:
     weight = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 7, 39])
     expected = np.linalg.pinv(weight.double().numpy()).T[labels.numpy()]
-    assert np.abs(SemanticSpace(weight).compute_output_bases(weight[labels]).numpy() - expected).max() < 1e-9
+    assert np.abs(SemanticBases(weight).compute(weight[labels]).numpy() - expected).max() < 1e-9
 
 
 def test_cross_entropy_and_rank_are_taken_over_the_labels_bases() -> None:
@@ -83,7 +84,7 @@ def test_cross_entropy_and_rank_are_taken_over_the_labels_bases() -> None:
     logits = [sum(a * b for a, b in zip(state, basis)) / math.hypot(*state) / math.hypot(*basis) for basis in bases]
     assert logits == pytest.approx([math.sqrt(0.5), 0.0])
     for label, rank in ((0, 0), (1, 1)):
-        found = SemanticSpace(weight).compute_deviations(torch.tensor([state]), torch.tensor([label]))
+        found = compute_deviations(SemanticBases(weight), torch.tensor([state]), torch.tensor([label]))
         expected = math.log(sum(math.exp(value) for value in logits)) - logits[label]
         assert float(found["ce"]) == pytest.approx(expected, abs=1e-6) and float(found["rank"]) == rank
         assert float(found["cosine"]) == pytest.approx(1 - logits[label], abs=1e-6)
@@ -99,7 +100,7 @@ def test_deviations_equal_the_papers_definition_on_an_ill_conditioned_head(dtype
     weight = (torch.randn(300, 24, generator=generator) * stretch).to(dtype)
     states, labels = torch.randn(6, 24, generator=generator), torch.randint(300, (6,), generator=generator)
     bases = np.linalg.pinv(weight.double().numpy()).T
-    found = SemanticSpace(weight).compute_deviations(states, labels)
+    found = compute_deviations(SemanticBases(weight), states, labels)
     for row, (state, label) in enumerate(zip(states.double().numpy(), labels.tolist())):
         near = bases @ state / np.linalg.norm(bases, axis=1) / np.linalg.norm(state)
         assert float(found["cosine"][row]) == pytest.approx(1 - near[label], abs=1e-5)
@@ -108,12 +109,12 @@ def test_deviations_equal_the_papers_definition_on_an_ill_conditioned_head(dtype
 
 
 def test_deviations_of_a_state_that_points_at_its_label() -> None:
-    space, label = SemanticSpace(torch.eye(4)), torch.tensor([2])
-    aligned = space.compute_deviations(torch.tensor([[0.0, 0, 5, 0]]), label)
+    bases, label = SemanticBases(torch.eye(4)), torch.tensor([2])
+    aligned = compute_deviations(bases, torch.tensor([[0.0, 0, 5, 0]]), label)
     assert float(aligned["cosine"]) == pytest.approx(0.0, abs=1e-12)
     assert float(aligned["rank"]) == 0
     assert float(aligned["ce"]) == pytest.approx(math.log(math.e + 3) - 1)
-    away = space.compute_deviations(torch.tensor([[3.0, 4, 0, 0]]), label)
+    away = compute_deviations(bases, torch.tensor([[3.0, 4, 0, 0]]), label)
     assert float(away["cosine"]) == pytest.approx(1.0)
     assert float(away["rank"]) == 2
 

@@ -1,0 +1,152 @@
+"""Low-rank adapters of PEFT's own making on the layers a plan trains, and the plan that follows: only adapters move.
+
+`peft` is an optional package, imported here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerplan.artifacts import write_json
+from layerplan.config.finetune import LoraOptions
+from layerplan.errors import ModelError, first_line
+from layerplan.models.causal_lm import find_decoder_parts
+from layerplan.models.freezing import AppliedPlan
+from layerplan.models.ref import ModelRef
+from layerplan.plan.layer_profile import ModelIdentity
+from layerplan.run_folder import ADAPTER_BASE_NAME
+
+CONFIG_FILE = "adapter_config.json"
+WRAPPING = "base_model.model."
+"""What PEFT puts before a model's own names."""
+
+
+def check_peft() -> None:
+    """Raises `ModelError` when PEFT is not installed."""
+    _import_peft()
+
+
+def inject_adapters(causal_lm: nn.Module, layers: Sequence[int], options: LoraOptions, *, seed: int) -> AppliedPlan:
+    """Puts an adapter beside every linear map of some decoder layers; nothing else of the model trains from then on.
+
+    Args:
+        causal_lm: The model; changed in place.
+        layers: Indices of the decoder layers.
+        options: Rank, scale and dropout.
+        seed: Of the adapters' first values, the same on every rank.
+
+    Raises:
+        ModelError: When PEFT is missing or refuses, or a layer has no linear map.
+    """
+    peft = _import_peft()
+    config = make_lora_config(causal_lm, layers, options)
+    torch.manual_seed(seed)
+    try:
+        peft.inject_adapter_in_model(config, causal_lm)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ModelError(f"{type(causal_lm).__name__}: PEFT cannot adapt it ({error})") from None
+    trainable: set[str] = set()
+    frozen: set[str] = set()
+    for name, parameter in causal_lm.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        (trainable if parameter.requires_grad else frozen).add(name)
+    return AppliedPlan(frozenset(trainable), frozenset(frozen))
+
+
+def make_lora_config(causal_lm: nn.Module, layers: Iterable[int], options: LoraOptions) -> Any:
+    """PEFT's config for every linear map of some decoder layers, by their full names."""
+    parts = find_decoder_parts(causal_lm)
+    prefixes = tuple(f"{parts.layers_path}.{index}." for index in layers)
+    targets = [
+        name
+        for name, module in causal_lm.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(prefixes)
+    ]
+    if not targets:
+        raise ModelError(
+            f"{type(causal_lm).__name__}: its layers have no linear map that an adapter could stand beside"
+        )
+    return _import_peft().LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=targets,
+        bias="none",
+    )
+
+
+@torch.no_grad()
+def wrap_adapters(
+    causal_lm: nn.Module, layers: Sequence[int], options: LoraOptions, tensors: dict[str, Tensor] | None = None
+) -> Any:
+    """The model as PEFT's own class, its adapters at the given values, named as in the model itself."""
+    wrapped = _import_peft().get_peft_model(causal_lm, make_lora_config(causal_lm, layers, options))
+    if tensors is not None:
+        named = {name.removeprefix(WRAPPING): value for name, value in wrapped.named_parameters()}
+        for name, value in tensors.items():
+            named[name].copy_(value)
+    return wrapped
+
+
+def list_adapter_tensors(wrapped: Any) -> dict[str, Tensor]:
+    """Adapters of a wrapped model by the names they have in the model itself."""
+    return {name.removeprefix(WRAPPING): value for name, value in wrapped.named_parameters() if "lora_" in name}
+
+
+def save_adapter(wrapped: Any, folder: Path, base: ModelRef, identity: ModelIdentity) -> None:
+    """Writes PEFT's own folder, and beside it which base the adapter belongs to."""
+    wrapped.peft_config["default"].base_model_name_or_path = base.name
+    wrapped.save_pretrained(str(folder))
+    write_json(folder / ADAPTER_BASE_NAME, identity.model_dump(mode="json"))
+
+
+def check_adapter(folder: Path, base: ModelRef) -> None:
+    """Raises `ModelError` for a folder that is no adapter of PEFT, or one that was trained on another base."""
+    if not (folder / CONFIG_FILE).exists():
+        raise ModelError(f"{folder}: no {CONFIG_FILE}; a folder in PEFT's format is expected")
+    if not (folder / ADAPTER_BASE_NAME).exists():
+        return
+    made_for = ModelIdentity.model_validate_json((folder / ADAPTER_BASE_NAME).read_text(encoding="utf-8"))
+    given = base.identity()
+    told = (made_for.weights_sha256, made_for.model_type, made_for.num_layers)
+    if told != (given.weights_sha256, given.model_type, given.num_layers):
+        raise ModelError(
+            f"{folder}: the adapter belongs to {made_for.name} (weights {str(made_for.weights_sha256)[:12]}), not to"
+            f" {base} (weights {str(given.weights_sha256)[:12]})"
+        )
+
+
+def read_adapter(folder: Path, base: ModelRef) -> Any:
+    """The base with an adapter, as PEFT's own class; raises `ModelError` when the two do not fit together."""
+    peft = _import_peft()
+    try:
+        return peft.PeftModel.from_pretrained(base.load(), str(folder))
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder}: does not fit {base} ({first_line(error)})") from None
+
+
+@torch.no_grad()
+def compute_merged(wrapped: Any) -> dict[str, Tensor]:
+    """The adapted matrices with their adapters added, float32, by the names they have in the base."""
+    merged = {}
+    for name, module in wrapped.named_modules():
+        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer"):
+            delta = module.get_delta_weight("default").float()
+            merged[name.removeprefix(WRAPPING) + ".weight"] = module.base_layer.weight.float() + delta
+    return merged
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelError(
+            f"finetune.update=lora: needs the package peft ({error}); install it, or use update: full"
+        ) from None
+    return peft

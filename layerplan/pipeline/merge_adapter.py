@@ -1,0 +1,39 @@
+"""An adapter merged into its base on request: a model folder that `transformers` and vLLM open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from layerplan.errors import ModelError
+from layerplan.models.ref import ModelRef
+
+
+def merge_adapter(adapter: Path, base: ModelRef, out_dir: Path) -> None:
+    """Writes the base's own files with the adapter added to the matrices it stands beside.
+
+    Args:
+        adapter: Folder in PEFT's format.
+        base: The model it belongs to.
+        out_dir: Folder that is made.
+
+    Raises:
+        ModelError: When the folder is no adapter, or one for another base, or `out_dir` exists.
+    """
+    from layerplan.aside import writing_folder_aside
+    from layerplan.checkpoint.export_weights import sort_base_weights, write_weights
+    from layerplan.checkpoint.hf_export import copy_companions
+    from layerplan.models.adapters import check_adapter, compute_merged, read_adapter
+
+    if out_dir.exists():
+        raise ModelError(f"{out_dir}: exists already; name a folder that does not")
+    check_adapter(adapter, base)
+    merged = compute_merged(read_adapter(adapter, base))
+    model = base.load()
+    source = base.folder(with_weights=True)
+    parameters = dict(model.named_parameters())
+    weights = sort_base_weights(model, source, set(merged), as_float32=False)
+    for name, value in merged.items():
+        parameters[name].data.copy_(value)
+    with writing_folder_aside(out_dir) as folder:
+        write_weights(weights, model, dict(parameters), folder)
+        copy_companions(source, folder)

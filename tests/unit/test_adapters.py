@@ -1,0 +1,116 @@
+"""Adapters against PEFT's own model: forward, backward, and the folder it saves and reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from layerplan.config.finetune import LoraOptions
+from layerplan.errors import ModelError
+from layerplan.models.adapters import (
+    WRAPPING,
+    compute_merged,
+    inject_adapters,
+    list_adapter_tensors,
+    save_adapter,
+    wrap_adapters,
+)
+from layerplan.models.freezing import check_gradient_coverage
+from layerplan.models.ref import ModelRef
+from layerplan.pipeline.merge_adapter import merge_adapter
+from layerplan.plan.layer_profile import ModelIdentity
+from layerplan.train.label_step import LabelLossModel, make_label_batches
+from layerplan.train.request import LabelOptions
+from layerplan.train.step import accumulate_gradients
+from tests.qwen3 import build_tiny_qwen3
+from tests.tiny_labels import draw
+
+peft = pytest.importorskip("peft")
+OPTIONS = LoraOptions(rank=2, alpha=6)
+IDS = torch.arange(8)[None]
+
+
+def shake(named: dict[str, nn.Parameter]) -> None:
+    """Adapters begin as nothing: B is zero. Drawn by name, so that two models get the same ones."""
+    with torch.no_grad():
+        for name, value in sorted(named.items()):
+            generator = torch.Generator().manual_seed(sum(name.encode()))
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+
+
+def adapters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name.removeprefix(WRAPPING): each for name, each in model.named_parameters() if "lora_" in name}
+
+
+def build_plain() -> nn.Module:
+    """PEFT's own model with a config written by hand, on the last two of three layers."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=2, lora_alpha=6, target_modules=names, layers_to_transform=[1, 2], bias="none"
+    )
+    return peft.get_peft_model(build_tiny_qwen3(), config)
+
+
+def test_forward_and_backward_are_those_of_pefts_own_model() -> None:
+    plain, ours = build_plain(), build_tiny_qwen3()
+    applied = inject_adapters(ours, [1, 2], OPTIONS, seed=0)
+    assert applied.trainable == set(adapters_of(plain)) and len(applied.trainable) == 2 * 7 * 2
+    for model in (plain, ours):
+        shake(adapters_of(model))
+    with torch.no_grad():
+        assert torch.equal(plain(IDS).logits, ours(IDS).logits)
+    model = LabelLossModel(ours, options=LabelOptions())
+    rows = draw([1, 1])
+    accumulate_gradients(model, make_label_batches(rows, 1, torch.device("cpu")), 1.0)
+    check_gradient_coverage(model, applied)
+    for row in range(2):
+        ids = torch.from_numpy(rows.input_ids[row][rows.document_ids[row] >= 0]).long()
+        nn.functional.cross_entropy(plain(ids[None, :-1]).logits[0, -1:], ids[-1:]).backward()
+    for name, value in adapters_of(plain).items():
+        assert value.grad is not None
+        assert torch.allclose(value.grad, dict(ours.named_parameters())[name].grad, atol=1e-6)
+
+
+def test_a_start_layer_leaves_the_adapters_below_it_alone() -> None:
+    ours = build_tiny_qwen3()
+    inject_adapters(ours, [0, 1, 2], OPTIONS, seed=0)
+    model = LabelLossModel(ours, options=LabelOptions())
+    accumulate_gradients(model, make_label_batches(draw([2]), 1, torch.device("cpu")), 1.0)
+    moved = {name.split(".layers.")[1][0] for name, value in model.named_parameters() if value.grad is not None}
+    assert moved == {"2"}
+
+
+def test_the_saved_folder_is_one_that_peft_reads_and_the_merged_matrices_are_its_own(tmp_path: Path) -> None:
+    values = dict(adapters_of(build_plain()))
+    shake(values)
+    wrapped = wrap_adapters(build_tiny_qwen3(), [1, 2], OPTIONS, {name: each.data for name, each in values.items()})
+    identity = ModelIdentity(name="tiny", model_type="qwen3", num_layers=3)
+    save_adapter(wrapped, tmp_path / "adapter", ModelRef("some/base"), identity)
+    loaded = peft.PeftModel.from_pretrained(build_tiny_qwen3(), tmp_path / "adapter")
+    assert all(torch.equal(value, values[name]) for name, value in list_adapter_tensors(loaded).items())
+    merged = dict(loaded.merge_and_unload().named_parameters())
+    found = compute_merged(wrapped)
+    assert len(found) == 14 and all(torch.allclose(value, merged[name], atol=1e-7) for name, value in found.items())
+
+
+def test_an_adapter_is_merged_into_its_own_base_and_refused_by_another(tmp_path: Path) -> None:
+    base, other = tmp_path / "base", tmp_path / "other"
+    build_tiny_qwen3().save_pretrained(base)
+    build_tiny_qwen3(num_hidden_layers=4).save_pretrained(other)
+    values = dict(adapters_of(build_plain()))
+    shake(values)
+    wrapped = wrap_adapters(build_tiny_qwen3(), [1, 2], OPTIONS, {name: each.data for name, each in values.items()})
+    save_adapter(wrapped, tmp_path / "adapter", ModelRef(str(base)), ModelRef(str(base)).identity())
+    merge_adapter(tmp_path / "adapter", ModelRef(str(base)), tmp_path / "merged")
+    with torch.no_grad():
+        found = ModelRef(str(tmp_path / "merged")).load()(IDS).logits
+        assert torch.allclose(found, wrapped(IDS).logits, atol=1e-5)
+    with pytest.raises(ModelError, match=r"the adapter belongs to .*base \(weights .*\), not to .*other") as told:
+        merge_adapter(tmp_path / "adapter", ModelRef(str(other)), tmp_path / "wrong")
+    assert "\n" not in str(told.value) and not (tmp_path / "wrong").exists()
+    (tmp_path / "adapter" / "adapter_base.json").unlink()
+    with pytest.raises(ModelError, match=r"no adapter_config\.json"):
+        merge_adapter(base, ModelRef(str(base)), tmp_path / "wrong")
