@@ -105,12 +105,12 @@ def render(found: dict[int, Rates]) -> str:
         for cores in CORES
     )
     return (
-        f"## Threads that write shards\n\n{render_machine('pyarrow', 'numpy')}\n\n"
+        f"# The ordered end of a build: threads that write shards\n\n{render_machine('pyarrow', 'numpy')}\n\n"
         "Same sha256 of every shard in every row.\n\n"
         "| writing threads | packing thread, CPU ns per token | writing threads, CPU ns per token |"
         f" packing thread alone, million tokens/s |\n|---|---|---|---|\n{rows}\n\n"
-        f"Computed from these rates and from those above, not measured: million tokens/s of a build with {most} writing"
-        " threads, Ray's share of the driver as measured above.\n\n"
+        "Computed from these rates and from those of [corpus.md](corpus.md), not measured: million tokens/s of a build with"
+        f" {most} writing threads, Ray's share of the driver as measured there.\n\n"
         f"| cores | the packing thread writes, too | threads write |\n|---|---|---|\n{paces}\n"
     )
 
@@ -119,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=20_000_000)
     parser.add_argument("--writers", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--out", type=Path, help="append the results to this Markdown file")
+    parser.add_argument("--out", type=Path, help="Markdown file for the result")
     args = parser.parse_args()
     records, found, hashes = make_records(args.tokens), {}, []
     for count in args.writers:
@@ -130,8 +130,7 @@ def main() -> None:
     text = render(found)
     print(text)
     if args.out is not None:
-        with args.out.open("a", encoding="utf-8") as handle:
-            handle.write("\n" + text)
+        args.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
