@@ -34,6 +34,7 @@ class BuildJournal:
 
     def __init__(self, store: Path, identity: str, joining: str = "") -> None:
         self._path = store / JOURNAL_NAME
+        self._is_broken = False
         self._waiting: set[bytes] = set()
         self._keys: deque[list[bytes]] = deque([[]])
         self._connection = _connect(self._path)
@@ -89,6 +90,9 @@ class BuildJournal:
 
     def commit(self, state: Mapping[str, Any], rows: Mapping[str, Iterable[RawRow]]) -> None:
         """Makes permanent what came before the oldest mark, or everything when nothing is marked."""
+        if self._is_broken:
+            raise sqlite3.OperationalError("an earlier commit failed")
+        self._is_broken = True  # SQLite may end a transaction that fails: what follows would be permanent one by one
         keys = self._keys.popleft()
         if not self._keys:
             self.mark()
@@ -98,6 +102,7 @@ class BuildJournal:
         self._write("rows", _dump_rows(rows))
         self._connection.execute("COMMIT")
         self._connection.execute("BEGIN IMMEDIATE")
+        self._is_broken = False
 
     def close(self) -> None:
         """Drops what was not committed and lets another build in."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -277,6 +278,22 @@ def test_keys_of_documents_after_a_mark_wait_for_their_own_commit(tmp_path: Path
     journal.close()
     again = BuildJournal(tmp_path, "a build")
     assert not again.add_key(b"one") and again.add_key(b"two")
+    again.close()
+
+
+def test_after_a_commit_that_failed_nothing_more_is_committed(tmp_path: Path):
+    """SQLite ends a transaction that meets a full disk; statements after it would be permanent one by one."""
+    journal = BuildJournal(tmp_path, "a build")
+    journal.commit({"unit": 1}, {})
+    journal._connection.execute("PRAGMA max_page_count=8")
+    row = RawRow(np.arange(100_000, dtype=np.int32), np.zeros(1, dtype=np.int32), 100_000)
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        journal.commit({"unit": 2}, {"pending": [row]})
+    with pytest.raises(sqlite3.OperationalError, match="an earlier commit failed"):
+        journal.commit({"unit": 3}, {})
+    journal.close()
+    again = BuildJournal(tmp_path, "a build")
+    assert again.load() == ({"unit": 1}, {})
     again.close()
 
 
