@@ -146,8 +146,8 @@ class OneProcessBuild:
         return tokens
 
     def close(self) -> None:
-        assert self._writer.state.shards, "no shard was written while the clock ran"
         self._writer.close()
+        assert self._writer.state.shards, "no shard was written while the clock ran"
         self._journal.close()
 
 

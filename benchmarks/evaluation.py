@@ -1,13 +1,13 @@
 """C-Eval and CMMLU by letter log-probabilities: this project against lm-evaluation-harness, question for question.
 
     LAYERPLAN_DATA=... python benchmarks/evaluation.py --harness PYTHON [--vocab-size 32000] [--out FILE.md]
-    LAYERPLAN_DATA=... python benchmarks/evaluation.py --harness PYTHON --model FOLDER --max-questions 1
+    LAYERPLAN_DATA=... python benchmarks/evaluation.py --harness PYTHON --model FOLDER --few-shot 5 --every 10 --subjects-every 15
 
-`PYTHON` is an interpreter that has lm_eval 0.4.13. Both sides score all 12,928 questions, or the first of each subject,
-with one model built from a seed (4 layers, 128 wide) or a pre-trained one in a folder, each in a process of its own with
-one thread; a process's CPU seconds include its imports and the loading of the model. Asserted: equal prompts, equal
-predictions on every question. Printed: the ratio of CPU seconds and the share of padding. The peer runs between two runs
-of ours.
+`PYTHON` is an interpreter that has lm_eval 0.4.13. Both sides score all 12,928 questions, or some of each subject and some
+subjects, with one model built from a seed (4 layers, 128 wide) or a pre-trained one in a folder, each in a process of its
+own with one thread; a process's CPU seconds include its imports and the loading of the model. Asserted: equal prompts, equal
+predictions on every question. Printed: the ratio of CPU seconds, the tokens that went through our model, and the fewest that
+could: what a subject's prompts share once, and each prompt's own. The peer runs between two runs of ours.
 """
 
 from __future__ import annotations
@@ -20,10 +20,17 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from machine import ROOT, render_machine
+
+from eval.items import Benchmark, Question, load_benchmark
+from layerplan.config.evaluation import BenchmarkConfig
 
 SPLITS = {"ceval": "val", "cmmlu": "test"}
 POSITIONS = 4096
@@ -53,7 +60,21 @@ def build_model(folder: Path, data: Path, vocab_size: int) -> None:
     build_scratch_model(config, tokenizer, folder, seed=7)
 
 
-def write_harness_data(data: Path, out: Path, max_questions: int | None) -> None:
+class Part(NamedTuple):
+    """Which questions are asked."""
+
+    max_questions: int | None
+    """The first so many of each subject, if not all."""
+    every: int
+    """Of those every so many-th."""
+    subjects_every: int
+    """Of every so many-th subject of each benchmark."""
+
+    def take(self, items: Sequence[Any]) -> Sequence[Any]:
+        return items[: self.max_questions : self.every]
+
+
+def write_harness_data(data: Path, out: Path, part: Part) -> None:
     """The same questions as JSON lines under the column names of the harness's tasks."""
     for benchmark, split in SPLITS.items():
         names = {"question": "question", "answer": "answer"}
@@ -61,44 +82,50 @@ def write_harness_data(data: Path, out: Path, max_questions: int | None) -> None
             names = {"question": "Question", "answer": "Answer"}
         for kind in (split, "dev"):
             (out / benchmark / kind).mkdir(parents=True, exist_ok=True)
-            for path in sorted((data / benchmark / kind).glob("*.csv")):
+            for path in sorted((data / benchmark / kind).glob("*.csv"))[:: part.subjects_every]:
                 with path.open(encoding="utf-8", newline="") as handle:
-                    rows = list(csv.DictReader(handle))[: max_questions if kind == split else None]
+                    rows: Sequence[dict[str, str]] = list(csv.DictReader(handle))
+                rows = part.take(rows) if kind == split else rows
                 renamed = [{names.get(key, key): row[key] for key in (*"ABCD", *names)} for row in rows]
                 lines = [json.dumps(row, ensure_ascii=False) for row in renamed]
                 (out / benchmark / kind / f"{path.stem}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def score_ours(model: str, data: Path, out: Path, few_shot: int, max_questions: int | None) -> None:
+def choose_questions(benchmark: Benchmark, part: Part) -> Benchmark:
+    """The part of a benchmark."""
+    questions: list[Question] = []
+    for subject in benchmark.subjects[:: part.subjects_every]:
+        questions += part.take([item for item in benchmark.questions if item.subject == subject])
+    return replace(benchmark, questions=tuple(questions))
+
+
+def score_ours(model: str, data: Path, out: Path, few_shot: int, part: Part) -> None:
     """Our half, in this process: what an engine actor does, without a cluster around it."""
     import torch
 
     from eval.encoding import encode_prompts, find_answer_tokens
     from eval.engine import EngineSpec
-    from eval.items import load_benchmark
-    from eval.logits import MAX_BATCH_TOKENS, iter_equal_lengths
-    from eval.open_engine import open_engine
+    from eval.logits import TransformersEngine
     from eval.prompts import TEMPLATES, format_prompts
     from eval.scoring import pick_letter
-    from layerplan.config.evaluation import BenchmarkConfig
     from layerplan.models.causal_lm import load_tokenizer
     from layerplan.models.ref import ModelRef
 
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(model)
-    benchmarks = [
-        load_benchmark(
-            BenchmarkConfig(name=name, path=str(data / name), max_questions=max_questions), num_few_shot=few_shot
-        )
-        for name in SPLITS
+    whole = [
+        load_benchmark(BenchmarkConfig(name=name, path=str(data / name)), num_few_shot=few_shot) for name in SPLITS
     ]
+    benchmarks = [choose_questions(benchmark, part) for benchmark in whole]
     prompts = [prompt for benchmark in benchmarks for prompt in format_prompts(benchmark, style="lm_eval")]
     template = TEMPLATES["lm_eval", "ceval"]
     tokens = find_answer_tokens(tokenizer, model, cue="\n" + template.cue, prefix=template.answer_prefix)
     encoded = encode_prompts(tokenizer, prompts, add_special_tokens=True, control_tokens="token")
     ids = [[*found, *tokens.appended] for found in encoded]
-    spec = EngineSpec(ModelRef(model), "transformers", "float32", 0, tokens.letters, POSITIONS)
-    answers = open_engine(spec).ask(ids, [1] * len(ids))
+    engine = TransformersEngine(EngineSpec(ModelRef(model), "transformers", "float32", 0, tokens.letters, POSITIONS))
+    started = time.process_time()
+    answers = engine.ask(ids, [1] * len(ids))
+    asking_s = time.process_time() - started
     questions = [question for benchmark in benchmarks for question in benchmark.questions]
     with out.open("w", encoding="utf-8") as handle:
         for question, prompt, answer in zip(questions, prompts, answers, strict=True):
@@ -106,10 +133,22 @@ def score_ours(model: str, data: Path, out: Path, few_shot: int, max_questions: 
             handle.write(
                 json.dumps(line | {"predicted": pick_letter(answer.letter_logprobs)}, ensure_ascii=False) + "\n"
             )
-    batches = list(iter_equal_lengths(ids, [1] * len(ids), max_tokens=MAX_BATCH_TOKENS["cpu"]))
-    computed = sum(len(batch) * max(len(ids[index]) for index in batch) for batch in batches)
-    wanted = sum(map(len, ids))
-    print(json.dumps({"prompt_tokens": wanted, "padding_share": 1 - wanted / computed, "batches": len(batches)}))
+    by_subject: dict[str, list[list[int]]] = defaultdict(list)
+    for question, prompt_ids in zip(questions, ids, strict=True):
+        by_subject[f"{question.category} {question.subject} {question.subject_zh}"].append(prompt_ids)
+    counts = {
+        "prompt_tokens": sum(map(len, ids)),
+        "computed_tokens": engine.reader.tokens_computed,
+        "fewest_tokens": sum(map(count_fewest, by_subject.values())),
+        "asking_s": asking_s,
+    }
+    print(json.dumps(counts))
+
+
+def count_fewest(prompts: Sequence[list[int]]) -> int:
+    """Tokens of a subject's prompts when what all of them share is counted once."""
+    shared = next((at for at, column in enumerate(zip(*prompts)) if len(set(column)) > 1), min(map(len, prompts)))
+    return shared + sum(len(ids) - shared for ids in prompts)
 
 
 def run_measured(command: list[str], env: dict[str, str]) -> tuple[float, str]:
@@ -156,6 +195,7 @@ def record(path: Path, harness: Path, ours: Path, model: Path, args: argparse.Na
         f"{a['benchmark']}/{b['id']}": {"predicted": a["predicted"], "logprobs": [round(x, 6) for x in a["logprobs"]]}
         for a, b in zip(theirs, mine, strict=True)
     }
+    assert (args.every, args.subjects_every) == (1, 1), "the test knows max_questions only"
     values = {"lm_eval": harness_version(args), "max_questions": args.max_questions}
     values |= {"weights_sha256": hash_weight_files(model), "answers": answers}
     path.write_text(json.dumps(values, separators=(",", ":")).replace('},"', '},\n"') + "\n", encoding="utf-8")
@@ -173,17 +213,19 @@ def describe(args: argparse.Namespace, found: dict[str, float], cpu_s: dict[str,
     which = "--model FOLDER" if args.model else f"--vocab-size {args.vocab_size}"
     command = f"python benchmarks/evaluation.py --harness PYTHON {which}"
     command += f" --few-shot {args.few_shot}" if args.few_shot else ""
-    command += f" --max-questions {args.max_questions}" if args.max_questions else ""
+    command += "".join(f" {word}" for word in name_part(args))
     rows = [
         ("questions", f"{found['questions']:,}"),
         ("prompts that differ", found["prompts_differ"]),
         ("predictions that differ", found["predictions_differ"]),
         ("largest difference of a log-likelihood, relative to A's", f"{found['largest_difference']:.2g}"),
         ("CPU s, ours", ", ".join(f"{value:.1f}" for value in cpu_s["ours"])),
-        (f"CPU s, lm-evaluation-harness {peer}, batch size 32", f"{cpu_s['harness'][0]:.1f}"),
+        (f"CPU s, lm-evaluation-harness {peer}, batch size {args.batch_size}", f"{cpu_s['harness'][0]:.1f}"),
         ("ratio", f"{ratio:.3f}"),
-        ("prompt tokens", f"{stats['prompt_tokens']:,} in {stats['batches']:,} forward passes"),
-        ("padding", f"{stats['padding_share']:.1%}"),
+        ("of ours, asking alone, in the last run", f"{stats['asking_s']:.1f}"),
+        ("prompt tokens", f"{stats['prompt_tokens']:,}"),
+        ("fewest tokens, a subject's beginning once", f"{stats['fewest_tokens']:,}"),
+        ("tokens through our model, padding and the comparison included", f"{stats['computed_tokens']:,}"),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
@@ -191,6 +233,12 @@ def describe(args: argparse.Namespace, found: dict[str, float], cpu_s: dict[str,
         f"{render_machine('torch', 'transformers', command=command, lm_eval=peer)}\n\n"
         f"One thread each.\n\n| measured | |\n|---|---|\n{table}\n"
     )
+
+
+def name_part(args: argparse.Namespace) -> list[str]:
+    """The options that choose questions, as they are given."""
+    chosen = {"--max-questions": args.max_questions, "--every": args.every, "--subjects-every": args.subjects_every}
+    return [word for name, value in chosen.items() if value not in (None, 1) for word in (name, str(value))]
 
 
 def name_model(args: argparse.Namespace) -> str:
@@ -203,6 +251,9 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--few-shot", type=int, default=0)
     parser.add_argument("--max-questions", type=int, help="first so many of each subject")
+    parser.add_argument("--every", type=int, default=1, help="every so many-th question of each subject")
+    parser.add_argument("--subjects-every", type=int, default=1, help="every so many-th subject of each benchmark")
+    parser.add_argument("--batch-size", type=int, default=32, help="of the harness, whose logits are of every position")
     parser.add_argument("--out", type=Path, help="Markdown file for the result")
     parser.add_argument("--model", type=Path, help="score this model instead of building one")
     parser.add_argument("--record", type=Path, help="file for the harness's answers, which a test compares with")
@@ -210,22 +261,24 @@ def main() -> None:
     parser.add_argument("--ours", nargs=2, metavar=("MODEL", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     data = Path(os.environ["LAYERPLAN_DATA"])
+    part = Part(args.max_questions, args.every, args.subjects_every)
     if args.ours:
-        score_ours(args.ours[0], data, Path(args.ours[1]), args.few_shot, args.max_questions)
+        score_ours(args.ours[0], data, Path(args.ours[1]), args.few_shot, part)
         return
     with tempfile.TemporaryDirectory() as scratch:
         work = args.keep or Path(scratch)
         model = args.model or work / "model"
         if not (model / "model.safetensors").exists():
             build_model(model, data, args.vocab_size)
-        write_harness_data(data, work / "data", args.max_questions)
+        write_harness_data(data, work / "data", part)
         env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         env |= {"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(work / "hf")}
         options = ["--few-shot", str(args.few_shot)]
         ours = [sys.executable, __file__, "--ours", str(model), str(work / "ours.jsonl"), *options]
-        ours += ["--max-questions", str(args.max_questions)] if args.max_questions else []
+        ours += name_part(args)
         peer = [args.harness, str(ROOT / "benchmarks/evaluation_harness.py"), "--model", str(model), *options]
         peer += ["--data", str(work / "data"), "--out", str(work / "harness.jsonl")]
+        peer += ["--batch-size", str(args.batch_size)]
         cpu_s: dict[str, list[float]] = {"ours": [], "harness": []}
         for side in ("ours", "harness", "ours"):
             path = str(ROOT) if side == "ours" else ""

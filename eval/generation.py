@@ -1,8 +1,9 @@
 """vLLM as the engine of both protocols: one pass gives the letters' log-probabilities and the generated answer.
 
 Beside the hybrid's own model (`layerplan/models/hybrid/vllm_model.py`) the only module that imports vllm. On a CPU the
-engine runs in float32 and in this process, which starts much faster
-than with a process of its own. Prompts of one subject begin alike; vLLM keeps that beginning (prefix caching).
+engine runs in float32 and in this process, which starts much faster than with a process of its own. Prompts of one subject
+begin alike; vLLM keeps that beginning (prefix caching) where the model says that it may: what it carries from token to
+token is keys and values alone, and no state.
 """
 
 from __future__ import annotations
@@ -45,29 +46,28 @@ class VllmEngine:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from vllm import LLM
+        from vllm import LLM, EngineArgs
 
         is_hybrid = spec.model.config()["model_type"] == HYBRID_TYPE
         if is_hybrid:
             register_hybrid()
         on_cpu = spec.num_gpus <= 0
         dtype = ("float32" if on_cpu else "bfloat16") if spec.dtype == "auto" else spec.dtype
-        options: dict[str, Any] = {"enable_prefix_caching": True}
+        options: dict[str, Any] = {
+            "model": spec.model.name,
+            "revision": spec.model.revision,
+            "trust_remote_code": spec.model.trust_remote_code,
+            "dtype": dtype,
+            "seed": 0,
+            "max_model_len": spec.max_length,
+            "disable_log_stats": True,
+        }
         options |= {"enforce_eager": True} if on_cpu else {"tensor_parallel_size": max(1, int(spec.num_gpus))}
-        if is_hybrid:  # a state cannot be begun in the middle, and sums up too much for fewer bits
-            options |= {"enable_prefix_caching": False, "mamba_ssm_cache_dtype": "float32"}
+        if is_hybrid:  # a state sums up too much for fewer bits
+            options |= {"mamba_ssm_cache_dtype": "float32"}
         try:
-            self._engine = LLM(
-                model=spec.model.name,
-                revision=spec.model.revision,
-                trust_remote_code=spec.model.trust_remote_code,
-                dtype=dtype,
-                seed=0,
-                max_model_len=spec.max_length,
-                disable_log_stats=True,
-                use_tqdm_on_load=sys.stderr.isatty(),
-                **options,
-            )
+            shares = not is_hybrid and may_keep_beginnings(EngineArgs(**options).create_model_config())
+            self._engine = LLM(**options, enable_prefix_caching=shares, use_tqdm_on_load=sys.stderr.isatty())
         except Exception as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise EvaluationError(
@@ -99,3 +99,11 @@ class VllmEngine:
         # decoded as the other engine does: vLLM's own incremental text holds back bytes that end no character
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
         return EngineAnswer(tuple(float(first[token].logprob) for token in self._letter_ids), ids, text)
+
+
+def may_keep_beginnings(config: Any) -> bool:
+    """Whether vLLM's config of a model allows prefix caching, and its class carries no state beside keys and values.
+
+    For layers with a state (Mamba and the like) vLLM keeps snapshots at block ends, which it calls experimental.
+    """
+    return bool(config.is_prefix_caching_supported) and not config.has_inner_state

@@ -17,6 +17,7 @@ from typing import Any
 
 from eval.engine import EngineAnswer, EngineSpec
 from eval.open_engine import open_engine
+from eval.shared_prefix import group_by_prefix
 from layerplan.actor_pool import MAX_RESTARTS, ActorPool, map_over_actors
 from layerplan.artifacts import compute_sha256, write_text
 from layerplan.config.evaluation import EvaluationConfig
@@ -201,7 +202,11 @@ def _find_cache_bytes(backend: str) -> float:
 
 
 def _order(asks: Sequence[Ask], backend: str) -> list[int]:
-    """VLLM gets prompts as they come, those of a subject together; transformers gets equal lengths together."""
+    """VLLM gets prompts as they come, those of a subject together; transformers those that begin alike, or are equally long."""
     if backend == "vllm":
         return list(range(len(asks)))
-    return sorted(range(len(asks)), key=lambda index: (asks[index].max_new_tokens, len(asks[index].ids), index))
+    read = [index for index, ask in enumerate(asks) if ask.max_new_tokens == 1]
+    groups = group_by_prefix([asks[index].ids for index in read], min_saved=1)
+    continued = [index for index, ask in enumerate(asks) if ask.max_new_tokens > 1]
+    by_length = sorted(continued, key=lambda index: (asks[index].max_new_tokens, len(asks[index].ids), index))
+    return [read[member] for group in groups for member in group.members] + by_length

@@ -113,6 +113,9 @@ class CorpusConfig(StrictModel):
     do not depend on it."""
     num_cpus_per_worker: float = Field(default=0.5, ge=0)
     """CPU share each actor reserves on Ray."""
+    num_writers: int = Field(default=2, ge=1, le=64)
+    """Threads that compress and write shards beside the one that packs them. The store's bytes do not depend on it; each
+    holds a shard in memory."""
 
     @field_validator("upload_to")
     @classmethod

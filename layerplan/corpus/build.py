@@ -44,7 +44,15 @@ WORKERS_PER_INPUT_BYTES = 32 * 2**20
 """One actor per so much input at most; more would wait longer for their start than they work."""
 ITEMS_PER_PIPELINE = 1024
 """Items of up to `UNIT_BYTES` each that one Ray Data pipeline takes; a build is a row of pipelines."""
-NOT_CONTENT = {"store", "upload_to", "tokenizer_library", "num_workers", "num_cpus_per_worker", "max_bad_fraction"}
+NOT_CONTENT = {
+    "store",
+    "upload_to",
+    "tokenizer_library",
+    "num_workers",
+    "num_cpus_per_worker",
+    "num_writers",
+    "max_bad_fraction",
+}
 """Fields that do not change the rows."""
 JOINING = {"end_of_text", "begin_token", "control_tokens"}
 """Fields that do, by what they mean for the tokenizer at hand; the manifest says that itself."""
@@ -114,11 +122,11 @@ def build_token_store(
             seed=seed,
             upload=upload,
         )
-        if writer.resumed:
-            report(f"goes on after {len(writer.state.shards)} shards and {writer.counts['in']:,} documents")
-        _consume(config, units, writer, lambda rest: iter_records(config, rest, facts.json_text, questions), report)
-        manifest = _finish(config, store, writer, joining, config_sha256, held_out_sha256, questions)
-        writer.close()
+        with closing(writer):
+            if writer.resumed:
+                report(f"goes on after {len(writer.state.shards)} shards and {writer.counts['in']:,} documents")
+            _consume(config, units, writer, lambda rest: iter_records(config, rest, facts.json_text, questions), report)
+            manifest = _finish(config, store, writer, joining, config_sha256, held_out_sha256, questions)
         write_manifest(store, manifest, upload)
         journal.remove()
     finally:

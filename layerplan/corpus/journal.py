@@ -2,7 +2,8 @@
 
 One SQLite file holds the keys of the documents seen, so that de-duplication needs bounded memory whatever the corpus, and
 the state of the writer. Both change in one transaction: a kill at any moment leaves the last commit, and what was
-written to disk after it is written again, byte for byte.
+written to disk after it is written again, byte for byte. The writer is ahead of its commits, since shards are still being
+written: keys wait in memory from where they were marked until that mark is committed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import sqlite3
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,9 @@ class BuildJournal:
 
     def __init__(self, store: Path, identity: str, joining: str = "") -> None:
         self._path = store / JOURNAL_NAME
+        self._is_broken = False
+        self._waiting: set[bytes] = set()
+        self._keys: deque[list[bytes]] = deque([[]])
         self._connection = _connect(self._path)
         try:
             for statement in (
@@ -66,7 +71,17 @@ class BuildJournal:
 
     def add_key(self, key: bytes) -> bool:
         """Notes a document's key; False when it was there before."""
-        return self._connection.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
+        if key in self._waiting:
+            return False
+        if self._connection.execute("SELECT 1 FROM seen WHERE key = ?", (key,)).fetchone() is not None:
+            return False
+        self._waiting.add(key)
+        self._keys[-1].append(key)
+        return True
+
+    def mark(self) -> None:
+        """What comes from here on belongs to a later commit than what came before."""
+        self._keys.append([])
 
     def load(self) -> tuple[dict[str, Any], dict[str, list[RawRow]]] | None:
         """The state and rows of the last commit, or None."""
@@ -74,11 +89,20 @@ class BuildJournal:
         return None if state is None else (json.loads(state), _load_rows(self._read("rows") or b""))
 
     def commit(self, state: Mapping[str, Any], rows: Mapping[str, Iterable[RawRow]]) -> None:
-        """Makes everything since the last commit permanent."""
+        """Makes permanent what came before the oldest mark, or everything when nothing is marked."""
+        if self._is_broken:
+            raise sqlite3.OperationalError("an earlier commit failed")
+        self._is_broken = True  # SQLite may end a transaction that fails: what follows would be permanent one by one
+        keys = self._keys.popleft()
+        if not self._keys:
+            self.mark()
+        self._connection.executemany("INSERT OR IGNORE INTO seen VALUES (?)", ((key,) for key in keys))
+        self._waiting.difference_update(keys)
         self._write("state", json.dumps(state).encode())
         self._write("rows", _dump_rows(rows))
         self._connection.execute("COMMIT")
         self._connection.execute("BEGIN IMMEDIATE")
+        self._is_broken = False
 
     def close(self) -> None:
         """Drops what was not committed and lets another build in."""

@@ -67,8 +67,8 @@ class Packer:
         return self._emit() if self._used else None
 
     def _emit(self) -> RawRow:
-        row = RawRow(self._row.copy(), np.asarray(self._starts, dtype=np.int32), self._used)
-        self._row.fill(self._end_of_text_id)
+        row = RawRow(self._row, np.asarray(self._starts, dtype=np.int32), self._used)
+        self._row = np.full(self._seq_len, self._end_of_text_id, dtype=np.int32)
         self._starts, self._used = [], 0
         return row
 

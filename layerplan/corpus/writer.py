@@ -1,4 +1,8 @@
-"""The ordered end of a build: count every record, drop duplicates, pack what is kept, write full shards as they come."""
+"""The ordered end of a build: count every record, drop duplicates, pack what is kept, have full shards written.
+
+Threads write the shards. What the journal commits is how things stood when a shard's rows were complete, and only once that
+shard and all before it are on disk; meanwhile the writer has gone on.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,10 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,10 +22,12 @@ import pyarrow as pa
 
 from layerplan.aside import PARTIAL_SUFFIX
 from layerplan.config.corpus import CorpusConfig
+from layerplan.corpus.build_state import BuildState, SourceProgress, Standing
 from layerplan.corpus.journal import BuildJournal
 from layerplan.corpus.manifest import Shard, SourceRows
 from layerplan.corpus.outcome import CONTAMINATED, FILTERED, KEPT, QUARANTINED
 from layerplan.corpus.pack import Packer, RawRow, check_ids
+from layerplan.corpus.shard_threads import ShardThreads
 from layerplan.corpus.store import write_rows
 from layerplan.corpus.tokenize import Record
 from layerplan.corpus.upload import StoreUpload
@@ -32,38 +38,6 @@ DUPLICATE = "duplicate"
 VALIDATION_SHARE = 0.05
 """Rows are held out at this rate, from the beginning of each source, until it has given its part."""
 COMMIT_EVERY_S = 30.0
-
-
-@dataclass
-class SourceProgress:
-    """What one source gave so far."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    num_documents: int = 0
-    num_full_rows: int = 0
-    num_rows: int = 0
-    num_tokens: int = 0
-    num_padding_tokens: int = 0
-    num_validation_rows: int = 0
-    num_validation_tokens: int = 0
-    num_control_documents: int = 0
-    num_control_tokens: int = 0
-
-
-@dataclass
-class BuildState:
-    """All of a build that resumes beside rows: where reading goes on, and every number."""
-
-    unit: int = 0
-    """Unit to read next."""
-    skip: int = 0
-    """Its documents that are done."""
-    sources: list[SourceProgress] = field(default_factory=list)
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    lost_bytes: int = 0
-    first_fault: str = ""
-    list_bytes: dict[str, int] = field(default_factory=lambda: {QUARANTINE_NAME: 0, CONTAMINATED_NAME: 0})
-    """Committed length of each list."""
 
 
 class StoreWriter:
@@ -88,6 +62,8 @@ class StoreWriter:
         self._seed = seed
         self._num_ids = num_ids
         self._packer = Packer(config.seq_len, end_of_text_id, begin_ids)
+        self._threads = ShardThreads(config.num_writers)
+        self._standings: deque[Standing] = deque()
         self._rows: list[RawRow] = []
         self.validation: list[RawRow] = []
         self.state = BuildState()
@@ -98,8 +74,9 @@ class StoreWriter:
                 name: _open_list(store / name, length) for name, length in self.state.list_bytes.items()
             }
             self._move_shards(0)
-        self._committed = time.monotonic()
-        self._num_committed_shards = len(self.state.shards)
+        self._noted = time.monotonic()
+        self._num_moved = self._num_noted_shards = self._num_shards = len(self.state.shards)
+        self._num_rows = sum(shard["num_rows"] for shard in self.state.shards)
 
     def add(self, record: Record) -> None:
         """Counts a record and packs it when it is kept.
@@ -110,8 +87,9 @@ class StoreWriter:
         with explain_disk_faults(self._store):
             self._add(record)
             self.state.unit, self.state.skip = record.unit, record.ordinal + 1
-            wrote = len(self.state.shards) > self._num_committed_shards
-            if wrote or time.monotonic() - self._committed > COMMIT_EVERY_S:
+            if self._num_shards > self._num_noted_shards or time.monotonic() - self._noted > COMMIT_EVERY_S:
+                self._note_standing()
+            if self._standings:
                 self._commit()
 
     def finish_source(self, source: int, *, next_unit: int) -> None:
@@ -124,7 +102,8 @@ class StoreWriter:
                 self._add_row(last, source)
             self._flush(everything=True)
             self.state.unit, self.state.skip = next_unit, 0
-            self._commit()
+            self._note_standing()
+            self._commit(everything=True)
 
     def write_validation(self) -> Shard | None:
         """Writes the held-out rows, if there are any, and returns their manifest entry."""
@@ -139,7 +118,10 @@ class StoreWriter:
             )
 
     def close(self) -> None:
-        """Closes the lists."""
+        """Ends the threads and closes the lists; what an error cut short is committed as far as it is on disk."""
+        self._threads.close()
+        with suppress(OSError, pa.ArrowException, sqlite3.Error, CancelledError, CorpusError):
+            self._commit()
         for handle in self._lists.values():
             handle.close()
 
@@ -150,7 +132,7 @@ class StoreWriter:
 
     @property
     def shards(self) -> list[Shard]:
-        """Shards written."""
+        """Shards on disk, with all before them."""
         return [Shard(**fields) for fields in self.state.shards]
 
     def list_sources(self) -> list[SourceRows]:
@@ -239,26 +221,43 @@ class StoreWriter:
         size = self._config.rows_per_group * self._config.groups_per_shard
         while len(self._rows) >= size or (everything and self._rows):
             rows, self._rows = self._rows[:size], self._rows[size:]
-            path = self._store / f"{SHARD_PREFIX}{len(self.state.shards):06d}.parquet"
-            first = sum(shard["num_rows"] for shard in self.state.shards)
-            shard = write_rows(path, rows, first_row_id=first, rows_per_group=self._config.rows_per_group)
-            self.state.shards.append(shard.model_dump())
+            path = self._store / f"{SHARD_PREFIX}{self._num_shards:06d}.parquet"
+            self._threads.submit(path, rows, first_row_id=self._num_rows, rows_per_group=self._config.rows_per_group)
+            self._num_shards += 1
+            self._num_rows += len(rows)
 
-    def _move_shards(self, first: int) -> None:
+    def _move_shards(self, first: int, stop: int | None = None) -> None:
         if self._upload is not None:
-            move_shards(self._store, [shard["name"] for shard in self.state.shards[first:]], self._upload)
+            move_shards(self._store, [shard["name"] for shard in self.state.shards[first:stop]], self._upload)
 
-    def _commit(self) -> None:
+    def _note_standing(self) -> None:
+        """Keeps how things stand after this record; what comes later must not be in the commit."""
         for name, handle in self._lists.items():
             handle.flush()
             self.state.list_bytes[name] = handle.tell()
         open_row = self._packer.open_row
-        rows = {"pending": self._rows, "validation": self.validation, "open": [open_row] if open_row else []}
-        state = vars(self.state) | {"sources": [vars(progress) for progress in self.state.sources]}
-        self._journal.commit(state, rows)
-        self._move_shards(self._num_committed_shards)
-        self._committed = time.monotonic()
-        self._num_committed_shards = len(self.state.shards)
+        rows = {"pending": [*self._rows], "validation": [*self.validation], "open": [open_row] if open_row else []}
+        sources = [vars(progress) | {"counts": dict(progress.counts)} for progress in self.state.sources]
+        state = vars(self.state) | {"sources": sources, "list_bytes": dict(self.state.list_bytes)}
+        self._standings.append(Standing(self._num_shards, state, rows))
+        self._journal.mark()
+        self._noted = time.monotonic()
+        self._num_noted_shards = self._num_shards
+
+    def _commit(self, *, everything: bool = False) -> None:
+        """Commits what is on disk; `everything` waits for the threads."""
+        for shard in self._threads.take(everything=everything):
+            self.state.shards.append(shard.model_dump())
+            self._commit_standings()
+        self._commit_standings()
+
+    def _commit_standings(self) -> None:
+        while self._standings and self._standings[0].num_shards <= len(self.state.shards):
+            standing = self._standings.popleft()
+            shards = self.state.shards[: standing.num_shards]
+            self._journal.commit(standing.state | {"shards": shards}, standing.rows)
+            self._move_shards(self._num_moved, standing.num_shards)
+            self._num_moved = standing.num_shards
 
 
 def check_shards(store: Path, names: Iterable[str], upload: StoreUpload | None) -> None:

@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "measure.num_gpus_per_actor",
     "corpus.num_workers",
     "corpus.num_cpus_per_worker",
+    "corpus.num_writers",
     "corpus.max_bad_fraction",
     "corpus.tokenizer_library",
     "corpus.end_of_text",

@@ -18,6 +18,7 @@ import pytest
 
 from eval.artifacts import load_answers
 from eval.engine import EngineSpec
+from eval.generation import may_keep_beginnings
 from eval.held_out import load_held_out
 from eval.pool import Ask, ask_all
 from eval.runner import evaluate_model
@@ -25,6 +26,8 @@ from layerplan.config.evaluation import EvaluationConfig
 from layerplan.errors import EvaluationError, ModelError
 from layerplan.models.ref import ModelRef
 from layerplan.run_folder import ANSWERS_LEDGER_NAME
+from tests.families import class_name
+from tests.families import make_config as make_family_config
 from tests.model_folders import give_code
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,6 +119,7 @@ import os, ray
 os.environ["LAYERPLAN_CRASH"] = "1"
 from pathlib import Path
 from eval.engine import EngineSpec
+from eval.generation import may_keep_beginnings
 from eval import logits
 from eval.pool import Ask, ask_all
 from layerplan.config.evaluation import EvaluationConfig
@@ -222,3 +226,19 @@ def test_what_cannot_be_scored_is_one_clear_error(ray_local: None, model: str, t
         EvaluationError, match=r"question [a-z_]+/\d+ needs \d+ tokens with its answer, the model has 60"
     ):
         evaluate_model(ModelRef(str(short)), make_config(), tmp_path / "out")
+
+
+def test_vllm_keeps_beginnings_for_models_without_a_state_only(model: str, tmp_path: Path) -> None:
+    """VLLM's own configs of an attention model, of Mamba, and of a hybrid, for which vLLM calls it an experiment."""
+    from vllm import EngineArgs
+
+    folders = {"attention": Path(model)}
+    for name in ("mamba", "jamba"):
+        config = make_family_config(name)
+        config.architectures = [class_name(name)]
+        config.save_pretrained(tmp_path / name)
+        folders[name] = tmp_path / name
+    options = {"dtype": "float32", "max_model_len": 64, "skip_tokenizer_init": True}
+    configs = {name: EngineArgs(model=str(path), **options).create_model_config() for name, path in folders.items()}
+    found = {name: may_keep_beginnings(config) for name, config in configs.items()}
+    assert found == {"attention": True, "mamba": False, "jamba": False}

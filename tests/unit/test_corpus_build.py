@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from layerplan.config.corpus import CorpusConfig, SourceConfig
-from layerplan.corpus import build, readers, sources
+from layerplan.corpus import build, readers, shard_threads, sources
 from layerplan.corpus.build import build_token_store
 from layerplan.corpus.decontamination import BenchmarkText
 from layerplan.corpus.journal import BuildJournal
-from layerplan.corpus.manifest import Manifest
+from layerplan.corpus.manifest import Manifest, Shard
+from layerplan.corpus.pack import RawRow
 from layerplan.corpus.store import StoreReader, load_validation_rows
 from layerplan.errors import CorpusError
 from layerplan.run_folder import JOURNAL_NAME
@@ -200,6 +203,98 @@ def test_a_build_killed_after_any_record_ends_with_the_same_bytes(
         monkeypatch.setattr(build, "iter_records", real)
         build_token_store(config, tokenizer, store, report=lambda line: None)
         assert read_store(store) == whole, patience
+
+
+@pytest.mark.parametrize("num_writers", [1, 2, 5])
+def test_any_number_of_writers_writes_the_same_bytes_however_slow_the_disk_and_whenever_it_is_killed(
+    num_writers: int, tokenizer: Path, two_sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Shards take some records' time, later ones less than earlier ones, so that commits lag behind the packing."""
+    config = make_config(*two_sources, max_bad_fraction=0.5, groups_per_shard=1)
+    build_token_store(config, tokenizer, tmp_path / "whole", report=lambda line: None)
+    whole = read_store(tmp_path / "whole")
+    assert len([name for name in whole if name.startswith("shard")]) > 20
+    config = config.model_copy(update={"num_writers": num_writers})
+    real_write, real_iter = shard_threads.write_rows, build.iter_records
+    in_flight, most = 0, 0
+
+    def write_slowly(path: Path, rows: list[RawRow], **fields: int) -> Shard:
+        nonlocal in_flight, most
+        in_flight += 1
+        most = max(most, in_flight)
+        time.sleep(0.012 if int(path.stem[-1]) % 3 == 0 else 0.001)
+        in_flight -= 1
+        return real_write(path, rows, **fields)
+
+    def killing_iter(*arguments: Any) -> Iterator[Any]:
+        for number, record in enumerate(real_iter(*arguments)):
+            if number == 17:
+                raise Killed
+            yield record
+
+    monkeypatch.setattr(shard_threads, "write_rows", write_slowly)
+    monkeypatch.setattr(build, "iter_records", killing_iter)
+    with pytest.raises(Killed):
+        build_token_store(config, tokenizer, tmp_path / "store", report=lambda line: None)
+    monkeypatch.setattr(build, "iter_records", real_iter)
+    said: list[str] = []
+    build_token_store(config, tokenizer, tmp_path / "store", report=said.append)
+    assert "goes on after" in said[0] and read_store(tmp_path / "store") == whole
+    assert most == min(num_writers, most) and (most > 1) == (num_writers > 1), "they write side by side"
+
+
+def test_a_shard_that_cannot_be_written_ends_the_build_and_those_before_it_are_kept(
+    tokenizer: Path, two_sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The fifth shard fails after the sixth and seventh were written: neither may be taken for it."""
+    config = make_config(*two_sources, max_bad_fraction=0.5, groups_per_shard=1, num_writers=3)
+    build_token_store(config, tokenizer, tmp_path / "whole", report=lambda line: None)
+    real = shard_threads.write_rows
+
+    def refuse_the_fifth(path: Path, rows: list[RawRow], **fields: int) -> Shard:
+        if path.stem.endswith("04"):
+            time.sleep(0.1)
+            raise OSError(28, "No space left on device")
+        return real(path, rows, **fields)
+
+    monkeypatch.setattr(shard_threads, "write_rows", refuse_the_fifth)
+    with pytest.raises(CorpusError, match=r"No space left on device.*every finished shard is kept: make room"):
+        build_token_store(config, tokenizer, tmp_path / "store", report=lambda line: None)
+    monkeypatch.setattr(shard_threads, "write_rows", real)
+    said: list[str] = []
+    build_token_store(config, tokenizer, tmp_path / "store", report=said.append)
+    assert said[0].startswith("goes on after 4 shards")
+    assert read_store(tmp_path / "store") == read_store(tmp_path / "whole")
+
+
+def test_keys_of_documents_after_a_mark_wait_for_their_own_commit(tmp_path: Path):
+    """A build that is killed meets them again, and must not take them for duplicates of themselves."""
+    journal = BuildJournal(tmp_path, "a build")
+    assert journal.add_key(b"one")
+    journal.mark()
+    assert journal.add_key(b"two") and not journal.add_key(b"one") and not journal.add_key(b"two")
+    journal.commit({"unit": 1}, {})
+    assert not journal.add_key(b"one") and not journal.add_key(b"two")
+    journal.close()
+    again = BuildJournal(tmp_path, "a build")
+    assert not again.add_key(b"one") and again.add_key(b"two")
+    again.close()
+
+
+def test_after_a_commit_that_failed_nothing_more_is_committed(tmp_path: Path):
+    """SQLite ends a transaction that meets a full disk; statements after it would be permanent one by one."""
+    journal = BuildJournal(tmp_path, "a build")
+    journal.commit({"unit": 1}, {})
+    journal._connection.execute("PRAGMA max_page_count=8")
+    row = RawRow(np.arange(100_000, dtype=np.int32), np.zeros(1, dtype=np.int32), 100_000)
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        journal.commit({"unit": 2}, {"pending": [row]})
+    with pytest.raises(sqlite3.OperationalError, match="an earlier commit failed"):
+        journal.commit({"unit": 3}, {})
+    journal.close()
+    again = BuildJournal(tmp_path, "a build")
+    assert again.load() == ({"unit": 1}, {})
+    again.close()
 
 
 def test_a_finished_store_is_found_and_another_config_is_refused(
