@@ -8,8 +8,9 @@ The model has a shape and random weights and trains on tokens drawn like words; 
 the texts of Python's language reference. On a CPU steps of the peers are interleaved (A B C A B C ...), each in a thread of
 its own that runs only when it is its turn, and a step costs the process's CPU time, which a busy machine distorts less
 than the wall clock. On a GPU, whose memory does not hold all peers, each runs its steps in one go, as users see it, and a
-step lasts from one event in the stream to the next. Ratios are medians over the steps after warm-up, with quartiles. It needs torch,
-transformers, pydantic and numpy; Trainer and Accelerate are left out, and said to be, when `accelerate` is missing.
+step lasts from one event in the stream to the next. Ratios are medians over the steps after warm-up, with quartiles. It
+needs torch, transformers, pydantic and numpy; Trainer and Accelerate are left out, and said to be, when `accelerate` is
+missing.
 """
 
 from __future__ import annotations

@@ -190,8 +190,8 @@ def decide_plan(
             check_planned_steps(plan, config.train.max_steps, context.folder.plan)
     else:
         origins = read_origins(model)
-        context = PlanContext(identity, shape, config.train, seq_len, profile, origins, measurements)
-        plan = resolve_plan(config.plan, context)
+        known = PlanContext(identity, shape, config.train, seq_len, profile, origins, measurements)
+        plan = resolve_plan(config.plan, known)
     plan.check_model(identity)
     cost_here = predict_beside_full(plan, shape, seq_len)
     write_json(context.folder.predicted_cost, cost_here.model_dump(mode="json"))
