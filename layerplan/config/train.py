@@ -85,9 +85,10 @@ class TrainConfig(StrictModel):
     compile: bool = False
     """Compile each decoder layer, the loss and the optimizer pass with torch.compile."""
     attention: Literal["auto", "sdpa", "flex", "eager", "varlen", "segmented"] = "auto"
-    """Attention over packed documents; `auto` measures the candidates at start on a GPU; on a
-    CPU it is `eager` for short rows under `compile`, else `sdpa`. A model whose own attention does more than those
-    kernels, as capping its scores, is given its own whatever this says; the self-test tells."""
+    """Attention over packed documents. `varlen` (GPU, bfloat16) and `segmented` (CPU) read each document alone, at a cost of
+    the sum of their squared lengths, where the model hands down where documents start; it is asked. `auto` measures the
+    candidates at start on a GPU; on a CPU it is `eager` for short rows under `compile`, else `sdpa`. A model whose own
+    attention does more than those kernels, as capping its scores, is given its own whatever this says; the self-test tells."""
     frozen_fp8: bool = False
     """Keep frozen layers' matrices in FP8 (torchao, GPU only)."""
     z_loss: float = Field(default=0.0, ge=0)

@@ -50,9 +50,9 @@ def test_an_unknown_key_inside_a_list_names_its_index():
     [
         (
             {"type": "freeze_dep"},
-            "plan.type: 'freeze_dep' is unknown; did you mean 'freeze_deep'? allowed: budget, explicit,",
+            "plan.type: 'freeze_dep' is unknown; did you mean 'freeze_deep'? allowed: block_influence, budget, explicit,",
         ),
-        ({}, "plan.type: is required; allowed: budget, explicit,"),
+        ({}, "plan.type: is required; allowed: block_influence, budget, explicit,"),
         (3, "plan: a mapping of fields is expected (got 3)"),
         (
             {"type": "schedule", "phases": [{"steps": 2, "plan": {"type": "freeze_deep", "boundry": 1}}]},
@@ -60,7 +60,7 @@ def test_an_unknown_key_inside_a_list_names_its_index():
         ),
         (
             {"type": "schedule", "phases": [{"steps": 2, "plan": {"type": "ful"}}]},
-            "plan.phases.0.plan.type: 'ful' is unknown; did you mean 'full'? allowed: explicit,",
+            "plan.phases.0.plan.type: 'ful' is unknown; did you mean 'full'? allowed: block_influence, explicit,",
         ),
         (
             {"type": "schedule", "phases": [{"steps": 2, "plan": {"type": "freeze_deep", "boundary": "x"}}]},
