@@ -80,9 +80,10 @@ def train(config: TrainConfig, rows_of_step: object, folder: Path | None = None)
     return model, state, sink
 
 
-def test_a_nonfinite_step_leaves_the_weights_and_the_optimizer_alone() -> None:
-    """As if the step's update had not been there: the same weights as a loop whose rate is zero at that step."""
-    model, state, sink = train(config_with(), rows_with_poison(4))
+@pytest.mark.parametrize("log_every_steps", [1, 100])
+def test_a_nonfinite_step_leaves_the_weights_and_the_optimizer_alone(log_every_steps: int) -> None:
+    """As if the step's update had not been there, whether its loss is read at once or after the next step was launched."""
+    model, state, sink = train(config_with(log_every_steps=log_every_steps), rows_with_poison(4))
     assert (state.step, state.skipped_steps, state.rollbacks) == (8, 1, 0)
     assert sink.events == [("nonfinite", 5)]
     assert sink.metrics[8]["train/skipped_steps"] == 1
@@ -111,6 +112,36 @@ def test_a_rollback_ends_with_the_weights_of_a_run_that_never_saw_those_rows(tmp
     assert compute_tensor_hashes(dict(model.named_parameters())) == compute_tensor_hashes(
         dict(expected.named_parameters())
     )
+
+
+@pytest.mark.parametrize("log_every_steps", [1, 100])
+def test_a_step_launched_before_a_rollback_was_known_is_undone_and_its_rows_train_again(
+    tmp_path: Path, log_every_steps: int
+) -> None:
+    """Bad rows at data step 4, seldom read: step 6 was launched on rows 5 by then. No row is read twice, none is lost."""
+    config = config_with(log_every_steps=log_every_steps, stability=StabilityConfig(on_nonfinite="rollback"))
+    rows, read = rows_with_poison(4), []
+
+    def note(step: int) -> PackedRows:
+        read.append(step)
+        return rows(step)  # type: ignore[operator,no-any-return]
+
+    model, state, sink = train(config, note, tmp_path)
+    assert (state.step, state.skipped_steps, state.rollbacks, state.data_offset) == (8, 0, 1, 1)
+    assert sink.events == [("nonfinite", 5)]
+    assert read == list(range(9))
+    expected, _, _ = train(config_with(), lambda step: rows(step + (step >= 4)))  # type: ignore[operator]
+    assert compute_tensor_hashes(dict(model.named_parameters())) == compute_tensor_hashes(
+        dict(expected.named_parameters())
+    )
+
+
+def test_a_run_that_stops_for_a_bad_step_has_saved_nothing_behind_it(tmp_path: Path) -> None:
+    """Step 5 is read once step 6 was launched; the newest checkpoint is that of step 4."""
+    config = config_with(log_every_steps=100, stability=StabilityConfig(on_nonfinite="stop"))
+    with pytest.raises(TrainingError, match="step 5: .* is not finite; stopping as train.stability says"):
+        train(config, rows_with_poison(4), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4"]
 
 
 def test_a_rollback_into_the_phase_before_keeps_what_was_proved_since(tmp_path: Path) -> None:
