@@ -51,7 +51,7 @@ test-all: env
 	$(QUIET) $(BIN)/python -m pytest tests -q $(SIDE_BY_SIDE) --durations=25
 
 test-unit: env
-	$(QUIET) $(BIN)/python -m pytest tests/unit tests/test_architecture.py -q $(SIDE_BY_SIDE)
+	$(QUIET) $(BIN)/python -m pytest tests/unit tests/gpu tests/test_architecture.py -q $(SIDE_BY_SIDE)
 
 chaos: env
 	$(QUIET) $(BIN)/python -m tests.chaos.storm --seed $(SEED) --rounds $(ROUNDS) --faults $(FAULTS) --files $(FILES) $(CHAOS_OPTIONS)

@@ -45,6 +45,9 @@ def test_no_more_than_the_depth_is_read_ahead() -> None:
 
     with StepsAhead(watched, lambda rows: [], CPU, start=0, stop=100) as ahead:
         ahead.take()
+        deadline = time.monotonic() + 20
+        while len(seen) < 1 + DEPTH + 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
         time.sleep(0.3)
         assert seen == list(range(1 + DEPTH + 1))  # those that lie prepared, and the one that waits for room
     assert not any(thread.name == "layerplan-rows" for thread in threading.enumerate())
