@@ -1,4 +1,4 @@
-"""Measures a model"s layers and makes the freeze plan; the same as `layerplan trace`."""
+"""Measures a model's layers and makes the freeze plan; the same as `layerplan trace`."""
 
 import sys
 
