@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
+from layerplan.config.train import TrainConfig
 from layerplan.corpus.rows import PackedRows
+from layerplan.errors import TrainingError
+from layerplan.plan.loss_recipe import LossRecipe
+from layerplan.plan.model_shape import ModelShape
+from layerplan.train.attention import choose_attention
 from layerplan.train.document_attention import (
     OFFSETS,
     SEGMENTED,
@@ -16,7 +21,9 @@ from layerplan.train.document_attention import (
     attend_segmented,
     find_offsets,
 )
+from layerplan.train.loss_proof import find_document_fault
 from layerplan.train.step import LossModel, make_batch
+from tests.qwen3 import TINY_QWEN3
 from tests.small_families import build_family
 
 LENGTHS = [[20, 30, 14], [64], [1, 2, 61]]
@@ -111,6 +118,48 @@ def test_a_packed_row_costs_its_documents_and_gives_what_they_give_alone(family:
     batch = make_batch(PackedRows(np.arange(1), ids, documents, positions), torch.device("cpu"))
     found = LossModel(model)(batch, naive=True)
     grads = torch.autograd.grad(found, list(names.values()))
-    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     for name, ours, theirs in zip(names, grads, wanted):
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("family", "fault"),
+    [
+        ("qwen3", None),
+        ("mistral", None),
+        ("gemma2", "asks for softcap"),
+        ("codegen", "has attention of its own"),
+        ("llama4_text", "a loss of"),
+    ],
+)
+def test_the_model_says_whether_its_documents_can_be_read_one_by_one(family: str, fault: str | None) -> None:
+    """Gemma 2 caps scores, CodeGen has its own code, Llama 4 looks at chunks of eight; attention is left as it was."""
+    model = build_family(family)
+    before = model.config._attn_implementation
+    found = find_document_fault(model, LossRecipe(), seq_len=64)
+    assert found is None if fault is None else fault in (found or "")
+    assert model.config._attn_implementation == before and not model.training
+
+
+@pytest.mark.parametrize(
+    ("attention", "recipe", "fault", "words"),
+    [
+        (
+            "varlen",
+            LossRecipe(),
+            None,
+            "it is for GPUs, this worker computes on a cpu; train.attention=auto takes another",
+        ),
+        ("segmented", LossRecipe(attention="eager"), None, "the model needs its own attention"),
+        ("segmented", LossRecipe(), "X asks for softcap", "train.attention=segmented: X asks for softcap"),
+    ],
+)
+def test_attention_that_device_or_model_lack_is_refused(
+    attention: str, recipe: LossRecipe, fault: str | None, words: str
+) -> None:
+    config = TrainConfig.model_validate({"attention": attention})
+    shape = ModelShape.from_hf_config(TINY_QWEN3 | {"max_position_embeddings": 64})
+    with pytest.raises(TrainingError, match=words):
+        choose_attention(config, shape, 64, torch.device("cpu"), recipe, lambda: fault)
+    assert choose_attention(TrainConfig(), shape, 64, torch.device("cpu"), LossRecipe()) == "sdpa"
