@@ -139,7 +139,7 @@ def test_a_step_launched_before_a_rollback_was_known_is_undone_and_its_rows_trai
 def test_a_run_that_stops_for_a_bad_step_has_saved_nothing_behind_it(tmp_path: Path) -> None:
     """Step 5 is read once step 6 was launched; the newest checkpoint is that of step 4."""
     config = config_with(log_every_steps=100, stability=StabilityConfig(on_nonfinite="stop"))
-    with pytest.raises(TrainingError, match="step 5: .* is not finite; stopping as train.stability says"):
+    with pytest.raises(TrainingError, match=r"step 5: .* is not finite; stopping as train\.stability says"):
         train(config, rows_with_poison(4), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4"]
 
