@@ -27,9 +27,15 @@ from tests.tiny_loop import make_loop, make_rows
 VALUES = TINY_QWEN3 | {"tie_word_embeddings": False, "hidden_size": 64, "head_dim": 32}
 
 
+def skip_slow_compilation(device: torch.device, compiled: bool) -> None:
+    if compiled and device.type == "cpu":
+        pytest.skip("C++ takes a minute to compile; test_train_compiled.py holds what it computes")
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_chunked_loss_is_cross_entropy_of_all_logits(device: torch.device, compiled: bool) -> None:
     """bfloat16 operands: values and gradients against float32 logits of the same numbers."""
+    skip_slow_compilation(device, compiled)
     torch.manual_seed(0)
     hidden = torch.randn(3000, 128, device=device).bfloat16().requires_grad_()
     weight = (torch.randn(1000, 128, device=device) * 0.1).bfloat16().requires_grad_()
@@ -168,6 +174,7 @@ def train(device: torch.device, config: TrainConfig, watched: range = range(0)) 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_steps_that_report_nothing_never_wait_for_the_device(device: torch.device, compiled: bool) -> None:
     """Steps 4 to 9 of 12, micro-batches, recomputed layers and all: not one read of a value on the device."""
+    skip_slow_compilation(device, compiled)
     _, waits = train(device, make_config(device, compile=compiled), watched=range(4, 9))
     assert waits == []
 
