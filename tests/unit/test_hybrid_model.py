@@ -143,8 +143,8 @@ def test_the_self_test_falls_to_one_document_per_row_for_a_layer_that_cannot_sta
     assert ask_model(build_hybrid(), seq_len=64).recipe.rows == "alone"
 
 
-def test_a_compiled_layer_is_not_compiled_anew_for_every_row_of_documents(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_a_compiled_layer_is_not_compiled_anew_for_every_row_of_documents():
     layer = build_hybrid().model.layers[0]
     compiled = torch.compile(layer.forward, backend="eager", dynamic=False)
     states = torch.randn(1, 40, 32)
