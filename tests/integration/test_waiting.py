@@ -21,7 +21,7 @@ def test_a_run_on_a_full_cluster_says_within_ten_seconds_what_it_waits_for_and_w
         finally:
             process.kill()
     said = output.read_text().splitlines()
-    (line,) = [line for line in said if line.startswith("[wait]") and " s for " in line]
+    (line,) = [line for line in said if line.startswith("[wait]") and "free:" in line]
     seconds = int(line.split()[1])
     assert 5 <= seconds < 10, line
     assert "2 x worker of 1 CPU" in line and "free: 1 of 2 CPU" in line, line
