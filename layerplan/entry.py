@@ -60,6 +60,17 @@ def read_config(args: argparse.Namespace) -> RunConfig:
     return validate_config(apply_overrides(values, args.set))
 
 
+def read_config_or_model(args: argparse.Namespace) -> RunConfig:
+    """As `read_config`, for commands that take a config or a model and not both.
+
+    Raises:
+        ConfigError: When both are given, too.
+    """
+    if args.config and args.model:
+        raise ConfigError("MODEL: not beside --config, which names the model; use --set model.name=MODEL")
+    return read_config(args)
+
+
 def run_guarded(work: Callable[[], None], *, style: str | None = None, level: str | None = None) -> int:
     """Runs the work with telemetry off and turns every ending into an exit code and at most one line per fault.
 

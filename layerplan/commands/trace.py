@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from layerplan.entry import add_config_arguments, read_config
-from layerplan.errors import ConfigError
+from layerplan.entry import add_config_arguments, read_config_or_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,9 +26,7 @@ def execute(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: When a model and a config are given.
     """
-    if args.config and args.model:
-        raise ConfigError("MODEL: not beside --config, which names the model; use --set model.name=MODEL")
-    config = read_config(args)
+    config = read_config_or_model(args)
     if args.dry_run:
         from layerplan.pipeline.dry_run import print_dry_run
 
