@@ -186,24 +186,31 @@ class KernelAdamW(CompiledAdamW):
         super().__init__(config)
         self._blocks: dict[tuple[int, ...], Any] = {}
 
+    def update(
+        self,
+        weights: list[Tensor],
+        states: list[State],
+        group: State,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """One step, a dtype at a time."""
+        for same in _group_by_dtypes(weights):
+            chosen = [weights[index] for index in same], [states[index] for index in same]
+            super().update(*chosen, group, grad_scale, found_inf)
+
     def _update_all(
         self, weights: list[Tensor], states: list[State], values: Tensor, scale: Tensor, kept: Tensor
     ) -> None:
-        for indices in _group_by_dtypes(weights):
-            self._update_group([(weights[index], states[index], values[index]) for index in indices], scale, kept)
-
-    def _update_group(self, group: list[tuple[Tensor, State, Tensor]], scale: Tensor, kept: Tensor) -> None:
         from layerplan.train.adamw_kernel import TensorBlocks, is_readable, update_weights
 
-        rows = list(zip(*(_list_tensors(weight, state) for weight, state, _ in group)))
+        rows = list(zip(*map(_list_tensors, weights, states)))
         if not is_readable(rows):
-            for weight, state, row in group:
-                self._update_one(weight, state, row, scale, kept)
+            super()._update_all(weights, states, values, scale, kept)
             return
         sizes = tuple(tensor.numel() for tensor in rows[0])
         if sizes not in self._blocks:
             self._blocks[sizes] = TensorBlocks(sizes, scale.device)
-        values = torch.stack([row for _, _, row in group])
         update_weights(rows, self._blocks[sizes], values, scale, kept, betas=self._config.betas, eps=self._config.eps)
 
 
