@@ -16,10 +16,11 @@ from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.plan.policies import make_plan
+from layerplan.train.adamw import CompiledAdamW, FusedAdamW, KernelAdamW
 from layerplan.train.attention import IMPLEMENTATIONS
 from layerplan.train.loop import run_loop
 from layerplan.train.loss import IGNORED, LossOptions, compute_loss_sum
-from layerplan.train.optim import CompiledAdamW, FusedAdamW, KernelAdamW, MasterOptimizer, compute_grad_norm
+from layerplan.train.optim import MasterOptimizer, compute_grad_norm
 from layerplan.train.state import TrainState
 from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
 from tests.tiny_loop import make_loop, make_rows

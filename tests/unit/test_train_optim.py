@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from layerplan.config.train import OptimizerConfig
-from layerplan.train import optim
+from layerplan.train import adamw
 from layerplan.train.optim import build_optimizer
 
 STEPS = 5
@@ -39,7 +39,7 @@ def make_oracle(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimi
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["adamw", "adafactor"])
 def test_weights_are_pytorchs_own_to_the_bit(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "BATCH_BYTES", 100)  # some matrices are larger, some vectors go together
+    monkeypatch.setattr(adamw, "BATCH_BYTES", 100)  # some matrices are larger, some vectors go together
     config = OptimizerConfig(type=kind, learning_rate=1e-3, weight_decay=0.1)  # type: ignore[arg-type]
     model, exact = make_model(dtype), make_model(dtype).float()
     masters = {id(each): each.detach().float().clone() for each in model.parameters() if dtype != torch.float32}
