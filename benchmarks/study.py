@@ -1,12 +1,15 @@
 """Which layers should train? Every plan of a grid, every rival's plan, one model and text: trained, cached, compared.
 
+    OMP_NUM_THREADS=1 python benchmarks/study.py measure --study benchmarks/studies/smollm2_zh.yaml
     OMP_NUM_THREADS=1 python benchmarks/study.py run --study benchmarks/studies/smollm2_zh.yaml
+    python benchmarks/study.py run --study benchmarks/studies/smollm2_zh.yaml --device cuda --processes 6
     python benchmarks/study.py tables --study benchmarks/studies/smollm2_zh.yaml > benchmarks/results/study_smollm2_zh.md
 
-`run` does what is not done yet and may be stopped at any time: an arm is one file in `runs/studies/<name>/arms`, named
-after what it trains and on what, and is written when it is finished. First the learning rate is tuned for a few sizes of
-the trained part, then the rivals measure, then the arms follow, seed by seed. `--max-arms 3` stops after so many. `tables`
-trains nothing.
+`measure` lets the rivals and the tracer measure, before anything is trained; without it there are no arms of rivals. `run`
+does what is not done yet and may be stopped at any time: an arm is one file in `runs/studies/<name>/arms`, named after what
+it trains and on what, and is written when it is finished. First the learning rate is tuned for a few sizes of the trained
+part, then the arms follow, seed by seed. `--max-arms 3` stops after so many. `run` needs torch, transformers and pydantic,
+no Ray, and once `rows.npz` is in the study's folder no text. `tables` trains nothing.
 """
 
 from __future__ import annotations
@@ -18,16 +21,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine, find_commit, render_machine
+import numpy as np
+from machine import describe_torch, find_command
 from study_plan import Arm, StudyConfig, check_study, list_arms, list_rate_arms, load_study
 from study_tables import correlate_measurement, render_early, render_equal_flops, render_regret
 
 from layerplan.artifacts import compute_sha256, write_json
 from layerplan.config.corpus import CorpusConfig
 from layerplan.errors import LayerplanError
-from layerplan.measure.text import TextRows, read_text
+from layerplan.measure.text import read_text
 from layerplan.models.ref import ModelRef
 from layerplan.plan.layer_measurement import LayerMeasurements
+from layerplan.run_folder import MEASUREMENTS_NAME
 
 TEXTS = ("target", "source")
 COMMON = {
@@ -54,12 +59,17 @@ class Study:
         check_study(config, self.shape.num_layers)
         self._inputs: str | None = None
 
-    def read_rows(self) -> tuple[TextRows, TextRows]:
-        """Rows of the target text for every seed with the held-out ones first, and held-out rows of the source text."""
-        study = self.config
-        per_seed = study.steps * study.rows_per_step
-        target = self._read(study.target, study.held_out_rows + per_seed * study.seed_pool)
-        return target, self._read(study.source, study.held_out_rows)
+    def read_rows(self) -> dict[str, np.ndarray]:
+        """Rows of the target text for every seed with the held-out ones first, and held-out rows of the source text.
+
+        They are read once and kept in the study's folder, which a machine without the text can train from.
+        """
+        kept = self.folder / "rows.npz"
+        self.find_inputs()
+        if not kept.exists():
+            self._read_texts()
+        with np.load(kept) as rows:
+            return {text: rows[text] for text in TEXTS}
 
     def find_inputs(self) -> str:
         """Hash of all that arms have in common: weights, texts, and how an arm is trained."""
@@ -70,27 +80,25 @@ class Study:
             if kept.exists() and (found := json.loads(kept.read_text()))["now"] == now:
                 texts = found["texts"]
             else:
-                texts = [rows.describe().sha256 for rows in self.read_rows()]
+                texts = self._read_texts()
                 write_json(kept, {"now": now, "texts": texts})
             self._inputs = compute_sha256({"texts": texts, **now})
         return self._inputs
 
     def load(self, arm: Arm) -> dict[str, Any] | None:
         """The cached result of an arm, under this study's name for it."""
-        path = self._path(arm)
+        path = self.path(arm)
         if not path.exists():
             return None
         return json.loads(path.read_text(encoding="utf-8")) | {"group": arm.group, "label": arm.label}
 
-    def save(self, arm: Arm, result: dict[str, Any]) -> None:
+    def save(self, arm: Arm, result: dict[str, Any], device: str) -> None:
         """Keeps a finished arm."""
-        write_json(
-            self._path(arm), {**vars(arm), **result, "commit": find_commit(), "machine": describe_machine("torch")}
-        )
+        write_json(self.path(arm), {**vars(arm), **result, "machine": describe_torch(device)})
 
     def measurements(self) -> LayerMeasurements | None:
         """What the rivals measured, when they did."""
-        path = self.folder / "layer_measurements.json"
+        path = self.folder / "measured" / MEASUREMENTS_NAME
         return LayerMeasurements.load(path) if path.exists() else None
 
     def tune(self) -> dict[int, float]:
@@ -111,61 +119,59 @@ class Study:
             return tuning
         return tuning + list_arms(self.config, self.identity, self.shape, self.measurements(), rates)
 
-    def _read(self, source: Any, num_rows: int) -> TextRows:
-        corpus = CorpusConfig(sources=[source])
-        return read_text(corpus, self.model, num_rows=num_rows, seq_len=self.config.seq_len, seed=0)
+    def _read_texts(self) -> list[str]:
+        study = self.config
+        counts = (study.held_out_rows + study.steps * study.rows_per_step * study.seed_pool, study.held_out_rows)
+        read = [
+            read_text(CorpusConfig(sources=[source]), self.model, num_rows=count, seq_len=study.seq_len, seed=0)
+            for source, count in zip((study.target, study.source), counts)
+        ]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(self.folder / "rows.npz", **{text: rows.ids for text, rows in zip(TEXTS, read)})
+        return [rows.describe().sha256 for rows in read]
 
-    def _path(self, arm: Arm) -> Path:
+    def path(self, arm: Arm) -> Path:
+        """File of a finished arm."""
         return self.folder / "arms" / f"{arm.key(self.find_inputs())}.json"
 
 
-def run(study: Study, max_arms: int | None) -> None:
+def run(study: Study, max_arms: int | None, *, device: str = "cpu", processes: int = 1) -> None:
     """Trains what is left, the rate's arms first."""
-    from study_train import Bench, stack_rows
+    from study_train import Benches, Rows, stack_rows
 
     config = study.config
-    target, source = study.read_rows()
-    held_out = {"target": stack_rows(target.ids[: config.held_out_rows]), "source": stack_rows(source.ids)}
-    bench = Bench(study.model.load(), study.identity, study.shape)
+    rows = Rows(*(stack_rows(ids) for ids in study.read_rows().values()))
+    benches = Benches(config.model, config, rows, device=device, processes=processes)
     if not (study.folder / "base.json").exists():
-        write_json(study.folder / "base.json", {text: bench.score(ids) for text, ids in held_out.items()})
+        write_json(study.folder / "base.json", benches.score_base())
     done = 0
-    while max_arms is None or done < max_arms:
-        if config.measurements and study.measurements() is None and len(study.tune()) == len(set(config.rate_sizes)):
-            measure(study)
-        left = [arm for arm in study.list_arms() if study.load(arm) is None]
-        if not left:
-            break
-        arm, per_seed = left[0], config.steps * config.rows_per_step
-        first = config.held_out_rows + arm.seed * per_seed
-        rows = stack_rows(target.ids[first : first + per_seed])
-        study.save(arm, bench.train(arm, config, rows, held_out))
-        done += 1
-        print(
-            f"{arm.label}, seed {arm.seed}, rate {arm.rate:g}: done; {len(left) - 1} known arms left", file=sys.stderr
-        )
+    try:
+        while left := list({study.path(arm): arm for arm in study.list_arms() if study.load(arm) is None}.values()):
+            for arm, result in benches.train(left[: None if max_arms is None else max_arms - done]):
+                study.save(arm, result, device)
+                done += 1
+                print(f"{arm.label}, seed {arm.seed}, rate {arm.rate:g}: arm {done} in this run", file=sys.stderr)
+            if done == max_arms:
+                break
+    finally:
+        benches.close()
 
 
 def measure(study: Study) -> None:
-    """Lets the rivals measure on a local cluster, at the middle of the tuned rates."""
-    from layerplan.config.cluster import ClusterConfig
-    from layerplan.config.train import OptimizerConfig, TrainConfig
-    from layerplan.measure.pool import measure_model
-    from layerplan.ray_session import connect
+    """Lets the rivals and the tracer measure, as `layerplan measure` does, at the middle of the tried rates."""
+    from layerplan.config.run import RunConfig
+    from layerplan.pipeline.measure_layers import measure_layers
 
-    connect(ClusterConfig(num_cpus=2), min_cpus=1)
-    rates = sorted(study.tune().values())
-    train = TrainConfig(max_steps=study.config.steps, optimizer=OptimizerConfig(learning_rate=rates[len(rates) // 2]))
-    taken = measure_model(
-        study.model,
-        study.config.measurements,
-        config=study.config.measure,
-        train=train,
-        corpus=CorpusConfig(sources=[study.config.target]),
-        out_dir=study.folder,
-        report=lambda line: print(line, file=sys.stderr),
-    )
-    LayerMeasurements(model=study.identity, measurements=taken).save(study.folder / "layer_measurements.json")
+    rates = sorted(study.config.rates)
+    values = {
+        "name": "measured",
+        "storage_path": str(study.folder),
+        "model": {"type": "pretrained", "name": study.config.model},
+        "corpus": {"sources": [study.config.target.model_dump()]},
+        "measure": study.config.measure.model_dump(),
+        "train": {"max_steps": study.config.steps, "optimizer": {"learning_rate": rates[len(rates) // 2]}},
+    }
+    measure_layers(RunConfig.model_validate(values), ())
 
 
 def render(study: Study) -> str:
@@ -175,8 +181,8 @@ def render(study: Study) -> str:
     compared = [result for result in done if result["group"] != "rate"]
     parts = [
         f"# Study {study.config.name}: {study.identity.name}, {study.shape.num_layers} layers",
-        f"{len(done)} of {len(arms)} arms that are known are done ({_describe_plan(study)}). {_describe_commits(done)}",
-        render_machine("torch", "transformers"),
+        f"{len(done)} of {len(arms)} arms that are known are done ({_describe_plan(study)}). {_describe_machines(done)}",
+        f"Command: `{find_command()}`",
         _render_rates(study),
     ]
     for text, what in zip(TEXTS, ("adaptation", "forgetting")):
@@ -197,9 +203,10 @@ def _describe_plan(study: Study) -> str:
     return f"planned: {len(config.seeds)} seeds, {tokens}"
 
 
-def _describe_commits(done: Sequence[dict[str, Any]]) -> str:
-    commits = sorted({result["commit"] for result in done})
-    return f"Trained at {', '.join(commits)}." if commits else ""
+def _describe_machines(done: Sequence[dict[str, Any]]) -> str:
+    found = {(each["machine"].get("gpu") or each["machine"]["cpu"], each["machine"]["torch"]) for each in done}
+    commits = sorted({each["machine"]["commit"] for each in done})
+    return f"Trained on {', '.join(f'{where}, torch {torch}' for where, torch in sorted(found))}; commit {', '.join(commits)}."
 
 
 def _render_rates(study: Study) -> str:
@@ -237,15 +244,19 @@ def _render_correlations(study: Study, arms: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Runs or renders a study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "tables"))
+    parser.add_argument("action", choices=("measure", "run", "tables"))
     parser.add_argument("--study", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/studies"))
     parser.add_argument("--max-arms", type=int, help="stop after so many")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--processes", type=int, default=1, help="that train arms side by side")
     args = parser.parse_args()
     try:
         study = Study(load_study(args.study), args.out)
-        if args.action == "run":
-            run(study, args.max_arms)
+        if args.action == "measure":
+            measure(study)
+        elif args.action == "run":
+            run(study, args.max_arms, device=args.device, processes=args.processes)
         else:
             print(render(study), end="")
     except LayerplanError as error:

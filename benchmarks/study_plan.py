@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
@@ -15,11 +15,11 @@ from pydantic import Field
 from layerplan.artifacts import compute_sha256
 from layerplan.config.base import StrictModel
 from layerplan.config.corpus import SourceConfig
-from layerplan.config.measure import MeasureConfig, Measurement
-from layerplan.config.plan import ExplicitPlanConfig, FullPlanConfig, MeasuredPlanConfig, PlanConfig
+from layerplan.config.measure import MeasureConfig
+from layerplan.config.plan import ExplicitPlanConfig, FullPlanConfig, PlanConfig, RandomPlanConfig
 from layerplan.errors import ConfigError, PlanError
 from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.plan.layer_measurement import LayerMeasurements
+from layerplan.plan.layer_measurement import LayerMeasurement, LayerMeasurements
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
@@ -52,18 +52,20 @@ class StudyConfig(StrictModel):
     """Each draws its own rows and their order."""
     seed_pool: int = Field(default=5, ge=1)
     """Seeds that text is set aside for, so that a further seed leaves the arms of the others as they are."""
-    boundaries: list[int] = Field(min_length=1)
+    boundaries: Literal["all"] | list[int]
     """Layers [0, boundary) are shallow."""
     sides: list[Side] = ["shallow", "deep"]
     """Which side of each boundary trains."""
-    measurements: list[Measurement] = []
-    """Rivals whose plans are trained."""
+    rivals: bool = True
+    """Train the layers that each measurement speaks for, those of the tracer among them."""
     controls: list[Literal["full", "random"]] = ["full", "random"]
     """Plans without a measurement; `random` draws as many layers as half of the model, one draw for each seed."""
     flops_shares: list[float] = [0.6, 0.8]
     """Rivals train as many layers as cost at most this share of training everything: pairs of equal FLOPs."""
+    layer_counts: list[int] = []
+    """Rivals train as many layers too: pairs of equal layers. What they speak against most is trained beside it."""
     rates: list[float] = Field(default=[1.5e-4, 3e-4, 6e-4, 1.2e-3], min_length=1)
-    """Learning rates that are tried, on the first seed, for each of `rate_sizes`."""
+    """Learning rates that are tried, on the first seed, for each of `rate_sizes`; rivals measure at the middle one."""
     rate_sizes: list[int] = Field(min_length=1)
     """Numbers of trained layers the rate is tuned for; others take that of the nearest in the logarithm."""
     read_at: list[float] = [0.05, 0.1, 0.25, 0.5]
@@ -105,7 +107,7 @@ def load_study(path: Path) -> StudyConfig:
 
 def check_study(study: StudyConfig, num_layers: int) -> None:
     """Raises `ConfigError` for boundaries and sizes that the model does not have, and seeds without text."""
-    wrong = [k for k in study.boundaries if not 1 <= k < num_layers]
+    wrong = [k for k in list_boundaries(study, num_layers) if not 1 <= k < num_layers]
     if wrong:
         raise ConfigError(f"boundaries={wrong}: must lie in 1..{num_layers - 1} for a model of {num_layers} layers")
     wrong = [seed for seed in study.seeds if not 0 <= seed < study.seed_pool]
@@ -114,19 +116,25 @@ def check_study(study: StudyConfig, num_layers: int) -> None:
     wrong = [size for size in study.rate_sizes if not 1 <= size <= num_layers]
     if wrong:
         raise ConfigError(f"rate_sizes={wrong}: must lie in 1..{num_layers}")
+    wrong = [count for count in study.layer_counts if not 1 <= count < num_layers]
+    if wrong:
+        raise ConfigError(f"layer_counts={wrong}: must lie in 1..{num_layers - 1}")
+
+
+def list_boundaries(study: StudyConfig, num_layers: int) -> list[int]:
+    """The boundaries of the grid."""
+    return [*range(1, num_layers)] if study.boundaries == "all" else study.boundaries
 
 
 def list_rate_arms(study: StudyConfig, model: ModelIdentity, shape: ModelShape) -> list[Arm]:
-    """Deep sides of the tuned sizes, at every rate, on the first seed."""
-    plans = {
-        size: _explicit(model, shape, range(shape.num_layers - size, shape.num_layers), study)
-        for size in study.rate_sizes
-    }
-    return [
-        _make_arm("rate", f"deep {size}", plan, study.seeds[0], rate, study)
-        for size, plan in plans.items()
-        for rate in study.rates
-    ]
+    """Both sides of the tuned sizes, at every rate, on the first seed."""
+    arms = []
+    for size in study.rate_sizes:
+        sides = study.sides if size < shape.num_layers else study.sides[:1]
+        for side in sides:
+            plan = _explicit(model, shape, _list_side(side, size, shape.num_layers), study)
+            arms += [_make_arm("rate", f"{side} {size}", plan, study.seeds[0], rate, study) for rate in study.rates]
+    return arms
 
 
 def list_arms(
@@ -145,23 +153,41 @@ def list_arms(
         measurements: What its rivals measured; None leaves their arms out.
         rates: Tuned rate by number of trained layers.
     """
+    grid: list[tuple[Any, str, FreezePlan]] = []
+    for boundary in list_boundaries(study, shape.num_layers):
+        for side in study.sides:
+            size = boundary if side == "shallow" else shape.num_layers - boundary
+            plan = _explicit(model, shape, _list_side(side, size, shape.num_layers), study)
+            grid.append(("grid", f"{side} of {boundary}", plan))
+    for measurement in measurements.measurements if measurements is not None and study.rivals else []:
+        grid += [
+            ("rival", label, _explicit(model, shape, layers, study))
+            for label, layers in choose_layers(measurement, study, lambda layers: _price(model, shape, layers, study))
+        ]
     arms: list[Arm] = []
     for seed in study.seeds:
-        plans: list[tuple[Any, str, FreezePlan]] = []
-        for boundary in study.boundaries:
-            for side in study.sides:
-                layers = range(boundary) if side == "shallow" else range(boundary, shape.num_layers)
-                plans.append(("grid", f"{side} of {boundary}", _explicit(model, shape, layers, study)))
-        for name in study.measurements if measurements is not None else []:
-            for share in study.flops_shares:
-                config = MeasuredPlanConfig(type=name, max_flops_share=share)
-                plans.append(("rival", f"{name} at {share:.0%}", _plan(config, model, shape, study, measurements)))
-        plans += [("control", name, _control(name, model, shape, study, seed)) for name in study.controls]
+        controls = [("control", name, _control(name, model, shape, study, seed)) for name in study.controls]
         arms += [
             _make_arm(group, label, plan, seed, find_rate(rates, len(plan.trainable_layers)), study)
-            for group, label, plan in plans
+            for group, label, plan in (*grid, *controls)
         ]
     return arms
+
+
+def choose_layers(
+    measurement: LayerMeasurement, study: StudyConfig, price: Callable[[Sequence[int]], float]
+) -> list[tuple[str, list[int]]]:
+    """What a measurement trains at each pairing, by label; a share of FLOPs that no layer fits has none."""
+    order, name = measurement.rank(), measurement.name
+    chosen = []
+    for share in study.flops_shares:
+        fitting = [k for k in range(1, len(order) + 1) if price(sorted(order[:k])) <= share]
+        if fitting:
+            chosen.append((f"{name} at {share:.0%}", sorted(order[: max(fitting)])))
+    for count in study.layer_counts:
+        chosen.append((f"{name}, {count} layers", sorted(order[:count])))
+        chosen.append((f"against {name}, {count} layers", sorted(measurement.rank(from_worst=True)[:count])))
+    return chosen
 
 
 def find_rate(rates: dict[int, float], num_layers: int) -> float:
@@ -175,26 +201,28 @@ def _make_arm(group: Any, label: str, plan: FreezePlan, seed: int, rate: float, 
     return Arm(group, label, plan.trainable_layers, plan.trains_everything, share, seed, rate, study.steps)
 
 
+def _list_side(side: Side, size: int, num_layers: int) -> range:
+    return range(size) if side == "shallow" else range(num_layers - size, num_layers)
+
+
 def _explicit(model: ModelIdentity, shape: ModelShape, layers: Sequence[int], study: StudyConfig) -> FreezePlan:
-    return _plan(ExplicitPlanConfig(trainable=[*layers]), model, shape, study, None)
+    return _plan(ExplicitPlanConfig(trainable=[*layers]), model, shape, study)
+
+
+def _price(model: ModelIdentity, shape: ModelShape, layers: Sequence[int], study: StudyConfig) -> float:
+    cost = _explicit(model, shape, layers, study).predicted_cost
+    assert cost is not None, "plans made by a policy have a cost"
+    return cost.flops_share
 
 
 def _control(name: str, model: ModelIdentity, shape: ModelShape, study: StudyConfig, seed: int) -> FreezePlan:
     if name == "full":
-        return _plan(FullPlanConfig(), model, shape, study, None)
-    from layerplan.config.plan import RandomPlanConfig
-
-    return _plan(RandomPlanConfig(k=max(1, shape.num_layers // 2), seed=seed), model, shape, study, None)
+        return _plan(FullPlanConfig(), model, shape, study)
+    return _plan(RandomPlanConfig(k=max(1, shape.num_layers // 2), seed=seed), model, shape, study)
 
 
-def _plan(
-    config: PlanConfig,
-    model: ModelIdentity,
-    shape: ModelShape,
-    study: StudyConfig,
-    measurements: LayerMeasurements | None,
-) -> FreezePlan:
+def _plan(config: PlanConfig, model: ModelIdentity, shape: ModelShape, study: StudyConfig) -> FreezePlan:
     try:
-        return make_plan(config, model=model, shape=shape, seq_len=study.seq_len, measurements=measurements)
+        return make_plan(config, model=model, shape=shape, seq_len=study.seq_len)
     except PlanError as error:
         raise ConfigError(str(error)) from None

@@ -1,19 +1,24 @@
-"""One arm of a study: the base trained by one plan in a plain loop, and scored row by row on held-out text."""
+"""Arms of a study: the base trained by one plan in a plain loop, and scored row by row on held-out text."""
 
 from __future__ import annotations
 
 import math
+import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from study_plan import Arm, StudyConfig
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from layerplan.config.train import OptimizerConfig, ScheduleConfig
 from layerplan.measure.gradients import mean_loss, run_logits
 from layerplan.models.freezing import apply_plan
+from layerplan.models.ref import ModelRef
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.plan.model_shape import ModelShape
@@ -25,10 +30,16 @@ SCHEDULE = ScheduleConfig(type="cosine", warmup_ratio=0.1)
 
 
 class Bench:
-    """A loaded base that arm after arm begins from."""
+    """A loaded base that arm after arm begins from.
 
-    def __init__(self, model: nn.Module, identity: ModelIdentity, shape: ModelShape) -> None:
-        self.model, self._identity, self._shape = model, identity, shape
+    On a GPU the rows of a step pass together and products of float32 numbers are TF32's; on a CPU row by row, in float32.
+    """
+
+    def __init__(self, model: nn.Module, identity: ModelIdentity, shape: ModelShape, device: str = "cpu") -> None:
+        self.model, self._identity, self._shape = model.to(device), identity, shape
+        self._device, self._rows_at_once = torch.device(device), 1 if device == "cpu" else 8
+        if device != "cpu":
+            torch.set_float32_matmul_precision("high")
         self._base = {name: value.detach().clone() for name, value in model.named_parameters()}
 
     def restore(self) -> None:
@@ -50,7 +61,8 @@ class Bench:
         Returns:
             Final losses of every row by text, early losses by step, training losses, seconds.
         """
-        began = time.process_time()
+        began = time.perf_counter()
+        rows, held_out = rows.to(self._device), {text: ids.to(self._device) for text, ids in held_out.items()}
         self.restore()
         apply_plan(self.model, self._make_plan(arm))
         config = OptimizerConfig(learning_rate=arm.rate)
@@ -64,20 +76,25 @@ class Bench:
             if step + 1 in reads:
                 early[str(step + 1)] = {text: self.score(ids[: study.early_rows]) for text, ids in held_out.items()}
         final = {text: self.score(ids) for text, ids in held_out.items()}
-        return {"train": losses, "early": early, "final": final, "cpu_seconds": time.process_time() - began}
+        trained = [float(loss) for loss in losses]
+        return {"train": trained, "early": early, "final": final, "seconds": time.perf_counter() - began}
 
     @torch.no_grad()
     def score(self, ids_BT: Tensor) -> list[float]:
         """Mean next-token loss of each row, nats."""
-        return [float(mean_loss(run_logits(self.model, row), row[:, 1:])) for row in ids_BT.split(1)]
+        losses: list[float] = []
+        for rows in ids_BT.to(self._device).split(self._rows_at_once):
+            logits_BVT = run_logits(self.model, rows).transpose(1, 2)
+            losses += F.cross_entropy(logits_BVT, rows[:, 1:], reduction="none").mean(1).tolist()
+        return losses
 
-    def _step(self, optimizer: Any, ids_BT: Tensor, config: OptimizerConfig, step: int, steps: int) -> float:
+    def _step(self, optimizer: Any, ids_BT: Tensor, config: OptimizerConfig, step: int, steps: int) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for row in ids_BT.split(1):
-            loss = mean_loss(run_logits(self.model, row), row[:, 1:]) / len(ids_BT)
+        total = torch.zeros((), device=self._device)
+        for rows in ids_BT.split(self._rows_at_once):
+            loss = mean_loss(run_logits(self.model, rows), rows[:, 1:]) * (len(rows) / len(ids_BT))
             loss.backward()
-            total += float(loss.detach())
+            total += loss.detach()
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * compute_lr_scale(step, steps, SCHEDULE)
         trained = [value for value in self.model.parameters() if value.grad is not None]
@@ -93,6 +110,73 @@ class Bench:
         return full.model_copy(
             update={"plan_type": "explicit", "trainable_layers": arm.layers, "tied": tied, **ends}
         ).sealed()
+
+
+class Benches:
+    """Trains arms here, or in processes of their own that share a GPU or the cores."""
+
+    def __init__(self, model: str, study: StudyConfig, rows: Rows, *, device: str, processes: int) -> None:
+        self._arguments = (model, study, rows, device)
+        self._pool = None
+        if processes > 1:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(processes, context, _open_bench, self._arguments)
+        else:
+            _open_bench(*self._arguments)
+
+    def score_base(self) -> dict[str, list[float]]:
+        """Losses of the base on every held-out row."""
+        return self._pool.submit(_score_base).result() if self._pool is not None else _score_base()
+
+    def train(self, arms: Sequence[Arm]) -> Iterator[tuple[Arm, dict[str, Any]]]:
+        """Results in the order they are finished."""
+        if self._pool is None:
+            yield from ((arm, _train_arm(arm)) for arm in arms)
+            return
+        futures = {self._pool.submit(_train_arm, arm): arm for arm in arms}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+    def close(self) -> None:
+        """Ends the processes."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a study trains and scores on."""
+
+    target: Tensor
+    """(held-out rows, then rows of each seed, tokens)."""
+    source: Tensor
+    """(held-out rows, tokens)."""
+
+
+_opened: list[tuple[Bench, StudyConfig, Rows]] = []
+"""The bench of this process, and what it works on."""
+
+
+def _open_bench(model: str, study: StudyConfig, rows: Rows, device: str) -> None:
+    ref = ModelRef(model)
+    _opened[:] = [(Bench(ref.load(), ref.identity(), ref.shape(), device), study, rows)]
+
+
+def _score_base() -> dict[str, list[float]]:
+    bench, study, rows = _opened[0]
+    bench.restore()
+    return {text: bench.score(ids) for text, ids in _hold_out(study, rows).items()}
+
+
+def _train_arm(arm: Arm) -> dict[str, Any]:
+    bench, study, rows = _opened[0]
+    per_seed = study.steps * study.rows_per_step
+    first = study.held_out_rows + arm.seed * per_seed
+    return bench.train(arm, study, rows.target[first : first + per_seed], _hold_out(study, rows))
+
+
+def _hold_out(study: StudyConfig, rows: Rows) -> dict[str, Tensor]:
+    return {"target": rows.target[: study.held_out_rows], "source": rows.source}
 
 
 def stack_rows(rows: Sequence[Any]) -> Tensor:

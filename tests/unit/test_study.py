@@ -14,10 +14,11 @@ from scipy.stats import spearmanr
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import study as machine
-from study_plan import find_rate, load_study
+from study_plan import choose_layers, find_rate, load_study
 from study_tables import collect, compare, correlate_measurement, render_early, render_regret
 
 from layerplan.errors import ConfigError
+from layerplan.plan.layer_measurement import LayerMeasurement, MeasuringCost
 from tests.model_folders import save_tiny_base
 from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
 
@@ -62,11 +63,11 @@ def test_a_stopped_study_goes_on_and_trains_no_arm_twice(config_path: Path, tmp_
     study = open_study(config_path, tmp_path)
     machine.run(study, max_arms=3)
     first = {path.name: path.stat().st_mtime_ns for path in (study.folder / "arms").iterdir()}
-    assert len(first) == 3 and len(study.list_arms()) == 4  # the rate's arms alone are known
+    assert len(first) == 3 and len(study.list_arms()) == 6  # the rate's arms alone are known
     again = open_study(config_path, tmp_path)
     machine.run(again, max_arms=None)
     arms = again.list_arms()
-    assert len(arms) == 4 + 2 * (4 + 2) and all(again.load(arm) is not None for arm in arms)
+    assert len(arms) == 6 + 2 * (4 + 2) and all(again.load(arm) is not None for arm in arms)
     after = {path.name: path.stat().st_mtime_ns for path in (study.folder / "arms").iterdir()}
     assert first.items() <= after.items()
     text = machine.render(again)
@@ -103,6 +104,18 @@ def test_what_the_model_or_the_text_does_not_have_is_told_before_training(
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_study_is_read(path: Path):
     assert load_study(path).name == path.stem
+
+
+def test_a_measurement_trains_what_it_speaks_for_at_equal_flops_and_equal_layers(config_path: Path):
+    config = load_study(config_path).model_copy(update={"flops_shares": [0.5, 0.05], "layer_counts": [2]})
+    cost = MeasuringCost(seconds=None, flops=0.0, tokens=0)
+    measurement = LayerMeasurement(name="noise", values=[3.0, 1.0, 4.0, 2.0], higher_trains=False, cost=cost)
+    chosen = choose_layers(measurement, config, lambda layers: 0.2 * len(layers))
+    assert chosen == [  # lowest first: 1, 3, 0, 2; nothing costs at most 0.05
+        ("noise at 50%", [1, 3]),
+        ("noise, 2 layers", [1, 3]),
+        ("against noise, 2 layers", [0, 2]),
+    ]
 
 
 def test_the_rate_is_that_of_the_nearest_size_in_the_logarithm():
