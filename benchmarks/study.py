@@ -9,7 +9,8 @@
 does what is not done yet and may be stopped at any time: an arm is one file in `runs/studies/<name>/arms`, named after what
 it trains and on what, and is written when it is finished. First the learning rate is tuned for a few sizes of the trained
 part, then the arms follow, seed by seed. `--max-arms 3` stops after so many. `run` needs torch, transformers and pydantic,
-no Ray, and once `rows.npz` is in the study's folder no text. `tables` trains nothing.
+no Ray, and once `rows.npz` is in the study's folder no text. `tables` trains nothing; `pack` writes what is finished to
+`benchmarks/results/studies`, which every action begins from.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from machine import describe_torch, find_command
+from study_pack import hide_folders, pack, unpack
 from study_plan import Arm, StudyConfig, check_study, list_arms, list_rate_arms, load_study
 from study_tables import correlate_measurement, render_early, render_equal_flops, render_regret
 
@@ -43,6 +45,7 @@ COMMON = {
     "early_rows",
     "steps",
     "rows_per_step",
+    "compute_dtype",
     "seed_pool",
     "read_at",
 }
@@ -57,6 +60,7 @@ class Study:
         self.model = ModelRef(config.model)
         self.identity, self.shape = self.model.identity(), self.model.shape()
         check_study(config, self.shape.num_layers)
+        unpack(self.folder)
         self._inputs: str | None = None
 
     def read_rows(self) -> dict[str, np.ndarray]:
@@ -75,7 +79,7 @@ class Study:
         """Hash of all that arms have in common: weights, texts, and how an arm is trained."""
         if self._inputs is None:
             kept = self.folder / "inputs.json"
-            common = self.config.model_dump(mode="json", include=COMMON)
+            common = hide_folders(self.config.model_dump(mode="json", include=COMMON))
             now = {"model": self.identity.model_dump(mode="json"), "config": common}
             if kept.exists() and (found := json.loads(kept.read_text()))["now"] == now:
                 texts = found["texts"]
@@ -244,7 +248,7 @@ def _render_correlations(study: Study, arms: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Runs or renders a study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("measure", "run", "tables"))
+    parser.add_argument("action", choices=("measure", "run", "tables", "pack"))
     parser.add_argument("--study", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/studies"))
     parser.add_argument("--max-arms", type=int, help="stop after so many")
@@ -257,6 +261,8 @@ def main() -> None:
             measure(study)
         elif args.action == "run":
             run(study, args.max_arms, device=args.device, processes=args.processes)
+        elif args.action == "pack":
+            print(f"packed    {pack(study.folder)}")
         else:
             print(render(study), end="")
     except LayerplanError as error:

@@ -48,6 +48,8 @@ class StudyConfig(StrictModel):
     """Optimizer steps of an arm."""
     rows_per_step: int = Field(default=4, ge=1)
     """Rows of a step."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of products, in training and scoring; weights and optimizer are float32."""
     seeds: list[int] = Field(default=[0, 1], min_length=1)
     """Each draws its own rows and their order."""
     seed_pool: int = Field(default=5, ge=1)

@@ -32,11 +32,13 @@ SCHEDULE = ScheduleConfig(type="cosine", warmup_ratio=0.1)
 class Bench:
     """A loaded base that arm after arm begins from.
 
-    On a GPU the rows of a step pass together and products of float32 numbers are TF32's; on a CPU row by row, in float32.
+    On a GPU eight rows pass together and products of float32 numbers are TF32's; on a CPU rows pass one by one.
     """
 
-    def __init__(self, model: nn.Module, identity: ModelIdentity, shape: ModelShape, device: str = "cpu") -> None:
-        self.model, self._identity, self._shape = model.to(device), identity, shape
+    def __init__(
+        self, model: nn.Module, identity: ModelIdentity, shape: ModelShape, dtype: str, device: str = "cpu"
+    ) -> None:
+        self.model, self._identity, self._shape, self._dtype = model.to(device), identity, shape, dtype
         self._device, self._rows_at_once = torch.device(device), 1 if device == "cpu" else 8
         if device != "cpu":
             torch.set_float32_matmul_precision("high")
@@ -84,15 +86,16 @@ class Bench:
         """Mean next-token loss of each row, nats."""
         losses: list[float] = []
         for rows in ids_BT.to(self._device).split(self._rows_at_once):
-            logits_BVT = run_logits(self.model, rows).transpose(1, 2)
-            losses += F.cross_entropy(logits_BVT, rows[:, 1:], reduction="none").mean(1).tolist()
+            labels_BT = rows[:, 1:]
+            nats = F.cross_entropy(self._run(rows).flatten(0, 1), labels_BT.flatten(), reduction="none")
+            losses += nats.view(labels_BT.shape).mean(1).tolist()
         return losses
 
     def _step(self, optimizer: Any, ids_BT: Tensor, config: OptimizerConfig, step: int, steps: int) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self._device)
         for rows in ids_BT.split(self._rows_at_once):
-            loss = mean_loss(run_logits(self.model, rows), rows[:, 1:]) * (len(rows) / len(ids_BT))
+            loss = mean_loss(self._run(rows), rows[:, 1:]) * (len(rows) / len(ids_BT))
             loss.backward()
             total += loss.detach()
         for group in optimizer.param_groups:
@@ -100,6 +103,10 @@ class Bench:
         trained = [value for value in self.model.parameters() if value.grad is not None]
         optimizer.step(grad_scale=compute_clip_scale(compute_grad_norm(trained), config.max_grad_norm))
         return total
+
+    def _run(self, ids_BT: Tensor) -> Tensor:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == "bfloat16"):
+            return run_logits(self.model, ids_BT)
 
     def _make_plan(self, arm: Arm) -> FreezePlan:
         full = make_full_plan(self._identity, self._shape)
@@ -159,7 +166,7 @@ _opened: list[tuple[Bench, StudyConfig, Rows]] = []
 
 def _open_bench(model: str, study: StudyConfig, rows: Rows, device: str) -> None:
     ref = ModelRef(model)
-    _opened[:] = [(Bench(ref.load(), ref.identity(), ref.shape(), device), study, rows)]
+    _opened[:] = [(Bench(ref.load(), ref.identity(), ref.shape(), study.compute_dtype, device), study, rows)]
 
 
 def _score_base() -> dict[str, list[float]]:
