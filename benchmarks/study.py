@@ -9,8 +9,8 @@
 does what is not done yet and may be stopped at any time: an arm is one file in `runs/studies/<name>/arms`, named after what
 it trains and on what, and is written when it is finished. First the learning rate is tuned for a few sizes of the trained
 part, then the arms follow, seed by seed. `--max-arms 3` stops after so many. `run` needs torch, transformers and pydantic,
-no Ray, and once `rows.npz` is in the study's folder no text. `tables` trains nothing; `pack` writes what is finished to
-`benchmarks/results/studies`, which every action begins from.
+no Ray, and once `rows.npz` is in the study's folder no text. `tables` and `figure` train nothing; `pack` writes what is
+finished to `benchmarks/results/studies`, which every action begins from.
 """
 
 from __future__ import annotations
@@ -201,6 +201,18 @@ def render(study: Study) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def draw(study: Study) -> Path:
+    """Draws the finished arms, and returns the figure's path."""
+    from study_figures import draw_study
+
+    done = [result for arm in study.list_arms() if (result := study.load(arm)) is not None]
+    compared = [result for result in done if result["group"] != "rate"]
+    path = study.folder / f"{study.config.name}.png"
+    base = json.loads((study.folder / "base.json").read_text(encoding="utf-8"))
+    draw_study(compared, base, f"{study.config.name}: {study.identity.name}", path)
+    return path
+
+
 def _describe_plan(study: Study) -> str:
     config = study.config
     tokens = f"{config.steps} steps of {config.rows_per_step} rows of {config.seq_len} tokens each"
@@ -248,7 +260,7 @@ def _render_correlations(study: Study, arms: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Runs or renders a study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("measure", "run", "tables", "pack"))
+    parser.add_argument("action", choices=("measure", "run", "tables", "figure", "pack"))
     parser.add_argument("--study", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/studies"))
     parser.add_argument("--max-arms", type=int, help="stop after so many")
@@ -261,6 +273,8 @@ def main() -> None:
             measure(study)
         elif args.action == "run":
             run(study, args.max_arms, device=args.device, processes=args.processes)
+        elif args.action == "figure":
+            print(f"figure    {draw(study)}")
         elif args.action == "pack":
             print(f"packed    {pack(study.folder)}")
         else:
