@@ -10,12 +10,15 @@ STAMP := $(VENV)/.stamp-$(shell cksum < $(LOCK) | cut -d' ' -f1)
 RUNS ?= $(CURDIR)/runs
 UI_PORT ?= 5000
 TEST_PROCESSES ?= 1
-SIDE_BY_SIDE := $(if $(filter-out 1,$(TEST_PROCESSES)),-n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder)
+UNIT_PROCESSES ?= $(shell getconf _NPROCESSORS_ONLN)
+side_by_side = $(if $(filter-out 1,$(1)),-n $(1) --dist loadfile --no-loadscope-reorder)
+QUICK := tests/unit tests/gpu tests/test_architecture.py
 SEED ?= 0
 ROUNDS ?= 3
 FAULTS ?= 4
 FILES ?= 200
 QUIET := RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+TESTS = OMP_NUM_THREADS=1 $(QUIET) $(BIN)/python -m pytest -q
 
 .PHONY: help env demo test test-all test-unit chaos check format ui docs clean
 
@@ -44,14 +47,14 @@ $(STAMP): $(LOCK) pyproject.toml
 demo: env
 	@VENV=$(VENV) RUNS=$(RUNS) bash cluster/local/demo.sh
 
-test: env
-	$(QUIET) $(BIN)/python -m pytest tests -q $(SIDE_BY_SIDE) --durations=15 -m "not long and not real_model"
+test: test-unit
+	$(TESTS) tests $(addprefix --ignore ,$(QUICK)) $(call side_by_side,$(TEST_PROCESSES)) --durations=15 -m "not long and not real_model"
 
-test-all: env
-	$(QUIET) $(BIN)/python -m pytest tests -q $(SIDE_BY_SIDE) --durations=25
+test-all: test-unit
+	$(TESTS) tests $(addprefix --ignore ,$(QUICK)) $(call side_by_side,$(TEST_PROCESSES)) --durations=25
 
 test-unit: env
-	$(QUIET) $(BIN)/python -m pytest tests/unit tests/gpu tests/test_architecture.py -q $(SIDE_BY_SIDE)
+	$(TESTS) $(QUICK) $(call side_by_side,$(UNIT_PROCESSES))
 
 chaos: env
 	$(QUIET) $(BIN)/python -m tests.chaos.storm --seed $(SEED) --rounds $(ROUNDS) --faults $(FAULTS) --files $(FILES) $(CHAOS_OPTIONS)
