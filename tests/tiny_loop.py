@@ -41,13 +41,20 @@ class Sink:
     def close(self) -> None: ...
 
 
-def make_rows(step: int, *, batch: int, vocab_size: int, token: int | None = None) -> PackedRows:
-    """The rows of one step, drawn by its number; `token` is put at the start of the first."""
+def make_rows(
+    step: int, *, batch: int, vocab_size: int, token: int | None = None, start: int | None = None
+) -> PackedRows:
+    """The rows of one step, drawn by its number; `token` is put at the start of the first.
+
+    Each row is one document, or two where `start` says where the second begins.
+    """
     ids = np.random.default_rng(step).integers(0, vocab_size, (batch, SEQ_LEN), dtype=np.int32)
     if token is not None:
         ids[0, 0] = token
-    positions = np.tile(np.arange(SEQ_LEN, dtype=np.int32), (batch, 1))
-    return PackedRows(np.arange(batch) + step * batch, ids, np.zeros_like(ids), positions)
+    columns = np.tile(np.arange(SEQ_LEN, dtype=np.int32), (batch, 1))
+    is_second = columns >= (SEQ_LEN if start is None else start)
+    positions = np.where(is_second, columns - (start or 0), columns)
+    return PackedRows(np.arange(batch) + step * batch, ids, is_second.astype(np.int32), positions)
 
 
 def make_loop(

@@ -218,7 +218,7 @@ def _finish_batch(
     if device.type == "cuda":
         tensors = [None if each is None else each.pin_memory().to(device, non_blocking=True) for each in tensors]
     input_ids, position_ids, labels, offsets = tensors
-    return TensorBatch(input_ids, position_ids, labels, num_labels, offsets)
+    return TensorBatch(input_ids, position_ids, labels, num_labels, offsets=offsets)
 
 
 def accumulate_gradients(

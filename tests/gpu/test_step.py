@@ -160,7 +160,7 @@ def train(device: torch.device, config: TrainConfig, watched: range = range(0)) 
         model,
         plan,
         config,
-        rows_of_step=lambda step: make_rows(step, batch=4, vocab_size=40),
+        rows_of_step=lambda step: make_rows(step, batch=4, vocab_size=40, start=5),
         placement=placement,
         device=device,
     )

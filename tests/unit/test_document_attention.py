@@ -25,6 +25,7 @@ from layerplan.train.loss_proof import find_document_fault
 from layerplan.train.step import LossModel, make_batch
 from tests.qwen3 import TINY_QWEN3
 from tests.small_families import build_family
+from tests.tiny_loop import make_rows
 
 LENGTHS = [[20, 30, 14], [64], [1, 2, 61]]
 
@@ -49,6 +50,14 @@ def test_offsets_are_the_starts_and_then_the_end_in_few_sizes() -> None:
     assert offsets.dtype == np.int32
     assert offsets.tolist() == [0, 20, 50, 64, 128, 129, 131, *[192] * 9]
     assert len(find_offsets(np.ones((1, 40), dtype=bool))) == 64
+
+
+def test_a_batch_brings_the_starts_of_its_documents_along_so_that_no_device_is_asked() -> None:
+    rows = make_rows(0, batch=2, vocab_size=40, start=5)
+    batch = make_batch(rows, torch.device("cpu"))
+    assert batch.offsets is not None and batch.start_layer is None
+    assert batch.offsets.tolist()[:5] == [0, 5, 12, 17, 24]
+    assert batch.find_offsets() is batch.offsets
 
 
 @pytest.mark.parametrize("window", [None, 8, 64])
