@@ -91,6 +91,10 @@ class CorpusConfig(StrictModel):
     begin_token: Literal["auto", "none"] = "auto"
     """`auto` begins each document with what the model's tokenizer itself puts before a text, as those of Llama and Gemma
     do; `none` with nothing."""
+    document_mask: bool = True
+    """Whether a token sees its own document alone. `false` trains on plain causal rows, as the paper does: each row is one
+    text, whose positions run on, whose tokens see all before them, and where the first token of a document is predicted
+    too. The store is the same."""
     control_tokens: Literal["text", "token"] = "text"
     """What a control token that a document spells out (`<|endoftext|>`) becomes: `text`, as any other characters, or the
     `token` itself. Both are counted."""

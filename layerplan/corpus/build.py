@@ -48,6 +48,7 @@ NOT_CONTENT = {
     "store",
     "upload_to",
     "tokenizer_library",
+    "document_mask",
     "num_workers",
     "num_cpus_per_worker",
     "num_writers",

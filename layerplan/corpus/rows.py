@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,16 @@ class PackedRows:
         """Pieces of at most `size` rows, in order."""
         for start in range(0, len(self), size):
             yield self.take(start, start + size)
+
+
+def join_documents(rows: PackedRows) -> PackedRows:
+    """The rows with everything that is not padding as one document each."""
+    columns = np.arange(rows.input_ids.shape[1], dtype=np.int32)
+    return replace(
+        rows,
+        document_ids=np.where(rows.document_ids == PADDING, PADDING, 0).astype(np.int32),
+        position_ids=np.broadcast_to(columns, rows.input_ids.shape),
+    )
 
 
 def make_rows(

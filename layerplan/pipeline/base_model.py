@@ -67,6 +67,7 @@ def prepare_model(context: RunContext) -> ModelRef:
                 seed=context.config.seed,
                 sink_factory=RunSinkFactory(context.folder.metrics, BASE_MODEL_NAME, tracker),
                 records=(context.folder.metrics,),
+                document_mask=corpus.document_mask,
             )
         )
         say("base", f"loss {result.first_loss:.3f} -> {result.final_loss:.3f} in {result.final_step} steps")

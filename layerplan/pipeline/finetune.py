@@ -68,6 +68,8 @@ def require_finetune(config: RunConfig) -> FinetuneConfig:
         faults.append(f"train.z_loss={config.train.z_loss}: belongs to the loss of all tokens; leave it at 0")
     if config.corpus.store is not None or config.corpus.upload_to is not None:
         faults.append("corpus: finetune.task gives the rows; leave corpus.store and corpus.upload_to out")
+    if not config.corpus.document_mask:
+        faults.append("corpus.document_mask=false: every prompt has a row of its own; leave it out")
     if faults:
         raise ConfigError(*faults)
     return section

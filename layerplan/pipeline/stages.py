@@ -254,6 +254,7 @@ def make_train_request(
         seed=config.seed,
         sink_factory=sink_factory,
         records=(context.folder.metrics,),
+        document_mask=config.corpus.document_mask,
     )
 
 

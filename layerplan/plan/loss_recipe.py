@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Rows = Literal["packed", "reset", "alone"]
+Rows = Literal["packed", "reset", "alone", "whole"]
 """`packed`: documents share rows, told apart by positions that restart; `reset`: by the starts of documents besides, for
-layers that carry state; `alone`: one document per row, padded at its end."""
+layers that carry state; `alone`: one document per row, padded at its end; `whole`: no document is told from the next,
+which no self-test finds: it is asked for."""
 ROWS_TEXT = {
     "packed": "packed rows",
     "reset": "packed rows with the starts of documents given",
     "alone": "one document per row",
+    "whole": "rows as one text each",
 }
 """In words."""
 

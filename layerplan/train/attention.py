@@ -81,6 +81,8 @@ def choose_attention(
         return config.attention
     if device.type != "cuda":
         return "eager" if config.compile and seq_len <= CPU_EAGER_TOKENS else "sdpa"
+    if recipe.rows == "whole":
+        return "sdpa"
     return _choose_fastest(config, shape, seq_len, device, find_fault)
 
 

@@ -92,6 +92,8 @@ def build_model(
     torch.manual_seed(request.seed)
     causal_lm = request.model.load()
     recipe = request.recipe or agree_on_recipe(causal_lm, seq_len=seq_len, rank=rank, world_size=world_size)
+    if not request.document_mask:
+        recipe = replace(recipe, rows="whole")
     find_fault = partial(find_document_fault, causal_lm, recipe, seq_len=seq_len)
     placement = replace(placement, attention=choose_attention(config, shape, seq_len, device, recipe, find_fault))
     try_set_attention(causal_lm, IMPLEMENTATIONS[placement.attention])

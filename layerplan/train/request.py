@@ -61,6 +61,8 @@ class TrainRequest:
     """(start step) to the sink of rank 0."""
     recipe: LossRecipe | None = None
     """How the model's loss is computed; None lets the workers ask it."""
+    document_mask: bool = True
+    """Whether documents that share a row are told apart."""
     validation: CheckpointValidation | None = None
     """Called with checkpoints while training goes on; None calls nothing."""
     records: tuple[Path, ...] = ()

@@ -126,7 +126,7 @@ def find_shortest_window(config: dict[str, Any]) -> int | None:
 
 
 def _arrange(pieces: list[_Piece], rows: Rows, *, fill: int = 0) -> TensorBatch:
-    return _stack(pieces, padding=PADDING, fill=fill) if rows == "alone" else _join(pieces)
+    return _stack(pieces, padding=PADDING, fill=fill) if rows in ("alone", "whole") else _join(pieces)
 
 
 def _join(pieces: list[_Piece]) -> TensorBatch:

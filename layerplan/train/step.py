@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerplan.corpus.rows import PackedRows
+from layerplan.corpus.rows import PackedRows, join_documents
 from layerplan.models.causal_lm import find_decoder_parts
 from layerplan.models.document_starts import find_start_arguments, mark_starts
 from layerplan.models.freezing import AppliedPlan
@@ -154,6 +154,8 @@ def make_batches(rows: PackedRows, size: int, recipe: LossRecipe, device: torch.
 
     Where a model is given the starts of documents, each row is a micro-batch: starts are counted along one row.
     """
+    if recipe.rows == "whole":
+        return [make_batch(piece, device) for piece in join_documents(rows).split(size)]
     if recipe.rows != "alone":
         return [make_batch(piece, device) for piece in rows.split(size if recipe.rows == "packed" else 1)]
     documents = sorted(_split_documents(rows), key=len, reverse=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,11 @@ from layerplan.corpus.rows import PackedRows
 from layerplan.plan.loss_recipe import HeadForm, LossRecipe
 from layerplan.train import loss as loss_module
 from layerplan.train.loss import IGNORED, LossOptions, compute_loss_sum, make_labels
+from layerplan.train.self_test import confirm_recipe
 from layerplan.train.step import LossModel, accumulate_gradients, make_batch
 from tests.allocations import count_peak_bytes
 from tests.qwen3 import build_tiny_qwen3
+from tests.small_families import build_family
 
 CPU = torch.device("cpu")
 VOCAB = 67
@@ -176,6 +180,22 @@ def test_one_document_never_changes_the_loss_of_another() -> None:
         )
         hidden.append(output.last_hidden_state[:, 5:12])
     assert torch.equal(*hidden)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma2"])
+def test_whole_rows_have_the_loss_that_transformers_gives_them_as_one_text(family: str) -> None:
+    """Documents of 6, 9 and 12 tokens and 5 of padding; a window of 8 in Mistral and Gemma 2."""
+    model = build_family(family)
+    rows = make_rows([6, 9, 12], seq_len=32)
+    batches = LossModel(model, recipe := LossRecipe(rows="whole")).make_batches(rows, 2, CPU)
+    assert len(batches) == 1 and batches[0].position_ids_BT is None and batches[0].num_labels == 2 * 26
+    ids = torch.from_numpy(rows.input_ids[:, :27].astype(np.int64))
+    model.set_attn_implementation("eager")
+    wanted = float(model(input_ids=ids, labels=ids, use_cache=False).loss.detach())
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    found = float(LossModel(model, replace(recipe, head=HeadForm(softcap=cap)))(batches[0]).detach()) / 52
+    assert found == pytest.approx(wanted, rel=1e-5)
+    confirm_recipe(LossModel(model, replace(recipe, head=HeadForm(softcap=cap))), seq_len=32, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
