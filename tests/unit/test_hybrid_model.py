@@ -13,8 +13,8 @@ from layerplan.config.train import OptimizerConfig
 from layerplan.errors import ModelError
 from layerplan.models.causal_lm import find_decoder_parts, load_causal_lm
 from layerplan.models.hybrid import HybridConfig
-from layerplan.models.hybrid.causal_lm import list_documents
 from layerplan.models.hybrid.layer_kinds import LAYER_KINDS
+from layerplan.models.hybrid.nemotron import Documents
 from layerplan.models.meta import build_without_memory
 from layerplan.models.model_sizes import make_model_shape, measure_shape
 from layerplan.models.ref import ModelRef
@@ -149,7 +149,7 @@ def test_a_compiled_layer_is_not_compiled_anew_for_every_row_of_documents():
     compiled = torch.compile(layer.forward, backend="eager", dynamic=False)
     states = torch.randn(1, 40, 32)
     for cut in range(3, 37, 5):
-        documents = list_documents(torch.tensor([[0] * cut + [1] * (40 - cut)]))
+        documents = Documents(torch.tensor([[0] * cut + [1] * (40 - cut)]))
         torch.testing.assert_close(compiled(states, documents=documents), layer(states, documents=documents))
     torch._dynamo.reset()
 

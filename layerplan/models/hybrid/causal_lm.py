@@ -108,7 +108,7 @@ class HybridModel(HybridPreTrainedModel):
                 each: MASKS[each](config=self.config, inputs_embeds=inputs_embeds, **given)
                 for each in dict.fromkeys(self.config.layer_types)
             }
-        documents = list_documents(seq_idx)
+        documents = None if seq_idx is None else Documents(seq_idx)
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer, name, layer_type in zip(self.layers, self.config.layer_kinds, self.config.layer_types, strict=True):
@@ -189,17 +189,6 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-def list_documents(seq_idx_BT: Tensor | None) -> Documents | None:
-    """Pieces of equal index, row by row; None when every row is one."""
-    if seq_idx_BT is None:
-        return None
-    pieces: list[tuple[int, int, int]] = []
-    for row, indices in enumerate(seq_idx_BT.tolist()):
-        starts = [at for at, index in enumerate(indices) if at == 0 or index != indices[at - 1]]
-        pieces += [(row, start, stop) for start, stop in zip(starts, [*starts[1:], len(indices)], strict=True)]
-    return Documents(tuple(pieces)) if len(pieces) > len(seq_idx_BT) else None
 
 
 def _count_positions(inputs_embeds: Tensor, past_key_values: Any, config: HybridConfig) -> Tensor:
