@@ -18,7 +18,8 @@ from layerplan.errors import LayerplanError, ModelError, PlanError
 from layerplan.models.freezing import apply_plan, check_gradient_coverage
 from layerplan.models.ref import ModelRef
 from layerplan.models.stitching.build import write_stitched
-from layerplan.models.stitching.recipe import Donor, Recipe, read_donor, resolve_recipe
+from layerplan.models.stitching.donor import Donor
+from layerplan.models.stitching.recipe import Recipe, read_donor, resolve_recipe
 from layerplan.plan.decide import PlanContext, resolve_plan
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.stitch_report import StitchReport, list_layers
@@ -172,7 +173,7 @@ def test_a_spec_that_does_not_fit_its_donor_is_refused_in_one_line(qwen, spec, s
     [
         ({"hidden_size": 64}, "hidden_size=64, but qwen has 32; layers share one residual stream"),
         ({"intermediate_size": 64}, "intermediate_size=64, but qwen has 48"),
-        ({"model_type": "llama"}, "is a llama, qwen a qwen3"),
+        ({"model_type": "llama"}, "other: its layers are those of a llama; a hybrid takes those of qwen3, nemotron_h"),
     ],
 )
 def test_donors_whose_layers_differ_are_refused(qwen, changes, said):
