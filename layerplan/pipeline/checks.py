@@ -44,11 +44,12 @@ def check_model(config: RunConfig) -> None:
 def _check_kernels(config: RunConfig) -> None:
     """Only whether they are installed: whether the worker's device runs them, the worker says."""
     kernels = config.train.mamba_kernels
-    if kernels == "torch" or find_spec("mamba_ssm") is not None:
+    if kernels == "torch":
         return
-    from layerplan.models.hybrid.mamba_kernels import INSTALLATION
+    from layerplan.models.hybrid.mamba_kernels import INSTALLATION, PACKAGE
 
-    raise ModelError(f"train.mamba_kernels={kernels}: needs mamba-ssm, which is not installed here; {INSTALLATION}")
+    if find_spec(PACKAGE) is None:
+        raise ModelError(f"train.mamba_kernels={kernels}: needs mamba-ssm, which is not installed here; {INSTALLATION}")
 
 
 def check_corpus(config: RunConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
 
 import pytest
 import torch
@@ -94,28 +93,27 @@ def differ(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.detach().double().cpu() - theirs.detach().double().cpu()).norm() / theirs.double().cpu().norm())
 
 
+def compare(names: list[str], ours: list[Tensor], theirs: list[Tensor]) -> dict[str, float]:
+    return {name: differ(one, other) for name, one, other in zip(names, ours, theirs, strict=True)}
+
+
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_packed_documents_are_mixed_as_the_recurrence_says_and_so_are_gradients(
     device: torch.device, kernels: str
 ) -> None:
-    """On a GPU the kernels round bfloat16 as PyTorch's own path does: their error is at most twice that path's."""
+    """On a GPU both round bfloat16: the kernels' error is at most 0.01 above that of PyTorch's own path."""
     skip_missing(kernels, device)
     layer, states = build_layer(device, kernels), draw_states(device)
     wanted, wanted_grads = mix_documents_naively(layer, states)
     found, grads = mix(layer, states, make_documents(device))
-    bound = ROUNDING[states.dtype]
-    names = ["states", *(name for name, _ in layer.mixer_block.mixer.named_parameters())]
-    errors = {"mixed": differ(found, wanted)}
-    errors |= {name: differ(*pair) for name, *pair in zip(names, grads, wanted_grads)}
-    allowed = dict.fromkeys(errors, bound)
+    names = ["mixed", "states", *(name for name, _ in layer.mixer_block.mixer.named_parameters())]
+    errors = compare(names, [found, *grads], [wanted, *wanted_grads])
+    allowed = dict.fromkeys(names, 2e-5 if device.type == "cpu" else 5e-2)
     if kernels == "triton":
         set_mamba_kernels(layer, "torch")
         plain, plain_grads = mix(layer, states, make_documents(device))
-        allowed["mixed"] += 2 * differ(plain, wanted)
-        for name, ours, theirs in zip(names, plain_grads, wanted_grads):
-            allowed[name] += 2 * differ(ours, theirs)
-    else:
-        allowed = {name: 3 * value if device.type == "cuda" else value for name, value in allowed.items()}
+        plain_errors = compare(names, [plain, *plain_grads], [wanted, *wanted_grads])
+        allowed = {name: error + 1e-2 for name, error in plain_errors.items()}
     print(kernels, device.type, {name: f"{error:.2e} of {allowed[name]:.2e}" for name, error in errors.items()})
     assert all(error <= allowed[name] for name, error in errors.items())
 
@@ -169,7 +167,7 @@ def test_a_compiled_layer_with_kernels_gives_the_same_and_is_compiled_once(gpu: 
 
 
 def test_a_whole_row_without_documents_is_one_document(device: torch.device) -> None:
-    kernels: Any = "triton" if device.type == "cuda" else "torch"
+    kernels = "triton" if device.type == "cuda" else "torch"
     skip_missing(kernels, device)
     layer, states = build_layer(device, kernels), draw_states(device)
     one = Documents(torch.zeros(len(LENGTHS), TOKENS, dtype=torch.long, device=device))
@@ -182,4 +180,4 @@ def test_kernels_are_refused_where_they_cannot_run() -> None:
     if not torch.cuda.is_available():
         return
     fault = find_kernel_fault("triton", "cuda")
-    assert fault is None or "pip install --no-build-isolation --no-deps mamba-ssm einops" in fault
+    assert fault is None or "MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation --no-deps mamba-ssm einops" in fault

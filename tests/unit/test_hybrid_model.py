@@ -232,27 +232,6 @@ def test_names_of_the_two_kinds_have_nothing_in_common(hybrid):
     assert not names[0] & names[1]
 
 
-def test_another_kind_of_layer_is_one_entry_of_the_table(monkeypatch):
-    """OLMo's gated delta rule, as transformers has it."""
-    from transformers import Qwen3NextConfig
-    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDecoderLayer
-
-    def build(config, layer_idx):
-        sizes = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
-        values = {"hidden_size": config.hidden_size, "intermediate_size": 48, "linear_value_head_dim": 8, **sizes}
-        kinds = {"layer_types": ["linear_attention"] * config.num_hidden_layers, "num_experts": 0}
-        return Qwen3NextDecoderLayer(
-            Qwen3NextConfig(**values, num_hidden_layers=config.num_hidden_layers, **kinds), layer_idx
-        )
-
-    kind = replace(LAYER_KINDS["nemotron"], layer_class=build, takes_documents=False, initialize=lambda *_: None)
-    monkeypatch.setitem(LAYER_KINDS, "gated_delta", kind)
-    model = build_hybrid(["gated_delta", "qwen3"], kind_sizes={})
-    ids = draw_ids(1, 12)
-    cached = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    assert torch.equal(cached[:, -1], logits(model, cached[:, :-1])[:, -1].argmax(-1))
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

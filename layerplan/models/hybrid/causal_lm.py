@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from transformers.masking_utils import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
-    Qwen3DecoderLayer,
     Qwen3PreTrainedModel,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from layerplan.models.hybrid.config import HybridConfig
 from layerplan.models.hybrid.layer_kinds import LAYER_KINDS
-from layerplan.models.hybrid.nemotron import Documents, NemotronLayer
+from layerplan.models.hybrid.nemotron import Documents
 
 MASKS = {
     "full_attention": create_causal_mask,
@@ -36,13 +36,16 @@ MASKS = {
 """How a layer's mask is made, by transformers' name of its type."""
 
 
+class HybridLayer(ABC):
+    """Whatever classes a hybrid's layers have, as transformers' recorder of hidden states asks for one."""
+
+
 class HybridPreTrainedModel(Qwen3PreTrainedModel):
     """What both classes share."""
 
     config_class = HybridConfig
-    _no_split_modules = ["Qwen3DecoderLayer", "NemotronLayer"]
     _is_stateful = True
-    _can_record_outputs = {"hidden_states": [Qwen3DecoderLayer, NemotronLayer], "attentions": Qwen3Attention}
+    _can_record_outputs = {"hidden_states": HybridLayer, "attentions": Qwen3Attention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -62,6 +65,8 @@ class HybridModel(HybridPreTrainedModel):
         self.layers = nn.ModuleList(
             LAYER_KINDS[name].layer_class(config, index) for index, name in enumerate(config.layer_kinds or ())
         )
+        classes = {type(layer) for layer in self.layers}
+        self._no_split_modules = sorted(HybridLayer.register(each).__name__ for each in classes)
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False

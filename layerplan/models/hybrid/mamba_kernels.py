@@ -9,8 +9,11 @@ G groups of heads, N size of a state.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec
 from typing import Any
 
 import torch
@@ -18,7 +21,10 @@ from torch import Tensor
 from torch.nn.functional import conv1d, pad
 from transformers.models.nemotron_h import modeling_nemotron_h
 
-INSTALLATION = "pip install --no-build-isolation --no-deps mamba-ssm einops"
+PACKAGE = "mamba_ssm"
+_SCAN: Callable[..., Any] = inspect.unwrap(modeling_nemotron_h.mamba2_chunk_scan)
+"""transformers' own function, below what exchanges it for mamba-ssm's where that is installed."""
+INSTALLATION = "MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation --no-deps mamba-ssm einops"
 """Builds nothing for CUDA; its other dependencies serve Mamba3, and their pins contradict vLLM's."""
 
 
@@ -40,7 +46,8 @@ def convolve(
 ) -> Tensor:
     """Every channel over its last K positions, (B, T, C); only `triton` keeps the documents of a row apart."""
     if kernels == "triton":
-        return _compiled_convolution()(inputs_BTC, weight_CK, bias_C, documents_BT)
+        run = convolve_shifted if torch.compiler.is_compiling() else _compiled_convolution()
+        return run(inputs_BTC, weight_CK, bias_C, documents_BT)
     tokens, width = inputs_BTC.shape[1], weight_CK.shape[1]
     inputs_BCT = inputs_BTC.transpose(1, 2).to(weight_CK.dtype)
     mixed_BCT = conv1d(inputs_BCT, weight_CK[:, None], bias_C, padding=width - 1, groups=len(weight_CK))
@@ -85,7 +92,7 @@ def scan(
     options |= {"initial_states": state_BHPN, "return_final_states": gives_state}
     if kernels == "triton":
         options["seq_idx"] = None if documents_BT is None else documents_BT.int()
-    run = _run_triton if kernels == "triton" else _find_torch_scan()
+    run = _run_triton if kernels == "triton" else _SCAN
     found = run(inputs_BTHP, steps_BTH, A_H, B_BTGN, C_BTGN, **options)
     return found if gives_state else (found, None)
 
@@ -126,19 +133,28 @@ def _compiled_convolution() -> Callable[..., Tensor]:
 
 @cache
 def _load_scan() -> Callable[..., Any]:
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    """mamba-ssm's scan. Its package begins by importing the CUDA extension, which its Triton part does not need."""
+    spec = find_spec(PACKAGE)
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named {PACKAGE!r}")
+    try:
+        import_module(PACKAGE)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith(PACKAGE):
+            raise
+        sys.modules[PACKAGE] = module_from_spec(spec)
+        try:
+            return _import_scan()
+        finally:
+            del sys.modules[PACKAGE]  # whoever imports the whole of it shall fail as before
+    return _import_scan()
 
-    loaded: Callable[..., Any] = mamba_chunk_scan_combined
-    return loaded
+
+def _import_scan() -> Callable[..., Any]:
+    found: Callable[..., Any] = import_module(f"{PACKAGE}.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    return found
 
 
 @torch.compiler.disable
 def _run_triton(*inputs: Tensor, **options: Any) -> Any:
     return _load_scan()(*inputs, **options)
-
-
-@cache
-def _find_torch_scan() -> Callable[..., Any]:
-    """transformers' own function, below what exchanges it for mamba-ssm's where that is installed."""
-    found: Callable[..., Any] = inspect.unwrap(modeling_nemotron_h.mamba2_chunk_scan)
-    return found
