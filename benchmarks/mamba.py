@@ -51,7 +51,9 @@ def main() -> None:
                 continue
             case = {"path": name, "documents": count, **measure(args, device, kernels, compiles, count)}
             report["cases"].append(case)
-            print("  ".join(f"{key} {value:.1f}" if key != "path" else value for key, value in case.items()), flush=True)
+            print(
+                "  ".join(f"{key} {value:.1f}" if key != "path" else value for key, value in case.items()), flush=True
+            )
     if args.json is not None:
         with args.json.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(report) + "\n")

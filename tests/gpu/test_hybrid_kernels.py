@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 
 import pytest
 import torch
@@ -43,7 +44,9 @@ def build_layer(device: torch.device, kernels: str = "torch") -> NemotronLayer:
     mixer = layer.mixer_block.mixer
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.dim() < 2 else parameter[0].numel() ** -0.5))
+            parameter.copy_(
+                torch.randn_like(parameter) * (0.5 if parameter.dim() < 2 else parameter[0].numel() ** -0.5)
+            )
         mixer.A_log.copy_(torch.linspace(0.0, 1.5, len(mixer.A_log)))
         mixer.dt_bias.copy_(torch.linspace(-4.0, -1.0, len(mixer.dt_bias)))
     set_mamba_kernels(layer, kernels)
@@ -126,7 +129,7 @@ def test_a_row_continued_from_its_state_is_the_row_mixed_at_once(device: torch.d
     layer, states = build_layer(device, kernels), draw_states(device)[:, :130]
     mixer, cache = layer.mixer_block.mixer, DynamicCache(config=layer.mixer_block.config)
     cuts = [0, 70, 120, *range(121, 131)]
-    pieces = [mixer(states[:, start:stop], cache_params=cache) for start, stop in zip(cuts, cuts[1:])]
+    pieces = [mixer(states[:, start:stop], cache_params=cache) for start, stop in pairwise(cuts)]
     error = differ(torch.cat(pieces, 1), mixer(states))
     print(kernels, device.type, f"{error:.2e}")
     assert error <= ROUNDING[states.dtype]
@@ -180,4 +183,8 @@ def test_kernels_are_refused_where_they_cannot_run() -> None:
     if not torch.cuda.is_available():
         return
     fault = find_kernel_fault("triton", "cuda")
-    assert fault is None or "MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation --no-deps mamba-ssm einops" in fault
+    assert (
+        fault is None
+        or "MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation --no-deps mamba-ssm einops"
+        in fault
+    )

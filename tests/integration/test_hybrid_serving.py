@@ -96,7 +96,7 @@ def test_vllm_and_transformers_agree_on_letters_and_greedy_tokens(seed_model, tm
 
 @pytest.mark.long
 def test_vllm_by_itself_serves_a_hybrid_where_the_package_is_installed(seed_model, tmp_path):
-    """vLLM finds the model by the installed package's entry point, in its engine's process too; nothing else is imported."""
+    """VLLM finds the model by the installed package's entry point, in its engine's process too; nothing else is imported."""
     folder, site = stitch(seed_model, tmp_path / "hybrid"), install(tmp_path)
     prompt = [5, 17, 300, 41, 8]
     environment = script_environment(VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1", PYTHONPATH=str(site))
@@ -110,5 +110,7 @@ def test_vllm_by_itself_serves_a_hybrid_where_the_package_is_installed(seed_mode
     assert not was_known and Path(used).is_relative_to(site)
     model = ModelRef(str(folder)).load()
     ids = torch.tensor([prompt])
-    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=None
+    )
     assert tokens == expected[0, len(prompt) :].tolist()

@@ -36,7 +36,7 @@ MASKS = {
 """How a layer's mask is made, by transformers' name of its type."""
 
 
-class HybridLayer(ABC):
+class HybridLayer(ABC):  # noqa: B024 - what it is, is registered
     """Whatever classes a hybrid's layers have, as transformers' recorder of hidden states asks for one."""
 
 

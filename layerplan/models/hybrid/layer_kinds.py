@@ -77,9 +77,7 @@ LAYER_KINDS: dict[str, LayerKind] = {
     "nemotron": LayerKind(
         nemotron.NemotronLayer,
         layer_types=("linear_attention",),
-        donors=(
-            DonorLayers("nemotron_h", nemotron_donor.PARTS, nemotron_donor.check_pair, nemotron_donor.read_sizes),
-        ),
+        donors=(DonorLayers("nemotron_h", nemotron_donor.PARTS, nemotron_donor.check_pair, nemotron_donor.read_sizes),),
         check_sizes=nemotron.check_sizes,
         initialize=nemotron.initialize,
         takes_documents=True,

@@ -24,7 +24,9 @@ from transformers.models.nemotron_h import modeling_nemotron_h
 PACKAGE = "mamba_ssm"
 _SCAN: Callable[..., Any] = inspect.unwrap(modeling_nemotron_h.mamba2_chunk_scan)
 """transformers' own function, below what exchanges it for mamba-ssm's where that is installed."""
-INSTALLATION = "MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation --no-deps mamba-ssm einops"
+INSTALLATION = (
+    "MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation --no-deps mamba-ssm einops"
+)
 """Builds nothing for CUDA; its other dependencies serve Mamba3, and their pins contradict vLLM's."""
 
 
