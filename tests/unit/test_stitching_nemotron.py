@@ -77,6 +77,11 @@ def test_its_layers_compute_what_the_donors_blocks_do(donors, made):
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
 
 
+def test_donors_and_the_made_folder_are_bases_that_can_be_checked(donors, made):
+    for folder in (*donors.values(), made[0]):
+        ModelRef(str(folder)).check()
+
+
 def test_its_sizes_are_the_donors_and_the_seam_lies_between_the_donors(made):
     folder, report = made
     sizes = load(folder).config.kind_sizes["nemotron"]
