@@ -10,7 +10,10 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHForCausalLM
 
+from layerplan.config.stitch import StitchedModelConfig
 from layerplan.models.hybrid import HybridConfig, HybridForCausalLM
+from layerplan.models.ref import ModelRef
+from layerplan.models.stitching.recipe import Recipe, read_donor, resolve_recipe
 from tests.model_folders import save_tiny_base
 from tests.qwen3 import TINY_QWEN3
 
@@ -60,6 +63,13 @@ def save_nemotron_h(folder: Path, pattern: str = "M-M-*-M", **changes: Any) -> P
     model.float().save_pretrained(folder)
     Tokenizer(models.BPE()).save(str(folder / "tokenizer.json"))
     return folder
+
+
+def resolve(folders: dict[str, Path], **spec: Any) -> Recipe:
+    """The recipe of a stitch spec whose donors are these folders."""
+    named = {name: {"name": str(folder)} for name, folder in folders.items()}
+    donors = {name: read_donor(ModelRef(str(folder))) for name, folder in folders.items()}
+    return resolve_recipe(StitchedModelConfig(donors=named, **spec), donors)
 
 
 def load(folder: Path) -> Any:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from layerplan.config.plan import StitchedPlanConfig
-from layerplan.config.stitch import StitchedModelConfig
 from layerplan.config.train import TrainConfig
 from layerplan.errors import ModelError
 from layerplan.models.ref import ModelRef
 from layerplan.models.stitching.build import write_stitched
-from layerplan.models.stitching.recipe import Recipe, read_donor, resolve_recipe
 from layerplan.plan.decide import PlanContext, resolve_plan
 from layerplan.plan.stitch_report import StitchReport
-from tests.hybrids import NEMOTRON, load, save_donor, save_nemotron_h
+from tests.hybrids import NEMOTRON, load, resolve, save_donor, save_nemotron_h
 
 BOTH = [{"donor": "nemo", "layers": "0:4"}, {"donor": "qwen", "layers": "2:4"}]
-
-
-def resolve(folders: dict[str, Path], **spec: Any) -> Recipe:
-    named = {name: {"name": str(folder)} for name, folder in folders.items()}
-    donors = {name: read_donor(ModelRef(str(folder))) for name, folder in folders.items()}
-    return resolve_recipe(StitchedModelConfig(donors=named, **spec), donors)
 
 
 @pytest.fixture(scope="module")
