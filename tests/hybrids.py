@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHForCausalLM
 
+from layerplan.config.stitch import StitchedModelConfig
 from layerplan.models.hybrid import HybridConfig, HybridForCausalLM
+from layerplan.models.ref import ModelRef
+from layerplan.models.stitching.recipe import Recipe, read_donor, resolve_recipe
 from tests.model_folders import save_tiny_base
 from tests.qwen3 import TINY_QWEN3
 
@@ -46,6 +51,25 @@ def build_hybrid(kinds: list[str] | None = None, **changes: Any) -> HybridForCau
 def save_donor(folder: Path, **changes: Any) -> Path:
     """A Qwen3 of four layers as a folder with an empty tokenizer."""
     return save_tiny_base(folder, **{"num_hidden_layers": 4, "initializer_range": 0.15, **changes})
+
+
+def save_nemotron_h(folder: Path, pattern: str = "M-M-*-M", **changes: Any) -> Path:
+    """A NemotronH of the same width with blocks by its pattern (M Mamba2, - feed-forward, * attention, E experts)."""
+    attention = {"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"n_routed_experts": 2, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16}
+    values = {"vocab_size": 30, "hidden_size": 32, "initializer_range": 0.15, **NEMOTRON, **attention, **experts}
+    torch.manual_seed(1)
+    model = NemotronHForCausalLM(NemotronHConfig(**{**values, "hybrid_override_pattern": pattern, **changes}))
+    model.float().save_pretrained(folder)
+    Tokenizer(models.BPE()).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def resolve(folders: dict[str, Path], **spec: Any) -> Recipe:
+    """The recipe of a stitch spec whose donors are these folders."""
+    named = {name: {"name": str(folder)} for name, folder in folders.items()}
+    donors = {name: read_donor(ModelRef(str(folder))) for name, folder in folders.items()}
+    return resolve_recipe(StitchedModelConfig(donors=named, **spec), donors)
 
 
 def load(folder: Path) -> Any:

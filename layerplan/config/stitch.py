@@ -26,7 +26,8 @@ class LayerRunConfig(StrictModel):
     donor: str | None = None
     """Name of a donor."""
     layers: str | list[int] | None = None
-    """Which of its layers, in this order: a half-open range such as `14:28`, or indices."""
+    """Which of its layers, in this order: a half-open range such as `14:28`, or indices; of a NemotronH in a hybrid its blocks,
+    of which two are a layer."""
     kind: str | None = None
     """Kind of new layers: `nemotron` (a Mamba2 block and its feed-forward block) or `qwen3`."""
     count: int | None = Field(default=None, ge=1)

@@ -89,6 +89,9 @@ class TrainConfig(StrictModel):
     the sum of their squared lengths, where the model hands down where documents start; it is asked. `auto` measures the
     candidates at start on a GPU; on a CPU it is `eager` for short rows under `compile`, else `sdpa`. A model whose own
     attention does more than those kernels, as capping its scores, is given its own whatever this says; the self-test tells."""
+    mamba_kernels: Literal["torch", "triton"] = "torch"
+    """What scans the Mamba2 layers of a hybrid. `triton` takes mamba-ssm's kernels (GPU only, installed apart: docs/hybrids.md),
+    which mix the documents of a packed row at once; `torch` mixes them one by one. `compile` compiles what is around both."""
     frozen_fp8: bool = False
     """Keep frozen layers' matrices in FP8 (torchao, GPU only)."""
     z_loss: float = Field(default=0.0, ge=0)
@@ -145,6 +148,8 @@ class TrainConfig(StrictModel):
             raise ValueError(f"num_replicas={self.num_replicas} must divide num_workers={self.num_workers}")
         if self.num_replicas > 1 and self.parallelism == "replicate":
             raise ValueError("num_replicas belongs to parallelism=shard; parallelism=replicate needs no groups")
+        if self.mamba_kernels == "triton" and not self.use_gpu:
+            raise ValueError("mamba_kernels=triton needs use_gpu=true: mamba-ssm's kernels run on GPUs only")
         if self.frozen_fp8 and not self.use_gpu:
             raise ValueError("frozen_fp8=true needs use_gpu=true: FP8 matrix products exist on GPUs only")
         return self

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from eval.items import load_benchmark
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.run import RunConfig
@@ -19,8 +21,9 @@ def check_model(config: RunConfig) -> None:
     """Looks at config, tokenizer and every stored tensor of an existing model, or of each donor of one put together.
 
     Raises:
-        ModelError: When one is missing or they do not fit together.
+        ModelError: When one is missing or they do not fit together, or kernels that its training asks for are not installed.
     """
+    _check_kernels(config)
     if isinstance(config.model, ScratchModelConfig):
         return
     if isinstance(config.model, StitchedModelConfig):
@@ -36,6 +39,17 @@ def check_model(config: RunConfig) -> None:
             f"model.name={model}: documents can yield token {joining.facts.name(joining.num_ids - 1)}, the embedding has"
             f" {vocab_size:,} rows; the tokenizer does not fit the model"
         )
+
+
+def _check_kernels(config: RunConfig) -> None:
+    """Only whether they are installed: whether the worker's device runs them, the worker says."""
+    kernels = config.train.mamba_kernels
+    if kernels == "torch":
+        return
+    from layerplan.models.hybrid.mamba_kernels import INSTALLATION, PACKAGE
+
+    if find_spec(PACKAGE) is None:
+        raise ModelError(f"train.mamba_kernels={kernels}: needs mamba-ssm, which is not installed here; {INSTALLATION}")
 
 
 def check_corpus(config: RunConfig) -> None:

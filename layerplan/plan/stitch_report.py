@@ -21,7 +21,9 @@ class LayerOrigin(StrictModel):
     donor: str | None = None
     """Name of the donor; None for a layer that was initialised."""
     donor_layer: int | None = None
-    """Its index there."""
+    """Its index there; of the first, where several neighbours became one layer."""
+    donor_span: int = Field(default=1, ge=1)
+    """How many of the donor's layers it is made of."""
     is_copy: bool = False
     """Inserted behind its original, its output projections at zero."""
 

@@ -79,6 +79,7 @@ def build_model(
     """
     config = request.config
     check_dtype(config.compute_dtype, device)
+    check_mamba_kernels(config.mamba_kernels, device)
     available = agree_on_memory(find_available_bytes(device, local_world_size), device)
     limits = {"seq_len": seq_len, "world_size": world_size, "device_type": device.type, "available_bytes": available}
     largest = choose_placements(request.plan, shape, config, **limits)
@@ -101,6 +102,7 @@ def build_model(
     applied = apply_plan(causal_lm, plan)
     if request.labels is not None and request.labels.lora is not None:
         applied = inject_adapters(causal_lm, plan.trainable_layers, request.labels.lora, seed=request.seed)
+    choose_mamba_kernels(causal_lm, config.mamba_kernels)  # not before the model was asked, on the CPU
     causal_lm.train()
     placed = place_model(
         causal_lm,
@@ -164,6 +166,29 @@ def check_dtype(name: str, device: torch.device) -> None:
     if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise TrainingError(
             f"train.compute_dtype=bfloat16: {torch.cuda.get_device_name(device)} has no bfloat16; use float32"
+        )
+
+
+def check_mamba_kernels(name: str, device: torch.device) -> None:
+    """Raises `TrainingError` when kernels that were asked for cannot run here, saying how they are installed."""
+    if name == "torch":
+        return
+    from layerplan.models.hybrid.mamba_kernels import find_kernel_fault
+
+    fault = find_kernel_fault(name, device.type)
+    if fault is not None:
+        raise TrainingError(f"train.mamba_kernels={name}: {fault}")
+
+
+def choose_mamba_kernels(causal_lm: nn.Module, name: str) -> None:
+    """Has Mamba2 layers scanned by kernels of this name; raises `TrainingError` when it is not the default and there are none."""
+    if name == "torch":
+        return
+    from layerplan.models.hybrid.mamba_mixer import set_mamba_kernels
+
+    if not set_mamba_kernels(causal_lm, name):
+        raise TrainingError(
+            f"train.mamba_kernels={name}: the model has no Mamba2 layers of a hybrid (docs/hybrids.md); leave it out"
         )
 
 

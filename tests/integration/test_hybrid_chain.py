@@ -48,13 +48,17 @@ def find_export(run: Path) -> Path:
 def test_a_hybrid_is_made_traced_trained_on_two_workers_exported_and_scored(
     run_here, seed_model, corpus_source, tmp_path
 ):
-    """The Nemotron half trains; the donor's tensors are its bytes from the donor to the export."""
+    """The Nemotron half trains, goes on from its checkpoint, and leaves the donor's tensors with the donor's bytes."""
     config = write_config(
-        tmp_path / "halves.yaml", seed_model, corpus_source, {"layers": LAYERS, "kind_sizes": {"nemotron": NEMOTRON}}
-    )
+        tmp_path / "halves.yaml", seed_model, corpus_source, {"layers": LAYERS, "kind_sizes": {"nemotron": NEMOTRON}},
+        evaluation={**TINY["evaluation"], "protocols": ["logit", "generate"]},
+    )  # fmt: skip
     job = run_here("jobs/cpt.py", "--config", config)
     assert job.returncode == 0, job.output[-4000:]
+    more = run_here("jobs/cpt.py", "--config", config, "--set", "train.max_steps=8")
+    assert more.returncode == 0, more.output[-4000:]
     run = tmp_path / "halves"
+    assert find_export(run).name == "step_00000008"
     plan, export = FreezePlan.load(run / "freeze_plan.json"), find_export(run)
     assert plan.trainable_layers == (0, 1)
     assert json.loads((run / "self_test.json").read_text())["recipe"]["rows"] == "reset"

@@ -13,8 +13,8 @@ from layerplan.config.train import OptimizerConfig
 from layerplan.errors import ModelError
 from layerplan.models.causal_lm import find_decoder_parts, load_causal_lm
 from layerplan.models.hybrid import HybridConfig
-from layerplan.models.hybrid.causal_lm import list_documents
 from layerplan.models.hybrid.layer_kinds import LAYER_KINDS
+from layerplan.models.hybrid.nemotron import Documents
 from layerplan.models.meta import build_without_memory
 from layerplan.models.model_sizes import make_model_shape, measure_shape
 from layerplan.models.ref import ModelRef
@@ -149,7 +149,7 @@ def test_a_compiled_layer_is_not_compiled_anew_for_every_row_of_documents():
     compiled = torch.compile(layer.forward, backend="eager", dynamic=False)
     states = torch.randn(1, 40, 32)
     for cut in range(3, 37, 5):
-        documents = list_documents(torch.tensor([[0] * cut + [1] * (40 - cut)]))
+        documents = Documents(torch.tensor([[0] * cut + [1] * (40 - cut)]))
         torch.testing.assert_close(compiled(states, documents=documents), layer(states, documents=documents))
     torch._dynamo.reset()
 
@@ -230,27 +230,6 @@ def test_names_of_the_two_kinds_have_nothing_in_common(hybrid):
     """A Qwen3 checkpoint that is loaded over a hybrid must leave its Nemotron layers alone."""
     names = [{name for name, _ in hybrid.model.layers[index].named_parameters()} for index in (0, 2)]
     assert not names[0] & names[1]
-
-
-def test_another_kind_of_layer_is_one_entry_of_the_table(monkeypatch):
-    """OLMo's gated delta rule, as transformers has it."""
-    from transformers import Qwen3NextConfig
-    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDecoderLayer
-
-    def build(config, layer_idx):
-        sizes = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
-        values = {"hidden_size": config.hidden_size, "intermediate_size": 48, "linear_value_head_dim": 8, **sizes}
-        kinds = {"layer_types": ["linear_attention"] * config.num_hidden_layers, "num_experts": 0}
-        return Qwen3NextDecoderLayer(
-            Qwen3NextConfig(**values, num_hidden_layers=config.num_hidden_layers, **kinds), layer_idx
-        )
-
-    kind = replace(LAYER_KINDS["nemotron"], layer_class=build, takes_documents=False, initialize=lambda *_: None)
-    monkeypatch.setitem(LAYER_KINDS, "gated_delta", kind)
-    model = build_hybrid(["gated_delta", "qwen3"], kind_sizes={})
-    ids = draw_ids(1, 12)
-    cached = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    assert torch.equal(cached[:, -1], logits(model, cached[:, :-1])[:, -1].argmax(-1))
 
 
 @pytest.mark.parametrize(

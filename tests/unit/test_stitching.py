@@ -18,24 +18,19 @@ from layerplan.errors import LayerplanError, ModelError, PlanError
 from layerplan.models.freezing import apply_plan, check_gradient_coverage
 from layerplan.models.ref import ModelRef
 from layerplan.models.stitching.build import write_stitched
-from layerplan.models.stitching.recipe import Donor, Recipe, read_donor, resolve_recipe
+from layerplan.models.stitching.donor import Donor
+from layerplan.models.stitching.recipe import read_donor, resolve_recipe
 from layerplan.plan.decide import PlanContext, resolve_plan
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.stitch_report import StitchReport, list_layers
 from tests.families import make_model
-from tests.hybrids import NEMOTRON, load, save_donor
+from tests.hybrids import NEMOTRON, load, resolve, save_donor
 from tests.layer_profiles import make_profile
 
 HALVES: dict[str, Any] = {
     "layers": [{"kind": "nemotron", "count": 2}, {"donor": "qwen", "layers": "2:4"}],
     "kind_sizes": {"nemotron": NEMOTRON},
 }
-
-
-def resolve(folders: dict[str, Path], **spec: Any) -> Recipe:
-    named = {name: {"name": str(folder)} for name, folder in folders.items()}
-    donors = {name: read_donor(ModelRef(str(folder))) for name, folder in folders.items()}
-    return resolve_recipe(StitchedModelConfig(donors=named, **spec), donors)
 
 
 def stitch(out: Path, folders: dict[str, Path], *, seed: int = 0, **spec: Any) -> StitchReport:
@@ -172,7 +167,7 @@ def test_a_spec_that_does_not_fit_its_donor_is_refused_in_one_line(qwen, spec, s
     [
         ({"hidden_size": 64}, "hidden_size=64, but qwen has 32; layers share one residual stream"),
         ({"intermediate_size": 64}, "intermediate_size=64, but qwen has 48"),
-        ({"model_type": "llama"}, "is a llama, qwen a qwen3"),
+        ({"model_type": "llama"}, "other: its layers are those of a llama; a hybrid takes those of qwen3, nemotron_h"),
     ],
 )
 def test_donors_whose_layers_differ_are_refused(qwen, changes, said):

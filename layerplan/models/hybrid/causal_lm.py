@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from transformers.masking_utils import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
-    Qwen3DecoderLayer,
     Qwen3PreTrainedModel,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from layerplan.models.hybrid.config import HybridConfig
 from layerplan.models.hybrid.layer_kinds import LAYER_KINDS
-from layerplan.models.hybrid.nemotron import Documents, NemotronLayer
+from layerplan.models.hybrid.nemotron import Documents
 
 MASKS = {
     "full_attention": create_causal_mask,
@@ -36,13 +36,16 @@ MASKS = {
 """How a layer's mask is made, by transformers' name of its type."""
 
 
+class HybridLayer(ABC):  # noqa: B024 - what it is, is registered
+    """Whatever classes a hybrid's layers have, as transformers' recorder of hidden states asks for one."""
+
+
 class HybridPreTrainedModel(Qwen3PreTrainedModel):
     """What both classes share."""
 
     config_class = HybridConfig
-    _no_split_modules = ["Qwen3DecoderLayer", "NemotronLayer"]
     _is_stateful = True
-    _can_record_outputs = {"hidden_states": [Qwen3DecoderLayer, NemotronLayer], "attentions": Qwen3Attention}
+    _can_record_outputs = {"hidden_states": HybridLayer, "attentions": Qwen3Attention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -62,6 +65,8 @@ class HybridModel(HybridPreTrainedModel):
         self.layers = nn.ModuleList(
             LAYER_KINDS[name].layer_class(config, index) for index, name in enumerate(config.layer_kinds or ())
         )
+        classes = {type(layer) for layer in self.layers}
+        self._no_split_modules = sorted(HybridLayer.register(each).__name__ for each in classes)
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -108,7 +113,7 @@ class HybridModel(HybridPreTrainedModel):
                 each: MASKS[each](config=self.config, inputs_embeds=inputs_embeds, **given)
                 for each in dict.fromkeys(self.config.layer_types)
             }
-        documents = list_documents(seq_idx)
+        documents = None if seq_idx is None else Documents(seq_idx)
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer, name, layer_type in zip(self.layers, self.config.layer_kinds, self.config.layer_types, strict=True):
@@ -189,17 +194,6 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-def list_documents(seq_idx_BT: Tensor | None) -> Documents | None:
-    """Pieces of equal index, row by row; None when every row is one."""
-    if seq_idx_BT is None:
-        return None
-    pieces: list[tuple[int, int, int]] = []
-    for row, indices in enumerate(seq_idx_BT.tolist()):
-        starts = [at for at, index in enumerate(indices) if at == 0 or index != indices[at - 1]]
-        pieces += [(row, start, stop) for start, stop in zip(starts, [*starts[1:], len(indices)], strict=True)]
-    return Documents(tuple(pieces)) if len(pieces) > len(seq_idx_BT) else None
 
 
 def _count_positions(inputs_embeds: Tensor, past_key_values: Any, config: HybridConfig) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from layerplan.models.hybrid import nemotron
+from layerplan.models.hybrid import nemotron, nemotron_donor
 
 
 def _nothing(module: nn.Module, config: Any) -> None:
@@ -28,6 +28,28 @@ def _no_sizes(values: Mapping[str, Any]) -> None:
         raise ValueError(f"{next(iter(values))!r} is given, but its sizes are those of the config itself")
 
 
+def _any_index(config: Mapping[str, Any], layer: int) -> None:
+    """Every layer of the family serves."""
+
+
+def _no_own_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class DonorLayers:
+    """How the decoder layers of a model family become layers of a kind."""
+
+    model_type: str
+    """The family's."""
+    parts: tuple[str, ...] = ("",)
+    """Where in a layer of the kind each of as many neighbours of the family goes; empty for one that is the layer itself."""
+    check: Callable[[Mapping[str, Any], int], None] = _any_index
+    """Raises `ValueError` when the neighbours from an index on, by the family's config, are no layer of the kind."""
+    read_sizes: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_own_sizes
+    """What the family's config says of the sizes that the kind has of its own."""
+
+
 @dataclass(frozen=True)
 class LayerKind:
     """What a hybrid knows about one kind of layer."""
@@ -36,8 +58,8 @@ class LayerKind:
     """Builds the layer from the hybrid's config and the layer's index."""
     layer_types: tuple[str, ...]
     """transformers' names of how such a layer is masked and cached; the first unless the config says another."""
-    donor_types: tuple[str, ...] = ()
-    """Model types whose decoder layers are of this kind, tensor names included."""
+    donors: tuple[DonorLayers, ...] = ()
+    """Families whose layers can be taken."""
     check_sizes: Callable[[Mapping[str, Any]], None] = _no_sizes
     """Raises `ValueError` for sizes of its own that it does not know or cannot have."""
     initialize: Callable[[nn.Module, Any], None] = _nothing
@@ -46,11 +68,16 @@ class LayerKind:
     """Whether the layer's forward pass starts anew at every document of a packed row."""
 
 
+ENDS_TYPE = "qwen3"
+"""Model type whose embedding, final norm and head a hybrid has."""
 LAYER_KINDS: dict[str, LayerKind] = {
-    "qwen3": LayerKind(Qwen3DecoderLayer, layer_types=("full_attention", "sliding_attention"), donor_types=("qwen3",)),
+    "qwen3": LayerKind(
+        Qwen3DecoderLayer, layer_types=("full_attention", "sliding_attention"), donors=(DonorLayers(ENDS_TYPE),)
+    ),
     "nemotron": LayerKind(
         nemotron.NemotronLayer,
         layer_types=("linear_attention",),
+        donors=(DonorLayers("nemotron_h", nemotron_donor.PARTS, nemotron_donor.check_pair, nemotron_donor.read_sizes),),
         check_sizes=nemotron.check_sizes,
         initialize=nemotron.initialize,
         takes_documents=True,
@@ -66,9 +93,9 @@ def find_kind(name: str) -> LayerKind:
     return LAYER_KINDS[name]
 
 
-def find_kind_of_donor(model_type: str) -> str:
-    """Name of the kind that a model's decoder layers are of; raises `ValueError` when they are of none."""
-    known = {each: name for name, kind in LAYER_KINDS.items() for each in kind.donor_types}
+def find_donor_layers(model_type: str) -> tuple[str, DonorLayers]:
+    """The kind that a family's layers become, and how; raises `ValueError` when they become none."""
+    known = {each.model_type: (name, each) for name, kind in LAYER_KINDS.items() for each in kind.donors}
     if model_type not in known:
         raise ValueError(f"its layers are those of a {model_type}; a hybrid takes those of {', '.join(known)}")
     return known[model_type]

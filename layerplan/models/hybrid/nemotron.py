@@ -1,8 +1,7 @@
 """The Nemotron layer: a Mamba2 mixer block and its squared-ReLU feed-forward block, counted as one layer.
 
-Both blocks are transformers' own. Two things differ from a NemotronH model. The lower bound on the time step is taken
-off: the mixer applies it when it scans a row and not when it continues a state, so that cached and full passes would differ.
-And a packed row is mixed document by document, since the PyTorch scan takes the starts of documents and does not look.
+Both blocks are transformers' own, the mixer with kernels that are chosen (`mamba_mixer.py`). A packed row is mixed document
+by document by the PyTorch scan, which takes the starts of documents and does not look; kernels look.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,13 +18,24 @@ from torch import Tensor, nn
 from transformers import NemotronHConfig, initialization
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock, NemotronHMamba2Mixer
 
+from layerplan.models.hybrid.mamba_mixer import Mamba2Mixer
+
 
 @dataclass(frozen=True, eq=False)
 class Documents:
     """Pieces of packed rows; an object of its own, at whose content no compiled graph looks."""
 
-    pieces: tuple[tuple[int, int, int], ...]
-    """Row, first position, and the position after the last, in order."""
+    index_BT: Tensor
+    """Of each token's document in its row."""
+
+    @cached_property
+    def pieces(self) -> list[tuple[int, int, int]]:
+        """Row, first position, and the position after the last, in order; reads what may lie on a device."""
+        found: list[tuple[int, int, int]] = []
+        for row, indices in enumerate(self.index_BT.tolist()):
+            starts = [at for at, index in enumerate(indices) if at == 0 or index != indices[at - 1]]
+            found += [(row, start, stop) for start, stop in zip(starts, [*starts[1:], len(indices)], strict=True)]
+        return found
 
 
 SIZES: dict[str, int | float | str | bool] = {
@@ -53,8 +64,9 @@ class NemotronLayer(nn.Module):
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
-        self.mixer_block = NemotronHBlock(make_block_config(config, "linear_attention"), layer_idx)
-        self.mixer_block.mixer.time_step_limit = (0.0, math.inf)
+        mixing = make_block_config(config, "linear_attention")
+        self.mixer_block = NemotronHBlock(mixing, layer_idx)
+        self.mixer_block.mixer = Mamba2Mixer(mixing, layer_idx)
         self.feed_forward_block = NemotronHBlock(make_block_config(config, "mlp"), layer_idx)
 
     def forward(
@@ -73,10 +85,12 @@ class NemotronLayer(nn.Module):
             past_key_values: transformers' cache.
             documents: Pieces of the rows that know nothing of each other.
         """
-        if documents is not None and past_key_values is None:
+        if documents is None or past_key_values is not None:
+            mixed = self.mixer_block(hidden_states, past_key_values=past_key_values, attention_mask=attention_mask)
+        elif self.mixer_block.mixer.kernels == "torch":
             mixed = _mix_documents(self.mixer_block, hidden_states, documents)
         else:
-            mixed = self.mixer_block(hidden_states, past_key_values=past_key_values, attention_mask=attention_mask)
+            mixed = self.mixer_block(hidden_states, documents_BT=documents.index_BT)
         result: Tensor = self.feed_forward_block(mixed)
         return result
 
@@ -84,6 +98,8 @@ class NemotronLayer(nn.Module):
 @torch.compiler.disable
 def _mix_documents(block: Callable[..., Tensor], hidden_states: Tensor, documents: Documents) -> Tensor:
     """Every document by itself; lengths differ from row to row, so no graph is compiled of it."""
+    if len(documents.pieces) == len(hidden_states):
+        return block(hidden_states)
     pieces = [block(hidden_states[row : row + 1, start:stop]) for row, start, stop in documents.pieces]
     return torch.cat(pieces, dim=1).view_as(hidden_states)
 

@@ -71,11 +71,14 @@ class VllmNemotronLayer(nn.Module):
 
 
 def build_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
-    """The layer of a prefix, by the kind that the config has for its index."""
+    """The layer of a prefix, by the kind that the config has for its index; raises `ValueError` for one of no kind of vLLM's."""
     config = vllm_config.model_config.hf_config
-    if config.layer_kinds[extract_layer_index(prefix)] == "nemotron":
+    kind = config.layer_kinds[extract_layer_index(prefix)]
+    if kind == "nemotron":
         return VllmNemotronLayer(vllm_config=vllm_config, prefix=prefix)
-    return Qwen3DecoderLayer(config, vllm_config.cache_config, vllm_config.quant_config, prefix=prefix)
+    if kind == "qwen3":
+        return Qwen3DecoderLayer(config, vllm_config.cache_config, vllm_config.quant_config, prefix=prefix)
+    raise ValueError(f"{prefix}: a layer of kind {kind!r} cannot be served; evaluation.backend: transformers scores it")
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "inputs_embeds": 0})

@@ -135,7 +135,8 @@ def _read(placed: Placed) -> Tensor:
 
 def _look(recipe: Recipe, made: ModelRef, loaded: dict[str, Any]) -> dict[str, Any]:
     """Runs donors and result on one sample: both sides of every seam, and whether the logits stayed the donor's."""
-    sample = draw_sample(made.shape().vocab_size)
+    refs = [made, *(recipe.donors[name].ref for name in loaded)]
+    sample = draw_sample(min(ref.shape().vocab_size for ref in refs))
     expected, logits = {}, {}
     for name in list(loaded):
         expected[name], logits[name] = measure_residuals(loaded.pop(name), sample)

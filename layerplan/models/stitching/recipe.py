@@ -11,8 +11,10 @@ from typing import Any
 from layerplan.config.stitch import ExpansionConfig, StitchedModelConfig
 from layerplan.errors import ModelError
 from layerplan.models.files import count_layers
-from layerplan.models.own_types import HYBRID_CLASS, HYBRID_TYPE, make_known
+from layerplan.models.own_types import HYBRID_TYPE
 from layerplan.models.ref import ModelRef
+from layerplan.models.stitching.donor import Donor
+from layerplan.models.stitching.hybrid_recipe import compose_hybrid
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.stitch_report import LayerOrigin
 
@@ -23,16 +25,6 @@ UNLIKE = {
 }  # fmt: skip
 """Fields in which donors may differ: what the ends decide, or what says nothing about a layer."""
 _RANGE = re.compile(r"(\d*):(\d*)")
-
-
-@dataclass(frozen=True)
-class Donor:
-    """A donor by its files' own words."""
-
-    ref: ModelRef
-    config: Mapping[str, Any]
-    """The values of its `config.json`."""
-    num_layers: int
 
 
 @dataclass(frozen=True)
@@ -79,13 +71,17 @@ def resolve_recipe(spec: StitchedModelConfig, donors: Mapping[str, Donor]) -> Re
     layers = _list_expanded(spec.expand, donors) if spec.expand is not None else _list_layers(spec, donors)
     used = [name for name in donors if any(layer.donor == name for layer in layers)]
     base = donors[spec.first_donor]
+    types = {str(donors[name].config["model_type"]) for name in (spec.first_donor, *used)}
+    is_hybrid = len(types) > 1 or any(layer.donor is None for layer in layers)
     for name in used:
         _refuse_other_sizes(name, donors[name], spec.first_donor, base)
     ends = {"final_norm": spec.final_norm, "lm_head": spec.lm_head}
     norm, head = (ends[field] or spec.first_donor for field in ("final_norm", "lm_head"))
     _refuse_other_ends(spec, donors, norm, head)
-    is_hybrid = any(layer.donor is None for layer in layers)
-    config = _make_hybrid_config(spec, base, donors, layers) if is_hybrid else _make_config(base, donors, layers)
+    if is_hybrid:
+        layers, config = compose_hybrid(spec, base, donors, layers)
+    else:
+        config = _make_config(base, donors, layers)
     return Recipe(config, tuple(layers), donors, spec.first_donor, norm, head, spec.expand is not None)
 
 
@@ -170,10 +166,7 @@ def _refuse_other_sizes(name: str, donor: Donor, first: str, base: Donor) -> Non
             " layers share one residual stream"
         )
     if mine["model_type"] != theirs["model_type"]:
-        raise ModelError(
-            f"model.donors.{name}: is a {mine['model_type']}, {first} a {theirs['model_type']}; donors of one model type"
-            " fit together"
-        )
+        return  # layers of several kinds, of which a hybrid is made or not
     for field in sorted((set(mine) | set(theirs)) - UNLIKE):
         if mine.get(field) != theirs.get(field):
             raise ModelError(
@@ -216,36 +209,3 @@ def _make_config(base: Donor, donors: Mapping[str, Donor], layers: Sequence[Laye
             " of them cannot be asked for"
         )
     return config
-
-
-def _make_hybrid_config(
-    spec: StitchedModelConfig, base: Donor, donors: Mapping[str, Donor], layers: list[LayerOrigin]
-) -> dict[str, Any]:
-    make_known(HYBRID_TYPE)
-    from layerplan.models.hybrid.config import HybridConfig
-    from layerplan.models.hybrid.layer_kinds import find_kind_of_donor
-
-    try:
-        own = find_kind_of_donor(str(base.config["model_type"]))
-    except ValueError as error:
-        raise ModelError(f"model.donors.{spec.first_donor}: {error}") from None
-    kinds = [layer.kind if layer.donor is None else own for layer in layers]
-    layers[:] = [layer.model_copy(update={"kind": kind}) for layer, kind in zip(layers, kinds)]
-    dropped = ("architectures", "model_type", "num_hidden_layers", "layer_types", "max_window_layers", "auto_map")
-    values = {name: value for name, value in base.config.items() if name not in dropped}
-    values |= {"layer_kinds": kinds, "kind_sizes": spec.kind_sizes}
-    if base.config.get("use_sliding_window"):
-        raise ModelError(
-            f"model.donors.{spec.first_donor}: use_sliding_window=true; a hybrid's attention reads every token"
-        )
-    try:
-        config: dict[str, Any] = HybridConfig(**values, architectures=[HYBRID_CLASS]).to_dict()
-    except Exception as error:  # the config's class checks values in its own way
-        raise ModelError(f"model: {_last_line(error)}") from None
-    return config
-
-
-def _last_line(error: Exception) -> str:
-    """What was said first by whoever found the fault; transformers wraps it into lines of its own."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__).removeprefix("ValueError: ")

@@ -53,7 +53,7 @@ def compare_sides(
     whole = [(index, layer) for index, layer in enumerate(layers) if not layer.is_copy]
     for (_, below), (index, above) in pairwise(whole):
         is_whole = above.donor == below.donor and not above.is_new and not below.is_new
-        if is_whole and above.donor_layer == (below.donor_layer or 0) + 1:
+        if is_whole and above.donor_layer == (below.donor_layer or 0) + below.donor_span:
             continue
         if below.is_new and above.is_new:
             continue
@@ -67,4 +67,6 @@ def compare_sides(
 def _name(layer: LayerOrigin) -> str:
     if layer.donor is None:
         return f"a new {layer.kind} layer"
+    if layer.donor_span > 1:
+        return f"layers {layer.donor_layer} to {(layer.donor_layer or 0) + layer.donor_span - 1} of {layer.donor}"
     return f"layer {layer.donor_layer} of {layer.donor}"

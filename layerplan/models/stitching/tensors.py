@@ -10,9 +10,11 @@ from typing import Any
 from layerplan.errors import ModelError
 from layerplan.models.causal_lm import DecoderParts, find_decoder_parts
 from layerplan.models.parameter_names import build_unloaded
-from layerplan.models.stitching.recipe import Donor, Recipe
+from layerplan.models.stitching.donor import Donor
+from layerplan.models.stitching.recipe import Recipe
 from layerplan.models.tensor_map import TensorMap, map_tensors
 from layerplan.models.weight_files import StoredTensor, read_stored_tensors
+from layerplan.plan.stitch_report import LayerOrigin
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,30 @@ def place_tensors(recipe: Recipe, donors: dict[str, DonorTensors]) -> Iterator[P
         if layer.donor is None or layer.donor_layer is None:
             continue
         given = donors[layer.donor]
+        places = dict(enumerate(_list_parts(recipe, layer), layer.donor_layer))
         for tensor, stored in given.stored.items():
-            if given.find_part(tensor) == layer.donor_layer:
-                renamed = rename_layer(tensor, layer.donor_layer, index)
+            at = given.find_part(tensor)
+            if isinstance(at, int) and at in places:
+                renamed = _name_in(places[at], given, tensor, index) if places[at] else rename_layer(tensor, at, index)
                 yield Placed(renamed, layer.donor, tensor, stored, index)
+
+
+def _list_parts(recipe: Recipe, layer: LayerOrigin) -> tuple[str, ...]:
+    """Where in the layer each of the donor's layers goes that it is made of."""
+    if layer.donor_span == 1:
+        return ("",)
+    from layerplan.models.hybrid.layer_kinds import find_donor_layers
+
+    return find_donor_layers(str(recipe.donors[str(layer.donor)].config["model_type"]))[1].parts
+
+
+def _name_in(part: str, given: DonorTensors, tensor: str, index: int) -> str:
+    """A stored tensor's name where its layer is a part of one of a hybrid; raises `ModelError` for one that feeds several."""
+    owners = given.placed.owners[tensor]
+    if len(owners) != 1 or tensor in given.placed.converted:
+        raise ModelError(f"{tensor}: feeds {', '.join(owners)} by a conversion; it cannot be moved as it is stored")
+    _, _, inside = owners[0].removeprefix(given.parts.layers_path + ".").partition(".")
+    return f"model.layers.{index}.{part}.{inside}"
 
 
 def rename_layer(tensor: str, layer: int, index: int) -> str:
