@@ -25,6 +25,7 @@ from layerplan.pipeline.sweep_checks import check_sweep
 from layerplan.pipeline.sweep_rating import measure_for_search
 from layerplan.pipeline.trial_runs import TrialRuns, closing_runs
 from layerplan.report.lineage import list_trial_results, render_sweep
+from layerplan.report.page import write_report
 from layerplan.run_folder import (
     BASE,
     HELD_OUT_ROWS_NAME,
@@ -79,7 +80,10 @@ def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:
             records = search(context, tracker, sweep, request, trials, rate, at_once)
             chosen = choose(context, tracker, request, trials, records)
             note_results(context, tracker, records)
+        report = write_report(context.folder.root)
+        context.tracker.log_artifact(report)
         print_results(records)
+        print(f"report    {report}")
         print(f"chosen    {chosen}")
 
 
