@@ -49,7 +49,7 @@ def build_sweep_figures(reading: SweepReading) -> dict[str, Figure]:
     for text in reading.texts:
         if text != VALIDATION and f"sweep_boundary_{text}" in figures and VALIDATION in reading.base:
             figures[f"sweep_pareto_{text}"] = draw_pareto(reading, text)
-    return figures | {"sweep_cost": draw_cost(reading, VALIDATION)}
+    return figures | {"sweep_cost": draw_cost(reading)}
 
 
 def _say(reading: SweepReading) -> list[str]:
@@ -64,12 +64,10 @@ def _say(reading: SweepReading) -> list[str]:
         if difference is not None and difference.interval is None:
             others = f"too few rows to compare it with others (at least {MIN_ROWS})"
         else:
-            others = (
-                f"{len(alike) - 1} of {whole - 1} others cannot be told from it (paired bootstrap, p < 0.05 after Holm)"
-            )
+            others = f"{len(alike) - 1} of {whole - 1} others cannot be told from it (paired bootstrap at 5 %, Holm)"
         lines.append(f"{name_text(text)}: {best.name} is lowest{against}; {others}.")
     stopped = sum(any(each.was_stopped for each in arm.records) for arm in reading.arms)
-    return lines + ([f"{stopped} arms were stopped before their last step."] if stopped else [])
+    return lines + ([f"Stopped before their last step: {stopped} of {len(reading.arms)} arms."] if stopped else [])
 
 
 def _headings(reading: SweepReading) -> list[str]:

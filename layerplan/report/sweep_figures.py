@@ -75,12 +75,13 @@ def draw_pareto(reading: SweepReading, text: str) -> Figure:
         [each[1].value for each in front], [each[2].value for each in front], color=SCORE, linewidth=1, label="front"
     )
     axes.axhline(0, color=MUTED, linewidth=1, linestyle=":")
-    axes.set(xlabel="adaptation: corpus, minus the base's", ylabel=f"forgetting: {text}, minus the base's")
+    axes.set(xlabel="held-out rows of the corpus: loss minus the base's", ylabel=f"{text}: loss minus the base's")
+    axes.set_title("adaptation against forgetting")
     _show_once(axes)
     return figure
 
 
-def draw_cost(reading: SweepReading, metric: str) -> Figure:
+def draw_cost(reading: SweepReading) -> Figure:
     """Loss over predicted FLOPs; hollow is what was stopped before its last step."""
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -93,7 +94,7 @@ def draw_cost(reading: SweepReading, metric: str) -> Figure:
         axes.annotate(
             str(arm.first.boundary), (arm.flops / 1e12, arm.loss), xytext=(4, 3), textcoords="offset points", fontsize=7
         )
-    axes.set(xlabel="predicted TFLOP of the trial", ylabel=f"loss on {name_text(metric)}, nats a token")
+    axes.set(xlabel="predicted TFLOP of the trial", ylabel="loss, nats a token", title="cost against score")
     axes.margins(0.08)
     _show_once(axes)
     return figure

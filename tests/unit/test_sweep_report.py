@@ -94,7 +94,7 @@ def test_seeds_are_one_arm_and_what_was_stopped_comes_last(run: Path) -> None:
 def test_the_page_says_it_and_has_its_figures(run: Path) -> None:
     page = write_report(run).read_text(encoding="utf-8")
     assert "<h2>The sweep</h2>" in page and "boundary_02 is lowest, -0." in page.replace("−", "-")
-    assert "1 of 2 others cannot be told from it" in page and "1 arms were stopped" in page
+    assert "1 of 2 others cannot be told from it" in page and "Stopped before their last step: 1 of 4 arms" in page
     for name in ("sweep_boundary_validation_loss", "sweep_boundary_english", "sweep_pareto_english", "sweep_cost"):
         assert (run / "figures" / f"{name}.png").stat().st_size > 0
     assert page.count("<svg") == 4
