@@ -39,6 +39,7 @@ from layerplan.storage.working import find_home
 from layerplan.sweep.choosers import make_chooser
 from layerplan.sweep.objective import Trial, make_request
 from layerplan.sweep.room import TrialNeeds, choose_concurrency, read_nodes
+from layerplan.sweep.schedule import find_report_spacing
 from layerplan.sweep.search import check_plans, check_search, save_search
 from layerplan.sweep.space import Point
 from layerplan.sweep.tuner import run_sweep
@@ -72,7 +73,7 @@ def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:
         store = build_store(context, model)
         rate = measure_for_search(context, model, sweep.search)
         with tracked(context, SWEEP_NAME) as tracker:
-            trials = make_trials(context, candidates)
+            trials = make_trials(context, sweep, candidates)
             check_plans(trials.values(), context.folder.sweep)
             save_search(sweep, context.folder.sweep)
             base = make_train_request(context, model, candidates[0].plan, store, None)
@@ -97,13 +98,14 @@ def find_concurrency(config: RunConfig, sweep: SweepConfig) -> int:
     return at_once
 
 
-def make_trials(context: RunContext, candidates: Sequence[Candidate]) -> dict[str, Trial]:
+def make_trials(context: RunContext, sweep: SweepConfig, candidates: Sequence[Candidate]) -> dict[str, Trial]:
     """The trials by name; their runs in the lineage are opened when they begin."""
     trials = {}
     for each in candidates:
         name = each.point.name
         sinks = RunSinkFactory(RunFolder(context.folder.sweep / name).metrics, name, NoopTracker())
-        trials[name] = Trial(each.point, each.plan, each.steps, each.flops, sinks)
+        spacing = find_report_spacing(sweep, each.steps)
+        trials[name] = Trial(each.point, each.plan, each.steps, each.flops, sinks, spacing)
     return trials
 
 

@@ -40,6 +40,8 @@ class Trial:
     """Predicted FLOPs of all of them."""
     sink_factory: Callable[[int], MetricSink] | None = None
     """Where its metrics go."""
+    report_every: int | None = None
+    """Steps between its reports; None leaves that to `train.validate_every_steps`."""
 
 
 def make_request(shared: TrainRequest, trial: Trial) -> TrainRequest:
@@ -52,7 +54,8 @@ def make_request(shared: TrainRequest, trial: Trial) -> TrainRequest:
     config, folder = shared.config, shared.run_dir / trial.point.name
     assert shared.judging is not None, "trials are compared"
     every = {
-        name: min(getattr(config, name), trial.steps) for name in ("checkpoint_every_steps", "validate_every_steps")
+        "checkpoint_every_steps": min(config.checkpoint_every_steps, trial.steps),
+        "validate_every_steps": trial.report_every or min(config.validate_every_steps, trial.steps),
     }
     optimizer = config.optimizer.model_copy(update={"learning_rate": trial.point.learning_rate})
     return replace(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from layerplan.config.sweep import SweepConfig
 from layerplan.plan.plan_cost import PredictedCost
 
@@ -22,6 +24,11 @@ def count_steps(sweep: SweepConfig, cost: PredictedCost, tokens_per_step: int) -
     full = tokens_per_step * cost.full.total_flops + cost.full.optimizer_flops_per_step
     plan = tokens_per_step * cost.plan.total_flops + cost.plan.optimizer_flops_per_step
     return max(1, round(sweep.max_steps * full / plan))
+
+
+def find_report_spacing(sweep: SweepConfig, steps: int) -> int | None:
+    """Steps between reports, so that there is one wherever `asha` judges; None where nobody does."""
+    return None if sweep.scheduler == "none" else math.ceil(steps * sweep.grace_share)
 
 
 def compute_flops(cost: PredictedCost, steps: int, tokens_per_step: int) -> float:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import ray
@@ -78,7 +78,7 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
     checkpoints = find_home(request.run_dir / CHECKPOINTS_NAME)
     resumed = find_resume(checkpoints, fresh, rank)
     state = resumed.state
-    group, host_group = (dist.new_group(backend="gloo") for _ in range(2))
+    group, host_group = make_host_groups()
     with open_recorders(request, state, rank, world_size, host_group) as recorders:
         while True:
             mark(STARTING, state.step)
@@ -314,6 +314,12 @@ def make_judge(
         setup.world_size,
         outlet.tell,
     )
+
+
+@lru_cache(maxsize=1)
+def make_host_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Groups of all ranks for checkpoints and for what hosts tell each other; made once in a process, whatever it trains."""
+    return dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
 
 
 def count_ray_nodes(world_size: int) -> int:

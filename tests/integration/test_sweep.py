@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
@@ -62,7 +61,7 @@ def test_six_trials_survive_a_killed_worker_and_a_killed_driver(
     command = ("jobs/sweep_boundary.py", "--config", config)
     process = start_job(*command, env=shared_cluster)
     wait_for(process, lambda: list(sweep.glob("boundary_*/reports.jsonl")))
-    os.kill(find_worker().pid, signal.SIGKILL)
+    os.kill(find_worker(), signal.SIGKILL)
     wait_for(process, lambda: len(list(sweep.glob("boundary_*/trial.json"))) >= 2)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -120,19 +119,13 @@ def test_a_space_that_grows_runs_what_is_new_under_asha(config: Path, run_here: 
     assert_all_free(within_s=60)
 
 
-def find_worker() -> psutil.Process:
-    """A training worker of the cluster at hand."""
-    import ray
+def find_worker() -> int:
+    """Process id of a training worker of the cluster at hand."""
+    from ray.util.state import list_actors
 
-    found = [
-        each
-        for each in psutil.process_iter(["name", "cmdline"])
-        if "RayTrainWorker" in " ".join(each.info["cmdline"] or [each.info["name"] or ""])
-        and each.environ().get("RAY_RAYLET_PID")
-        == str(ray._private.worker.global_worker.node.all_processes["raylet"][0].process.pid)
-    ]
+    found = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
     assert found, "no training worker was found"
-    return found[0]
+    return int(found[0].pid)
 
 
 def wait_for(process: subprocess.Popen[str], condition: Callable[[], object], timeout_s: float = 300) -> None:
