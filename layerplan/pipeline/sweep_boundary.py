@@ -78,14 +78,20 @@ def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:
             save_search(sweep, context.folder.sweep)
             base = make_train_request(context, model, candidates[0].plan, store, None)
             request = replace(make_shared_request(context, model, sweep, base), recipe=recipe)
-            records = search(context, tracker, sweep, request, trials, rate, at_once)
-            chosen = choose(context, tracker, request, trials, records)
-            note_results(context, tracker, records)
-        report = write_report(context.folder.root)
-        context.tracker.log_artifact(report)
-        print_results(records)
-        print(f"report    {report}")
-        print(f"chosen    {chosen}")
+            records, failed = search(context, tracker, sweep, request, trials, rate, at_once)
+            if records:
+                chosen = choose(context, tracker, request, trials, records)
+                note_results(context, tracker, records)
+                report = write_report(context.folder.root)
+                tracker.log_artifact(report)
+                print_results(records)
+                print(f"report    {report}")
+                print(f"chosen    {chosen}")
+            if failed:
+                raise TrainingError(
+                    f"sweep: {len(failed)} of {len(failed) + len(records)} trials failed; the first, {failed[0].name}:"
+                    f" {failed[0].error}"
+                )
 
 
 def find_concurrency(config: RunConfig, sweep: SweepConfig) -> int:
@@ -131,8 +137,8 @@ def search(
     trials: Mapping[str, Trial],
     rate: Callable[[Point], float] | None,
     at_once: int,
-) -> list[TrialRecord]:
-    """Runs what is new of the space; returns the records of all of its trials that ended, best first."""
+) -> tuple[list[TrialRecord], list[TrialRecord]]:
+    """Runs what is new of the space; returns all of its trials that ended, best first, and those that failed now."""
     folder, points = context.folder.sweep, [trial.point for trial in trials.values()]
     ended = find_ended(folder, trials, sweep)
     begun = [name for name in trials if RunFolder(folder / name).plan.exists()]
@@ -142,18 +148,16 @@ def search(
     runs = TrialRuns(tracker, folder, trials, [item.name for item in context.config.evaluation.held_out])
     with closing_runs(runs):
         run_sweep(sweep, request, trials, chooser, ended, at_once=at_once, on_begin=runs.begin, on_end=runs.end)
-    if runs.failed:
-        first = runs.failed[0]
-        raise TrainingError(f"sweep: {len(runs.failed)} trials failed; the first, {first.name}: {first.error}")
-    return [record for record in load_records(folder) if record.name in trials]
+    records = [record.judged_by(sweep.metric) for record in load_records(folder) if record.name in trials]
+    return sorted(records, key=lambda record: record.sort_key), runs.failed
 
 
 def find_ended(folder: Path, trials: Mapping[str, Trial], sweep: SweepConfig) -> list[TrialRecord]:
     """Trials of the space that need not be run again: those at their last step, and with `asha` those that it stopped."""
     return [
         record
-        for record in load_records(folder)
-        if record.name in trials and (not record.was_stopped or sweep.scheduler == "asha")
+        for record in (each.judged_by(sweep.metric) for each in load_records(folder))
+        if record.name in trials and record.loss is not None and (not record.was_stopped or sweep.scheduler == "asha")
     ]
 
 

@@ -12,6 +12,20 @@ from layerplan.pipeline.candidates import list_boundaries
 from layerplan.pipeline.donors import check_donors
 from layerplan.pipeline.model_options import find_base
 
+RESERVED = (
+    VALIDATION_LOSS,
+    "train_loss",
+    "step",
+    "loss",
+    "percent",
+    "done",
+    "error",
+    "tokens_per_s",
+    "train_s",
+    "wall_s",
+)
+"""Of a trial's reports, beside the names of texts."""
+
 
 def check_sweep(config: RunConfig, sweep: SweepConfig) -> None:
     """Looks at the space and at what is to be low.
@@ -26,6 +40,11 @@ def check_sweep(config: RunConfig, sweep: SweepConfig) -> None:
 def check_metric(config: RunConfig, sweep: SweepConfig) -> None:
     """Raises `ConfigError` when no trial would report what is to be low."""
     texts = [item.name for item in config.evaluation.held_out]
+    taken = next((name for name in texts if name in RESERVED), None)
+    if taken is not None:
+        raise ConfigError(
+            f"evaluation.held_out: {taken!r} is a name that a sweep's trials use themselves; choose another"
+        )
     if sweep.metric != VALIDATION_LOSS and sweep.metric not in texts:
         allowed = ", ".join([VALIDATION_LOSS, *texts])
         raise ConfigError(

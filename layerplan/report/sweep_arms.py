@@ -92,7 +92,7 @@ class SweepReading:
         """An arm's loss on a text minus the base's; None where one of them was not measured."""
         base = self.base.get(text)
         rows = [losses[text] for losses in arm.losses if text in losses]
-        return None if base is None or not arm.is_whole or not rows else compare(rows, [base])
+        return compare(rows, [base]) if base is not None and arm.is_whole and _are_comparable([base, *rows]) else None
 
     def find_alike(self, text: str) -> list[Arm]:
         """Arms that cannot be told from the best one on a text, that one first; Holm-corrected over all comparisons."""
@@ -101,6 +101,7 @@ class SweepReading:
             return []
         ranked = sorted(whole, key=lambda arm: float(np.mean([losses[text].mean for losses in arm.losses])))
         best = [losses[text] for losses in ranked[0].losses]
+        ranked = [arm for arm in ranked if _are_comparable([*best, *(losses[text] for losses in arm.losses)])]
         found = [compare([losses[text] for losses in arm.losses], best) for arm in ranked[1:]]
         adjusted = correct_holm([1.0 if each.p_value is None else each.p_value for each in found])
         return [ranked[0], *(arm for arm, p in zip(ranked[1:], adjusted) if p >= SIGNIFICANT)]
@@ -129,6 +130,11 @@ def read_sweep(sweep: Path) -> SweepReading | None:
     names = dict.fromkeys(name for losses in (base, *(one for arm in arms for one in arm.losses)) for name in losses)
     texts = sorted(names, key=lambda name: name != VALIDATION)
     return SweepReading(tuple(arms), base, tuple(texts))
+
+
+def _are_comparable(losses: Sequence[RowLosses]) -> bool:
+    """Whether they are of the same rows."""
+    return len(losses) > 1 and len({each.rows_sha256 for each in losses}) == 1
 
 
 def compare(ours: Sequence[RowLosses], theirs: Sequence[RowLosses]) -> Difference:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -104,7 +105,7 @@ class Course:
             self._reports.put(self._describe(result))
         except Exception as error:  # whoever waits for the next report must get one
             text = str(error) if isinstance(error, LayerplanError) else f"{type(error).__name__}: {first_line(error)}"
-            self._reports.put({"step": self._seen, PERCENT: 100.0, LOSS: float("inf"), "error": text, "done": True})
+            self._reports.put({"step": self._seen, PERCENT: 100.0, LOSS: math.inf, "error": text, "done": True})
 
     def _take(self, report: dict[str, Any]) -> None:
         """The one after the last step comes with the result."""
@@ -115,21 +116,24 @@ class Course:
     def _pass_on(self, report: dict[str, Any]) -> None:
         self._seen = int(report["step"])
         loss = report.get(self._metric)
-        if loss is not None:
+        if loss is not None and math.isfinite(loss):
             self._reports.put({**report, PERCENT: 100.0 * self._seen / self._steps, LOSS: loss, "done": False})
 
     def _describe(self, result: TrainResult) -> dict[str, Any]:
         losses = dict(_list_losses(self._request, result))
+        loss = losses.get(self._metric)
+        fault = f"{self._metric} was never reported" if loss is None else f"{self._metric} is {loss}"
+        is_known = loss is not None and math.isfinite(loss)
         return {
             "step": result.final_step,
             PERCENT: 100.0 * result.final_step / self._steps,
-            LOSS: losses.get(self._metric, float("inf")),
+            LOSS: loss if is_known else math.inf,
             **losses,
             "train_loss": result.final_loss,
             "tokens_per_s": result.tokens_per_s,
             "train_s": result.train_s,
             "wall_s": time.perf_counter() - self._began,
-            "error": "" if self._metric in losses else f"{self._metric} was never reported",
+            "error": "" if is_known else fault,
             "done": True,
         }
 
@@ -143,4 +147,4 @@ def _list_losses(request: TrainRequest, result: TrainResult) -> Iterator[tuple[s
 
 def read_loss(report: Mapping[str, Any]) -> float:
     """What a trial is compared by; infinite when it failed."""
-    return float(report.get(LOSS, float("inf")))
+    return float(report.get(LOSS, math.inf))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from layerplan.artifacts import write_json
+from layerplan.artifacts import hash_bytes, write_json
 from layerplan.aside import writing_aside
 from layerplan.corpus.rows import PackedRows
 from layerplan.errors import CorpusError, first_line
@@ -26,11 +26,19 @@ class RowLosses:
     """(R,) summed loss of every row."""
     labels: NDArray[np.int64]
     """(R,) tokens it is summed over."""
+    rows_sha256: str = ""
+    """Hash of the rows' token ids: losses on other rows cannot be compared."""
 
     @property
     def mean(self) -> float:
         """Nats a token."""
         return float(self.nats.sum() / max(1, self.labels.sum()))
+
+
+def hash_rows(rows: PackedRows) -> str:
+    """Of their token ids and the documents in them."""
+    parts = (np.ascontiguousarray(values, dtype="<i4").tobytes() for values in (rows.input_ids, rows.document_ids))
+    return hash_bytes(b"".join(parts))
 
 
 def save_texts(path: Path, texts: Mapping[str, PackedRows]) -> None:
@@ -52,7 +60,10 @@ def load_texts(path: Path) -> dict[str, PackedRows]:
 
 def save_losses(path: Path, losses: Mapping[str, RowLosses]) -> None:
     """Writes the losses of a model by text."""
-    values = {name: {"nats": each.nats.tolist(), "labels": each.labels.tolist()} for name, each in losses.items()}
+    values = {
+        name: {"rows_sha256": each.rows_sha256, "nats": each.nats.tolist(), "labels": each.labels.tolist()}
+        for name, each in losses.items()
+    }
     write_json(path, values)
 
 
@@ -66,7 +77,11 @@ def load_losses(path: Path) -> dict[str, RowLosses]:
         return {}
     try:
         return {
-            name: RowLosses(np.array(each["nats"], dtype=np.float64), np.array(each["labels"], dtype=np.int64))
+            name: RowLosses(
+                np.array(each["nats"], dtype=np.float64),
+                np.array(each["labels"], dtype=np.int64),
+                str(each["rows_sha256"]),
+            )
             for name, each in json.loads(path.read_text(encoding="utf-8")).items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

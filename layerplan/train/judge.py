@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from layerplan.corpus.rows import PackedRows
-from layerplan.train.held_out_rows import RowLosses, load_losses, load_texts, save_losses
+from layerplan.train.held_out_rows import RowLosses, hash_rows, load_losses, load_texts, save_losses
 from layerplan.train.request import Judging
 from layerplan.train.state import TrainState
 from layerplan.train.step import LossModel
@@ -38,7 +38,7 @@ class HeldOutJudge:
         """Measures, writes the losses of base and result, and returns that on the corpus's own held-out rows."""
         if state.step == 0:
             losses = self._share(load_losses(self.judging.base))
-            if self.texts.keys() <= losses.keys():
+            if all(name in losses and losses[name].rows_sha256 == hash_rows(rows) for name, rows in self.texts.items()):
                 return _mean(losses.get(VALIDATION))
         is_last = state.step >= self.max_steps
         wanted = self.texts if state.step == 0 or is_last else {VALIDATION, self.judging.metric}
@@ -51,9 +51,8 @@ class HeldOutJudge:
         return _mean(losses.get(VALIDATION))
 
     def _measure(self, rows: PackedRows) -> RowLosses:
-        return RowLosses(
-            *compute_row_losses(self.model, rows, device=self.device, rank=self.rank, world_size=self.world_size)
-        )
+        place = {"device": self.device, "rank": self.rank, "world_size": self.world_size}
+        return RowLosses(*compute_row_losses(self.model, rows, **place), hash_rows(rows))
 
     def _share(self, losses: dict[str, RowLosses]) -> dict[str, RowLosses]:
         """What rank 0 found: another training may write the file at this moment."""

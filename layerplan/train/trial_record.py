@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from layerplan.artifacts import read_lines, write_lines, write_text
 from layerplan.config.base import StrictModel, describe_fault
-from layerplan.config.sweep import Side
+from layerplan.config.sweep import VALIDATION_LOSS, Side
 from layerplan.errors import ConfigError
 from layerplan.run_folder import BOUNDARY_PREFIX, REPORTS_NAME, TRIAL_NAME
 
@@ -65,6 +65,11 @@ class TrialRecord(StrictModel):
     def sort_key(self) -> tuple[bool, float, str]:
         """Best first: those that came to their end before those that were stopped, then by loss."""
         return self.was_stopped or bool(self.error), math.inf if self.loss is None else self.loss, self.name
+
+    def judged_by(self, metric: str) -> TrialRecord:
+        """The same with another metric's loss; None where it was not measured."""
+        loss = self.validation_loss if metric == VALIDATION_LOSS else self.text_losses.get(metric)
+        return self.model_copy(update={"loss": loss})
 
     def save(self, folder: Path) -> None:
         """Writes it into the trial's folder."""

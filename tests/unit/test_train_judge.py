@@ -90,6 +90,9 @@ def test_the_base_is_measured_by_the_first_training_alone(tmp_path: Path) -> Non
     _, second = train(tmp_path, [])
     assert second.base_validation_loss == first.base_validation_loss
     assert (tmp_path / "base.json").read_text(encoding="utf-8") == written, "read, not measured again"
+    (tmp_path / "base.json").write_text(written.replace('"rows_sha256": "', '"rows_sha256": "other '), encoding="utf-8")
+    train(tmp_path, [])
+    assert "other" not in (tmp_path / "base.json").read_text(encoding="utf-8"), "of other rows, so measured anew"
 
 
 def test_a_kept_base_is_read_once_and_what_trains_is_a_copy(tmp_path: Path) -> None:
