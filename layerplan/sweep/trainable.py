@@ -45,6 +45,12 @@ class TrialActor(tune.Trainable):
         self._begin(new_config["trial"])
         return True
 
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Has nothing to add to what the training saves."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Has nothing to read: the training goes on from its own checkpoints."""
+
     def cleanup(self) -> None:
         """Ends the trial, and lets the workers go."""
         self._course.stop()

@@ -24,7 +24,11 @@ from layerplan.train.trial_record import TrialRecord
 
 Begin = Callable[[Point], None]
 End = Callable[[Point, dict[str, Any] | None], None]
-_QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0"}
+_QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
 
 
 def run_sweep(
@@ -81,6 +85,7 @@ def run_sweep(
             name=folder.name,
             storage_path=str(folder.parent),
             verbose=0,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=request.config.max_failures),
         ),
     ).fit()
