@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from layerplan.artifacts import read_lines, write_lines, write_text
+from layerplan.artifacts import read_lines, write_text
 from layerplan.config.base import StrictModel, describe_fault
 from layerplan.config.sweep import VALIDATION_LOSS, Side
 from layerplan.errors import ConfigError
@@ -106,10 +106,9 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
 
 
 def add_report(folder: Path, report: dict[str, Any]) -> None:
-    """Appends a report."""
+    """Appends a report, on a line of its own behind what a kill cut short."""
     path = folder / REPORTS_NAME
-    if not path.exists():
-        write_lines(path, [report])
-        return
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(report) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        is_cut = file.tell() > 0 and not path.read_bytes().endswith(b"\n")
+        file.write((b"\n" if is_cut else b"") + json.dumps(report).encode() + b"\n")
