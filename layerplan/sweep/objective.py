@@ -21,7 +21,7 @@ from layerplan.train.judge import VALIDATION
 from layerplan.train.metrics import MetricSink
 from layerplan.train.request import TrainRequest, TrainResult
 from layerplan.train.trainer import run_training
-from layerplan.train.trial_record import add_report, read_reports
+from layerplan.train.trial_record import add_report, load_record, read_reports
 
 LOSS, PERCENT = "loss", "percent"
 """What Ray Tune compares trials by, and at what: percent of their schedules."""
@@ -71,7 +71,7 @@ def make_request(shared: TrainRequest, trial: Trial) -> TrainRequest:
 
 
 class Course:
-    """A trial under way in a thread; what it reported in an earlier job comes first, and again as it was."""
+    """A trial under way in a thread; what it reported in an earlier job comes first, as it was."""
 
     def __init__(self, trial: Trial, request: TrainRequest, train: Train) -> None:
         self._request = request
@@ -136,6 +136,29 @@ class Course:
             "error": "" if is_known else fault,
             "done": True,
         }
+
+
+class Replay:
+    """A trial that ended, for a scheduler that judges others by it: its reports once more, and nothing trains."""
+
+    def __init__(self, request: TrainRequest, steps: int) -> None:
+        assert request.judging is not None, "trials are compared"
+        metric, record = request.judging.metric, load_record(request.run_dir)
+        told = [(int(each["step"]), each.get(metric)) for each in read_reports(request.run_dir)]
+        if record is not None and not record.was_stopped:
+            told.append((record.step, record.judged_by(metric).loss))
+        known = [(step, loss) for step, loss in told if loss is not None] or [(0, math.inf)]
+        self._left = [
+            {"step": step, PERCENT: 100.0 * step / steps, LOSS: loss, "done": place == len(known) - 1}
+            for place, (step, loss) in enumerate(known)
+        ]
+
+    def next(self) -> dict[str, Any]:
+        """The next report; the last one has `done`."""
+        return self._left.pop(0)
+
+    def stop(self) -> None:
+        """Nothing goes on."""
 
 
 def _list_losses(request: TrainRequest, result: TrainResult) -> Iterator[tuple[str, float]]:

@@ -20,7 +20,8 @@ class TrialSearcher(Searcher):
 
     Args:
         chooser: Knows what comes next.
-        first: Trials that are given out before it is asked.
+        ended: Trials that an earlier job ended, given out first, so that the scheduler knows what they reported.
+        first: The chooser's first trial.
         on_begin: Called as a trial is given out.
         on_end: Called with a trial's last report; None when Ray Tune lost it.
     """
@@ -28,29 +29,37 @@ class TrialSearcher(Searcher):
     def __init__(
         self,
         chooser: Chooser,
-        first: Sequence[Point],
+        ended: Sequence[Point],
+        first: Point,
         on_begin: Callable[[Point], None],
         on_end: Callable[[Point, Report | None], None],
     ) -> None:
         super().__init__(metric=LOSS, mode="min")
         self._chooser = chooser
-        self._first = list(first)
+        self._ended = list(ended)
+        self._first: Point | None = first
         self._on_begin = on_begin
         self._on_end = on_end
-        self._running: dict[str, Point] = {}
+        self._running: dict[str, Point | None] = {}
+        """None for a trial that only tells again what it told."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial's name; nothing for now while others run, whose results may call for more."""
-        point = self._first.pop(0) if self._first else self._chooser.choose()
+        if self._ended:
+            self._running[trial_id] = None
+            return {"trial": self._ended.pop(0).name, "has_ended": True}
+        point, self._first = self._first or self._chooser.choose(), None
         if point is None:
             return None if self._running else Searcher.FINISHED
         self._running[trial_id] = point
         self._on_begin(point)
-        return {"trial": point.name}
+        return {"trial": point.name, "has_ended": False}
 
     def on_trial_complete(self, trial_id: str, result: Report | None = None, error: bool = False) -> None:
         """Tells the chooser what a trial came to."""
         point = self._running.pop(trial_id)
+        if point is None:
+            return
         self._chooser.tell(point, float("inf") if error or result is None else read_loss(result))
         self._on_end(point, None if error else result)
 

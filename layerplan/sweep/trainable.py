@@ -11,7 +11,7 @@ from ray import tune
 from layerplan.log import set_up_worker
 from layerplan.ray_session import quiet_engines
 from layerplan.sweep.group import TrainingGroup
-from layerplan.sweep.objective import Course, Trial, make_request
+from layerplan.sweep.objective import Course, Replay, Trial, make_request
 from layerplan.train.request import TrainRequest
 
 
@@ -33,7 +33,7 @@ class TrialActor(tune.Trainable):
         quiet_engines()
         self._shared = shared
         self._group: TrainingGroup | None = None
-        self._begin(config["trial"])
+        self._begin(config)
 
     def step(self) -> dict[str, Any]:
         """Waits for the trial's next report."""
@@ -42,7 +42,7 @@ class TrialActor(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Ends a trial that was stopped, and begins another with the same workers."""
         self._course.stop()
-        self._begin(new_config["trial"])
+        self._begin(new_config)
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -57,9 +57,12 @@ class TrialActor(tune.Trainable):
         if self._group is not None:
             self._group.close()
 
-    def _begin(self, name: str) -> None:
-        trial = self._shared.trials[name]
-        self._course = Course(trial, make_request(self._shared.request, trial), self._train)
+    def _begin(self, config: dict[str, Any]) -> None:
+        trial = self._shared.trials[config["trial"]]
+        request = make_request(self._shared.request, trial)
+        self._course: Course | Replay = (
+            Replay(request, trial.steps) if config["has_ended"] else Course(trial, request, self._train)
+        )
 
     def _train(self, request: TrainRequest, report: Any) -> None:
         if self._group is None or not self._group.is_alive:

@@ -6,6 +6,7 @@ checkpoints. With `asha`, trials that ended report again what they reported, in 
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import uuid
@@ -24,6 +25,8 @@ from layerplan.train.trial_record import TrialRecord
 
 Begin = Callable[[Point], None]
 End = Callable[[Point, dict[str, Any] | None], None]
+_NOISY = "ray.tune.analysis.experiment_analysis"
+"""Warns that results are not in files that nobody asked for."""
 _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -65,9 +68,10 @@ def run_sweep(
     first = chooser.choose()
     if first is None:
         return
-    searcher = TrialSearcher(chooser, [*judged, first], on_begin, on_end)
+    searcher = TrialSearcher(chooser, judged, first, on_begin, on_end)
     folder = _clear(request.run_dir)
     os.environ.update(_QUIET)
+    logging.getLogger(_NOISY).setLevel(logging.ERROR)
     tune.Tuner(
         tune.with_resources(
             tune.with_parameters(TrialActor, shared=Shared(request, dict(trials))), {"CPU": DRIVER_CPUS}

@@ -14,13 +14,13 @@ from layerplan.config.train import TrainConfig
 from layerplan.models.ref import ModelRef
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
-from layerplan.sweep.objective import Course, Trial, make_request
+from layerplan.sweep.objective import Course, Replay, Trial, make_request
 from layerplan.sweep.schedule import find_report_spacing
 from layerplan.sweep.space import Point
 from layerplan.train.held_out_rows import RowLosses, save_losses
 from layerplan.train.judge import VALIDATION
 from layerplan.train.request import Judging, TrainRequest, TrainResult
-from layerplan.train.trial_record import add_report, read_reports
+from layerplan.train.trial_record import TrialRecord, add_report, read_reports
 from tests.qwen3 import QWEN3_0P6B, QWEN3_0P6B_IDENTITY
 
 PLAN = make_plan(
@@ -50,7 +50,7 @@ def refuse(*arguments: Any) -> None:
     raise AssertionError("a finished trial was trained again")
 
 
-def hear(course: Course) -> list[dict[str, Any]]:
+def hear(course: Course | Replay) -> list[dict[str, Any]]:
     told = [course.next()]
     while not told[-1]["done"]:
         told.append(course.next())
@@ -71,6 +71,18 @@ def test_a_finished_trial_reports_what_it_reported_and_then_its_result(tmp_path:
     assert len(read_reports(request.run_dir)) == 3, "a line that a kill cut short is none, and a step counts once"
     add_report(request.run_dir, {"step": 7, VALIDATION: 2.3})
     assert [each["step"] for each in read_reports(request.run_dir)] == [2, 4, 6, 7], "what follows it is whole"
+
+
+def test_a_replay_ends_where_the_trial_ended(tmp_path: Path) -> None:
+    """One that was stopped stays stopped, one that came to its end has its result."""
+    request = make_request(make_shared(tmp_path), TRIAL)
+    leave_finished(request.run_dir, {})
+    values = {"name": "boundary_01", "boundary": 1, "max_steps": 8, "flops_share": 0.5, "validation_loss": 2.1}
+    for step, expected in ((6, [2.8, 2.6, 2.4]), (8, [2.8, 2.6, 2.4, 2.1])):
+        TrialRecord(step=step, loss=2.1, **values).save(request.run_dir)
+        told = hear(Replay(request, TRIAL.steps))
+        assert [each["loss"] for each in told] == expected
+        assert told[-1]["percent"] == 100 * step / 8
 
 
 def test_a_metric_that_was_not_measured_fails_the_trial_in_words(tmp_path: Path) -> None:
