@@ -123,6 +123,7 @@ def read_sweep(sweep: Path) -> SweepReading | None:
     arms = []
     for group in groups.values():
         ordered = sorted(group, key=lambda each: (each.seed is None, each.seed))
+        ordered = [each for each in ordered if not each.was_stopped] or ordered  # a seed that was stopped is no result
         losses = [load_losses(sweep / each.name / ROW_LOSSES_NAME) for each in ordered if not each.was_stopped]
         arms.append(Arm(tuple(ordered), tuple(each for each in losses if each)))
     arms.sort(key=lambda arm: (any(each.was_stopped for each in arm.records), arm.loss, arm.name))

@@ -54,6 +54,7 @@ def run(tmp_path: Path) -> Path:
     leave_trial(sweep, "boundary_02_seed1", 2, -0.30, seed=1)
     leave_trial(sweep, "boundary_03_shallow", 3, -0.29, freeze="shallow")
     leave_trial(sweep, "boundary_04", 4, 0.20, step=2)
+    leave_trial(sweep, "boundary_01_seed1", 1, 0.90, seed=1, step=2)  # stopped, and no part of its arm's result
     return tmp_path
 
 
