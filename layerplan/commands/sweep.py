@@ -1,4 +1,4 @@
-"""`layerplan sweep`: several boundaries trained with Ray Tune and ranked."""
+"""`layerplan sweep`: boundaries, sides, ends, learning rates and seeds searched with Ray Tune."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def execute(args: argparse.Namespace) -> None:
     config = read_config(args)
     sweep = config.sweep or DEFAULT_SWEEP
     if args.dry_run:
-        from layerplan.pipeline.dry_run import print_sweep_dry_run
+        from layerplan.pipeline.sweep_dry_run import print_sweep_dry_run
 
         print_sweep_dry_run(config, sweep)
     else:

@@ -48,7 +48,7 @@ class RunConfig(StrictModel):
     cluster: ClusterConfig = ClusterConfig()
     """Ray."""
     sweep: SweepConfig | None = None
-    """Boundaries to try; read by `sweep_boundary` only."""
+    """Plans to try; read by `sweep` only."""
     finetune: FinetuneConfig | None = None
     """Task and method of a fine-tuning; read by `finetune` only, which takes plan, rows and steps from it."""
 

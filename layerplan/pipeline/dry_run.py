@@ -11,7 +11,6 @@ from layerplan.config.model import ScratchModelConfig
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig, PlanOptions
 from layerplan.config.run import RunConfig
 from layerplan.config.stitch import StitchedModelConfig
-from layerplan.config.sweep import SweepConfig
 from layerplan.corpus.joining import read_joining
 from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
@@ -19,7 +18,6 @@ from layerplan.models.files import is_at_hand
 from layerplan.models.ref import ModelRef
 from layerplan.models.scratch_config import make_hf_config
 from layerplan.models.tokenizer_facts import describe_tokenizer
-from layerplan.pipeline.candidates import make_candidates, name_trial
 from layerplan.pipeline.model_options import find_base, read_origins
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.plan.communication import predict_communication
@@ -77,31 +75,6 @@ def print_corpus_dry_run(config: RunConfig) -> None:
         print(f"source {source.path}: {files:,} files, {sum(unit.num_bytes for unit in mine) / 1e6:,.1f} MB as stored")
 
 
-def print_sweep_dry_run(config: RunConfig, sweep: SweepConfig) -> None:
-    """Prints the resolved config and every trial with what it trains, costs and takes.
-
-    Raises:
-        LayerplanError: When the model cannot be read or a boundary does not fit it.
-    """
-    print(dump_config(config))
-    model, shape = describe_model(config)
-    seq_len = config.corpus.seq_len
-    plans = make_candidates(config, sweep, model, shape)
-    costs = {name_trial(boundary): predict_cost(plan, shape, seq_len=seq_len) for boundary, plan in plans.items()}
-    print(render_cost_table({"full": predict_cost(make_full_plan(model, shape), shape, seq_len=seq_len), **costs}))
-    tokens = sweep.max_steps * config.train.global_batch_size * seq_len
-    rate, source = _find_rate(config)
-    print(f"\ntrials {len(plans)}, each {tokens:,} tokens in {sweep.max_steps:,} steps")
-    total = 0.0
-    for name, cost in costs.items():
-        flops = tokens * cost.total_flops + sweep.max_steps * cost.optimizer_flops_per_step
-        total += flops
-        print(f"       {name}: {flops:.3g} FLOPs, about {_hours(flops, config, rate):.2g} hours")
-    at_once = f", {sweep.max_concurrent_trials} at once" if sweep.max_concurrent_trials > 1 else ""
-    print(f"FLOPs  {total:.3g} in all; about {_hours(total, config, rate):.2g} hours one by one{at_once} on")
-    print(f"       {config.train.num_workers} x {source}")
-
-
 def describe_model(config: RunConfig) -> tuple[ModelIdentity, ModelShape]:
     """Prints which model it is, and gives its identity and sizes."""
     shape, model_type = _shape(config)
@@ -110,7 +83,8 @@ def describe_model(config: RunConfig) -> tuple[ModelIdentity, ModelShape]:
     return model, shape
 
 
-def _hours(flops: float, config: RunConfig, rate: float) -> float:
+def count_hours(flops: float, config: RunConfig, rate: float) -> float:
+    """Hours of a number of FLOPs on all workers of a run, each at `rate` FLOP/s."""
     return flops / (config.train.num_workers * rate) / 3600
 
 
@@ -206,8 +180,8 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
     train, seq_len = config.train, config.corpus.seq_len
     tokens = train.max_steps * train.global_batch_size * seq_len
     flops = tokens * cost.total_flops + train.max_steps * cost.optimizer_flops_per_step
-    rate, source = _find_rate(config)
-    hours = _hours(flops, config, rate)
+    rate, source = find_rate(config)
+    hours = count_hours(flops, config, rate)
     available = ASSUMED_GPU_BYTES if train.use_gpu else psutil.virtual_memory().available / train.num_workers
     chosen = choose_placements(
         plan,
@@ -241,7 +215,7 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
     print(f"disk   {cost.checkpoint_bytes / GIB:.2f} GiB per checkpoint, {train.keep_checkpoints} kept{approximate}")
 
 
-def _find_rate(config: RunConfig) -> tuple[float, str]:
+def find_rate(config: RunConfig) -> tuple[float, str]:
     """FLOP/s of one worker and where it is from: measured by a finished run of this name, or assumed."""
     folder = locate_run_folder(config)
     for path in (folder.training, folder.plan):

@@ -55,10 +55,10 @@ def render_note(run_dir: Path, answers: Answers) -> str:
 
 def render_sweep(results: Sequence[Mapping[str, Any]]) -> str:
     """Markdown with the trials of a sweep, best first, as far as they fit."""
-    headings = ("boundary", "validation loss", "training loss", "FLOPs of full", "tokens/s")
+    headings = ("trial", "validation loss", "training loss", "FLOPs of full", "tokens/s")
     rows = [
         (
-            str(item["boundary"]),
+            str(item["name"]),
             _show(item["validation_loss"], ".4f"),
             _show(item["train_loss"], ".4f"),
             _show(item["flops_share"], ".1%"),
@@ -80,6 +80,7 @@ def list_trial_results(item: Mapping[str, Any]) -> dict[str, float]:
         "cost/share_of_full/predicted": item["flops_share"],
         "cost/tokens_per_s/measured": item["tokens_per_s"],
     }
+    named |= {f"result/{name}/loss": loss for name, loss in item.get("text_losses", {}).items()}
     return {name: float(value) for name, value in named.items() if value is not None}
 
 

@@ -21,6 +21,7 @@ from layerplan.report.html_parts import embed_svg, render_table
 from layerplan.report.measurement import read_deviations, render_measurement
 from layerplan.report.outcome import render_outcome
 from layerplan.report.scores import render_checkpoint_scores
+from layerplan.report.sweep import render_sweep_section
 from layerplan.run_folder import TRAIN, RunFolder
 
 _PROOF_LABELS = {
@@ -76,7 +77,8 @@ def write_report(run_dir: Path) -> Path:
     lines = [line for line in read_lines(run.metrics) if line.get("run") == TRAIN]
     if lines:
         figures["loss"] = draw_loss(lines)
-    save_figures(run.figures, figures)
+    sweep, sweep_figures = render_sweep_section(run.sweep)
+    save_figures(run.figures, figures | sweep_figures)
     sections = [
         _head(run_dir, plan, training),
         render_outcome(read_answers(run_dir)),
@@ -84,6 +86,7 @@ def write_report(run_dir: Path) -> Path:
         render_checkpoint_scores(run.evaluation),
         _plan_section(plan),
         _training_section(training, figures),
+        sweep,
         render_measurement(profile, figures, plan),
         _proof_section(_read(run.export), training),
         _corpus_section(_read(run.manifest)),

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from layerplan.artifacts import write_text
 from layerplan.config.sweep import SweepConfig
 from layerplan.errors import ConfigError
+from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.run_folder import BOUNDARY_PREFIX, PLAN_NAME, SEARCH_NAME
+from layerplan.sweep.objective import Trial
 from layerplan.train.request import load_result
 
-DECIDES = ("freeze", "max_steps")
-"""Fields that decide a trial's numbers; which boundaries are tried, how many at once and by which scheduler may change."""
+DECIDES = ("max_steps", "equal")
+"""Fields that decide a trial's numbers and are not in its name; the space, its search and the scheduler may change."""
+EARLIER: dict[str, object] = {"equal": "tokens"}
+"""What versions without a field did."""
 
 
 def check_search(sweep: SweepConfig, folder: Path) -> None:
@@ -26,6 +31,7 @@ def check_search(sweep: SweepConfig, folder: Path) -> None:
         ConfigError: Naming each field that changed.
     """
     earlier = _read_search(folder)
+    earlier = EARLIER | earlier if earlier else {}
     faults = [
         f"sweep.{name}={now!r}: {folder} has trials with {earlier[name]!r}; choose another name or the earlier value"
         for name in DECIDES
@@ -33,6 +39,28 @@ def check_search(sweep: SweepConfig, folder: Path) -> None:
     ]
     if faults:
         raise ConfigError(*faults)
+
+
+def check_plans(trials: Iterable[Trial], folder: Path) -> None:
+    """Refuses a trial whose name an earlier one has that trained another plan, as those of older versions may.
+
+    Raises:
+        ConfigError: Naming the first.
+        PlanError: When an earlier plan cannot be read.
+    """
+    for trial in trials:
+        path = folder / trial.point.name / PLAN_NAME
+        if path.exists() and not _train_alike(earlier := FreezePlan.load(path), trial.plan):
+            raise ConfigError(
+                f"sweep.freeze: {path.parent} has a trial with another plan ({earlier.plan_type}, this one is"
+                f" {trial.plan.plan_type}); choose another name"
+            )
+
+
+def _train_alike(one: FreezePlan, other: FreezePlan) -> bool:
+    """The predicted costs beside it may be those of another version."""
+    fields = ("plan_type", "trainable_layers", "train_embeddings", "train_final_norm", "train_lm_head", "tied")
+    return all(getattr(one, name) == getattr(other, name) for name in fields)
 
 
 def save_search(sweep: SweepConfig, folder: Path) -> None:
@@ -47,7 +75,6 @@ def _read_search(folder: Path) -> dict[str, object]:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         found: dict[str, object] = {}
         for plan in sorted(folder.glob(f"{BOUNDARY_PREFIX}*/{PLAN_NAME}")):
-            found["freeze"] = json.loads(plan.read_text(encoding="utf-8"))["plan_type"].removeprefix("freeze_")
             result = load_result(plan.parent)
             found |= {"max_steps": result.final_step} if result is not None else {}
         return found

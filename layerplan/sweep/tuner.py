@@ -1,96 +1,107 @@
-"""Ray Tune over boundaries: every trial is one Ray Train run with its own plan, and an interrupted sweep continues."""
+"""Ray Tune over the trials of a space: every trial is one training with its own plan, and an interrupted sweep continues.
+
+Ray Tune's own state is not restored: what trials left says which have ended, and those that have not go on from their
+checkpoints. With `asha`, trials that ended report again what they reported, in no time, so that others are judged by them.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
+import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from layerplan.artifacts import compute_sha256
 from layerplan.config.sweep import SweepConfig
-from layerplan.errors import TrainingError
-from layerplan.run_folder import TUNE_PREFIX
-from layerplan.sweep.objective import Trial, run_trial
-from layerplan.train.trainer import TrainRequest
+from layerplan.run_folder import TUNE_PREFIX, WORKERS_PREFIX
+from layerplan.sweep.choosers import Chooser
+from layerplan.sweep.objective import LOSS, PERCENT, Trial
+from layerplan.sweep.room import DRIVER_CPUS
+from layerplan.sweep.space import Point
+from layerplan.train.request import TrainRequest
+from layerplan.train.trial_record import TrialRecord
 
-DRIVER_CPUS = 0.1
-"""A trial's driver only waits for its workers."""
-
-
-@dataclass(frozen=True)
-class TrialResult:
-    """How one trial ended."""
-
-    name: str
-    boundary: int
-    step: int
-    validation_loss: float | None
-    train_loss: float
-    tokens_per_s: float | None
-    flops_share: float
-    """Predicted FLOPs per token as a share of full training."""
+Begin = Callable[[Point], None]
+End = Callable[[Point, dict[str, Any] | None], None]
+_NOISY = "ray.tune.analysis.experiment_analysis"
+"""Warns that results are not in files that nobody asked for."""
+_QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
 
 
 def run_sweep(
     config: SweepConfig,
     request: TrainRequest,
-    trials: Sequence[Trial],
-    on_finished: Callable[[TrialResult], None] = lambda result: None,
-) -> list[TrialResult]:
-    """Runs every trial and returns their results, best first.
+    trials: Mapping[str, Trial],
+    chooser: Chooser,
+    ended: Sequence[TrialRecord],
+    *,
+    at_once: int,
+    on_begin: Begin,
+    on_end: End,
+) -> None:
+    """Runs the chooser's trials, and tells how each began and ended.
 
     Args:
         config: The sweep.
-        request: What all trials share.
-        trials: The candidates.
-        on_finished: Called with each trial that came to its end, before an error is raised for those that did not.
-
-    Raises:
-        TrainingError: When a trial fails; the message carries its own.
+        request: What all trials share; its `run_dir` is the sweep's folder.
+        trials: Every trial of the space, by name.
+        chooser: Says which comes next.
+        ended: Trials of this space that an earlier job brought to their end; they are not run again.
+        at_once: Trials that run at once.
+        on_begin: Called as a trial begins.
+        on_end: Called with a trial's last report; None when its actor was lost for good.
     """
-    by_name = {trial.name: trial for trial in trials}
-    grid = _make_tuner(config, request, by_name).fit()
-    results = [_read_result(result.metrics or {}, by_name) for result in grid if result.error is None]
-    for result in results:
-        on_finished(result)
-    failed = [result.error for result in grid if result.error is not None]
-    if failed:
-        raise TrainingError(f"sweep: {len(failed)} of {len(trials)} trials failed; the first: {failed[0]}") from failed[
-            0
-        ]
-    return sorted(results, key=lambda item: (item.validation_loss is None, item.validation_loss, item.name))
-
-
-def name_search(config: SweepConfig, trials: Sequence[str]) -> str:
-    """The name of Tune's own folder: another one for another search, since a restored search knows only its first trials.
-
-    A trial that was trained under an earlier search is read back or goes on from its checkpoint, as its folder stays.
-    """
-    content = [sorted(trials), config.scheduler, config.max_concurrent_trials]
-    return f"{TUNE_PREFIX}{compute_sha256(content)[:12]}"
-
-
-def _make_tuner(config: SweepConfig, request: TrainRequest, trials: Mapping[str, Trial]) -> Any:
     from ray import tune
 
-    trainable = tune.with_resources(partial(run_trial, request=request, trials=dict(trials)), {"CPU": DRIVER_CPUS})
-    name = name_search(config, list(trials))
-    path = Path(request.run_dir) / name
-    if tune.Tuner.can_restore(str(path)):
-        return tune.Tuner.restore(str(path), trainable=trainable, resume_unfinished=True, restart_errored=True)
-    return tune.Tuner(
-        trainable,
-        param_space={"trial": tune.grid_search(list(trials))},
-        tune_config=tune.TuneConfig(
-            metric="validation_loss",
-            mode="min",
-            max_concurrent_trials=config.max_concurrent_trials,
-            scheduler=_make_scheduler(config),
+    from layerplan.sweep.searcher import TrialSearcher
+    from layerplan.sweep.trainable import Shared, TrialActor
+
+    for record in ended:
+        chooser.tell(trials[record.name].point, float("inf") if record.loss is None else record.loss)
+    judged = [trials[record.name].point for record in ended] if config.scheduler == "asha" else []
+    first = chooser.choose()
+    if first is None:
+        return
+    searcher = TrialSearcher(chooser, judged, first, on_begin, on_end)
+    folder = _clear(request.run_dir)
+    os.environ.update(_QUIET)
+    logging.getLogger(_NOISY).setLevel(logging.ERROR)
+    tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(TrialActor, shared=Shared(request, dict(trials))), {"CPU": DRIVER_CPUS}
         ),
-        run_config=tune.RunConfig(name=name, storage_path=str(request.run_dir), verbose=0),
-    )
+        tune_config=tune.TuneConfig(
+            metric=LOSS,
+            mode="min",
+            search_alg=searcher,
+            num_samples=len(judged) + chooser.most,
+            max_concurrent_trials=at_once,
+            scheduler=_make_scheduler(config),
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            verbose=0,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            failure_config=tune.FailureConfig(max_failures=request.config.max_failures),
+        ),
+    ).fit()
+    _clear(request.run_dir)
+
+
+def _clear(sweep: Path) -> Path:
+    """Removes what Ray Tune and Ray Train kept of an earlier job; returns a new folder's name."""
+    for prefix in (TUNE_PREFIX, WORKERS_PREFIX):
+        for left in sweep.glob(f"{prefix}*"):
+            shutil.rmtree(left, ignore_errors=True)
+    return sweep.resolve() / f"{TUNE_PREFIX}{uuid.uuid4().hex[:12]}"
 
 
 def _make_scheduler(config: SweepConfig) -> Any:
@@ -98,19 +109,9 @@ def _make_scheduler(config: SweepConfig) -> Any:
         return None
     from ray.tune.schedulers import ASHAScheduler
 
-    return ASHAScheduler(time_attr="step", max_t=config.max_steps, grace_period=max(1, config.max_steps // 4))
-
-
-def _read_result(metrics: Mapping[str, Any], trials: Mapping[str, Trial]) -> TrialResult:
-    trial = trials[metrics["config"]["trial"]]
-    predicted = trial.plan.predicted_cost
-    assert predicted is not None, "a trial's plan is priced when it is made"
-    return TrialResult(
-        name=trial.name,
-        boundary=int(trial.name.rpartition("_")[2]),
-        step=int(metrics["step"]),
-        validation_loss=metrics.get("validation_loss"),
-        train_loss=float(metrics["train_loss"]),
-        tokens_per_s=metrics.get("tokens_per_s"),
-        flops_share=predicted.flops_share,
+    return ASHAScheduler(
+        time_attr=PERCENT,
+        max_t=100,
+        grace_period=100 * config.grace_share,
+        reduction_factor=config.reduction_factor,
     )

@@ -15,6 +15,7 @@ from layerplan.checkpoint.dcp import Parked, load_parked
 from layerplan.errors import TrainingError
 from layerplan.models.adapters import inject_adapters
 from layerplan.models.freezing import AppliedPlan, apply_plan
+from layerplan.models.ref import ModelRef
 from layerplan.plan.cost import GIB
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.loss_recipe import LossRecipe
@@ -60,6 +61,7 @@ def build_model(
     world_size: int,
     local_world_size: int,
     checkpoint: StoredPath | None = None,
+    load: Callable[[ModelRef], nn.Module] = ModelRef.load,
 ) -> BuiltModel:
     """Loads the base, applies the plan, settles the placement, and builds the optimizer, in this order.
 
@@ -73,6 +75,7 @@ def build_model(
         world_size: Workers.
         local_world_size: Workers on this machine.
         checkpoint: Of the phase before; gives what this phase does not train.
+        load: Gives the base, which is changed here.
 
     Raises:
         TrainingError: When the device lacks the dtype, or the prediction does not fit into memory.
@@ -91,7 +94,7 @@ def build_model(
         )
     placement, estimate = choose_placement(plan, shape, config, **limits)
     torch.manual_seed(request.seed)
-    causal_lm = request.model.load()
+    causal_lm = load(request.model)
     recipe = request.recipe or agree_on_recipe(causal_lm, seq_len=seq_len, rank=rank, world_size=world_size)
     if not request.document_mask:
         recipe = replace(recipe, rows="whole")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import ray.train
 import torch
@@ -23,6 +23,34 @@ from layerplan.train.resume import Resumed, find_resume
 from layerplan.train.state import TrainState
 
 _SEAL_TIMEOUT_S = 60
+
+
+class Publish(Protocol):
+    """Lets a checkpoint be finished while training goes on."""
+
+    def __call__(
+        self, state: TrainState, folder: StoredPath, finish: Callable[[], None], *, is_validated: bool
+    ) -> None:
+        """Has `finish` called, once and in order, from a thread of its own; called on every rank."""
+        ...
+
+
+def publish_to_ray(state: TrainState, folder: StoredPath, finish: Callable[[], None], *, is_validated: bool) -> None:
+    """Hands the end of a save to Ray's upload thread, and the checkpoint to Ray Train."""
+
+    def upload(checkpoint: Checkpoint, checkpoint_dir_name: str) -> Checkpoint:
+        finish()
+        return _as_ray(folder)
+
+    ray.train.report(
+        {"step": state.step, "train_loss": state.last_loss, "validation_loss": state.validation_loss},
+        checkpoint=_as_ray(folder),
+        checkpoint_dir_name=folder.name,
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        checkpoint_upload_fn=upload,
+        delete_local_checkpoint_after_upload=False,
+        validation=is_validated,
+    )
 
 
 @dataclass
@@ -48,6 +76,8 @@ class CheckpointWriter:
     _newest: StoredPath | None = None
     _is_proven: bool = True
     """Whether the newest one was proved a moment ago: true of the first restore only."""
+    publish: Publish = publish_to_ray
+    """What finishes a save."""
     before_seal: Callable[[], None] = lambda: None
     """Called on rank 0 when all of a checkpoint but its seal is written: what must not be behind it."""
     _pending: Saving | None = None
@@ -56,13 +86,12 @@ class CheckpointWriter:
         self._newest = self.resumed.checkpoint
 
     def save(self, state: TrainState) -> None:
-        """Starts saving and hands the end of it to Ray's upload thread.
+        """Starts saving and hands the end of it to whoever finishes it.
 
         Waits for the save before it: two at once would mix their collectives, and a checkpoint would lack tensors.
         """
         self._wait()
-        name = name_step(state.step)
-        folder = self.checkpoints / name
+        folder = self.checkpoints / name_step(state.step)
         is_validated = state.step in self.validated_steps
         if self.rank == 0:
             clear_checkpoint(folder)
@@ -71,23 +100,14 @@ class CheckpointWriter:
         saving = save_checkpoint(folder, self.model, self.optimizer, self.group, self.parked)
         self._pending, self._newest = saving, folder
 
-        def finish(checkpoint: Checkpoint, checkpoint_dir_name: str) -> Checkpoint:
+        def finish() -> None:
             saving.wait()
             if self.rank == 0:
                 self.before_seal()
                 seal_checkpoint(folder, state, saving, self.resumed.run_id)
                 prune_checkpoints(folder.parent, self.keep, in_use=(folder,))
-            return _as_ray(folder)
 
-        ray.train.report(
-            {"step": state.step, "train_loss": state.last_loss, "validation_loss": state.validation_loss},
-            checkpoint=_as_ray(folder),
-            checkpoint_dir_name=name,
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=finish,
-            delete_local_checkpoint_after_upload=False,
-            validation=is_validated,
-        )
+        self.publish(state, folder, finish, is_validated=is_validated)
 
     def restore(self) -> TrainState | None:
         """Loads the newest checkpoint that proves itself into model and optimizer; None when there is none."""

@@ -65,6 +65,8 @@ class LoopHooks:
     """Takes (1-based step, rows) when a ledger is wanted."""
     mark: Mark = lambda part, step: None
     """Takes (part, step) as each part begins, so that a stall can be told and named."""
+    measure: Callable[[TrainState], float | None] | None = None
+    """Takes the place of the validation, and returns its loss; called on every rank."""
 
 
 @dataclass(frozen=True)
@@ -391,10 +393,22 @@ def _validate(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> TrainSta
 
 
 def _measure_validation(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> float | None:
-    if hooks.validation is None:
+    if hooks.validation is None and hooks.measure is None:
         return None
     hooks.mark("validating", state.step)
-    loss = compute_validation_loss(
+    loss = hooks.measure(state) if hooks.measure is not None else _compute_validation(setup, hooks)
+    if loss is None:
+        return None
+    if hooks.sink is not None:
+        hooks.sink.log_metrics({metrics.VALIDATION_LOSS: loss}, step=state.step)
+    if setup.rank == 0:
+        hooks.say(f"step {state.step}/{setup.config.max_steps}  validation loss {loss:.4f}")
+    return loss
+
+
+def _compute_validation(setup: LoopSetup, hooks: LoopHooks) -> float:
+    assert hooks.validation is not None
+    return compute_validation_loss(
         setup.placed.model,
         hooks.validation,
         micro_batch_size=setup.config.micro_batch_size,
@@ -402,11 +416,6 @@ def _measure_validation(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -
         rank=setup.rank,
         world_size=setup.world_size,
     )
-    if hooks.sink is not None:
-        hooks.sink.log_metrics({metrics.VALIDATION_LOSS: loss}, step=state.step)
-    if setup.rank == 0:
-        hooks.say(f"step {state.step}/{setup.config.max_steps}  validation loss {loss:.4f}")
-    return loss
 
 
 def _save(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> TrainState:

@@ -47,6 +47,21 @@ class LabelOptions:
 
 
 @dataclass(frozen=True)
+class Judging:
+    """Held-out rows by which trainings are compared row by row, and where their losses are written."""
+
+    metric: str
+    """What is measured at every validation beside the corpus's own held-out rows; the rest before the first step and after
+    the last."""
+    texts: Path | None
+    """Rows of further texts (`layerplan/train/held_out_rows.py`); None for the corpus's own alone."""
+    base: Path
+    """Losses of the base; measured by the training that finds none."""
+    result: Path
+    """Losses after the last step."""
+
+
+@dataclass(frozen=True)
 class TrainRequest:
     """Everything a training run needs; travels to the workers."""
 
@@ -71,6 +86,8 @@ class TrainRequest:
     """Environment variables of the workers."""
     labels: LabelOptions | None = None
     """How a store of prompts with a label is trained on; None for one whose every token is learned."""
+    judging: Judging | None = None
+    """How the result is compared with others row by row; None for a run that stands alone."""
     board: Any = None
     """Actor that the workers tell where they are; None when nobody watches for stalls."""
 

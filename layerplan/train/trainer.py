@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 from layerplan.checkpoint.index import list_checkpoints, prune_checkpoints
 from layerplan.checkpoint.layout import read_train_state
+from layerplan.config.train import TrainConfig
 from layerplan.corpus.manifest import Manifest
 from layerplan.errors import LayerplanError, TrainingError, find_layerplan_error
 from layerplan.ray_access import list_loopback_variables
@@ -41,10 +42,14 @@ from layerplan.train.token_flops import predict_token_flops
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["TrainRequest", "TrainResult", "load_result", "run_training"]
+Fit = Callable[[TrainRequest, StoredPath], None]
+
+__all__ = ["TrainRequest", "TrainResult", "export_result", "load_result", "run_training"]
 
 
-def run_training(request: TrainRequest, *, callbacks: Sequence[Any] = ()) -> TrainResult:
+def run_training(
+    request: TrainRequest, *, callbacks: Sequence[Any] = (), fit: Fit | None = None, exports: bool = True
+) -> TrainResult:
     """Trains the plan, or continues, or returns the result of a run that is already finished.
 
     A finished run whose `max_steps` was raised continues from its last checkpoint (`layerplan/train/horizon.py`).
@@ -55,6 +60,8 @@ def run_training(request: TrainRequest, *, callbacks: Sequence[Any] = ()) -> Tra
     Args:
         request: What to train.
         callbacks: Ray Train `UserCallback`s for the controller.
+        fit: Trains into a folder of checkpoints with workers that are there; left out, a Ray Train run is started.
+        exports: Whether the result is written as a model folder; `export_result` does so later.
 
     Raises:
         TrainingError: When training cannot start or fails; the message carries the worker's own.
@@ -69,15 +76,33 @@ def run_training(request: TrainRequest, *, callbacks: Sequence[Any] = ()) -> Tra
     check_training_fits(request)
     request.run_dir.mkdir(parents=True, exist_ok=True)
     with _stop_on_sigterm(request.run_dir):
-        checkpoint = _fit(request, callbacks)
+        checkpoint = _fit(request, callbacks, fit)
     state = TrainState.parse(read_train_state(checkpoint))
     hf_dir = None
-    if state.step >= request.config.max_steps:
+    if exports and state.step >= request.config.max_steps:
         hf_dir = _export(request, checkpoint, state.step)
     result = _summarise(request, state, checkpoint, hf_dir, wall_s=time.perf_counter() - started)
     if not result.stopped_early:
         result.save(request.run_dir)
     return result
+
+
+def export_result(request: TrainRequest) -> TrainResult:
+    """Writes a finished training as a model folder, where it is not written yet, and returns its result.
+
+    Raises:
+        TrainingError: When the training is not finished.
+        CheckpointError: When its checkpoint is gone or damaged.
+    """
+    result = load_result(request.run_dir)
+    if result is None or result.stopped_early:
+        raise TrainingError(f"{request.run_dir}: its training is not finished, there is nothing to export")
+    if result.hf_dir is not None and result.hf_dir.exists():
+        return result
+    checkpoint = find_home(request.run_dir.resolve() / CHECKPOINTS_NAME) / name_step(result.final_step)
+    exported = replace(result, hf_dir=_export(request, checkpoint, result.final_step))
+    exported.save(request.run_dir)
+    return exported
 
 
 def check_training_fits(request: TrainRequest) -> None:
@@ -106,7 +131,7 @@ def check_training_fits(request: TrainRequest) -> None:
         )
 
 
-def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> StoredPath:
+def _fit(request: TrainRequest, callbacks: Sequence[Any], fit: Fit | None) -> StoredPath:
     from layerplan.train.watchdog import watching_stalls
 
     config = request.config
@@ -114,8 +139,11 @@ def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> StoredPath:
     corpus_sha256 = Manifest.load(request.store).content_sha256
     check_resumable(checkpoints, TrainState(plan_sha256=request.plan.sha256, corpus_sha256=corpus_sha256))
     reset_ray_index(checkpoints)
-    with watching_stalls(request.run_dir, config.stall_timeout) as board:
-        _run_ray_train(replace(request, board=board), checkpoints, callbacks)
+    if fit is not None:
+        fit(request, checkpoints)
+    else:
+        with watching_stalls(request.run_dir, config.stall_timeout) as board:
+            _run_ray_train(replace(request, board=board), checkpoints, callbacks)
     prune_checkpoints(checkpoints, config.keep_checkpoints)
     finished = list_checkpoints(checkpoints)
     if not finished:
@@ -125,30 +153,16 @@ def _fit(request: TrainRequest, callbacks: Sequence[Any]) -> StoredPath:
 
 def _run_ray_train(request: TrainRequest, checkpoints: StoredPath, callbacks: Sequence[Any]) -> None:
     import ray.train
-    from ray.train.torch import TorchTrainer
 
-    from layerplan.train.rendezvous import choose_torch_config
-
-    config = request.config
-    trainer = TorchTrainer(
+    trainer = make_torch_trainer(
         _train_worker,
-        train_loop_config={"request": request},
-        torch_config=choose_torch_config("cpu:gloo,cuda:nccl" if config.use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers,
-            use_gpu=config.use_gpu,
-            resources_per_worker={"CPU": config.num_cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})},
-        ),
-        run_config=ray.train.RunConfig(
-            name=CHECKPOINTS_NAME,
-            **_describe_storage(checkpoints.parent),
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            callbacks=list(callbacks),
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            worker_runtime_env={
-                "env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", **list_loopback_variables(), **request.env}
-            },
-        ),
+        {"request": request},
+        request.config,
+        name=CHECKPOINTS_NAME,
+        folder=checkpoints.parent,
+        max_failures=request.config.max_failures,
+        env=request.env,
+        callbacks=callbacks,
         validation_config=None
         if request.validation is None
         else ray.train.ValidationConfig(
@@ -161,6 +175,62 @@ def _run_ray_train(request: TrainRequest, checkpoints: StoredPath, callbacks: Se
         raise _explain_failure(error, request) from error
     if result.error is not None:
         raise _explain_failure(result.error, request) from result.error
+
+
+def make_torch_trainer(
+    train_fn: Callable[[dict[str, Any]], None],
+    loop_config: dict[str, Any],
+    config: TrainConfig,
+    *,
+    name: str,
+    folder: StoredPath,
+    max_failures: int,
+    env: Mapping[str, str],
+    callbacks: Sequence[Any] = (),
+    validation_config: Any = None,
+) -> Any:
+    """Ray Train's trainer over a run's workers.
+
+    Args:
+        train_fn: What every worker calls, with `loop_config`.
+        loop_config: Travels to the workers.
+        config: How many workers there are, and what they reserve.
+        name: Of Ray Train's own folder below `folder`.
+        folder: Where Ray Train keeps its own files.
+        max_failures: Times the workers are started again; -1 for as often as it takes.
+        env: Environment variables of the workers.
+        callbacks: `UserCallback`s for the controller.
+        validation_config: What is done with checkpoints beside training.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from layerplan.train.rendezvous import choose_torch_config
+
+    return TorchTrainer(
+        train_fn,
+        train_loop_config=loop_config,
+        torch_config=choose_torch_config("cpu:gloo,cuda:nccl" if config.use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker=describe_worker(config),
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            **_describe_storage(folder),
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            callbacks=list(callbacks),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", **list_loopback_variables(), **env}},
+        ),
+        validation_config=validation_config,
+    )
+
+
+def describe_worker(config: TrainConfig) -> dict[str, float]:
+    """What one worker reserves on Ray."""
+    return {"CPU": config.num_cpus_per_worker, **({"GPU": 1.0} if config.use_gpu else {})}
 
 
 def _describe_storage(folder: StoredPath) -> dict[str, Any]:

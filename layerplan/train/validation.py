@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from layerplan.corpus.rows import PADDING, PackedRows
 from layerplan.train.sharding import reshard
@@ -43,6 +44,33 @@ def compute_validation_loss(
     if world_size > 1:
         dist.all_reduce(total)
     return float(total[0] / total[1].clamp_min(1))
+
+
+def compute_row_losses(
+    model: LossModel, rows: PackedRows, *, device: torch.device, rank: int = 0, world_size: int = 1
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Summed loss of every row by itself, so that models can be compared row by row; the same on every rank.
+
+    Returns:
+        (R,) nats, and (R,) labels that they are summed over.
+    """
+    found = torch.zeros((len(rows), 2), dtype=torch.float64, device=device)
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(rows), world_size):
+            mine = rows.take(start + rank, start + rank + 1)
+            batches = model.make_batches(mine if len(mine) else _blank(rows), 1, device)
+            for batch in _equalise(batches, model, device, world_size):
+                loss = model(batch).double()
+                if len(mine):
+                    found[start + rank, 0] += loss
+                    found[start + rank, 1] += batch.num_labels
+    model.train()
+    reshard(model)
+    if world_size > 1:
+        dist.all_reduce(found)
+    nats, labels = found.cpu().numpy().T
+    return nats, labels.astype(np.int64)
 
 
 def _equalise(batches: list[TensorBatch], model: LossModel, device: torch.device, world_size: int) -> list[TensorBatch]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import ray
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from layerplan.corpus.manifest import Manifest
+from layerplan.corpus.rows import PackedRows
 from layerplan.corpus.store import load_validation_rows
 from layerplan.errors import StorageError
 from layerplan.log import set_rank, set_up_worker
@@ -35,12 +36,14 @@ from layerplan.train.feed import count_embeddings, open_feed
 from layerplan.train.frozen_check import FrozenTensors
 from layerplan.train.heartbeat import beating
 from layerplan.train.horizon import extend_horizon
+from layerplan.train.judge import HeldOutJudge, read_texts
 from layerplan.train.ledger import LedgerWriter
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
 from layerplan.train.loss_proof import prove_loss
 from layerplan.train.metrics import MetricSink
+from layerplan.train.outlet import ALONE, Outlet
 from layerplan.train.place import STARTING, Mark
-from layerplan.train.request import TrainRequest, load_result
+from layerplan.train.request import Judging, TrainRequest, load_result
 from layerplan.train.resume import find_resume
 from layerplan.train.sharding import reset_compiled
 from layerplan.train.state import TrainState
@@ -50,7 +53,7 @@ from layerplan.train.token_flops import predict_token_flops
 logger = logging.getLogger(__name__)
 
 
-def run_worker(request: TrainRequest) -> None:
+def run_worker(request: TrainRequest, outlet: Outlet = ALONE) -> None:
     """One worker's part of a training run, inside Ray Train's train function."""
     set_up_worker()
     quiet_engines()
@@ -59,10 +62,10 @@ def run_worker(request: TrainRequest) -> None:
     context = ray.train.get_context()
     set_rank(context.get_world_rank())
     with beating(request.board, context.get_world_rank()) as mark:
-        train_phases(request, mark)
+        train_phases(request, mark, outlet)
 
 
-def train_phases(request: TrainRequest, mark: Mark) -> None:
+def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
     """Trains phase after phase of the plan, saying through `mark` where it is."""
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -75,7 +78,7 @@ def train_phases(request: TrainRequest, mark: Mark) -> None:
     checkpoints = find_home(request.run_dir / CHECKPOINTS_NAME)
     resumed = find_resume(checkpoints, fresh, rank)
     state = resumed.state
-    group, host_group = (dist.new_group(backend="gloo") for _ in range(2))
+    group, host_group = make_host_groups()
     with open_recorders(request, state, rank, world_size, host_group) as recorders:
         while True:
             mark(STARTING, state.step)
@@ -91,6 +94,7 @@ def train_phases(request: TrainRequest, mark: Mark) -> None:
                 world_size=world_size,
                 local_world_size=context.get_local_world_size(),
                 checkpoint=resumed.checkpoint,
+                load=outlet.load,
             )
             writer = CheckpointWriter(
                 checkpoints,
@@ -104,6 +108,7 @@ def train_phases(request: TrainRequest, mark: Mark) -> None:
                 fresh_moments=bool(request.plan.phases),
                 validated_steps=range(0) if request.validation is None else request.validation.steps,
                 before_seal=partial(carry_records, request, is_sealing=True),
+                publish=outlet.publish,
             )
             state = recorders.note_horizon(request, writer.restore() or state)
             request = replace(request, recipe=built.recipe)
@@ -132,13 +137,14 @@ def train_phases(request: TrainRequest, mark: Mark) -> None:
                 frozen=frozen,
                 host_group=host_group,
             )
-            state = run_loop(setup, state, make_hooks(request, setup, state, writer, recorders, mark), stop_step=end)
+            hooks = make_hooks(request, setup, state, writer, recorders, mark, outlet)
+            state = run_loop(setup, state, hooks, stop_step=end)
             if state.step < end or state.step >= request.config.max_steps or is_asked_to_stop(request, rank):
                 return
             resumed = writer.finish()
             recorders.note_change(request.plan, state.step)
             built.placed.release()
-            del built, setup, writer, frozen
+            del built, setup, writer, frozen, hooks
             forget_phase(device)
 
 
@@ -265,6 +271,7 @@ def make_hooks(
     writer: CheckpointWriter,
     recorders: Recorders,
     mark: Mark,
+    outlet: Outlet,
 ) -> LoopHooks:
     """Connects the loop with the store, the checkpoints and the recorders."""
     ledger = recorders.ledger
@@ -279,16 +286,40 @@ def make_hooks(
 
     count_rows = setup.placed.model.start_counting(state, setup.world_size)
     feed = open_feed(request, state, rank=setup.rank, world_size=setup.world_size)
+    validation = load_validation_rows(request.store, num_ids=count_embeddings(request))
     return LoopHooks(
         iter_steps=feed.iter_steps,
         save=lambda reached: writer.save(count_rows(feed.stamp(reached))),
         should_stop=Flag(request.run_dir / STOP_REQUEST).exists,
         sink=recorders.sink,
-        validation=load_validation_rows(request.store, num_ids=count_embeddings(request)),
+        validation=validation,
         restore=restore,
         write_ledger=None if ledger is None else lambda step, rows: ledger.write(step, rows.row_ids[rows.row_ids >= 0]),
         mark=mark,
+        measure=None if request.judging is None else make_judge(request, request.judging, setup, validation, outlet),
     )
+
+
+def make_judge(
+    request: TrainRequest, judging: Judging, setup: LoopSetup, validation: PackedRows | None, outlet: Outlet
+) -> HeldOutJudge:
+    """What measures the model on held-out rows, one by one."""
+    return HeldOutJudge(
+        setup.placed.model,
+        read_texts(judging, validation),
+        judging,
+        request.config.max_steps,
+        setup.device,
+        setup.rank,
+        setup.world_size,
+        outlet.tell,
+    )
+
+
+@lru_cache(maxsize=1)
+def make_host_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Groups of all ranks for checkpoints and for what hosts tell each other; made once in a process, whatever it trains."""
+    return dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
 
 
 def count_ray_nodes(world_size: int) -> int:

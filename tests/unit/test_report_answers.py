@@ -180,11 +180,17 @@ def test_a_description_leaves_out_what_does_not_fit_and_says_so() -> None:
     assert fit_sections(["a", "b"]) == "a\n\nb"
     assert fit_sections(["a", "b" * 5000, "c"]) == "a\n\nc\n\nThe rest is in `report.html` among the artifacts."
     trials = [
-        {"boundary": number, "validation_loss": None, "train_loss": 2.0, "flops_share": 0.5, "tokens_per_s": None}
+        {
+            "name": f"boundary_{number:02d}",
+            "validation_loss": None,
+            "train_loss": 2.0,
+            "flops_share": 0.5,
+            "tokens_per_s": None,
+        }
         for number in range(1, 400)
     ]
     table = render_sweep(trials)
-    assert len(table) <= 5000 and "| 1 | - | 2.0000 | 50.0% | - |" in table
+    assert len(table) <= 5000 and "| boundary\\_01 | - | 2.0000 | 50.0% | - |" in table
 
 
 def test_prompts_stand_side_by_side_as_they_came(finished: Path) -> None:

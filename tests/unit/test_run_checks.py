@@ -14,8 +14,9 @@ from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError, ModelError
 from layerplan.pipeline.candidates import DEFAULT_SWEEP
 from layerplan.pipeline.checks import check_model
-from layerplan.pipeline.dry_run import print_corpus_dry_run, print_dry_run, print_sweep_dry_run
+from layerplan.pipeline.dry_run import print_corpus_dry_run, print_dry_run
 from layerplan.pipeline.run_folder import open_run_folder
+from layerplan.pipeline.sweep_dry_run import print_sweep_dry_run
 from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
 from tests.tiny_tokenizer import make_bytes, save_tokenizer
 

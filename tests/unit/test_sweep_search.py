@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from layerplan.config.plan import FreezeDeepPlanConfig
+from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig, PlanOptions
 from layerplan.config.sweep import SweepConfig
 from layerplan.errors import ConfigError
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
-from layerplan.sweep.search import check_search, save_search
-from layerplan.sweep.tuner import name_search
+from layerplan.sweep.objective import Trial
+from layerplan.sweep.search import check_plans, check_search, save_search
+from layerplan.sweep.space import Point
 from layerplan.train.request import TrainResult
 from tests.qwen3 import QWEN3_0P6B, QWEN3_0P6B_IDENTITY
 
@@ -26,6 +27,8 @@ SWEEP = SweepConfig(boundaries=[1], max_steps=4)
         {"boundaries": None, "split_ratios": [0.5]},
         {"max_concurrent_trials": 2},
         {"scheduler": "asha"},
+        {"freeze": ["deep", "shallow"]},
+        {"seeds": [1, 2]},
     ],
 )
 def test_what_does_not_decide_a_trial_may_change(tmp_path: Path, change: dict[str, object]) -> None:
@@ -36,7 +39,7 @@ def test_what_does_not_decide_a_trial_may_change(tmp_path: Path, change: dict[st
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"freeze": "shallow"}, r"sweep\.freeze='shallow': .* has trials with 'deep'; choose another name"),
+        ({"equal": "flops"}, r"sweep\.equal='flops': .* has trials with 'tokens'; choose another name"),
         ({"max_steps": 8}, r"sweep\.max_steps=8: .* has trials with 4"),
     ],
 )
@@ -59,17 +62,19 @@ def test_a_sweep_of_an_earlier_version_is_known_by_its_trials(tmp_path: Path) ->
     TrainResult(4, done, 2.0, 1.0, None, 64, 1.0, 1.0, 1.0, 0.1, 0, 0, {}, False, done).save(folder)
     check_search(SWEEP, tmp_path)
     with pytest.raises(ConfigError) as caught:
-        check_search(SweepConfig(boundaries=[1], freeze="shallow", max_steps=8), tmp_path)
-    assert [fault.partition("=")[0] for fault in caught.value.faults] == ["sweep.freeze", "sweep.max_steps"]
+        check_search(SweepConfig(boundaries=[1], equal="flops", max_steps=8), tmp_path)
+    assert [fault.partition("=")[0] for fault in caught.value.faults] == ["sweep.max_steps", "sweep.equal"]
 
 
-def test_another_search_is_another_experiment_of_tunes_and_the_same_one_goes_on() -> None:
-    names = [
-        name_search(SWEEP, ["boundary_01"]),
-        name_search(SWEEP, ["boundary_01", "boundary_02"]),
-        name_search(SWEEP, ["boundary_02"]),
-        name_search(SWEEP.model_copy(update={"scheduler": "asha"}), ["boundary_01"]),
-        name_search(SWEEP.model_copy(update={"max_concurrent_trials": 2}), ["boundary_01"]),
-    ]
-    assert len(set(names)) == 5
-    assert name_search(SWEEP, ["boundary_02", "boundary_01"]) == names[1]
+def test_a_name_that_an_older_version_gave_to_the_other_side_is_refused(tmp_path: Path) -> None:
+    shape = ModelShape.from_hf_config(QWEN3_0P6B)
+    deep, shallow = (
+        make_plan(kind(boundary=1), model=QWEN3_0P6B_IDENTITY, shape=shape)
+        for kind in (FreezeDeepPlanConfig, FreezeShallowPlanConfig)
+    )
+    point = Point(1, "deep", PlanOptions(), 1e-3, 0, "boundary_01")
+    deep.save(tmp_path / "boundary_01" / "freeze_plan.json")
+    check_plans([Trial(point, deep, 4, 1.0)], tmp_path)
+    shallow.save(tmp_path / "boundary_01" / "freeze_plan.json")
+    with pytest.raises(ConfigError, match=r"boundary_01 has a trial with another plan \(freeze_shallow, this one is"):
+        check_plans([Trial(point, deep, 4, 1.0)], tmp_path)

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from layerplan.config.load import dump_config, validate_config
+from layerplan.config.plan import FreezeDeepPlanConfig, PlanOptions
 from layerplan.errors import TrainingError
 from layerplan.pipeline.lineage import list_params, note_config
-from layerplan.pipeline.sweep_boundary import end_trials
-from layerplan.sweep.tuner import TrialResult
+from layerplan.pipeline.trial_runs import TrialRuns, closing_runs
+from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.policies import make_plan
+from layerplan.sweep.objective import Trial
+from layerplan.sweep.space import Point
 from layerplan.tracking.address import describe_address, find_table, list_addresses
 from layerplan.tracking.outbox import PARENT, Outbox, OutboxTracker, TrackingFolder
 from layerplan.tracking.position import count_backlog
 from layerplan.tracking.tracker import NOTE_TAG, RUN_ID, Dataset
+from layerplan.train.trial_record import load_record, load_records
 from tests.mlflow_server import carry, open_stage
+from tests.qwen3 import QWEN3_0P6B, QWEN3_0P6B_IDENTITY
 
 SECRET = "hunter2-open-sesame"
 KIND = "mlflow.experimentKind"
@@ -109,8 +116,13 @@ def test_a_description_points_to_pictures_of_its_own_run(run_dir: Path, uri: str
         assert run.data.tags["other"] == RUN_ID
 
 
-def make_result(boundary: int) -> TrialResult:
-    return TrialResult(f"boundary_{boundary:02d}", boundary, 4, 2.5, 2.25, 100.0, 0.75)
+def make_trials(names: Sequence[str]) -> dict[str, Trial]:
+    shape = ModelShape.from_hf_config(QWEN3_0P6B)
+    plan = make_plan(FreezeDeepPlanConfig(boundary=1), model=QWEN3_0P6B_IDENTITY, shape=shape)
+    return {name: Trial(Point(1, "deep", PlanOptions(), 1e-3, 0, name), plan, 4, 1e12) for name in names}
+
+
+LAST = {"step": 4, "loss": 2.5, "validation_loss": 2.5, "train_loss": 2.25, "tokens_per_s": 100.0, "notes": 1.5}
 
 
 @pytest.mark.parametrize(
@@ -120,16 +132,41 @@ def make_result(boundary: int) -> TrialResult:
 def test_a_sweeps_trials_end_as_they_ended(
     run_dir: Path, uri: str, client: Any, end: BaseException, status: str
 ) -> None:
+    """A trial that begins again, in another job, goes on in the same run; one that failed has no record."""
     _, sweep = open_stage(run_dir, "sweep")
-    runs = {f"boundary_{number:02d}": sweep.child(f"sweep_boundary_{number:02d}") for number in (1, 2)}
-    with pytest.raises(type(end)), end_trials(runs) as finish:
-        finish(make_result(1))
+    trials = make_trials(["done", "lost", "left", "broken"])
+    points = {name: trial.point for name, trial in trials.items()}
+    runs = TrialRuns(sweep, run_dir / "sweep", trials, ["notes"])
+    with pytest.raises(type(end)), closing_runs(runs):
+        runs.begin(points["done"])
+        runs.begin(points["broken"])
+        runs.end(points["broken"], {"step": 2, "error": "the loss is not finite"})
+        runs.begin(points["lost"])
+        runs.end(points["lost"], None)
+        runs.begin(points["left"])
+        runs.end(points["done"], LAST)
         raise end
+    assert [record.name for record in runs.failed] == ["broken", "lost"]
+    assert [record.name for record in load_records(run_dir / "sweep")] == []  # folders of trials begin with `boundary_`
+    record = load_record(run_dir / "sweep" / "done")
+    assert record is not None and record.loss == 2.5 and record.text_losses == {"notes": 1.5}
+    assert load_record(run_dir / "sweep" / "broken") is None
+    again = TrialRuns(sweep, run_dir / "sweep", trials, ["notes"])
+    again.begin(points["lost"])
+    again.end(points["lost"], LAST)
     assert carry(run_dir, uri) == []
-    done, left = (get_run(client, run_dir, f"sweep_boundary_{number:02d}") for number in (1, 2))
-    assert (done.info.status, left.info.status) == ("FINISHED", status)
-    assert done.data.metrics["result/validation_loss/trained"] == 2.5 and done.data.metrics["boundary"] == 1
-    assert done.data.metrics["cost/share_of_full/predicted"] == 0.75
+    found = {name: get_run(client, run_dir, f"sweep_{name}") for name in trials}
+    assert {name: run.info.status for name, run in found.items()} == {
+        "done": "FINISHED",
+        "lost": "FINISHED",
+        "left": status,
+        "broken": "FAILED",
+    }
+    assert found["broken"].data.tags["layerplan.trial"] == "failed: the loss is not finite"
+    done = found["done"].data
+    assert done.metrics["result/validation_loss/trained"] == 2.5 and done.metrics["boundary"] == 1
+    assert done.metrics["result/notes/loss"] == 1.5 and done.params["learning_rate"] == "0.001"
+    assert done.metrics["cost/share_of_full/predicted"] == pytest.approx(trials["done"].plan.predicted_cost.flops_share)
 
 
 def test_a_run_is_found_in_a_browser(run_dir: Path, uri: str, client: Any) -> None:

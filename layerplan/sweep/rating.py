@@ -1,0 +1,48 @@
+"""How much a measurement speaks for a trial: one number, by which a profile-guided search orders its trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from layerplan.plan.boundary import compute_alignment_scores
+from layerplan.plan.boundary_choice import find_sensitivity, get_sensitivity
+from layerplan.plan.layer_measurement import LayerMeasurement
+from layerplan.plan.layer_profile import LayerProfile
+from layerplan.sweep.space import Point
+
+
+def rate_by_profile(profile: LayerProfile) -> Callable[[Point], float]:
+    """The standardised alignment score S(k) sqrt(k (L - k)) / L (Eq. 7) of freezing the deep side, and its negative for the
+    shallow side; the outermost boundary, which has no score, comes last.
+    """
+    num_layers = profile.model.num_layers
+    scores = compute_alignment_scores(profile.task_particle, get_sensitivity(profile, find_sensitivity(profile)))
+
+    def rate(point: Point) -> float:
+        if point.boundary > len(scores):
+            return -np.inf
+        return _turn(point, float(scores[point.boundary - 1]) * _weigh(point.boundary, num_layers))
+
+    return rate
+
+
+def rate_by_measurement(measurement: LayerMeasurement) -> Callable[[Point], float]:
+    """The standardised difference of what is measured of the layers that train and of those that freeze."""
+    values = np.asarray(measurement.turned_values, dtype=np.float64)
+
+    def rate(point: Point) -> float:
+        step = values[: point.boundary].mean() - values[point.boundary :].mean()
+        return _turn(point, float(step) * _weigh(point.boundary, len(values)))
+
+    return rate
+
+
+def _weigh(boundary: int, num_layers: int) -> float:
+    return float(np.sqrt(boundary * (num_layers - boundary)) / num_layers)
+
+
+def _turn(point: Point, rating: float) -> float:
+    """A step down from the shallow to the deep side speaks for training the shallow one."""
+    return rating if point.freeze == "deep" else -rating

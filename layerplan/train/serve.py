@@ -1,0 +1,66 @@
+"""A group of workers that trains one plan after the other, in processes that are started once.
+
+The base is read once and copied for each training. A fault of ours ends the training and then, on purpose, the process:
+another rank may be waiting in a collective, and Ray Train starts the group again.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import ray
+import ray.train
+import torch
+
+from layerplan.errors import LayerplanError
+from layerplan.log import set_up_worker
+from layerplan.train.outlet import Background, KeptBase, Outlet
+from layerplan.train.request import TrainRequest
+from layerplan.train.sharding import reset_compiled
+from layerplan.train.worker import run_worker
+
+
+def serve(relay: Any) -> None:
+    """Trains what the relay gives out until it is closed; inside Ray Train's train function.
+
+    Raises:
+        LayerplanError: What a training ended with, after the relay was told.
+    """
+    set_up_worker()
+    rank = ray.train.get_context().get_world_rank()
+    base, number = KeptBase(), 0
+    while (job := _take(relay, rank, number)) is not None:
+        number, request = job
+        _train(relay, number, request, base, rank)
+        _forget()
+
+
+def _train(relay: Any, number: int, request: TrainRequest, base: KeptBase, rank: int) -> None:
+    background = Background()
+    outlet = Outlet(background, base, lambda values: ray.get(relay.tell.remote(number, "report", values)))
+    try:
+        run_worker(request, outlet)
+        background.wait()
+    except LayerplanError as error:
+        ray.get(relay.tell.remote(number, "failed", (type(error).__name__, error.args)))
+        raise
+    if rank == 0:
+        ray.get(relay.tell.remote(number, "done", None))
+
+
+def _take(relay: Any, rank: int, after: int) -> tuple[int, TrainRequest] | None:
+    while (answer := ray.get(relay.take.remote(rank, after))) == "wait":
+        continue
+    if answer == "close":
+        return None
+    number, request = answer
+    return number, request
+
+
+def _forget() -> None:
+    """Frees the model of a training that is over; its compiled graphs are in the compiler's own cache, if the next needs them."""
+    gc.collect()
+    reset_compiled()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

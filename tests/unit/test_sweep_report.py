@@ -1,0 +1,105 @@
+"""What a page says of a sweep: numbers worked out by hand, the front, and nothing claimed that rows do not carry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from layerplan.report.page import write_report
+from layerplan.report.sweep_arms import compare, find_front, read_sweep
+from layerplan.train.held_out_rows import RowLosses, save_losses
+from layerplan.train.judge import VALIDATION
+from layerplan.train.trial_record import TrialRecord
+
+ROWS = 40
+LABELS = np.full(ROWS, 10)
+HARD = np.linspace(10.0, 50.0, ROWS)
+"""How hard rows are, nats; far more than plans differ by."""
+
+
+def make_losses(shift: float, noise: float, seed: int) -> RowLosses:
+    return RowLosses(HARD + 10 * (shift + noise * np.random.default_rng(seed).normal(size=ROWS)), LABELS)
+
+
+def leave_trial(
+    sweep: Path, name: str, boundary: int, shift: float, *, seed: int = 0, step: int = 8, **values: object
+) -> None:
+    losses = {VALIDATION: make_losses(shift, 0.05, boundary), "english": make_losses(-shift / 2, 0.05, boundary + 50)}
+    record = TrialRecord(
+        name=name,
+        boundary=boundary,
+        step=step,
+        max_steps=8,
+        loss=losses[VALIDATION].mean,
+        flops_share=0.5,
+        flops=1e12,
+        seed=seed,
+        **values,  # type: ignore[arg-type]
+    )
+    (sweep / name).mkdir(parents=True)
+    record.save(sweep / name)
+    if step == 8:
+        save_losses(sweep / name / "row_losses.json", losses)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    sweep = tmp_path / "sweep"
+    (sweep / "base").mkdir(parents=True)
+    save_losses(sweep / "base" / "row_losses.json", {VALIDATION: make_losses(0, 0, 0), "english": make_losses(0, 0, 0)})
+    leave_trial(sweep, "boundary_01", 1, -0.10)
+    leave_trial(sweep, "boundary_02", 2, -0.30)
+    leave_trial(sweep, "boundary_02_seed1", 2, -0.30, seed=1)
+    leave_trial(sweep, "boundary_03_shallow", 3, -0.29, freeze="shallow")
+    leave_trial(sweep, "boundary_04", 4, 0.20, step=2)
+    leave_trial(sweep, "boundary_01_seed1", 1, 0.90, seed=1, step=2)  # stopped, and no part of its arm's result
+    return tmp_path
+
+
+def test_a_difference_is_that_of_the_same_rows() -> None:
+    """Rows differ by 4 nats a token; a shift of 0.3 is seen all the same."""
+    found = compare([make_losses(-0.3, 0.05, 1)], [make_losses(0, 0, 0)])
+    assert found.interval is not None and found.interval[0] < found.value < found.interval[1] < -0.25
+    assert found.value == pytest.approx(-0.3, abs=0.03) and found.p_value == pytest.approx(2 / 2001)
+    same = compare([make_losses(0, 0.05, 1)], [make_losses(0, 0.05, 2)])
+    assert same.p_value is not None and same.p_value > 0.05
+
+
+def test_a_few_rows_have_no_interval() -> None:
+    few = RowLosses(np.array([1.0, 3.0]), np.array([1, 3]))
+    found = compare([few], [RowLosses(np.array([2.0, 4.0]), np.array([1, 3]))])
+    assert (found.value, found.interval, found.p_value) == (-0.5, None, None)
+
+
+def test_the_front_is_what_no_other_beats_on_both() -> None:
+    assert find_front([(0.0, 3.0), (1.0, 1.0), (2.0, 2.0), (3.0, 0.0), (1.0, 1.5)]) == [0, 1, 3]
+    assert find_front([]) == []
+
+
+def test_seeds_are_one_arm_and_what_was_stopped_comes_last(run: Path) -> None:
+    reading = read_sweep(run / "sweep")
+    assert reading is not None and reading.texts == (VALIDATION, "english")
+    assert [arm.name for arm in reading.arms] == ["boundary_02", "boundary_03_shallow", "boundary_01", "boundary_04"]
+    assert [len(arm.records) for arm in reading.arms] == [2, 1, 1, 1]
+    assert [arm.is_whole for arm in reading.arms] == [True, True, True, False]
+    alike = [arm.name for arm in reading.find_alike(VALIDATION)]
+    assert "boundary_01" not in alike, "0.2 nats worse"
+    assert set(alike) <= {"boundary_02", "boundary_03_shallow"} and len(alike) == 2, (
+        "0.01 nats apart, with noise of 0.05"
+    )
+    assert reading.arms[-1].flops == 0.25e12
+
+
+def test_the_page_says_it_and_has_its_figures(run: Path) -> None:
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "<h2>The sweep</h2>" in page and "boundary_02 is lowest, -0." in page.replace("−", "-")
+    assert "1 of 2 others cannot be told from it" in page and "Stopped before their last step: 1 of 4 arms" in page
+    for name in ("sweep_boundary_validation_loss", "sweep_boundary_english", "sweep_pareto_english", "sweep_cost"):
+        assert (run / "figures" / f"{name}.png").stat().st_size > 0
+    assert page.count("<svg") == 4
+
+
+def test_a_run_without_a_sweep_has_no_such_section(tmp_path: Path) -> None:
+    assert "The sweep" not in write_report(tmp_path).read_text(encoding="utf-8")

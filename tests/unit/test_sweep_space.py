@@ -1,0 +1,166 @@
+"""The space of a sweep: its trials and their names, how long they train, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from layerplan.config.load import validate_config
+from layerplan.config.plan import PlanOptions
+from layerplan.config.run import RunConfig
+from layerplan.config.sweep import SweepConfig
+from layerplan.errors import ClusterError, ConfigError
+from layerplan.pipeline.candidates import make_candidates
+from layerplan.pipeline.sweep_checks import check_sweep
+from layerplan.plan.model_shape import ModelShape
+from layerplan.sweep.room import TrialNeeds, choose_concurrency, count_fitting
+from layerplan.sweep.schedule import compute_flops
+from layerplan.sweep.space import OwnValues, list_points
+from tests.qwen3 import QWEN3_0P6B, QWEN3_0P6B_IDENTITY
+
+SHAPE = ModelShape.from_hf_config(QWEN3_0P6B)
+OWN = OwnValues(PlanOptions(), 1e-3, 7)
+ROWS = {"seq_len": 256}
+SCRATCH = {"type": "scratch", "num_layers": 4}
+
+
+def make_config(**values: object) -> RunConfig:
+    return validate_config({"name": "s", "model": SCRATCH, "train": {"global_batch_size": 4}, "corpus": ROWS} | values)
+
+
+def test_a_trial_is_named_by_what_differs_from_the_run() -> None:
+    sweep = SweepConfig(
+        boundaries=[3],
+        freeze=["deep", "shallow"],
+        ends=[PlanOptions(), PlanOptions(train_final_norm=True)],
+        learning_rates=[1e-3, 3e-4],
+        seeds=[7, 8],
+    )
+    names = [point.name for point in list_points(sweep, [3], OWN)]
+    assert len(set(names)) == len(names) == 16
+    assert names[0] == "boundary_03" and names[1] == "boundary_03_seed8" and names[2] == "boundary_03_lr0.0003"
+    assert "boundary_03_shallow_final_norm_lr0.0003_seed8" in names
+
+
+def test_a_trial_keeps_its_name_when_the_space_grows() -> None:
+    small = {point.name for point in list_points(SweepConfig(boundaries=[1]), [1], OWN)}
+    sweep = SweepConfig(boundaries=[1, 2], freeze=["shallow", "deep"], learning_rates=[3e-4, 1e-3], seeds=[1, 7])
+    assert small < {point.name for point in list_points(sweep, [1, 2], OWN)}
+
+
+def test_values_given_twice_are_one_trial() -> None:
+    sweep = SweepConfig(boundaries=[1], freeze=["deep", "deep"], seeds=[7, 7])
+    assert [point.name for point in list_points(sweep, [1], OWN)] == ["boundary_01"]
+
+
+def test_a_side_may_stand_alone_as_in_configs_of_earlier_versions() -> None:
+    config = make_config(sweep={"split_ratios": [0.25, 0.3], "freeze": "shallow", "max_steps": 4})
+    assert config.sweep is not None and config.sweep.freeze == ["shallow"] and config.sweep.search.type == "grid"
+    candidate = make_candidates(config, config.sweep, QWEN3_0P6B_IDENTITY, SHAPE)[0]
+    assert candidate.plan.plan_type == "freeze_shallow" and candidate.point.boundary == 7
+
+
+def test_equal_flops_gives_every_plan_the_flops_of_training_everything() -> None:
+    config = make_config()
+    sweep = SweepConfig(boundaries=[7, 14, 21], freeze=["deep", "shallow"], max_steps=1000, equal="flops")
+    trials = make_candidates(config, sweep, QWEN3_0P6B_IDENTITY, SHAPE)
+    tokens = 4 * config.corpus.seq_len
+    full = trials[0].cost.full
+    wanted = 1000 * (tokens * full.total_flops + full.optimizer_flops_per_step)
+    for trial in trials:
+        assert trial.steps > 1000 and trial.flops == compute_flops(trial.cost, trial.steps, tokens)
+        assert math.isclose(trial.flops, wanted, rel_tol=1e-3)
+    deep, shallow = (
+        next(t for t in trials if (t.point.boundary, t.point.freeze) == (14, f)) for f in ("deep", "shallow")
+    )
+    assert shallow.steps > deep.steps, "no gradient passes a frozen prefix"
+    tokens_alike = make_candidates(config, sweep.model_copy(update={"equal": "tokens"}), QWEN3_0P6B_IDENTITY, SHAPE)
+    assert {trial.steps for trial in tokens_alike} == {1000}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "words"),
+    [
+        ({"boundaries": []}, r"sweep\.boundaries or sweep\.split_ratios must name at least one value"),
+        ({"boundaries": [1], "freeze": []}, r"sweep\.freeze"),
+        ({"boundaries": [1], "learning_rates": []}, r"sweep\.learning_rates"),
+        ({"boundaries": [1], "learning_rates": [0.0]}, r"sweep\.learning_rates\.0"),
+        ({"boundaries": [1], "ends": []}, r"sweep\.ends"),
+        ({"boundaries": [1], "seeds": []}, r"sweep\.seeds"),
+        ({"boundaries": [1], "search": "bayes"}, r"sweep\.search.*bayes"),
+        ({"boundaries": [1], "search": {"type": "random"}}, r"num_trials"),
+    ],
+)
+def test_an_empty_space_and_an_unknown_search_are_refused_by_their_field(sweep: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_config(sweep=sweep)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "config", "words"),
+    [
+        ({"boundaries": [1, 4]}, {}, r"sweep\.boundaries=4: must lie in 1\.\.3"),
+        ({"boundaries": [1], "metric": "english"}, {}, r"sweep\.metric='english': no trial reports it; allowed: valid"),
+        (
+            {"boundaries": [1]},
+            {"corpus": ROWS | {"validation_rows": 0}},
+            r"sweep\.metric=validation_loss: no trial reports it, as no rows",
+        ),
+    ],
+)
+def test_what_no_model_has_and_no_trial_reports_is_refused_before_anything_starts(
+    sweep: dict[str, object], config: dict[str, object], words: str
+) -> None:
+    checked = make_config(sweep=sweep, **config)
+    assert checked.sweep is not None
+    with pytest.raises(ConfigError, match=words):
+        check_sweep(checked, checked.sweep)
+
+
+def test_a_held_out_text_can_be_what_is_low(tmp_path: Path) -> None:
+    held_out = [{"name": "english", "source": {"path": str(tmp_path)}}]
+    config = make_config(
+        sweep={"boundaries": [1], "metric": "english"},
+        evaluation={"held_out": held_out},
+        corpus=ROWS | {"validation_rows": 0},
+    )
+    assert config.sweep is not None
+    check_sweep(config, config.sweep)
+
+
+NEEDS = TrialNeeds(2, {"CPU": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "fitting"),
+    [
+        ([{"CPU": 2.0}], 1),  # two workers and 0.35 beside them are 1.35
+        ([{"CPU": 2.7}], 2),
+        ([{"CPU": 0.6}, {"CPU": 0.6}, {"CPU": 0.4}], 1),  # a worker on each of the first two
+        ([{"CPU": 0.9}, {"CPU": 0.4}], 0),  # one place for a worker
+        ([{}], 0),
+    ],
+)
+def test_room_is_counted_by_the_places_of_workers(nodes: list[dict[str, float]], fitting: int) -> None:
+    assert count_fitting(nodes, NEEDS) == fitting
+
+
+def test_gpus_are_counted_too() -> None:
+    needs = TrialNeeds(4, {"CPU": 1.0, "GPU": 1.0})
+    assert count_fitting([{"CPU": 64.0, "GPU": 8.0}], needs) == 2
+    assert count_fitting([{"CPU": 64.0}], needs) == 0
+
+
+def test_trials_at_once_follow_what_is_free_and_more_than_the_cluster_has_is_refused() -> None:
+    whole, free = [{"CPU": 4.0}], [{"CPU": 1.5}]
+    assert choose_concurrency("auto", NEEDS, whole=whole, free=whole) == (2, "")
+    assert choose_concurrency("auto", NEEDS, whole=whole, free=free) == (1, "")
+    chosen, line = choose_concurrency(2, NEEDS, whole=whole, free=free)
+    assert chosen == 1 and line.startswith("1 trials at once in place of 2")
+    assert choose_concurrency(1, NEEDS, whole=whole, free=[{}])[1].startswith("no room")
+    for asked in (3, "auto"):
+        nodes = whole if asked == 3 else [{"CPU": 1.0}]
+        with pytest.raises(ClusterError, match=rf"sweep.max_concurrent_trials={asked}: .* holds at most \d at once"):
+            choose_concurrency(asked, NEEDS, whole=nodes, free=nodes)
