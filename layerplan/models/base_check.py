@@ -32,7 +32,7 @@ def check_base_model(name: str, *, revision: str = "main", trust_remote_code: bo
     refuse_code_without_consent(name, values, trust_remote_code=trust_remote_code)
     refuse_other_tasks(name, values)
     model = build_without_memory(
-        _load_config(name, folder, trust_remote_code), name=name, trust_remote_code=trust_remote_code
+        load_auto_config(name, folder, trust_remote_code), name=name, trust_remote_code=trust_remote_code
     )
     folder = fetch_model_folder(name, revision=revision, with_weights=True)
     check_tensors(name, model, read_stored_tensors(folder))
@@ -137,7 +137,8 @@ def refuse_unaccounted(name: str, model: Any, account: TensorAccount) -> None:
         )
 
 
-def _load_config(name: str, folder: Path, trust_remote_code: bool) -> Any:
+def load_auto_config(name: str, folder: Path, trust_remote_code: bool) -> Any:
+    """The config of a model folder as transformers reads it; raises `ModelError` for whatever its class raises."""
     from transformers import AutoConfig
 
     try:
