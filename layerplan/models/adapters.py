@@ -143,12 +143,25 @@ def read_adapter(folder: Path, base: ModelRef) -> Any:
 @torch.no_grad()
 def compute_merged(wrapped: Any) -> dict[str, Tensor]:
     """The adapted matrices with their adapters added, float32, by the names they have in the base."""
-    merged = {}
-    for name, module in wrapped.named_modules():
-        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer"):
-            delta = module.get_delta_weight("default").float()
-            merged[name.removeprefix(WRAPPING) + ".weight"] = module.base_layer.weight.float() + delta
-    return merged
+    return {
+        name: module.base_layer.weight.float() + compute_delta(module) for name, module in find_adapted(wrapped).items()
+    }
+
+
+def find_adapted(wrapped: Any) -> dict[str, Any]:
+    """Modules that have an adapter, by the names their matrices have in the base."""
+    return {
+        name.removeprefix(WRAPPING) + ".weight": module
+        for name, module in wrapped.named_modules()
+        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
+    }
+
+
+@torch.no_grad()
+def compute_delta(module: Any) -> Tensor:
+    """What an adapter adds to its matrix, float32."""
+    delta: Tensor = module.get_delta_weight("default").float()
+    return delta
 
 
 def _import_peft() -> Any:

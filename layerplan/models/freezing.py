@@ -101,7 +101,7 @@ def check_gradient_coverage(model: nn.Module, applied: AppliedPlan) -> None:
 
 def compute_tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Hashes dtype, shape and bytes of each tensor; equal bytes give equal hashes on every device."""
-    return {name: _hash_tensor(tensor) for name, tensor in tensors.items()}
+    return {name: hash_tensor(tensor) for name, tensor in tensors.items()}
 
 
 def _trainable_ids(parts: DecoderParts, plan: FreezePlan, model: nn.Module) -> set[int]:
@@ -200,7 +200,8 @@ def _detach_output(module: nn.Module, args: object, output: Tensor) -> Tensor:
     return output.detach()
 
 
-def _hash_tensor(tensor: Tensor) -> str:
+def hash_tensor(tensor: Tensor) -> str:
+    """Hash of dtype, shape and bytes; equal bytes give equal hashes on every device."""
     plain = tensor.detach().to("cpu").contiguous()
     digest = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode())
     if plain.numel():
