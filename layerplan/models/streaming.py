@@ -75,28 +75,45 @@ def _sort_places(model: nn.Module) -> tuple[list[_Place], list[tuple[nn.Module, 
 
 @contextmanager
 def _lent(places: Sequence[_Place], read: Read) -> Iterator[None]:
-    _lend(places, read)
-    try:
+    with _kept_in_order(places):
+        _lend(places, read)
         yield
-    finally:
-        _take_back(places)
 
 
 @contextmanager
 def _lent_while_running(layer: nn.Module, places: Sequence[_Place], read: Read) -> Iterator[None]:
+    """Whoever asks for a parameter of the layer while it does not run is told that there is none.
+
+    Left on the meta device it would do worse: PyTorch multiplies by it, and gives out whatever lies in memory.
+    """
+
     def before(*_: Any) -> None:
         _lend(places, read)
 
     def after(*_: Any) -> None:
-        _take_back(places)
+        for place in places:
+            place.module._parameters.pop(place.key, None)
 
     handles = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after, always_call=True)]
+    with _kept_in_order(places):
+        after()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def _kept_in_order(places: Sequence[_Place]) -> Iterator[None]:
+    """Puts the modules' parameters back as they were."""
+    before = {place.module: dict(place.module._parameters) for place in places}
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-        _take_back(places)
+        for module, parameters in before.items():
+            module._parameters.clear()
+            module._parameters.update(parameters)
 
 
 def _lend(places: Sequence[_Place], read: Read) -> None:
@@ -105,8 +122,3 @@ def _lend(places: Sequence[_Place], read: Read) -> None:
         if place.parameter not in lent:
             lent[place.parameter] = nn.Parameter(read(place.name), requires_grad=False)
         place.module._parameters[place.key] = lent[place.parameter]
-
-
-def _take_back(places: Sequence[_Place]) -> None:
-    for place in places:
-        place.module._parameters[place.key] = place.parameter

@@ -245,5 +245,6 @@ def _parameter_bytes(
     shards = world_size // config.num_replicas
     frozen_shards = shards if placement.frozen_sharding == "shard" else 1
     # two layers and the root are gathered at a time
-    gathered = width * (2 * shape.largest_layer_params + shape.embedding_params + shape.other_params)
+    root = shape.embedding_params + shape.head_params + shape.other_params
+    gathered = width * (2 * shape.largest_layer_params + root)
     return trained * (4 + 4 + moments) / shards + frozen * width / frozen_shards + gathered
