@@ -264,7 +264,7 @@ def test_experts_keep_what_they_are_given_once_for_each_that_is_active(dtype: to
 def test_a_worker_reads_what_it_keeps_and_the_driver_exports_a_layer_at_a_time() -> None:
     """Qwen3-8B's sizes over 64 workers, half trained: bytes worked out from its parameters by hand."""
     shape = ModelShape.from_hf_config(QWEN3_8B)
-    layer, ends = 192_948_480, 2 * 151_936 * 4096 + 4096
+    layer, ends = 192_946_432, 2 * 151_936 * 4096 + 4096
     identity = ModelIdentity(name="8b", model_type="qwen3", num_layers=36)
     plan = make_plan(FreezeDeepPlanConfig(boundary=18, train_embeddings=False), model=identity, shape=shape)
     config = TrainConfig(max_steps=1, num_workers=64, global_batch_size=64, compute_dtype="bfloat16")
