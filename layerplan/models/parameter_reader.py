@@ -131,14 +131,15 @@ def _copy_rows(source: StoredTensor, out: Tensor, first_row: int, *, loaded_as: 
     row_bytes = kept.itemsize * (out.numel() // max(1, len(out)) if out.ndim else 1)
     start = source.start + first_row * row_bytes
     flat = out.view(-1)
-    if flat.device.type == "cpu" and flat.dtype == kept and _holds(loaded_as, kept):
+    is_kept = flat.dtype == kept and _holds(loaded_as, kept)
+    if is_kept and flat.device.type == "cpu":
         read_bytes_into(source.file, start, flat.view(torch.uint8).numpy())
         return
     size = CHUNK_BYTES // kept.itemsize
     for at in range(0, flat.numel(), size):
         piece = torch.empty(min(size, flat.numel() - at), dtype=kept)
         read_bytes_into(source.file, start + at * kept.itemsize, piece.view(torch.uint8).numpy())
-        flat[at : at + size].copy_(piece.to(loaded_as))
+        flat[at : at + size].copy_(piece if is_kept else piece.to(loaded_as))
 
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
