@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import permutations
 from pathlib import Path
@@ -30,6 +30,7 @@ from layerplan.cluster_check.findings import (
 from layerplan.cluster_check.probe import TIMEOUT_S, NodeProbe
 from layerplan.errors import first_line
 from layerplan.ray_access import list_loopback_variables
+from layerplan.storage.address import hide_keys
 
 START_S = 120
 """How long a node may take to start a process."""
@@ -93,12 +94,12 @@ def check_cluster(*, storage: str | None, min_nodes: int) -> Checked:
         facts, silent = _ask_facts(nodes, silent)
         there = [node for node in nodes if node.label in {each.label for each in facts}]
         findings = [*judge_nodes(facts, silent, min_nodes), *judge_versions(facts)]
-        findings += [judge_clocks(*_compare_clocks(there)), *judge_space(facts)]
+        findings += [_answered("clocks", lambda: judge_clocks(*_compare_clocks(there))), *judge_space(facts)]
         if storage is not None:
             findings.append(judge_storage(_try_storage(there, storage), len(there)))
         if len(there) < 2:
             return Checked(tuple(facts), tuple(findings))
-        findings.append(judge_ports(_try_ports(there), len(there) * (len(there) - 1)))
+        findings.append(_answered("ports", lambda: judge_ports(_try_ports(there), len(there) * (len(there) - 1))))
         pairs, faults, over_all = _measure_bandwidth(there)
         findings += judge_bandwidth(pairs, faults, over_all)
         return Checked(tuple(facts), tuple(findings), pairs, over_all)
@@ -135,6 +136,16 @@ def list_rounds(names: Sequence[str]) -> Iterator[list[Pair]]:
         wheel = [wheel[0], wheel[-1], *wheel[1:-1]]
 
 
+def _answered(check: str, ask: Callable[[], Finding]) -> Finding:
+    """What was found, or that a node did not answer in time."""
+    try:
+        return ask()
+    except ray.exceptions.RayError as error:
+        return Finding(
+            check, f"no answer ({first_line(error)})", "look at the raylets' logs: a node went away meanwhile"
+        )
+
+
 def _ask_facts(nodes: Sequence[Node], silent: Mapping[str, str]) -> tuple[list[NodeFacts], dict[str, str]]:
     waiting = [(node.label, node.probe.tell.remote()) for node in nodes]
     facts: list[NodeFacts] = []
@@ -166,12 +177,13 @@ def _compare_clocks(nodes: Sequence[Node]) -> tuple[dict[str, float], float]:
 def _try_storage(nodes: Sequence[Node], storage: str) -> StorageTrial:
     """Every node writes a file and renames it; then every node looks for all of them."""
     place = f"{storage.rstrip('/')}/layerplan-check-{secrets.token_hex(4)}"
+    shown = hide_keys(storage)
     names = {node.label: f"from-{index}" for index, node in enumerate(nodes)}
     first, *others = nodes
     limit = {"timeout": 2 * TIMEOUT_S}
     try:
         if fault := ray.get(first.probe.write.remote(place, names[first.label]), **limit):
-            return StorageTrial(storage, fault=fault)
+            return StorageTrial(shown, fault=fault)
         written = ray.get([node.probe.write.remote(place, names[node.label]) for node in others], **limit)
         unwritable = tuple((node.label, why) for node, why in zip(others, written, strict=True) if why)
         looked_for = [name for label, name in names.items() if label not in dict(unwritable)]
@@ -181,8 +193,8 @@ def _try_storage(nodes: Sequence[Node], storage: str) -> StorageTrial:
         seconds = time.monotonic() - started
         free = [ray.get(node.probe.clean.remote(place), **limit) for node in nodes]
     except ray.exceptions.RayError as error:
-        return StorageTrial(storage, fault=first_line(error))
-    return StorageTrial(storage, "", blind, unwritable, seconds, free[0])
+        return StorageTrial(shown, fault=first_line(error))
+    return StorageTrial(shown, "", blind, unwritable, seconds, free[0])
 
 
 def _try_ports(nodes: Sequence[Node]) -> dict[Pair, str]:

@@ -9,7 +9,7 @@ from layerplan.cluster_check.findings import render_table
 from layerplan.config.cluster import ClusterConfig
 from layerplan.errors import ClusterError, ConfigError
 from layerplan.ray_session import connect
-from layerplan.storage.address import hide_keys, is_address
+from layerplan.storage.address import is_address
 
 
 def check_and_print(address: str | None, storage: str | None, min_nodes: int, out: Path | None) -> None:
@@ -31,7 +31,7 @@ def check_and_print(address: str | None, storage: str | None, min_nodes: int, ou
         raise ConfigError(f"--storage {storage}: an absolute path, the same on every node, or an address is expected")
     connect(ClusterConfig(address=address), min_cpus=0)
     checked = check_cluster(storage=storage, min_nodes=min_nodes)
-    print(hide_keys(render_table(checked.findings)))
+    print(render_table(checked.findings))
     if out is not None:
         checked.save(out)
     if checked.failed:

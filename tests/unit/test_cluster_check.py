@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from layerplan.cli import main
 from layerplan.cluster_check.check import list_rounds
 from layerplan.cluster_check.facts import NodeFacts, hash_installation, hash_source, parse_devices, read_facts
 from layerplan.cluster_check.findings import (
@@ -136,3 +137,17 @@ def test_one_changed_byte_is_another_hash(tmp_path: Path, monkeypatch: pytest.Mo
 def test_devices_are_read_from_nvidia_smis_lines() -> None:
     assert parse_devices("NVIDIA H200, 143771\nNVIDIA H200, 143771\n") == (("NVIDIA H200", 143771 * 2**20),) * 2
     assert parse_devices("No devices were found\n") == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--min-nodes", "0"], "--min-nodes 0: at least 1 is expected"),
+        (["--storage", "runs"], "--storage runs: an absolute path, the same on every node, or an address is expected"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cluster", "check", *arguments]) == 2
+    assert said in capsys.readouterr().err
