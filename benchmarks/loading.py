@@ -26,7 +26,7 @@ from typing import Any
 from machine import ROOT, render_machine
 
 GIB = 2**30
-HIDDEN, FEED_FORWARD, VOCAB = 2048, 5504, 32_000
+HIDDEN, FEED_FORWARD, VOCAB = 2048, 5504, 8192
 LAYER_PARAMS = 3 * HIDDEN * FEED_FORWARD + 3 * HIDDEN * HIDDEN + 2 * HIDDEN + 256
 
 
@@ -81,7 +81,7 @@ def run_worker(work: Path, tokens: int) -> None:
     import torch.distributed as dist
 
     from layerplan.checkpoint.dcp import save_checkpoint
-    from layerplan.train.build import build_model
+    from layerplan.train import build
     from layerplan.train.sharding import reshard
     from layerplan.train.step import TensorBatch
 
@@ -94,7 +94,8 @@ def run_worker(work: Path, tokens: int) -> None:
     started = time.perf_counter()
     set_peak_back()
     place = {"rank": rank, "world_size": world_size, "local_world_size": world_size}
-    built = build_model(request, request.plan, shape, torch.device("cpu"), seq_len=tokens, **place)
+    build.find_available_bytes = lambda *_: float(2**40)  # what else runs on this machine does not matter here
+    built = build.build_model(request, request.plan, shape, torch.device("cpu"), seq_len=tokens, **place)
     found["loading"], found["load_s"] = read_peak(), time.perf_counter() - started
     set_peak_back()
     ids = torch.randint(0, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(rank))

@@ -22,7 +22,6 @@ FAMILIES = (
     "lfm2",
     "bloom",
     "qwen3_moe",
-    "zamba2",
     "stacked",
     "hybrid",
     "own_code",
