@@ -26,8 +26,9 @@ from typing import Any
 from machine import ROOT, render_machine
 
 GIB = 2**30
-HIDDEN, FEED_FORWARD, VOCAB = 2048, 5504, 8192
+HIDDEN, FEED_FORWARD, VOCAB = 1024, 4096, 8192
 LAYER_PARAMS = 3 * HIDDEN * FEED_FORWARD + 3 * HIDDEN * HIDDEN + 2 * HIDDEN + 256
+"""Narrow layers: gloo reduces a layer's gradients through several float32 copies of them, on every worker."""
 
 
 def make_config(num_params: float) -> dict[str, Any]:
@@ -38,8 +39,8 @@ def make_config(num_params: float) -> dict[str, Any]:
         "hidden_size": HIDDEN,
         "intermediate_size": FEED_FORWARD,
         "num_hidden_layers": 4 * max(1, round((num_params - 2 * HIDDEN * VOCAB) / LAYER_PARAMS / 4)),
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
         "head_dim": 128,
         "vocab_size": VOCAB,
         "max_position_embeddings": 4096,
@@ -86,6 +87,7 @@ def run_worker(work: Path, tokens: int) -> None:
     from layerplan.train.step import TensorBatch
 
     torch.set_num_threads(1)
+    Path("/proc/self/oom_score_adj").write_text("1000")  # where memory ends, this worker goes first
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     request, shape = make_request(work, world_size)
@@ -97,6 +99,7 @@ def run_worker(work: Path, tokens: int) -> None:
     build.find_available_bytes = lambda *_: float(2**40)  # what else runs on this machine does not matter here
     built = build.build_model(request, request.plan, shape, torch.device("cpu"), seq_len=tokens, **place)
     found["loading"], found["load_s"] = read_peak(), time.perf_counter() - started
+    print(f"worker {rank}: {found['imports'] / GIB:.2f} GiB, {found['loading'] / GIB:.2f} once loaded", flush=True)
     set_peak_back()
     ids = torch.randint(0, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(rank))
     loss = built.placed.model(TensorBatch(ids, None, ids.roll(-1, 1), tokens), 1.0 / tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -134,8 +135,9 @@ def ask_whole_model(
     fault = None
     if asks_for_documents(request.config, device, recipe):
         fault = agree_on_document_fault(load, recipe, **workers)
-    attention = choose_attention(request.config, shape, seq_len, device, recipe, lambda: fault)
-    return recipe, attention
+    load.cache_clear()
+    gc.collect()  # the whole model is gone before anybody reads a part of it
+    return recipe, choose_attention(request.config, shape, seq_len, device, recipe, lambda: fault)
 
 
 def choose_loss_model(request: TrainRequest, placement: Placement) -> Callable[..., LossModel]:
