@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from layerplan.aside import writing_folder_aside
 from layerplan.checkpoint.dcp import load_trained_tensors
+from layerplan.checkpoint.trained_values import ReadTrained
 from layerplan.config.finetune import LoraOptions
-from layerplan.models.adapters import compute_merged, list_adapter_tensors, save_adapter, wrap_adapters
+from layerplan.models.adapters import (
+    compute_delta,
+    find_adapted,
+    list_adapter_tensors,
+    save_adapter,
+    wrap_adapters,
+)
+from layerplan.models.meta import hollow_values
 from layerplan.models.ref import ModelRef
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.storage.paths import StoredPath
-
-ReadTrained = Callable[[StoredPath, dict[str, Tensor]], dict[str, Tensor]]
 
 
 def export_adapter(
@@ -34,15 +41,18 @@ def export_adapter(
     Raises:
         CheckpointError: When the checkpoint lacks an adapter.
     """
-    wrapped: Any = wrap_adapters(base.load(), plan.trainable_layers, options)
+    skeleton = base.skeleton()
+    with hollow_values(skeleton.model):  # adapters take device and dtype of what they stand beside
+        wrapped: Any = wrap_adapters(skeleton.model, plan.trainable_layers, options)
     tensors = load_trained_tensors(checkpoint, list_adapter_tensors(wrapped))
     for name, value in list_adapter_tensors(wrapped).items():
         value.data.copy_(tensors[name])
     with writing_folder_aside(out_dir) as folder:
         save_adapter(wrapped, folder, base, plan.model)
-    merged = compute_merged(wrapped)
+    adapted = find_adapted(wrapped)
 
-    def read(checkpoint: StoredPath, like: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: merged.get(name, value.detach().float()) for name, value in like.items()}
+    def read(name: str, shape: Sequence[int]) -> Tensor:
+        value = skeleton.reader.read(name, dtype=torch.float32)
+        return value if name not in adapted else value + compute_delta(adapted[name])
 
     return read

@@ -6,7 +6,7 @@ Frozen parameters are not saved: they are the base model's, and the export prove
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from layerplan.checkpoint.metadata import read_metadata
 from layerplan.checkpoint.seal import FileMark
@@ -173,6 +173,20 @@ def load_trained_tensors(path: StoredPath, like: dict[str, Tensor]) -> dict[str,
     return state["model"]
 
 
+class TrainedReader:
+    """Reads the trained parameters of a checkpoint one at a time, in one process, whatever world size saved them."""
+
+    def __init__(self, path: StoredPath) -> None:
+        """Reads the metadata; raises `CheckpointError` when that cannot be done."""
+        self._path, self._metadata = path, read_metadata(path)
+
+    def read(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A whole parameter, float32 on the CPU; raises `CheckpointError` when the checkpoint lacks it."""
+        state = {"model": {name: torch.empty(tuple(shape), dtype=torch.float32)}}
+        _load(state, self._path, self._metadata)
+        return state["model"][name]
+
+
 def _list_moments(path: StoredPath) -> dict[str, dict[str, torch.Size]]:
     """Parameters the checkpoint has optimizer state for, with the size of each part."""
     found: dict[str, dict[str, torch.Size]] = {}
@@ -183,11 +197,11 @@ def _list_moments(path: StoredPath) -> dict[str, dict[str, torch.Size]]:
     return found
 
 
-def _load(state: dict[str, Any], path: StoredPath) -> None:
+def _load(state: dict[str, Any], path: StoredPath, metadata: Metadata | None = None) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
-            dcp.load(state, storage_reader=DataReader(path), no_dist=not dist.is_initialized())
+            dcp.load(state, storage_reader=DataReader(path, metadata), no_dist=not dist.is_initialized())
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit | CheckpointError):
             raise

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerplan.checkpoint.export_weights import BaseWeights
 from layerplan.errors import CheckpointError
-from layerplan.models.freezing import compute_tensor_hashes
+from layerplan.models.freezing import hash_tensor
 from layerplan.models.positions import positions_of
 from layerplan.models.ref import ModelRef
+from layerplan.models.skeleton import Skeleton
+from layerplan.models.streaming import run_streamed
 from layerplan.models.weight_files import have_equal_bytes, read_stored_tensors
 
 LOGIT_BOUND = 1e-3
 """Largest difference of a logit that two computations of the same float32 weights may show, relative to the largest."""
 
 
-def check_export(export: ModelRef, weights: BaseWeights, model: nn.Module) -> None:
-    """Compares the files with the base's, byte for byte, and the model they make with the one in memory.
-
-    The model in memory has its trained parameters rounded to the dtype they are exported in, so the comparison is of
-    equal weights: it needs no allowance for rounding, and shows a config or code that describes another model.
+def check_export(export: ModelRef, weights: BaseWeights, base: Skeleton, trained: Mapping[str, str]) -> Tensor:
+    """Compares the files with the base's, byte for byte, and the function they make with the base's own of these values.
 
     Args:
         export: The folder it lies in, and the consent to the base's code.
         weights: The base's tensors.
-        model: The trained model, float32.
+        base: The base.
+        trained: Name to the hash of the float32 values that were to be written, of every parameter that trained.
+
+    Returns:
+        The logits, (1, at most 32 tokens, vocabulary).
 
     Raises:
         CheckpointError: Naming the first tensor that differs and which side of the plan it is on, or the largest
@@ -36,15 +41,19 @@ def check_export(export: ModelRef, weights: BaseWeights, model: nn.Module) -> No
     """
     folder = Path(export.name)
     _check_frozen_bytes(folder, weights)
-    reloaded = export.load()
-    _check_values(folder, weights, model, reloaded)
-    wanted, found = compute_logits(model), compute_logits(reloaded)
-    difference = float((wanted - found).abs().max())
-    if not difference <= LOGIT_BOUND * max(1.0, float(wanted.abs().max())):
+    found = export.skeleton()
+    _check_values(folder, base, found, trained)
+    # the values are equal, so that a difference is of config or code
+    wanted_logits, found_logits = (
+        run_streamed(each.model, found.reader.read, partial(compute_logits, each.model)) for each in (base, found)
+    )
+    difference = float((wanted_logits - found_logits).abs().max())
+    if not difference <= LOGIT_BOUND * max(1.0, float(wanted_logits.abs().max())):
         raise CheckpointError(
             f"{folder}: after reloading, logits differ by up to {difference:.3g} from those of the trained model;"
             " its config.json does not describe it"
         )
+    return found_logits
 
 
 @torch.no_grad()
@@ -77,12 +86,16 @@ def _check_frozen_bytes(folder: Path, weights: BaseWeights) -> None:
     )
 
 
-def _check_values(folder: Path, weights: BaseWeights, model: nn.Module, reloaded: nn.Module) -> None:
-    """Every parameter of the reloaded model is that of the model in memory, bit for bit."""
-    wanted, found = (compute_tensor_hashes(dict(each.named_parameters())) for each in (model, reloaded))
-    wrong = [name for name, value in wanted.items() if found.get(name) != value]
-    for side in ("frozen", "trained"):
-        _refuse(folder, side, [name for name in wrong if (name in weights.dtypes) == (side == "trained")])
+def _check_values(folder: Path, base: Skeleton, found: Skeleton, trained: Mapping[str, str]) -> None:
+    """Every parameter of the files is the base's, or the one that was to be written, bit for bit."""
+    wrong: dict[str, list[str]] = {"frozen": [], "trained": []}
+    there = {name for name, _ in found.model.named_parameters()}
+    for name, _ in base.model.named_parameters():
+        wanted = trained[name] if name in trained else hash_tensor(base.reader.read(name))
+        if name not in there or hash_tensor(found.reader.read(name)) != wanted:
+            wrong["trained" if name in trained else "frozen"].append(name)
+    for side, names in wrong.items():
+        _refuse(folder, side, names)
 
 
 def _refuse(folder: Path, side: str, wrong: list[str]) -> None:

@@ -8,18 +8,19 @@ stays float32 when that is asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerplan.errors import CheckpointError
-from layerplan.models.base_check import DTYPES
+from layerplan.models.base_check import ALL_DTYPES, DTYPES
+from layerplan.models.safetensors_writer import Promise, promise_copy, promise_tensor, write_safetensors
 from layerplan.models.tensor_map import map_tensors, restore_stored_form
 from layerplan.models.weight_files import (
     INDEX_NAME,
@@ -98,46 +99,89 @@ def round_as_stored(weights: BaseWeights, name: str, master: Tensor) -> Tensor:
     return rounded
 
 
-def write_weights(weights: BaseWeights, model: Any, parameters: Mapping[str, Tensor], out_dir: Path) -> None:
-    """Writes every file of the base anew, one in memory at a time, and the index when the base has one.
+def write_weights(weights: BaseWeights, model: nn.Module, read: Callable[[str], Tensor], out_dir: Path) -> None:
+    """Writes every file of the base anew, one tensor in memory at a time, and the index when the base has one.
 
     Args:
         weights: The base's tensors.
-        model: The trained model; says how conversions are undone.
-        parameters: Its parameters by name, in float32.
+        model: Of the base's class, on the meta device or not; says how conversions are undone.
+        read: From a trained parameter's name to its values at the precision they are exported in, float32.
         out_dir: Folder for the files.
+
+    Raises:
+        CheckpointError: When a tensor of the base is stored in a dtype that cannot be written.
     """
     files = find_weight_files(weights.folder)
-    restored = _restore_converted(weights, model, parameters)
+    restored = _promise_converted(weights, model, read)
     homes: dict[str, str] = {}
     num_bytes = 0
     for path in files:
-        tensors = {name: value for name, value in restored.items() if _find_home(weights, name) == path}
-        with safe_open(path, framework="pt") as handle:
+        tensors = {name: each for name, each in restored.items() if _find_home(weights, name) == path}
+        for name, source in weights.stored.items():
+            if source.file == path and name not in weights.converted:
+                tensors[name] = _promise(weights, name, read)
+        with safe_open(path, framework="np") as handle:
             metadata = handle.metadata() or {"format": "pt"}
-            for name in (each for each, tensor in weights.stored.items() if tensor.file == path):
-                if name in weights.direct:
-                    owner = weights.direct[name]
-                    tensors[name] = (
-                        parameters[owner].detach().to(_pick_dtype(weights, name, owner), copy=True).contiguous()
-                    )
-                elif name not in weights.converted:
-                    tensors[name] = handle.get_tensor(name)
-        save_file(tensors, out_dir / path.name, metadata=metadata)
+        write_safetensors(out_dir / path.name, tensors, metadata)
         homes |= dict.fromkeys(tensors, path.name)
-        num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        num_bytes += sum(each.num_bytes for each in tensors.values())
     if files[0].name != WEIGHTS_NAME:
         index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(homes.items()))}
         (out_dir / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _restore_converted(weights: BaseWeights, model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _promise(weights: BaseWeights, name: str, read: Callable[[str], Tensor]) -> Promise:
+    """A stored tensor that is what it was, or the trained parameter that stands in its place."""
+    source = weights.stored[name]
+    if name in weights.direct:
+        owner = weights.direct[name]
+        dtype = _pick_dtype(weights, name, owner)
+        return promise_tensor(dtype, source.shape, lambda: read(owner).to(dtype))
+    if source.dtype not in ALL_DTYPES:
+        raise CheckpointError(f"{source.file}: {name} is stored as {source.dtype}, which cannot be written")
+    return promise_copy(source, ALL_DTYPES[source.dtype])
+
+
+def _promise_converted(weights: BaseWeights, model: Any, read: Callable[[str], Tensor]) -> dict[str, Promise]:
     """Tensors under the names transformers gives them, which are the base's unless it is of an older form."""
-    owners = {owner for each in weights.converted.values() for owner in each}
-    if not owners:
-        return {}
-    narrowed = {name: parameters[name].detach().to(weights.dtypes[name][0]) for name in owners}
-    return {name: value.contiguous() for name, value in restore_stored_form(model, narrowed).items()}
+    parameters = dict(model.named_parameters())
+    promises: dict[str, Promise] = {}
+    for group in _group_owners(weights):
+        restore = _Restoring(model, group, {name: weights.dtypes[name][0] for name in group}, read)
+        shapes = {
+            name: torch.empty(parameters[name].shape, device="meta", dtype=dtype)
+            for name, dtype in restore.dtypes.items()
+        }
+        for name, value in restore_stored_form(model, shapes).items():
+            promises[name] = promise_tensor(value.dtype, tuple(value.shape), partial(restore.get, name))
+    return promises
+
+
+def _group_owners(weights: BaseWeights) -> list[tuple[str, ...]]:
+    """Trained parameters that are made of the same stored tensors."""
+    groups: list[set[str]] = []
+    for owners in weights.converted.values():
+        touching = [group for group in groups if group & set(owners)]
+        groups = [group for group in groups if group not in touching] + [set(owners).union(*touching)]
+    return [tuple(sorted(group)) for group in groups]
+
+
+@dataclass
+class _Restoring:
+    """The stored form of a few parameters, made when it is first asked for and kept until all of it was taken."""
+
+    model: Any
+    names: tuple[str, ...]
+    dtypes: dict[str, torch.dtype]
+    read: Callable[[str], Tensor]
+    made: dict[str, Tensor] = field(default_factory=dict)
+
+    def get(self, name: str) -> Tensor:
+        """One of the tensors, given away."""
+        if name not in self.made:
+            narrowed = {each: self.read(each).to(self.dtypes[each]) for each in self.names}
+            self.made = restore_stored_form(self.model, narrowed)
+        return self.made.pop(name)
 
 
 def _find_home(weights: BaseWeights, name: str) -> Path:

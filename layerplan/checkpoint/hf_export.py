@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,17 +12,19 @@ import torch
 
 from layerplan.artifacts import write_json
 from layerplan.aside import writing_folder_aside
-from layerplan.checkpoint.dcp import load_trained_tensors
+from layerplan.checkpoint.dcp import TrainedReader
 from layerplan.checkpoint.export_proof import check_export, compute_logits, measure_rounding
 from layerplan.checkpoint.export_report import ExportReport
-from layerplan.checkpoint.export_weights import round_as_stored, sort_base_weights, write_weights
+from layerplan.checkpoint.export_weights import sort_base_weights, write_weights
 from layerplan.checkpoint.index import prove_checkpoint
 from layerplan.checkpoint.layout import read_train_state
 from layerplan.checkpoint.model_card import render_model_card
+from layerplan.checkpoint.trained_values import ReadTrained, TrainedValues
 from layerplan.errors import CheckpointError
 from layerplan.models.files import hash_weight_files, list_companions
-from layerplan.models.freezing import apply_plan
+from layerplan.models.freezing import AppliedPlan, apply_plan
 from layerplan.models.ref import ModelRef
+from layerplan.models.streaming import run_streamed
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.run_folder import CARD_NAME, PLAN_NAME, STATE_NAME
 from layerplan.storage.paths import StoredPath
@@ -38,12 +39,13 @@ def export_hf(
     out_dir: Path,
     plan: FreezePlan,
     export_dtype: Literal["base", "float32"] = "base",
-    read_trained: Callable[[StoredPath, dict[str, torch.Tensor]], dict[str, torch.Tensor]] = load_trained_tensors,
+    read_trained: ReadTrained | None = None,
 ) -> ExportReport:
     """Writes the trained model as safetensors and proves that the frozen tensors are the base's, byte for byte.
 
     The files are the base's own with the trained tensors replaced; beside them lie all other files of the base (config,
-    tokenizer, generation config, code, licence), `freeze_plan.json` and a model card.
+    tokenizer, generation config, code, licence), `freeze_plan.json` and a model card. Memory holds one tensor at a time, and
+    for the comparison of logits one decoder layer beside what is outside of them.
 
     Args:
         base: The base.
@@ -51,44 +53,43 @@ def export_hf(
         out_dir: Folder of the export; appears only when everything was proved.
         plan: What was frozen.
         export_dtype: Dtype of the trained tensors: the one the base keeps each in, or float32.
-        read_trained: From checkpoint and tensors like those that trained to their values; adapters come merged.
+        read_trained: Reads what trained where the checkpoint does not hold it as it is: adapters come merged.
 
     Raises:
         CheckpointError: When the base is no longer the one the plan was made for, a frozen tensor has other bytes than
             in the base, a trained one did not arrive, or the reloaded model computes other logits.
     """
     _check_base(base.name, plan)
-    model: Any = base.load()
-    applied = apply_plan(model, plan)
+    skeleton = base.skeleton()
+    applied = apply_plan(skeleton.model, plan)
     source = base.folder(with_weights=True)
-    weights = sort_base_weights(model, source, applied.trainable, as_float32=export_dtype == "float32")
-    parameters = dict(model.named_parameters())
+    weights = sort_base_weights(skeleton.model, source, applied.trainable, as_float32=export_dtype == "float32")
     if warning := prove_checkpoint(checkpoint, plan.sealed().sha256):
         logger.warning(warning)
-    trained = read_trained(checkpoint, {name: parameters[name] for name in applied.trainable})
-    rounded = {name: round_as_stored(weights, name, value) for name, value in trained.items()}
-    changed = sum(not torch.equal(parameters[name], value) for name, value in rounded.items())
-    moved = 0.0
-    if any(not torch.equal(trained[name], value) for name, value in rounded.items()):
-        _put(parameters, trained)
-        exact = compute_logits(model)
-        _put(parameters, rounded)
-        moved = measure_rounding(exact, compute_logits(model))
-    else:
-        _put(parameters, rounded)
-    dtypes = {str(dtype).removeprefix("torch.") for each in weights.dtypes.values() for dtype in each}
-    report = ExportReport(out_dir, len(applied.frozen), len(applied.trainable), changed, tuple(sorted(dtypes)), moved)
+    trained = TrainedValues(skeleton, weights, read_trained or TrainedReader(checkpoint).read)
     state = _read_state(checkpoint)
     with writing_folder_aside(out_dir) as partial:
-        write_weights(weights, model, parameters, partial)
+        write_weights(weights, skeleton.model, trained.read_rounded, partial)
         copy_companions(source, partial)
         if export_dtype == "float32" and any(weights.stored[name].dtype != "F32" for name in weights.direct):
             _say_float32(partial)
         plan.save(partial / PLAN_NAME)
-        check_export(base.at(partial), weights, model)
+        logits = check_export(base.at(partial), weights, skeleton, trained.hashes)
+        report = _report(out_dir, applied, trained, logits)
         card = render_model_card(plan.sealed(), step=state.get("step", 0), state=state, report=report)
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
     return report
+
+
+def _report(out_dir: Path, applied: AppliedPlan, trained: TrainedValues, logits: torch.Tensor) -> ExportReport:
+    moved = 0.0
+    if trained.is_rounded:
+        model = trained.base.model
+        exact = run_streamed(model, trained.read_any, lambda: compute_logits(model))
+        moved = measure_rounding(exact, logits)
+    dtypes = {str(dtype).removeprefix("torch.") for each in trained.weights.dtypes.values() for dtype in each}
+    counts = len(applied.frozen), len(applied.trainable), len(trained.changed)
+    return ExportReport(out_dir, *counts, tuple(sorted(dtypes)), moved)
 
 
 def copy_companions(source: Path, folder: Path) -> None:
@@ -96,12 +97,6 @@ def copy_companions(source: Path, folder: Path) -> None:
     for name in list_companions(source):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
-
-
-@torch.no_grad()
-def _put(parameters: dict[str, torch.nn.Parameter], values: dict[str, torch.Tensor]) -> None:
-    for name, value in values.items():
-        parameters[name].copy_(value)
 
 
 def _say_float32(folder: Path) -> None:

@@ -61,10 +61,12 @@ class MarkingWriter(dcp.FileSystemWriter):
 class DataReader(dcp.FileSystemReader):
     """Reads tensors, and nothing that could be code."""
 
-    def __init__(self, path: StoredPath) -> None:
+    def __init__(self, path: StoredPath, metadata: Metadata | None = None) -> None:
+        """Reads from a folder, whose metadata may be at hand already."""
         super().__init__(str(path))
         self.fs = _PathFileSystem()
         self.path: Any = path
+        self._metadata = metadata
 
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
         """One request for a tensor's bytes: its reader asks for a few at a time."""
@@ -75,7 +77,7 @@ class DataReader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata by `layerplan.checkpoint.metadata`."""
-        metadata = read_metadata(self.path)
+        metadata = self._metadata or read_metadata(self.path)
         metadata.storage_meta = dataclasses.replace(metadata.storage_meta or StorageMeta(), load_id=self.load_id)
         return metadata
 

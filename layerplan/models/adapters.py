@@ -17,6 +17,7 @@ from layerplan.config.finetune import LoraOptions
 from layerplan.errors import ModelError, first_line
 from layerplan.models.causal_lm import find_decoder_parts
 from layerplan.models.freezing import AppliedPlan
+from layerplan.models.meta import hollow_values
 from layerplan.models.ref import ModelRef
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.run_folder import ADAPTER_BASE_NAME
@@ -24,6 +25,8 @@ from layerplan.run_folder import ADAPTER_BASE_NAME
 CONFIG_FILE = "adapter_config.json"
 WRAPPING = "base_model.model."
 """What PEFT puts before a model's own names."""
+_BESIDE = ".base_layer."
+"""What PEFT puts into the name of a weight that an adapter stands beside."""
 
 
 def check_peft() -> None:
@@ -47,7 +50,8 @@ def inject_adapters(causal_lm: nn.Module, layers: Sequence[int], options: LoraOp
     config = make_lora_config(causal_lm, layers, options)
     torch.manual_seed(seed)
     try:
-        peft.inject_adapter_in_model(config, causal_lm)
+        with hollow_values(causal_lm):  # adapters take device and dtype of what they stand beside
+            peft.inject_adapter_in_model(config, causal_lm)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ModelError(f"{type(causal_lm).__name__}: PEFT cannot adapt it ({error})") from None
     trainable: set[str] = set()
@@ -56,6 +60,11 @@ def inject_adapters(causal_lm: nn.Module, layers: Sequence[int], options: LoraOp
         parameter.requires_grad_("lora_" in name)
         (trainable if parameter.requires_grad else frozen).add(name)
     return AppliedPlan(frozenset(trainable), frozenset(frozen))
+
+
+def name_in_base(name: str) -> str:
+    """A parameter's name before adapters were put into the model."""
+    return name.replace(_BESIDE, ".")
 
 
 def make_lora_config(causal_lm: nn.Module, layers: Iterable[int], options: LoraOptions) -> Any:
@@ -134,12 +143,25 @@ def read_adapter(folder: Path, base: ModelRef) -> Any:
 @torch.no_grad()
 def compute_merged(wrapped: Any) -> dict[str, Tensor]:
     """The adapted matrices with their adapters added, float32, by the names they have in the base."""
-    merged = {}
-    for name, module in wrapped.named_modules():
-        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer"):
-            delta = module.get_delta_weight("default").float()
-            merged[name.removeprefix(WRAPPING) + ".weight"] = module.base_layer.weight.float() + delta
-    return merged
+    return {
+        name: module.base_layer.weight.float() + compute_delta(module) for name, module in find_adapted(wrapped).items()
+    }
+
+
+def find_adapted(wrapped: Any) -> dict[str, Any]:
+    """Modules that have an adapter, by the names their matrices have in the base."""
+    return {
+        name.removeprefix(WRAPPING) + ".weight": module
+        for name, module in wrapped.named_modules()
+        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
+    }
+
+
+@torch.no_grad()
+def compute_delta(module: Any) -> Tensor:
+    """What an adapter adds to its matrix, float32."""
+    delta: Tensor = module.get_delta_weight("default").float()
+    return delta
 
 
 def _import_peft() -> Any:

@@ -16,6 +16,22 @@ from layerplan.models.weight_files import StoredTensor, read_stored_tensors
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes a parameter may be stored in: plain numbers, that widen to float32 or are narrowed knowingly."""
 
+ALL_DTYPES = DTYPES | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Dtypes a buffer, or a tensor the model has no use for, may be stored in."""
+
 
 def check_base_model(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> None:
     """Refuses what is no base model: config, kind of checkpoint, and every tensor by name, dtype and shape.
@@ -32,7 +48,7 @@ def check_base_model(name: str, *, revision: str = "main", trust_remote_code: bo
     refuse_code_without_consent(name, values, trust_remote_code=trust_remote_code)
     refuse_other_tasks(name, values)
     model = build_without_memory(
-        _load_config(name, folder, trust_remote_code), name=name, trust_remote_code=trust_remote_code
+        load_auto_config(name, folder, trust_remote_code), name=name, trust_remote_code=trust_remote_code
     )
     folder = fetch_model_folder(name, revision=revision, with_weights=True)
     check_tensors(name, model, read_stored_tensors(folder))
@@ -137,7 +153,8 @@ def refuse_unaccounted(name: str, model: Any, account: TensorAccount) -> None:
         )
 
 
-def _load_config(name: str, folder: Path, trust_remote_code: bool) -> Any:
+def load_auto_config(name: str, folder: Path, trust_remote_code: bool) -> Any:
+    """The config of a model folder as transformers reads it; raises `ModelError` for whatever its class raises."""
     from transformers import AutoConfig
 
     try:

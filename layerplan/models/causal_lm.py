@@ -18,7 +18,7 @@ from layerplan.models.base_check import (
     refuse_unaccounted,
 )
 from layerplan.models.files import find_tokenizer_file, load_hf_config
-from layerplan.models.meta import explain_load_error
+from layerplan.models.meta import explain_load_error, hollow_values
 from layerplan.models.tensor_map import TensorAccount, find_unfed, map_tensors
 from layerplan.models.weight_files import read_stored_tensors
 
@@ -186,9 +186,18 @@ def _find_final_norm(model: nn.Module, layers_path: str, *, width: int) -> str:
     return ""
 
 
-@torch.no_grad()
 def _runs_after(model: nn.Module, norm_path: str, layers_path: str) -> bool:
-    """Whether a norm is called after the last layer, seen by running the model on one token."""
+    """Whether a norm is called after the last layer, seen by running the model on one token, on the meta device if it can."""
+    calls = _list_calls(model, norm_path, layers_path)
+    if calls is None and next(model.parameters()).is_meta:
+        with hollow_values(model):
+            calls = _list_calls(model, norm_path, layers_path)
+    return calls is not None and layers_path in calls and norm_path in calls[calls.index(layers_path) :]
+
+
+@torch.no_grad()
+def _list_calls(model: nn.Module, norm_path: str, layers_path: str) -> list[str] | None:
+    """Paths in the order of their calls; None where the model does not run on tokens alone."""
     calls: list[str] = []
     watched = {norm_path: model.get_submodule(norm_path), layers_path: model.get_submodule(layers_path)[-1]}
     handles = [
@@ -198,11 +207,11 @@ def _runs_after(model: nn.Module, norm_path: str, layers_path: str) -> bool:
     try:
         model(input_ids=ids, **accepted_options(model, use_cache=False))
     except FOREIGN_ERRORS:
-        return False
+        return None
     finally:
         for handle in handles:
             handle.remove()
-    return layers_path in calls and norm_path in calls[calls.index(layers_path) :]
+    return calls
 
 
 def _fits(norm: nn.Module, width: int) -> bool:

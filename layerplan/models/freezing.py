@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from layerplan.errors import PlanError, TrainingError
 from layerplan.models.causal_lm import FOREIGN_ERRORS, DecoderParts, accepted_options, find_decoder_parts
+from layerplan.models.meta import hollow_values
 from layerplan.models.positions import positions_of
 from layerplan.plan.freeze_plan import FreezePlan
 
@@ -74,18 +75,15 @@ def find_reached_parameters(model: nn.Module, parts: DecoderParts) -> frozenset[
     """Names of the parameters that the logits of a text depend on, read from autograd's graph of a few tokens.
 
     An expert that these tokens were not routed to counts as reached when another of its list is. All do where the model
-    does not run on tokens alone.
+    does not run on tokens alone. A model on the meta device is run there, and where its code asks for values, on a CPU
+    with numbers that mean nothing.
     """
     everything = frozenset(name for name, _ in model.named_parameters())
-    reached: frozenset[str] = frozenset()
-    for num_tokens in PROBE_TOKENS:
-        try:
-            reached |= _reached_by(model, parts, num_tokens)
-        except FOREIGN_ERRORS:
-            return everything
-        if reached == everything:
-            break
-    return reached
+    reached = _probe(model, parts, everything)
+    if reached is None and next(model.parameters()).is_meta:
+        with hollow_values(model):
+            reached = _probe(model, parts, everything)
+    return everything if reached is None else reached
 
 
 def check_gradient_coverage(model: nn.Module, applied: AppliedPlan) -> None:
@@ -103,7 +101,7 @@ def check_gradient_coverage(model: nn.Module, applied: AppliedPlan) -> None:
 
 def compute_tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Hashes dtype, shape and bytes of each tensor; equal bytes give equal hashes on every device."""
-    return {name: _hash_tensor(tensor) for name, tensor in tensors.items()}
+    return {name: hash_tensor(tensor) for name, tensor in tensors.items()}
 
 
 def _trainable_ids(parts: DecoderParts, plan: FreezePlan, model: nn.Module) -> set[int]:
@@ -176,6 +174,19 @@ def _collect_variables(output: Tensor) -> set[int]:
     return found
 
 
+def _probe(model: nn.Module, parts: DecoderParts, everything: frozenset[str]) -> frozenset[str] | None:
+    """What few tokens reach, or more where those do not reach everything; None where the model does not run on them."""
+    reached: frozenset[str] = frozenset()
+    for num_tokens in PROBE_TOKENS:
+        try:
+            reached |= _reached_by(model, parts, num_tokens)
+        except FOREIGN_ERRORS:
+            return None
+        if reached == everything:
+            break
+    return reached
+
+
 def _without_list_indices(name: str, parts: DecoderParts) -> str:
     """A parameter's name with the indices inside its layer taken out; a layer keeps its own."""
     prefix = parts.layers_path + "."
@@ -189,7 +200,8 @@ def _detach_output(module: nn.Module, args: object, output: Tensor) -> Tensor:
     return output.detach()
 
 
-def _hash_tensor(tensor: Tensor) -> str:
+def hash_tensor(tensor: Tensor) -> str:
+    """Hash of dtype, shape and bytes; equal bytes give equal hashes on every device."""
     plain = tensor.detach().to("cpu").contiguous()
     digest = hashlib.sha256(f"{plain.dtype}{tuple(plain.shape)}".encode())
     if plain.numel():

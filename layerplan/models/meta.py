@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from layerplan.errors import ModelError, first_line
+
+FEW_NUMBERS = 2**22
+"""A tensor of no more numbers than this has its own place in memory while a hollow model runs."""
 
 
 def build_without_memory(config: Any, *, name: str, trust_remote_code: bool = False) -> nn.Module:
@@ -28,6 +33,51 @@ def build_without_memory(config: Any, *, name: str, trust_remote_code: bool = Fa
         raise ModelError(explain_load_error(name, error)) from None
     built: nn.Module = model.eval()
     return built
+
+
+@contextmanager
+def hollow_values(model: nn.Module) -> Iterator[None]:
+    """Lets a model on the meta device run on a CPU for a while: all parameters show the same few random numbers.
+
+    What is computed means nothing; which modules and parameters take part does. Buffers must have their values.
+    """
+    places = [
+        (module, key, parameter)
+        for module in model.modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_meta
+    ]
+    layouts = {parameter: _lay_out(parameter.shape) for _, _, parameter in places}
+    size = max((sum((n - 1) * step for n, step in zip(*each, strict=True)) + 1 for each in layouts.values()), default=1)
+    numbers = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 0.05
+    hollow = {parameter: _make_hollow(parameter, numbers, *each) for parameter, each in layouts.items()}
+    for module, key, parameter in places:
+        module._parameters[key] = hollow[parameter]
+    try:
+        yield
+    finally:
+        for module, key, parameter in places:
+            module._parameters[key] = parameter
+
+
+def _lay_out(shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes, and strides by which a large tensor fits into few numbers: its rows overlap.
+
+    Of stacked matrices each is whole, as kernels for experts want them, and they overlap.
+    """
+    sizes = tuple(shape)
+    strides = torch.empty(shape, device="meta").stride()
+    if shape.numel() <= FEW_NUMBERS or len(shape) < 2:
+        return sizes, strides
+    kept = 1 if len(shape) == 2 else 2
+    return sizes, (*(1 for _ in sizes[:-kept]), *strides[-kept:])
+
+
+def _make_hollow(
+    parameter: nn.Parameter, numbers: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, ...]
+) -> nn.Parameter:
+    value = numbers.to(parameter.dtype).as_strided(sizes, strides)
+    return nn.Parameter(value, requires_grad=parameter.requires_grad)
 
 
 def explain_load_error(name: str, error: Exception) -> str:

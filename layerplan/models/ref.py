@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from layerplan.models.skeleton import Skeleton
     from layerplan.plan.layer_profile import ModelIdentity
     from layerplan.plan.model_shape import ModelShape
 
@@ -124,3 +125,14 @@ class ModelRef:
         return load_causal_lm(
             self.name, revision=self.revision, dtype=dtype or torch.float32, trust_remote_code=self.trust_remote_code
         )
+
+    def skeleton(self) -> Skeleton:
+        """The model without the memory of its weights, and what reads them, a parameter or some of its rows at a time.
+
+        Raises:
+            ModelError: As `load`, before any weight is read.
+        """
+        from layerplan.models.skeleton import load_skeleton
+
+        self.fetch()
+        return load_skeleton(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)

@@ -7,12 +7,14 @@ would be at loading, and an export knows which stored tensors a parameter is mad
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from layerplan.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,59 @@ def account_for_tensors(
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
     return TensorAccount.from_loading_info(info.to_dict()).with_missing([*unfed, *info.conversion_errors])
+
+
+def convert_stored(
+    template: Any, tensors: Mapping[str, Tensor], names: Sequence[str], *, size: tuple[int, ...] | None = None
+) -> list[Tensor]:
+    """Lets transformers' loader turn stored tensors into parameters or buffers of a model.
+
+    Args:
+        template: A model on the meta device; afterwards it is as before.
+        tensors: All stored tensors that they are made of, or those of some rows.
+        names: What is wanted.
+        size: Shape of what the tensors make, where it is not the model's.
+
+    Raises:
+        ModelError: When the tensors do not make it.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    before = [
+        (slots, key, value)
+        for module in template.modules()
+        for slots in (module._parameters, module._buffers)
+        for key, value in slots.items()
+    ]
+    places = [_find_slot(template, name) for name in names]
+    if size is not None:
+        for slots, key in places:
+            slots[key] = nn.Parameter(torch.empty(size, dtype=slots[key].dtype, device="meta"))
+    loading = LoadStateDictConfig(
+        device_map={"": torch.device("cpu")},
+        weight_mapping=get_model_conversion_mapping(template),
+        dtype=torch.float32,
+    )
+    try:
+        convert_and_load_state_dict_in_model(
+            model=template, state_dict=dict(tensors), load_config=loading, disk_offload_index=None
+        )
+        found: list[Tensor] = [slots[key].detach() for slots, key in places]
+    finally:
+        for slots, key, value in before:
+            slots[key] = value
+    lacking = [name for name, value in zip(names, found, strict=True) if value.is_meta]
+    if lacking:
+        raise ModelError(f"{type(template).__name__}: {lacking[0]} cannot be made of {', '.join(list(tensors)[:3])}")
+    return found
+
+
+def _find_slot(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    return (module._parameters if key in module._parameters else module._buffers), key
 
 
 def restore_stored_form(model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

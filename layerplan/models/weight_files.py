@@ -129,6 +129,23 @@ def _explain_damage(path: Path, error: Exception) -> str:
     return f"model.name={path.parent}: {path.name} is not a whole safetensors file ({error}); copy it again"
 
 
+def read_bytes_into(path: Path, start: int, out: Any) -> None:
+    """Fills a buffer of bytes from a place in a file on, without mapping the file.
+
+    Raises:
+        ModelError: When the file ends before.
+    """
+    view = memoryview(out).cast("B")
+    with path.open("rb", buffering=0) as handle:
+        handle.seek(start)
+        filled = 0
+        while filled < len(view):
+            count = handle.readinto(view[filled:])
+            if not count:
+                raise ModelError(f"model.name={path.parent}: {path.name} ends before its tensors do; copy it again")
+            filled += count
+
+
 @contextmanager
 def reading_bytes(tensor: StoredTensor) -> Iterator[memoryview]:
     """The tensor's bytes as they lie in the file, mapped and not copied."""

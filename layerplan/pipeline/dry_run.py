@@ -25,6 +25,7 @@ from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, explain_cost, predict_
 from layerplan.plan.decide import PlanContext, list_measurements, resolve_plan, wants_profile
 from layerplan.plan.explain import explain_changes, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.host_memory import estimate_host_memory
 from layerplan.plan.layer_measurement import LayerMeasurements
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.memory import choose_placements
@@ -206,6 +207,18 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
     print(
         f"       parallelism {placement.parallelism}, {len(placement.checkpointed_layers)} layers recomputed; each worker"
         f" sends {sent.total / GIB:.2f} GiB per step ({sent.reduced / GIB:.2f} gradients)"
+    )
+    host = estimate_host_memory(
+        phase,
+        shape,
+        train,
+        placement,
+        world_size=train.num_workers,
+        device_type="cuda" if train.use_gpu else "cpu",
+    )
+    print(
+        f"host   {host.loading / GIB:.2f} GiB per worker until its first step, {host.shard / GIB:.2f} GiB of weights kept;"
+        f" {host.export / GIB:.2f} GiB in the driver for the export"
     )
     if plan.phases:
         print(

@@ -28,12 +28,9 @@ def merge_adapter(adapter: Path, base: ModelRef, out_dir: Path) -> None:
         raise ModelError(f"{out_dir}: exists already; name a folder that does not")
     check_adapter(adapter, base)
     merged = compute_merged(read_adapter(adapter, base))
-    model = base.load()
+    model = base.skeleton().model
     source = base.folder(with_weights=True)
-    parameters = dict(model.named_parameters())
     weights = sort_base_weights(model, source, set(merged), as_float32=False)
-    for name, value in merged.items():
-        parameters[name].data.copy_(value)
     with writing_folder_aside(out_dir) as folder:
-        write_weights(weights, model, dict(parameters), folder)
+        write_weights(weights, model, merged.__getitem__, folder)
         copy_companions(source, folder)

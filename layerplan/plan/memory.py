@@ -108,7 +108,7 @@ def estimate_memory(
     loss = chunk_rows * shape.vocab_size * (width + 8) + 3 * tokens * shape.hidden_size * width
     loss += shape.head_matrix_params * 4 if trains_head else 0
     return MemoryEstimate(
-        parameters=_parameter_bytes(trained, frozen, width, shape, config, placement, world_size, seq_len),
+        parameters=_parameter_bytes(trained, frozen, width, shape, config, placement, world_size, device_type),
         activations=stored,
         loss=loss,
         baseline=BASELINE_BYTES.get(device_type, 0.0),
@@ -234,7 +234,7 @@ def _parameter_bytes(
     config: TrainConfig,
     placement: Placement,
     world_size: int,
-    seq_len: int,
+    device_type: str,
 ) -> float:
     moments = 8 if config.optimizer.type == "adamw" else 0.1
     if placement.parallelism == "replicate":
@@ -245,5 +245,8 @@ def _parameter_bytes(
     shards = world_size // config.num_replicas
     frozen_shards = shards if placement.frozen_sharding == "shard" else 1
     # two layers and the root are gathered at a time
-    gathered = width * (2 * shape.largest_layer_params + shape.embedding_params + shape.other_params)
+    root = shape.embedding_params + shape.head_params + shape.other_params
+    # gloo gathers into a copy of its own, and FSDP takes the pieces out of another
+    copies = 2 * max(root, shape.largest_layer_params) if device_type == "cpu" else 0
+    gathered = width * (2 * shape.largest_layer_params + root + copies)
     return trained * (4 + 4 + moments) / shards + frozen * width / frozen_shards + gathered

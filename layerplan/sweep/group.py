@@ -1,4 +1,4 @@
-"""A Ray Train run that trains one trial after the other: its workers are started once and keep the base."""
+"""A Ray Train run that trains one trial after the other: its workers are started once."""
 
 from __future__ import annotations
 

@@ -86,6 +86,14 @@ def choose_attention(
     return _choose_fastest(config, shape, seq_len, device, find_fault)
 
 
+def asks_for_documents(config: TrainConfig, device: torch.device, recipe: LossRecipe) -> bool:
+    """Whether `choose_attention` may ask why documents cannot be read one by one; the same on every worker."""
+    if config.attention in BY_DOCUMENT:
+        return True
+    is_open = config.attention == "auto" and recipe.attention != "eager"
+    return is_open and device.type == "cuda" and config.compute_dtype != "float32"
+
+
 def _check_by_document(
     config: TrainConfig, device: torch.device, recipe: LossRecipe, find_fault: Callable[[], str | None]
 ) -> None:

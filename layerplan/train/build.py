@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from layerplan.checkpoint.dcp import Parked, load_parked
 from layerplan.errors import TrainingError
 from layerplan.models.adapters import inject_adapters
 from layerplan.models.freezing import AppliedPlan, apply_plan
-from layerplan.models.ref import ModelRef
+from layerplan.models.skeleton import Skeleton
 from layerplan.plan.cost import GIB
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.loss_recipe import LossRecipe
@@ -23,9 +23,10 @@ from layerplan.plan.memory import MemoryEstimate, choose_placement, choose_place
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.storage.paths import StoredPath
-from layerplan.train.attention import IMPLEMENTATIONS, choose_attention, try_set_attention
+from layerplan.train.attention import IMPLEMENTATIONS, asks_for_documents, choose_attention, try_set_attention
 from layerplan.train.label_step import LabelLossModel
-from layerplan.train.loss_proof import agree_on_recipe, find_document_fault
+from layerplan.train.loss_proof import agree_on_document_fault, agree_on_recipe
+from layerplan.train.materialize import ParameterSource
 from layerplan.train.optim import build_optimizer
 from layerplan.train.request import TrainRequest
 from layerplan.train.sharding import PlacedModel, place_model
@@ -61,9 +62,8 @@ def build_model(
     world_size: int,
     local_world_size: int,
     checkpoint: StoredPath | None = None,
-    load: Callable[[ModelRef], nn.Module] = ModelRef.load,
 ) -> BuiltModel:
-    """Loads the base, applies the plan, settles the placement, and builds the optimizer, in this order.
+    """Settles the placement, builds the base without memory, applies the plan, places it, and builds the optimizer.
 
     Args:
         request: The run.
@@ -75,7 +75,6 @@ def build_model(
         world_size: Workers.
         local_world_size: Workers on this machine.
         checkpoint: Of the phase before; gives what this phase does not train.
-        load: Gives the base, which is changed here.
 
     Raises:
         TrainingError: When the device lacks the dtype, or the prediction does not fit into memory.
@@ -94,14 +93,12 @@ def build_model(
         )
     placement, estimate = choose_placement(plan, shape, config, **limits)
     torch.manual_seed(request.seed)
-    causal_lm = load(request.model)
-    recipe = request.recipe or agree_on_recipe(causal_lm, seq_len=seq_len, rank=rank, world_size=world_size)
-    if not request.document_mask:
-        recipe = replace(recipe, rows="whole")
-    find_fault = partial(find_document_fault, causal_lm, recipe, seq_len=seq_len)
-    placement = replace(placement, attention=choose_attention(config, shape, seq_len, device, recipe, find_fault))
+    recipe, attention = ask_whole_model(request, shape, device, seq_len=seq_len, rank=rank, world_size=world_size)
+    placement = replace(placement, attention=attention)
+    skeleton = request.model.skeleton()
+    causal_lm = skeleton.model
     try_set_attention(causal_lm, IMPLEMENTATIONS[placement.attention])
-    parked = park_other_phases(causal_lm, request.plan, plan, checkpoint)
+    parked, source = park_other_phases(skeleton, request.plan, plan, checkpoint)
     applied = apply_plan(causal_lm, plan)
     if request.labels is not None and request.labels.lora is not None:
         applied = inject_adapters(causal_lm, plan.trainable_layers, request.labels.lora, seed=request.seed)
@@ -116,12 +113,35 @@ def build_model(
         device=device,
         recipe=recipe,
         loss_model=choose_loss_model(request, placement),
+        source=source,
     )
     optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters, compiled=config.compile)
     placed.masters.clear()
     if rank == 0:
         logger.info(render_placement(placement, estimate, available, applied))
     return BuiltModel(placed, applied, optimizer, placement, estimate, available, parked, recipe)
+
+
+def ask_whole_model(
+    request: TrainRequest, shape: ModelShape, device: torch.device, *, seq_len: int, rank: int, world_size: int
+) -> tuple[LossRecipe, str]:
+    """How the loss is computed, and the attention; what only a whole model can tell is asked by rank 0 of one of its own.
+
+    Raises:
+        ModelError: When the loss cannot be computed exactly.
+        TrainingError: When the config names an attention that the device or the model does not have.
+    """
+    load = lru_cache(maxsize=1)(request.model.load)
+    workers = {"seq_len": seq_len, "rank": rank, "world_size": world_size}
+    recipe = request.recipe or agree_on_recipe(load, **workers)
+    if not request.document_mask:
+        recipe = replace(recipe, rows="whole")
+    fault = None
+    if asks_for_documents(request.config, device, recipe):
+        fault = agree_on_document_fault(load, recipe, **workers)
+    load.cache_clear()
+    gc.collect()  # the whole model is gone before anybody reads a part of it
+    return recipe, choose_attention(request.config, shape, seq_len, device, recipe, lambda: fault)
 
 
 def choose_loss_model(request: TrainRequest, placement: Placement) -> Callable[..., LossModel]:
@@ -144,20 +164,22 @@ def choose_loss_model(request: TrainRequest, placement: Placement) -> Callable[.
 
 
 def park_other_phases(
-    causal_lm: nn.Module, whole: FreezePlan, plan: FreezePlan, checkpoint: StoredPath | None
-) -> Parked:
-    """Takes aside what the whole plan trains and this phase does not, at its newest values; the model gets them too."""
+    skeleton: Skeleton, whole: FreezePlan, plan: FreezePlan, checkpoint: StoredPath | None
+) -> tuple[Parked, ParameterSource]:
+    """Takes aside what the whole plan trains and this phase does not, at its newest values.
+
+    Returns:
+        What was taken aside, and where the values of the model are: these among them.
+    """
+    model, reader = skeleton.model, skeleton.reader
     if not whole.phases:
-        return Parked()
-    names = apply_plan(causal_lm, whole).trainable - apply_plan(causal_lm, plan).trainable
-    frozen = {name: value for name, value in causal_lm.named_parameters() if name in names}
+        return Parked(), ParameterSource(reader)
+    names = apply_plan(model, whole).trainable - apply_plan(model, plan).trainable
+    frozen = {name: value for name, value in model.named_parameters() if name in names}
     if checkpoint is None:
-        return Parked({name: value.detach().float().cpu().clone() for name, value in frozen.items()})
+        return Parked({name: reader.read(name, dtype=torch.float32) for name in frozen}), ParameterSource(reader)
     parked = load_parked(checkpoint, frozen, keep_moments=whole.optimizer_state == "keep")
-    with torch.no_grad():
-        for name, value in frozen.items():
-            value.copy_(parked.weights[name])
-    return parked
+    return parked, ParameterSource(reader, parked.weights)
 
 
 def check_dtype(name: str, device: torch.device) -> None:

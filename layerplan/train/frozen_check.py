@@ -7,7 +7,6 @@ whole, so that the value depends neither on the number of workers nor on how the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from layerplan.artifacts import hash_bytes
 from layerplan.errors import TrainingError
 from layerplan.models.freezing import hf_name
+from layerplan.train.materialize import find_rows
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 20
@@ -96,7 +96,7 @@ def compute_checksums(tensors: Mapping[str, Tensor], world_size: int = 1) -> dic
             for dim, placement in enumerate(tensor.placements):
                 if isinstance(placement, Shard):
                     group, is_shard[place] = tensor.device_mesh.get_group(dim), True
-                    offset = _shard_offset(tensor, dim)
+                    offset = find_rows(tensor)[0] * (tensor.numel() // max(tensor.shape[0], 1))
         sums[place] = _sum_words(local, offset)
     if group is not None:
         total = sums.clone()
@@ -106,14 +106,6 @@ def compute_checksums(tensors: Mapping[str, Tensor], world_size: int = 1) -> dic
     if world_size > 1:
         _check_agreement(values, sums)
     return values
-
-
-def _shard_offset(tensor: DTensor, mesh_dim: int) -> int:
-    """Words before this worker's part; FSDP shards the first dimension in equal chunks, the last ones shorter."""
-    rows = tensor.shape[0]
-    chunk = math.ceil(rows / tensor.device_mesh.size(mesh_dim))
-    row_words = tensor.numel() // max(rows, 1)
-    return min(rows, tensor.device_mesh.get_local_rank(mesh_dim) * chunk) * row_words
 
 
 def _sum_words(tensor: Tensor, offset: int) -> Tensor:

@@ -50,14 +50,15 @@ def has_room_for_gradients(model: nn.Module) -> bool:
     return sum(value.numel() for value in model.parameters()) * 2 * _BYTES_PER_PARAMETER < _free_bytes()
 
 
-def agree_on_recipe(causal_lm: nn.Module, *, seq_len: int, rank: int, world_size: int) -> LossRecipe:
-    """Rank 0 asks its whole model, before a plan or a placement touches it; all ranks get the answer.
+def agree_on_recipe(load: Callable[[], nn.Module], *, seq_len: int, rank: int, world_size: int) -> LossRecipe:
+    """Rank 0 asks the whole model, before a plan or a placement touches it; all ranks get the answer.
 
     Raises:
         ModelError: On every rank, when the model's loss cannot be computed exactly.
     """
 
     def ask() -> LossRecipe:
+        causal_lm = load()
         report = ask_model(
             causal_lm, seq_len=seq_len, with_gradients=world_size == 1 and has_room_for_gradients(causal_lm)
         )
@@ -65,6 +66,18 @@ def agree_on_recipe(causal_lm: nn.Module, *, seq_len: int, rank: int, world_size
         return report.recipe
 
     return _told_by_rank_0(ask if rank == 0 else None, world_size)
+
+
+def agree_on_document_fault(
+    load: Callable[[], nn.Module], recipe: LossRecipe, *, seq_len: int, rank: int, world_size: int
+) -> str | None:
+    """What rank 0 finds when it asks the whole model for `find_document_fault`, on every rank."""
+
+    def ask() -> str | None:
+        return find_document_fault(load(), recipe, seq_len=seq_len)
+
+    fault: str | None = _told_by_rank_0(ask if rank == 0 else None, world_size)
+    return fault
 
 
 def find_document_fault(causal_lm: nn.Module, recipe: LossRecipe, *, seq_len: int) -> str | None:

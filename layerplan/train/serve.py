@@ -1,6 +1,6 @@
 """A group of workers that trains one plan after the other, in processes that are started once.
 
-The base is read once and copied for each training. A fault of ours ends the training and then, on purpose, the process:
+Each reads its part of the base's files anew, which lie in the system's cache by then. A fault of ours ends the training and then, on purpose, the process:
 another rank may be waiting in a collective, and Ray Train starts the group again.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from layerplan.errors import LayerplanError
 from layerplan.log import set_up_worker
-from layerplan.train.outlet import Background, KeptBase, Outlet
+from layerplan.train.outlet import Background, Outlet
 from layerplan.train.request import TrainRequest
 from layerplan.train.sharding import reset_compiled
 from layerplan.train.worker import run_worker
@@ -29,16 +29,16 @@ def serve(relay: Any) -> None:
     """
     set_up_worker()
     rank = ray.train.get_context().get_world_rank()
-    base, number = KeptBase(), 0
+    number = 0
     while (job := _take(relay, rank, number)) is not None:
         number, request = job
-        _train(relay, number, request, base, rank)
+        _train(relay, number, request, rank)
         _forget()
 
 
-def _train(relay: Any, number: int, request: TrainRequest, base: KeptBase, rank: int) -> None:
+def _train(relay: Any, number: int, request: TrainRequest, rank: int) -> None:
     background = Background()
-    outlet = Outlet(background, base, lambda values: ray.get(relay.tell.remote(number, "report", values)))
+    outlet = Outlet(background, lambda values: ray.get(relay.tell.remote(number, "report", values)))
     try:
         run_worker(request, outlet)
         background.wait()

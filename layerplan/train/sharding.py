@@ -1,6 +1,7 @@
 """Where parameters live: whole on every worker, or FSDP2 shards in units aligned with the plan.
 
-Order, because each step depends on the one before: load -> apply the plan -> `place_model` -> build the optimizer.
+Order, because each step depends on the one before: build -> apply the plan -> `place_model` -> build the optimizer. A model
+that was built without memory gets its values once it is placed, so that no worker holds more of it than it keeps.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.placement import Placement
 from layerplan.train.activation import checkpoint_layers
+from layerplan.train.materialize import ParameterSource, fill_parameters
 from layerplan.train.replicate import GradientReducer
 from layerplan.train.step import LossModel
 
@@ -55,11 +57,28 @@ def place_model(
     device: torch.device,
     recipe: LossRecipe | None = None,
     loss_model: Callable[..., LossModel] = LossModel,
+    source: ParameterSource | None = None,
 ) -> PlacedModel:
-    """Casts, compiles, checkpoints and distributes the model the plan was applied to."""
+    """Casts, compiles, checkpoints and distributes the model the plan was applied to.
+
+    Args:
+        causal_lm: The model; its parameters have values, or are on the meta device.
+        plan: The plan.
+        config: Training section.
+        placement: Where parameters live.
+        world_size: Workers.
+        device: Where they compute.
+        recipe: How the loss is computed.
+        loss_model: What computes it.
+        source: Where the values are of parameters on the meta device; None when all are there.
+    """
     parts = find_decoder_parts(causal_lm)
     masters = cast_for_training(causal_lm, config, placement)
-    causal_lm.to(device)
+    is_sharded_first = source is not None and placement.parallelism == "shard" and not config.frozen_fp8
+    if source is not None and not is_sharded_first:
+        masters |= fill_parameters(causal_lm, source, device)
+    if not is_sharded_first:
+        causal_lm.to(device)
     if config.frozen_fp8:
         from layerplan.train.fp8 import convert_frozen_layers
 
@@ -78,6 +97,8 @@ def place_model(
         return PlacedModel(model, masters, reducer.set_sync, reducer.finish, reducer=reducer)
     mesh = make_mesh(device.type, world_size, config.num_replicas)
     shard_model(model, parts, plan, config, placement, mesh)
+    if source is not None and is_sharded_first:
+        fill_parameters(causal_lm, source, device)
     shards = mesh["shard"].get_group() if mesh.ndim > 1 else mesh.get_group()
 
     def reduce_square(square: Tensor) -> Tensor:
@@ -97,7 +118,7 @@ def cast_for_training(causal_lm: nn.Module, config: TrainConfig, placement: Plac
     masters = {}
     for parameter in causal_lm.parameters():
         wanted = torch.float32 if parameter.requires_grad and placement.parallelism == "shard" else dtype
-        if parameter.requires_grad and wanted != torch.float32:
+        if parameter.requires_grad and wanted != torch.float32 and not parameter.is_meta:
             masters[id(parameter)] = parameter.data.float()
         parameter.data = parameter.data.to(wanted)
     return masters

@@ -94,7 +94,6 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
                 world_size=world_size,
                 local_world_size=context.get_local_world_size(),
                 checkpoint=resumed.checkpoint,
-                load=outlet.load,
             )
             writer = CheckpointWriter(
                 checkpoints,

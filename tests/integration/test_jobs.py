@@ -97,6 +97,31 @@ def test_training_spans_two_ray_nodes(
     assert read(tmp_path / "wide" / "freeze_plan.json")["model"]["name"] == model_folder.name
 
 
+def test_two_ray_nodes_are_checked_and_what_fails_is_told_with_its_remedy(
+    two_nodes: dict[str, str], tmp_path: Path, run_job: RunJob
+) -> None:
+    out = tmp_path / "checked.json"
+    job = run_job("jobs/check_cluster.py", "--storage", tmp_path, "--min-nodes", 2, "--out", out, env=two_nodes)
+    lines = [line for line in job.output.splitlines() if line.startswith(("ok  ", "FAIL  "))]
+    failed = [
+        line for line in lines if line.startswith("FAIL  ") and not line.startswith(("FAIL  space", "FAIL  node "))
+    ]
+    assert not failed, job.output
+    for wanted in ("nodes", "versions", "clocks", f"storage {tmp_path}", "ports", "all-reduce over all"):
+        assert sum(line[6:].startswith(wanted) for line in lines) == 1, job.output
+    checked = read(out)
+    labels = {node["label"] for node in checked["nodes"]}
+    assert len(labels) == 2
+    (pair,) = checked["all_reduce_bytes_per_s"]["pairs"]
+    assert set(pair["nodes"]) == labels
+    assert pair["rate"] == checked["all_reduce_bytes_per_s"]["over_all"] > 1e6
+    assert list(tmp_path.iterdir()) == [out]  # what was written to try the storage is gone
+    job = run_job("jobs/check_cluster.py", "--storage", "/proc/layerplan", "--min-nodes", 3, env=two_nodes)
+    assert job.returncode == 1
+    assert "3 are wanted: start `ray start --address` on the others" in job.output
+    assert "storage /proc/layerplan: name a folder or bucket that every node may write to" in job.output
+
+
 @pytest.mark.long
 def test_a_sweep_trains_three_boundaries_as_nested_runs(
     finished_run: Path, tiny_config: Path, tmp_path: Path, run_here: RunJob

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from layerplan.config.finetune import LoraOptions
+from layerplan.config.train import TrainConfig
 from layerplan.errors import ModelError
 from layerplan.models.adapters import (
     WRAPPING,
@@ -18,13 +19,18 @@ from layerplan.models.adapters import (
     save_adapter,
     wrap_adapters,
 )
-from layerplan.models.freezing import check_gradient_coverage
+from layerplan.models.freezing import apply_plan, check_gradient_coverage
 from layerplan.models.ref import ModelRef
 from layerplan.pipeline.merge_adapter import merge_adapter
 from layerplan.plan.layer_profile import ModelIdentity
+from layerplan.plan.placement import Placement
+from layerplan.plan.policies import make_full_plan
 from layerplan.train.label_step import LabelLossModel, make_label_batches
+from layerplan.train.materialize import ParameterSource
 from layerplan.train.request import LabelOptions
+from layerplan.train.sharding import place_model
 from layerplan.train.step import accumulate_gradients
+from tests.model_folders import save_tiny_base
 from tests.qwen3 import build_tiny_qwen3
 from tests.tiny_labels import draw
 
@@ -114,3 +120,31 @@ def test_an_adapter_is_merged_into_its_own_base_and_refused_by_another(tmp_path:
     (tmp_path / "adapter" / "adapter_base.json").unlink()
     with pytest.raises(ModelError, match=r"no adapter_config\.json"):
         merge_adapter(base, ModelRef(str(base)), tmp_path / "wrong")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_beside_a_base_without_memory_are_those_beside_the_base(tmp_path: Path, dtype: str) -> None:
+    base = ModelRef(str(save_tiny_base(tmp_path / "base")))
+    plan = make_full_plan(base.identity(), base.shape())
+    config = TrainConfig(max_steps=1, num_workers=1, compute_dtype=dtype)
+    skeleton = base.skeleton()
+    placed = []
+    for model, source in ((base.load(), None), (skeleton.model, ParameterSource(skeleton.reader))):
+        apply_plan(model, plan)
+        inject_adapters(model, [1, 2], OPTIONS, seed=3)
+        place = {"world_size": 1, "device": torch.device("cpu"), "source": source}
+        placed.append(place_model(model, plan, config, Placement("replicate", "replicate"), **place))
+    whole, read = (dict(each.model.named_parameters()) for each in placed)
+    assert list(whole) == list(read)
+    for name, value in whole.items():
+        assert value.requires_grad == read[name].requires_grad == ("lora_" in name)
+        assert value.dtype == read[name].dtype == getattr(torch, dtype)
+        assert torch.equal(value, read[name]), name
+    masters = [
+        {name: each.masters[id(p)] for name, p in each.model.named_parameters() if id(p) in each.masters}
+        for each in placed
+    ]
+    assert (
+        masters[0].keys() == masters[1].keys() == (set() if dtype == "float32" else {n for n in whole if "lora_" in n})
+    )
+    assert all(torch.equal(value, masters[1][name]) for name, value in masters[0].items())

@@ -19,6 +19,7 @@ from layerplan.models.model_sizes import make_model_shape
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.host_memory import PROCESS_BYTES, READING_BYTES, estimate_host_memory
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.plan.memory import layer_activation_bytes
 from layerplan.plan.model_shape import ModelShape
@@ -258,3 +259,22 @@ def test_experts_keep_what_they_are_given_once_for_each_that_is_active(dtype: to
         trained = set(plan.trainable_layers)
         predicted = sum(layer_activation_bytes(shape, name, trained=layer in trained) for layer in gradient_path(plan))
         assert 256 * predicted == pytest.approx(saved_bytes(values, plan, dtype), rel=0.06)
+
+
+def test_a_worker_reads_what_it_keeps_and_the_driver_exports_a_layer_at_a_time() -> None:
+    """Qwen3-8B's sizes over 64 workers, half trained: bytes worked out from its parameters by hand."""
+    shape = ModelShape.from_hf_config(QWEN3_8B)
+    layer, ends = 192_946_432, 2 * 151_936 * 4096 + 4096
+    identity = ModelIdentity(name="8b", model_type="qwen3", num_layers=36)
+    plan = make_plan(FreezeDeepPlanConfig(boundary=18, train_embeddings=False), model=identity, shape=shape)
+    config = TrainConfig(max_steps=1, num_workers=64, global_batch_size=64, compute_dtype="bfloat16")
+    run = {"world_size": 64, "device_type": "cuda"}
+    host = estimate_host_memory(plan, shape, config, Placement("shard", "shard"), **run)
+    assert host.shard == (18 * layer * 4 + (18 * layer + ends) * 2) / 64
+    assert host.loading == PROCESS_BYTES + READING_BYTES
+    assert host.export == PROCESS_BYTES + READING_BYTES + 4 * (ends + layer)
+    whole = estimate_host_memory(
+        plan, shape, config, Placement("replicate", "replicate"), **run | {"device_type": "cpu"}
+    )
+    assert whole.shard == 18 * layer * 6 + (18 * layer + ends) * 2
+    assert whole.loading == PROCESS_BYTES + READING_BYTES + whole.shard + 18 * layer * 8

@@ -14,14 +14,12 @@ from torch import nn
 from layerplan.config.plan import ExplicitPlanConfig
 from layerplan.config.train import OptimizerConfig, TrainConfig
 from layerplan.corpus.rows import PackedRows
-from layerplan.models.ref import ModelRef
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
 from layerplan.train.held_out_rows import load_losses, save_texts
 from layerplan.train.judge import VALIDATION, HeldOutJudge, read_texts
 from layerplan.train.loop import run_loop
-from layerplan.train.outlet import KeptBase
 from layerplan.train.request import Judging
 from layerplan.train.state import TrainState
 from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
@@ -93,17 +91,3 @@ def test_the_base_is_measured_by_the_first_training_alone(tmp_path: Path) -> Non
     (tmp_path / "base.json").write_text(written.replace('"rows_sha256": "', '"rows_sha256": "other '), encoding="utf-8")
     train(tmp_path, [])
     assert "other" not in (tmp_path / "base.json").read_text(encoding="utf-8"), "of other rows, so measured anew"
-
-
-def test_a_kept_base_is_read_once_and_what_trains_is_a_copy(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    build_tiny_qwen3().save_pretrained(folder)
-    base, ref = KeptBase(), ModelRef(str(folder))
-    first = base(ref)
-    with torch.no_grad():
-        for value in first.parameters():
-            value.zero_()
-    (folder / "model.safetensors").unlink()
-    second = base(ref)
-    assert all(torch.equal(value, other) for value, other in zip(second.parameters(), build_tiny_qwen3().parameters()))
-    assert second.lm_head.weight is second.model.embed_tokens.weight, "what is tied stays tied"

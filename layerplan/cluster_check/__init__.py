@@ -1,0 +1,1 @@
+"""Whether a cluster is fit for a run, asked of every node before anything is placed on it."""
