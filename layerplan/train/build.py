@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from layerplan.checkpoint.dcp import Parked, load_parked
 from layerplan.errors import TrainingError

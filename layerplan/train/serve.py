@@ -1,7 +1,7 @@
 """A group of workers that trains one plan after the other, in processes that are started once.
 
-Each reads its part of the base's files anew, which lie in the system's cache by then. A fault of ours ends the training and then, on purpose, the process:
-another rank may be waiting in a collective, and Ray Train starts the group again.
+Each reads its part of the base's files anew, which lie in the system's cache by then. A fault of ours ends the training and
+then, on purpose, the process: another rank may be waiting in a collective, and Ray Train starts the group again.
 """
 
 from __future__ import annotations
