@@ -111,7 +111,7 @@ def open_place(place: str) -> StoredPath:
 
 
 def write_file(folder: StoredPath, name: str) -> str:
-    """Writes the file's own name into it as checkpoints' files are written, aside and then renamed; returns why that failed, or nothing."""
+    """Writes the file's own name into it, aside and then renamed; returns why that failed, or nothing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / name, name.encode())
