@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerplan.cluster_check.facts import NodeFacts, read_facts
-from layerplan.storage.paths import BucketPath, StoredPath, remove_tree
+from layerplan.storage.paths import BucketPath, StoredPath, remove_tree, write_whole
 
 TIMEOUT_S = 20
 REDUCED_BYTES = 16 * 2**20
@@ -111,12 +111,10 @@ def open_place(place: str) -> StoredPath:
 
 
 def write_file(folder: StoredPath, name: str) -> str:
-    """Writes the file's own name into it, aside first, then renamed; returns why that failed, or nothing."""
+    """Writes the file's own name into it, aside and then renamed; returns why that failed, or nothing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        aside: Any = folder / f"{name}.partial"
-        aside.write_bytes(name.encode())
-        aside.rename(folder / name)
+        write_whole(folder / name, name.encode())
     except Exception as error:  # a bucket's library raises what it likes
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
     return ""
