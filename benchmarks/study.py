@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 from machine import describe_torch, find_command
 from study_pack import hide_folders, pack, unpack
-from study_plan import Arm, StudyConfig, check_study, list_arms, list_rate_arms, load_study
+from study_plan import Arm, StudyConfig, check_study, list_arms, list_boundaries, list_rate_arms, load_study
+from study_replay import render_replay
 from study_tables import correlate_measurement, render_early, render_equal_flops, render_regret
 
 from layerplan.artifacts import compute_sha256, write_json
@@ -37,6 +38,8 @@ from layerplan.plan.layer_measurement import LayerMeasurements
 from layerplan.run_folder import MEASUREMENTS_NAME
 
 TEXTS = ("target", "source")
+MARGIN = 0.01
+"""Nats that decide nothing in a search: the sweep's default."""
 COMMON = {
     "target",
     "source",
@@ -193,12 +196,25 @@ def render(study: Study) -> str:
         parts += [f"## Held-out {text} text: {what}", _render_base(study, text), render_regret(compared, text)]
     parts += ["## At equal FLOPs, target text", render_equal_flops(compared, "target", study.config.flops_shares)]
     parts += ["## Does a measurement rank plans as training does?", _render_correlations(study, compared)]
+    found = study.measurements()
+    if found is not None and is_grid_whole(study, compared):
+        parts += [
+            "## A search of this grid by a measurement, replayed",
+            f"Target text, margin {MARGIN} nats; the rule is that of `sweep.search: profile`.",
+            render_replay(compared, found.measurements, MARGIN),
+        ]
     if compared:
         parts += [
             "## How early can one know?",
             *(f"{text.capitalize()} text:\n\n{render_early(compared, text)}" for text in TEXTS),
         ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def is_grid_whole(study: Study, arms: Sequence[dict[str, Any]]) -> bool:
+    """Whether the grid is finished, on every seed."""
+    plans = len(list_boundaries(study.config, study.shape.num_layers)) * len(study.config.sides)
+    return sum(arm["group"] == "grid" for arm in arms) == plans * len(study.config.seeds)
 
 
 def draw(study: Study) -> Path:

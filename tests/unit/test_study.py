@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import study as machine
 from study_plan import choose_layers, find_rate, load_study
+from study_replay import Grid
 from study_tables import collect, compare, correlate_measurement, render_early, render_regret
 
 from layerplan.errors import ConfigError
@@ -157,6 +158,22 @@ def test_a_measurement_that_ranks_plans_as_training_does_correlates_with_it():
     assert correlate_measurement(values[::-1], arms, "target") == pytest.approx((-1.0, -1.0, -1.0))
     unequal = [make_arm(f"{size}", tuple(range(size)), 2.0) for size in range(1, 6)]
     assert correlate_measurement(values, unequal, "target") is None  # no two plans with as many layers
+
+
+def test_a_replayed_search_finds_the_grids_best_and_pays_for_what_it_ran_alone():
+    """One valley for each side, its bottom at boundary 6 of 12, deep trains better; the measurement knows both."""
+    losses = {
+        (side, k): 2.0 + 0.01 * (k - 6) ** 2 + (side == "shallow") for side in ("shallow", "deep") for k in range(1, 12)
+    }
+    arms = [
+        {"label": f"{side} of {k}", "group": "grid", "seed": seed, "flops_share": 0.5, "final": {"target": [loss]}}
+        for seed in (0, 1)
+        for (side, k), loss in losses.items()
+    ]
+    grid = Grid(arms)
+    wise = grid.replay(lambda point: -losses["shallow" if point.freeze == "deep" else "deep", point.boundary], 0.01)
+    assert wise.regret == pytest.approx(0.0) and wise.flops <= 0.4
+    assert grid.replay(lambda point: 0.0, 0.01).regret == pytest.approx(0.0)  # the rule alone, in the grid's order
 
 
 def test_early_ranks_are_compared_with_final_ones():
