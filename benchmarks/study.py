@@ -27,7 +27,7 @@ from machine import describe_torch, find_command
 from study_pack import hide_folders, pack, unpack
 from study_plan import Arm, StudyConfig, check_study, list_arms, list_boundaries, list_rate_arms, load_study
 from study_replay import render_replay
-from study_tables import correlate_measurement, render_early, render_equal_flops, render_regret
+from study_tables import correlate_measurement, describe_seed_noise, render_early, render_equal_flops, render_regret
 
 from layerplan.artifacts import compute_sha256, write_json
 from layerplan.config.corpus import CorpusConfig
@@ -194,6 +194,7 @@ def render(study: Study) -> str:
     ]
     for text, what in zip(TEXTS, ("adaptation", "forgetting")):
         parts += [f"## Held-out {text} text: {what}", _render_base(study, text), render_regret(compared, text)]
+        parts.append(describe_seed_noise(compared, text))
     parts += ["## At equal FLOPs, target text", render_equal_flops(compared, "target", study.config.flops_shares)]
     parts += ["## Does a measurement rank plans as training does?", _render_correlations(study, compared)]
     found = study.measurements()
@@ -270,7 +271,11 @@ def _render_correlations(study: Study, arms: Sequence[dict[str, Any]]) -> str:
             value = correlate_measurement(each.turned_values, grid, text)
             cells.append("-" if value is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*value))
         lines.append(f"| {each.name.replace('_', ' ')} | {' | '.join(cells)} |")
-    return "Over plans of the grid with equal numbers of trained layers (pairs of equal layers).\n\n" + "\n".join(lines)
+    return (
+        "Over plans of the grid with equal numbers of trained layers. These differ in their side alone, so that what is ranked"
+        " is mostly which side a measurement prefers: a value near +1 or -1 is one fact about one model. The interval resamples"
+        " held-out rows and knows nothing of other models.\n\n" + "\n".join(lines)
+    )
 
 
 def main() -> None:

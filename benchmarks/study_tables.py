@@ -82,6 +82,24 @@ def render_regret(arms: Sequence[Mapping[str, Any]], text: str) -> str:
     return "\n".join(lines)
 
 
+def describe_seed_noise(arms: Sequence[Mapping[str, Any]], text: str) -> str:
+    """How far seeds move a plan's loss beyond what they move all plans of the grid: one standard deviation."""
+    seeds = sorted(find_shared_seeds(arms))
+    by_label: dict[str, dict[int, float]] = {}
+    for arm in arms:
+        if arm["group"] == "grid" and arm["seed"] in seeds:
+            by_label.setdefault(arm["label"], {})[arm["seed"]] = float(np.mean(arm["final"][text]))
+    losses = np.array([[found[seed] for seed in seeds] for found in by_label.values() if set(found) == set(seeds)])
+    if losses.size == 0 or min(losses.shape) < 2:
+        return ""
+    left = losses - losses.mean(1, keepdims=True) - losses.mean(0, keepdims=True) + losses.mean()
+    freedom = (losses.shape[0] - 1) * (losses.shape[1] - 1)
+    noise = float(np.sqrt((left**2).sum() / freedom))
+    return (
+        f"From seed to seed a plan's loss moves by {noise:.4f} nats (standard deviation, beyond what all plans share)."
+    )
+
+
 def render_equal_flops(arms: Sequence[Mapping[str, Any]], text: str, shares: Sequence[float]) -> str:
     """Regret of rivals among plans that cost at most the same share: the best of each budget in place of the best of all."""
     parts = []
