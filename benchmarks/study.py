@@ -27,7 +27,14 @@ from machine import describe_torch, find_command
 from study_pack import hide_folders, pack, unpack
 from study_plan import Arm, StudyConfig, check_study, list_arms, list_boundaries, list_rate_arms, load_study
 from study_replay import render_replay
-from study_tables import correlate_measurement, describe_seed_noise, render_early, render_equal_flops, render_regret
+from study_tables import (
+    correlate_measurement,
+    describe_seed_noise,
+    render_early,
+    render_equal_flops,
+    render_opposites,
+    render_regret,
+)
 
 from layerplan.artifacts import compute_sha256, write_json
 from layerplan.config.corpus import CorpusConfig
@@ -196,6 +203,10 @@ def render(study: Study) -> str:
         parts += [f"## Held-out {text} text: {what}", _render_base(study, text), render_regret(compared, text)]
         parts.append(describe_seed_noise(compared, text))
     parts += ["## At equal FLOPs, target text", render_equal_flops(compared, "target", study.config.flops_shares)]
+    if opposites := [
+        f"{text.capitalize()} text:\n\n{table}" for text in TEXTS if (table := render_opposites(compared, text))
+    ]:
+        parts += ["## What a measurement chose, and what it spoke against", *opposites]
     parts += ["## Does a measurement rank plans as training does?", _render_correlations(study, compared)]
     found = study.measurements()
     if found is not None and is_grid_whole(study, compared):

@@ -26,7 +26,10 @@ def pack(folder: Path) -> Path:
     for path in sorted(folder.rglob("*.json")):
         name = path.relative_to(folder).as_posix()
         if name in ("inputs.json", "base.json", f"measured/{MEASUREMENTS_NAME}") or name.startswith("arms/"):
-            kept[name] = hide_folders(json.loads(path.read_text(encoding="utf-8")))
+            content = hide_folders(json.loads(path.read_text(encoding="utf-8")))
+            if name.startswith("arms/"):
+                content["machine"].pop("command", None)
+            kept[name] = content
     file = PACKED / f"{folder.name}.json.gz"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(gzip.compress(json.dumps(kept, sort_keys=True).encode(), mtime=0))

@@ -157,3 +157,19 @@ def render_early(arms: Sequence[Mapping[str, Any]], text: str) -> str:
 def _centre(values: Array, groups: NDArray[np.int64]) -> Array:
     """Values less the mean of their group."""
     return values - np.array([values[groups == group].mean() for group in groups])
+
+
+def render_opposites(arms: Sequence[Mapping[str, Any]], text: str) -> str:
+    """Table of what each measurement chose beside as many layers that it speaks against, corrected over its rows."""
+    losses = collect(arms, text)
+    pairs = [(label, f"against {label}") for label in losses if f"against {label}" in losses]
+    if not pairs:
+        return ""
+    compared = [compare(losses[chosen], losses[other]) for chosen, other in pairs]
+    p_values = correct_holm([each[3] for each in compared])
+    lines = ["| chosen by | loss | of the opposite | difference | 95 % | p |", "|---|---:|---:|---:|---|---:|"]
+    for (chosen, other), (gap, low, high, _), p in zip(pairs, compared, p_values, strict=True):
+        means = float(losses[chosen].mean()), float(losses[other].mean())
+        name = chosen.replace("_", " ")
+        lines.append(f"| {name} | {means[0]:.4f} | {means[1]:.4f} | {gap:+.4f} | {low:+.4f} to {high:+.4f} | {p:.2g} |")
+    return "\n".join(lines)
