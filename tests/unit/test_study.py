@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from scipy.stats import spearmanr
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import study as machine
+import study_pack
 from study_plan import choose_layers, find_rate, load_study
 from study_replay import Grid
-from study_tables import collect, compare, correlate_measurement, render_early, render_regret
+from study_tables import collect, compare, correlate_measurement, render_early, render_opposites, render_regret
 
 from layerplan.errors import ConfigError
 from layerplan.plan.layer_measurement import LayerMeasurement, MeasuringCost
@@ -74,6 +76,20 @@ def test_a_stopped_study_goes_on_and_trains_no_arm_twice(config_path: Path, tmp_
     text = machine.render(again)
     assert f"{len(arms)} of {len(arms)} arms that are known are done" in text
     assert "| full | 3 |" in text and "| shallow of 1 | 1 |" in text
+
+
+def test_what_is_packed_is_found_elsewhere_and_names_no_folder_of_this_machine(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(study_pack, "PACKED", tmp_path / "packed")
+    monkeypatch.setenv("LAYERPLAN_DATA", str(config_path.parent))
+    study = open_study(config_path, tmp_path / "here")
+    machine.run(study, max_arms=2)
+    content = gzip.decompress(study_pack.pack(study.folder).read_bytes()).decode()
+    assert str(config_path.parent) not in content and "$LAYERPLAN_DATA/target.jsonl" in content
+    elsewhere = open_study(config_path, tmp_path / "elsewhere")
+    done = [elsewhere.load(arm) for arm in elsewhere.list_arms()]
+    assert [each["final"] for each in done if each] == [study.load(arm)["final"] for arm in study.list_arms()[:2]]
 
 
 def test_a_base_that_learns_gets_better_and_is_given_back(config_path: Path, tmp_path: Path):
@@ -174,6 +190,13 @@ def test_a_replayed_search_finds_the_grids_best_and_pays_for_what_it_ran_alone()
     wise = grid.replay(lambda point: -losses["shallow" if point.freeze == "deep" else "deep", point.boundary], 0.01)
     assert wise.regret == pytest.approx(0.0) and wise.flops <= 0.4
     assert grid.replay(lambda point: 0.0, 0.01).regret == pytest.approx(0.0)  # the rule alone, in the grid's order
+
+
+def test_a_choice_is_compared_with_what_it_was_made_against():
+    arms = [make_arm("wise, 2 layers", (3, 4), 2.0), make_arm("against wise, 2 layers", (0, 1), 2.3)]
+    row = render_opposites([*arms, make_arm("deep of 3", (3, 4), 2.0)], "target").splitlines()[-1]
+    assert "-0.3000" in row and row.startswith("| wise, 2 layers |")
+    assert render_opposites(arms[:1], "target") == ""
 
 
 def test_early_ranks_are_compared_with_final_ones():
