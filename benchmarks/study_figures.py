@@ -40,13 +40,12 @@ def draw_study(arms: Sequence[Mapping[str, Any]], base: Mapping[str, Sequence[fl
             means = np.array([losses.mean() for losses in by_size])
             spread = [means - [losses.min() for losses in by_size], [losses.max() for losses in by_size] - means]
             axes.errorbar(sizes, means, yerr=spread, color=colour, marker="o", capsize=3, label=f"{side} side trains")
-        _scatter(
-            axes,
-            _collect(arms, text, seeds, "rival", ""),
-            marker="x",
-            colour="#4d9221",
-            label="chosen by a measurement",
-        )
+        opposites = [arm for arm in arms if arm["label"].startswith("against ")]
+        chosen = [arm for arm in arms if not arm["label"].startswith("against ")]
+        points = _collect(chosen, text, seeds, "rival", "")
+        _scatter(axes, points, marker="x", colour="#4d9221", label="chosen by a measurement")
+        points = _collect(opposites, text, seeds, "rival", "")
+        _scatter(axes, points, marker="+", colour="#e08214", label="spoken against by one")
         _scatter(
             axes, _collect(arms, text, seeds, "control", "random"), marker="s", colour="#bbbbbb", label="random layers"
         )
