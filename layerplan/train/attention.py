@@ -90,7 +90,7 @@ def asks_for_documents(config: TrainConfig, device: torch.device, recipe: LossRe
     """Whether `choose_attention` may ask why documents cannot be read one by one; the same on every worker."""
     if config.attention in BY_DOCUMENT:
         return True
-    is_open = config.attention == "auto" and recipe.attention != "eager"
+    is_open = config.attention == "auto" and recipe.attention != "eager" and recipe.rows != "whole"
     return is_open and device.type == "cuda" and config.compute_dtype != "float32"
 
 
