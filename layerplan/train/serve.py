@@ -6,19 +6,17 @@ then, on purpose, the process: another rank may be waiting in a collective, and 
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import ray
 import ray.train
-import torch
+import ray.train.torch
 
 from layerplan.errors import LayerplanError
 from layerplan.log import set_up_worker
 from layerplan.train.outlet import Background, Outlet
 from layerplan.train.request import TrainRequest
-from layerplan.train.sharding import reset_compiled
-from layerplan.train.worker import run_worker
+from layerplan.train.worker import forget_phase, run_worker
 
 
 def serve(relay: Any) -> None:
@@ -33,7 +31,7 @@ def serve(relay: Any) -> None:
     while (job := _take(relay, rank, number)) is not None:
         number, request = job
         _train(relay, number, request, rank)
-        _forget()
+        forget_phase(ray.train.torch.get_device())  # its graphs are in the compiler's own cache, if the next needs them
 
 
 def _train(relay: Any, number: int, request: TrainRequest, rank: int) -> None:
@@ -56,11 +54,3 @@ def _take(relay: Any, rank: int, after: int) -> tuple[int, TrainRequest] | None:
         return None
     number, request = answer
     return number, request
-
-
-def _forget() -> None:
-    """Frees the model of a training that is over; its compiled graphs are in the compiler's own cache, if the next needs them."""
-    gc.collect()
-    reset_compiled()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
