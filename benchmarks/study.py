@@ -106,6 +106,10 @@ class Study:
             return None
         return json.loads(path.read_text(encoding="utf-8")) | {"group": arm.group, "label": arm.label}
 
+    def load_done(self) -> list[dict[str, Any]]:
+        """The cached results of all arms that are known and done."""
+        return [result for arm in self.list_arms() if (result := self.load(arm)) is not None]
+
     def save(self, arm: Arm, result: dict[str, Any], device: str) -> None:
         """Keeps a finished arm."""
         write_json(self.path(arm), {**vars(arm), **result, "machine": describe_torch(device)})
@@ -190,9 +194,8 @@ def measure(study: Study) -> None:
 
 def render(study: Study) -> str:
     """All tables of a study, from the cache alone."""
-    arms = study.list_arms()
-    done = [result for arm in arms if (result := study.load(arm)) is not None]
-    compared = [result for result in done if result["group"] != "rate"]
+    arms, done = study.list_arms(), study.load_done()
+    compared = choose_compared(done)
     parts = [
         f"# Study {study.config.name}: {study.identity.name}, {study.shape.num_layers} layers",
         f"{len(done)} of {len(arms)} arms that are known are done ({_describe_plan(study)}). {_describe_machines(done)}",
@@ -223,6 +226,11 @@ def render(study: Study) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def choose_compared(done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Arms that are compared: all but those that only tuned the rate."""
+    return [result for result in done if result["group"] != "rate"]
+
+
 def is_grid_whole(study: Study, arms: Sequence[dict[str, Any]]) -> bool:
     """Whether the grid is finished, on every seed."""
     plans = len(list_boundaries(study.config, study.shape.num_layers)) * len(study.config.sides)
@@ -233,11 +241,9 @@ def draw(study: Study) -> Path:
     """Draws the finished arms, and returns the figure's path."""
     from study_figures import draw_study
 
-    done = [result for arm in study.list_arms() if (result := study.load(arm)) is not None]
-    compared = [result for result in done if result["group"] != "rate"]
     path = study.folder / f"{study.config.name}.png"
     base = json.loads((study.folder / "base.json").read_text(encoding="utf-8"))
-    draw_study(compared, base, f"{study.config.name}: {study.identity.name}", path)
+    draw_study(choose_compared(study.load_done()), base, f"{study.config.name}: {study.identity.name}", path)
     return path
 
 

@@ -21,6 +21,7 @@ from layerplan.errors import ConfigError, PlanError
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_measurement import LayerMeasurement, LayerMeasurements
 from layerplan.plan.layer_profile import ModelIdentity
+from layerplan.plan.measured import count_affordable
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
 
@@ -183,9 +184,8 @@ def choose_layers(
     order, name = measurement.rank(), measurement.name
     chosen = []
     for share in study.flops_shares:
-        fitting = [k for k in range(1, len(order) + 1) if price(sorted(order[:k])) <= share]
-        if fitting:
-            chosen.append((f"{name} at {share:.0%}", sorted(order[: max(fitting)])))
+        if (count := count_affordable(order, price, share)) is not None:
+            chosen.append((f"{name} at {share:.0%}", sorted(order[:count])))
     for count in study.layer_counts:
         chosen.append((f"{name}, {count} layers", sorted(order[:count])))
         chosen.append((f"against {name}, {count} layers", sorted(measurement.rank(from_worst=True)[:count])))

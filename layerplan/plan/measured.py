@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from layerplan.config.plan import MeasuredPlanConfig
@@ -75,14 +75,20 @@ def _find_k(config: MeasuredPlanConfig, order: list[int], price: Callable[[Layer
         if config.k > num_layers:
             raise PlanError(f"plan.k={config.k}: must lie in 1..{num_layers}")
         return config.k
-    fitting = [k for k in range(1, num_layers + 1) if price(tuple(sorted(order[:k]))) <= config.max_flops_share]
-    if not fitting:
+    affordable = count_affordable(order, price, config.max_flops_share)
+    if affordable is None:
         least = price((order[0],))
         raise PlanError(
             f"plan.max_flops_share={config.max_flops_share}: layer {order[0]} alone costs {least:.3f} of training"
             " everything; raise it"
         )
-    return max(fitting)
+    return affordable
+
+
+def count_affordable(order: Sequence[int], price: Callable[[Layers], float], max_share: float) -> int | None:
+    """How many layers of an order, from its first, cost at most a share of the FLOPs; None when the first alone costs more."""
+    fitting = (k for k in range(1, len(order) + 1) if price(tuple(sorted(order[:k]))) <= max_share)
+    return max(fitting, default=None)
 
 
 def _require_evidence(config: MeasuredPlanConfig, p_value: float | None, what: str) -> None:
