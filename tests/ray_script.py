@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,28 @@ def start_script(script: str, *arguments: object, output: TextIO, **extra: str) 
     return subprocess.Popen(
         command, env=script_environment(**extra), stdout=output, stderr=subprocess.STDOUT, text=True
     )
+
+
+def run_two_workers(script: str, *arguments: str) -> list[str]:
+    """Runs `script` twice side by side as the ranks of a gloo group, both to a good end, and returns what each said."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = script_environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", WORLD_SIZE="2")
+    workers = [
+        subprocess.Popen(
+            [sys.executable, script, *arguments],
+            env=env | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [worker.communicate(timeout=400)[0] for worker in workers]
+    for worker, output in zip(workers, outputs):
+        assert worker.returncode == 0, output[-3000:]
+    return outputs
 
 
 def run_script(script: str, *arguments: object, timeout_s: float, **extra: str) -> subprocess.CompletedProcess[str]:

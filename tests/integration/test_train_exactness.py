@@ -6,9 +6,6 @@ The test starts this file twice as a program; each copy is one worker and checks
 from __future__ import annotations
 
 import gc
-import socket
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.ray_script import script_environment
+from tests.ray_script import run_two_workers
 
 NUM_STEPS = 50
 PLANS = ("full", "freeze_deep", "freeze_shallow", "explicit")
@@ -27,23 +24,7 @@ PLACEMENTS = (("replicate", "replicate", 1), ("shard", "replicate", 1), ("shard"
 
 def test_two_workers_equal_one_process_over_fifty_steps(tmp_path: Path) -> None:
     """32 cases: four plans, tied and untied, four placements; parameters within 1e-5."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = script_environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", WORLD_SIZE="2")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__],
-            env=env | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [worker.communicate(timeout=400)[0] for worker in workers]
-    for worker, output in zip(workers, outputs):
-        assert worker.returncode == 0, output[-3000:]
+    outputs = run_two_workers(__file__)
     assert outputs[0].count("case ok") == len(PLANS) * 2 * len(PLACEMENTS)
 
 

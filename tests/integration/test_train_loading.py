@@ -6,12 +6,10 @@ loads, placed whole.
 
 from __future__ import annotations
 
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
-from tests.ray_script import script_environment
+from tests.ray_script import run_two_workers
 
 PLACEMENTS = (("replicate", "replicate", 1), ("shard", "replicate", 1), ("shard", "shard", 1), ("shard", "shard", 2))
 """Parallelism, frozen layers, and groups that each hold all shards (HSDP)."""
@@ -31,24 +29,8 @@ FAMILIES = (
 
 def test_each_of_two_workers_holds_the_bits_of_the_model_loaded_whole(tmp_path: Path) -> None:
     """Ten models, a quarter of their parameters bfloat16 or float16 in the file, four placements, two compute dtypes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = script_environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", WORLD_SIZE="2")
     save_models(tmp_path)
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env=env | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [worker.communicate(timeout=400)[0] for worker in workers]
-    for worker, output in zip(workers, outputs):
-        assert worker.returncode == 0, output[-3000:]
+    outputs = run_two_workers(__file__, str(tmp_path))
     assert outputs[0].count("case ok") == len(FAMILIES) * len(PLACEMENTS) * 2
 
 
