@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from layerplan.leftovers import Leftovers
+
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 3.0
@@ -25,6 +27,8 @@ PATIENCE_S = 5.0
 START_PATIENCE_S = 30.0
 """The same where there is room: a process that is starting looks to Ray as one that was not placed."""
 REPEAT_S = 60.0
+GIVE_BACK_EVERY_S = 10.0
+"""How often it is looked for what Ray kept of ended jobs."""
 START_SAID_S = 10.0
 """When a cluster that has not answered yet is told of: less than Ray takes to end a driver whose head is gone."""
 FAILURES_SAID = 3
@@ -195,6 +199,7 @@ def _watch(address: str, own_job: str, raylet: str) -> None:
 
     log = WaitLog(own_job)
     head, node = LossLog("the head of the Ray cluster", FAILURES_SAID), LossLog("this machine's Ray node (raylet)", 1)
+    leftovers, look_again = Leftovers(), 0.0
     while ray.is_initialized():
         time.sleep(LOOK_EVERY_S)
         answers = takes_connections(address)
@@ -202,6 +207,10 @@ def _watch(address: str, own_job: str, raylet: str) -> None:
         if answers:
             with suppress(Exception):  # whatever Ray cannot say, the run goes on without it
                 lines.append(log.observe(ask_ray(address, own_job), time.monotonic()))
+            if time.monotonic() >= look_again:
+                look_again = time.monotonic() + GIVE_BACK_EVERY_S
+                with suppress(Exception):
+                    lines.append(leftovers.give_back())
         for line in filter(None, lines):
             if ray.is_initialized():
                 logger.info(line)

@@ -121,9 +121,12 @@ def test_a_space_that_grows_runs_what_is_new_under_asha(config: Path, run_here: 
 
 def find_worker() -> int:
     """Process id of a training worker of the cluster at hand."""
+    import ray
     from ray.util.state import list_actors
 
-    found = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+    found = list_actors(
+        ray.get_runtime_context().gcs_address, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
+    )
     assert found, "no training worker was found"
     return int(found[0].pid)
 
@@ -141,8 +144,21 @@ def assert_all_free(*, within_s: float) -> None:
 
     deadline = time.monotonic() + within_s
     while (free := ray.available_resources().get("CPU", 0.0)) < SHARED_CPUS:
-        assert time.monotonic() < deadline, f"{free} of {SHARED_CPUS} CPUs are free"
+        assert time.monotonic() < deadline, f"{free} of {SHARED_CPUS} CPUs are free; {list_holders()}"
         time.sleep(0.2)
+
+
+def list_holders() -> str:
+    """Who may hold resources of the cluster at hand."""
+    import ray
+    from ray.util.state import list_actors, list_placement_groups, list_tasks
+
+    address, ended = ray.get_runtime_context().gcs_address, ("DEAD", "REMOVED", "FINISHED", "FAILED")
+    found = list_actors(address), list_placement_groups(address, detail=True), list_tasks(address)
+    actors = [(item.class_name, item.pid, item.job_id, item.state) for item in found[0] if item.state not in ended]
+    groups = [item for item in found[1] if item.state not in ended]
+    tasks = [(item.name, item.job_id, item.state) for item in found[2] if item.state not in ended]
+    return f"actors {actors}, placement groups {groups}, tasks {tasks}"
 
 
 def read(folder: Path) -> dict[str, Any]:
