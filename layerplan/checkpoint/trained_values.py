@@ -29,6 +29,13 @@ class TrainedValues:
     """Those whose rounded values are not the base's."""
     is_rounded: bool = False
     """Whether rounding moved one of them."""
+    _shapes: dict[str, torch.Size] = field(init=False)
+    """By name; values are read while the model runs too, and then it has no parameters to ask."""
+
+    def __post_init__(self) -> None:
+        self._shapes = {
+            name: parameter.shape for name, parameter in self.base.model.named_parameters(remove_duplicate=False)
+        }
 
     def read_rounded(self, name: str) -> Tensor:
         """A trained parameter at the precision it is exported in, float32; what it is is remembered.
@@ -50,4 +57,4 @@ class TrainedValues:
         return self._read(name) if name in self.weights.dtypes else self.base.reader.read(name)
 
     def _read(self, name: str) -> Tensor:
-        return self.read_exact(name, self.base.model.get_parameter(name).shape)
+        return self.read_exact(name, self._shapes[name])

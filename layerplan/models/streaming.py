@@ -33,17 +33,31 @@ def run_streamed(model: nn.Module, read: Read, run: Callable[[], Tensor]) -> Ten
 
     Args:
         model: With its buffers in memory.
-        read: Gives the values.
+        read: Gives the values. It is called while the model runs, and finds no parameter in it then.
         run: Calls the model.
+
+    Raises:
+        Exception: What reading a value or calling the model raised.
     """
     outside, layers = _sort_places(model)
+    failed: list[Exception] = []
+
+    def read_here(name: str) -> Tensor:
+        try:
+            return read(name)
+        except Exception as error:
+            failed.append(error)
+            raise
+
     try:
         with ExitStack() as running:
             for layer, places in layers:
-                running.enter_context(_lent_while_running(layer, places, read))
-            running.enter_context(_lent(outside, read))
+                running.enter_context(_lent_while_running(layer, places, read_here))
+            running.enter_context(_lent(outside, read_here))
             return run()
     except FOREIGN_ERRORS:
+        if failed:  # not the model's doing
+            raise
         with _lent([*outside, *(place for _, places in layers for place in places)], read):
             return run()
 

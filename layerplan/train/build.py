@@ -24,6 +24,7 @@ from layerplan.plan.memory import MemoryEstimate, choose_placement, choose_place
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.storage.paths import StoredPath
+from layerplan.train.allocator import return_large_blocks
 from layerplan.train.attention import IMPLEMENTATIONS, asks_for_documents, choose_attention, try_set_attention
 from layerplan.train.label_step import LabelLossModel
 from layerplan.train.loss_proof import agree_on_document_fault, agree_on_recipe
@@ -93,6 +94,8 @@ def build_model(
             f"the run does not fit into memory{where}. {explain_shortage(largest.estimate, available, config)}"
         )
     placement, estimate = choose_placement(plan, shape, config, **limits)
+    if device.type == "cpu" and placement.parallelism == "shard":
+        return_large_blocks()
     torch.manual_seed(request.seed)
     recipe, attention = ask_whole_model(request, shape, device, seq_len=seq_len, rank=rank, world_size=world_size)
     placement = replace(placement, attention=attention)

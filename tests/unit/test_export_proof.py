@@ -19,6 +19,7 @@ from layerplan.checkpoint import hf_export
 from layerplan.checkpoint.dcp import save_checkpoint
 from layerplan.checkpoint.export_report import ExportReport
 from layerplan.checkpoint.hf_export import export_hf
+from layerplan.checkpoint.trained_values import TrainedValues
 from layerplan.config.plan import FreezeDeepPlanConfig
 from layerplan.config.train import OptimizerConfig
 from layerplan.errors import CheckpointError, ModelError
@@ -135,6 +136,24 @@ def test_a_base_of_bfloat16_is_exported_in_bfloat16_at_its_own_size(tmp_path: Pa
     assert report.trained_dtypes == ("bfloat16",)
     assert 0 < report.logits_moved_by_rounding < 0.05
     assert (base / "config.json").read_bytes() == (tmp_path / "out" / "config.json").read_bytes()
+
+
+def test_what_rounding_moved_is_computed_with_one_layer_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = store_as(save_tiny_base(tmp_path / "base"), lambda name: torch.bfloat16)
+    run = train_briefly(base, tmp_path / "checkpoint")
+    there: list[set[str]] = []
+    plain = TrainedValues.read_any
+
+    def read(self: TrainedValues, name: str) -> torch.Tensor:
+        inside = (each for each, _ in self.base.model.named_parameters() if ".layers." in each)
+        there.append({each.split(".")[2] for each in inside})
+        return plain(self, name)
+
+    monkeypatch.setattr(TrainedValues, "read_any", read)
+    assert run.export(tmp_path / "out").logits_moved_by_rounding > 0
+    assert max(map(len, there)) == 1
 
 
 def test_float32_on_request_is_what_was_trained_and_the_config_says_so(tmp_path: Path) -> None:

@@ -153,6 +153,22 @@ def test_a_model_that_reaches_into_its_layers_gets_all_values_at_once(tmp_path: 
     assert [name for name, _ in skeleton.model.named_parameters()] == names
 
 
+def test_a_value_that_cannot_be_read_is_no_reason_to_read_all(tmp_path: Path) -> None:
+    skeleton = load_skeleton(str(save_tiny_base(tmp_path / "base")))
+    asked: list[str] = []
+
+    def read(name: str) -> Tensor:
+        asked.append(name)
+        if ".layers.1." in name:
+            raise AttributeError(name)
+        return skeleton.reader.read(name)
+
+    with torch.no_grad(), pytest.raises(AttributeError, match="layers"):
+        run_streamed(skeleton.model, read, lambda: skeleton.model(input_ids=torch.arange(12)[None]).logits)
+    assert len(asked) == len(set(asked))
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+
+
 def test_a_streamed_file_has_the_bytes_of_the_librarys(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tensors = {
