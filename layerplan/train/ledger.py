@@ -7,6 +7,8 @@ because those steps are taken again.
 from __future__ import annotations
 
 import json
+import mmap
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from layerplan.artifacts import hash_bytes, write_text
+from layerplan.artifacts import hash_bytes
 from layerplan.errors import TrainingError
 
 
@@ -34,11 +36,21 @@ class LedgerWriter:
         self._is_begun = path.exists()
 
     def drop_after(self, step: int) -> None:
-        """Removes the lines of steps after `step`, atomically, and a last line cut short by a kill."""
-        if not self._path.exists():
+        """Removes the lines of steps after `step`, and a last line cut short by a kill.
+
+        Read from the end, in one cut: a ledger of a long run is hundreds of MB, of which a resume needs the last lines.
+        """
+        if not self._path.exists() or not self._path.stat().st_size:
             return
-        kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        write_text(self._path, "".join(line + "\n" for line in kept))
+        with self._path.open("r+b") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            end = whole = len(text)
+            while end:
+                start = text.rfind(b"\n", 0, end - 1) + 1
+                if text[end - 1 : end] == b"\n" and _step_of(text[start:end]) <= step:
+                    break
+                end = start
+        if end < whole:
+            os.truncate(self._path, end)
 
     def write(self, step: int, row_ids: NDArray[np.int64]) -> None:
         """Takes this rank's row ids of the 1-based `step`.
@@ -65,7 +77,7 @@ def hash_row_ids(row_ids: NDArray[np.int64]) -> str:
     return hash_bytes(np.sort(row_ids).astype("<i8").tobytes())
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

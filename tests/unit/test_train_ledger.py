@@ -14,7 +14,7 @@ from layerplan.corpus.stream import make_schedule
 from layerplan.errors import CorpusError
 from layerplan.pipeline.check_ledger import check_ledgers
 from layerplan.run_folder import MANIFEST_NAME
-from layerplan.train.ledger import hash_row_ids
+from layerplan.train.ledger import LedgerWriter, hash_row_ids
 from layerplan.train.ledger_check import LedgerStep, check_epochs, check_equal, load_ledger
 
 
@@ -142,3 +142,23 @@ def test_a_forged_torn_or_missing_ledger_is_refused(tmp_path: Path):
             load_ledger(tmp_path / "run")
     with pytest.raises(CorpusError, match=r"train\.write_ledger=true"):
         load_ledger(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("cut", [0, 1, 25])
+@pytest.mark.parametrize("start_step", [0, 1, 7, 11, 12, 40])
+def test_steps_that_are_taken_again_and_a_torn_line_are_dropped(start_step: int, cut: int, tmp_path: Path):
+    write_run(tmp_path / "run", make_manifest((61, None)), num_steps=12)
+    path = tmp_path / "run" / "ledger.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines)[: -cut or None])
+    LedgerWriter(path, start_step=start_step, rank=0, world_size=1)
+    whole = 12 if cut == 0 else 11  # a line without its end counts as torn
+    assert path.read_bytes() == b"".join(lines[: min(start_step, whole)])
+
+
+def test_a_ledger_without_lines_stays_empty(tmp_path: Path):
+    path = tmp_path / "ledger.jsonl"
+    for content in (b"", b"{", b"\n"):
+        path.write_bytes(content)
+        LedgerWriter(path, start_step=3, rank=0, world_size=1)
+        assert path.read_bytes() == b""
