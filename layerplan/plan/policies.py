@@ -11,6 +11,7 @@ from layerplan.config.plan import (
     FreezeShallowPlanConfig,
     FromProfilePlanConfig,
     FullPlanConfig,
+    LayerPlanOptions,
     MeasuredPlanConfig,
     MidpointPlanConfig,
     PlanConfig,
@@ -24,11 +25,12 @@ from layerplan.errors import PlanError
 from layerplan.plan.boundary import check_boundary, compute_boundary
 from layerplan.plan.boundary_choice import BoundaryChoice, choose_boundary, explain_choice
 from layerplan.plan.cost import predict_cost
-from layerplan.plan.freeze_plan import FreezePlan, Tied
+from layerplan.plan.freeze_plan import FreezePlan, Modules, Tied
 from layerplan.plan.layer_measurement import LayerMeasurements
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
-from layerplan.plan.measured import choose_measured
+from layerplan.plan.measured import choose_measured, choose_measured_modules
 from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.modules import choose_modules
 from layerplan.plan.plan_cost import PredictedCost
 from layerplan.plan.selectors import select
 
@@ -76,12 +78,14 @@ def make_plan(
     if isinstance(config, MeasuredPlanConfig):
         return _plan_measured(config, model, shape, measurements, seq_len)
     layers, reason, evidence = _choose(config, shape, profile)
+    layers, modules, reason = _choose_modules(config, layers, shape, reason)
     if profile is not None:
         evidence = {"profile_sha256": profile.sha256, **evidence}
     plan = FreezePlan(
         model=model,
         plan_type=config.type,
         trainable_layers=layers,
+        trainable_modules=modules,
         reason=reason,
         evidence=evidence,
         **decide_ends(_with_selected_ends(config, shape, profile), shape),
@@ -106,17 +110,41 @@ def _plan_measured(
         )
     ends = decide_ends(config, shape)
 
-    def make(layers: tuple[int, ...], reason: str, evidence: dict[str, Any]) -> FreezePlan:
+    def make(layers: tuple[int, ...], modules: Modules, reason: str, evidence: dict[str, Any]) -> FreezePlan:
         return FreezePlan(
-            model=model, plan_type=config.type, trainable_layers=layers, reason=reason, evidence=evidence, **ends
+            model=model,
+            plan_type=config.type,
+            trainable_layers=layers,
+            trainable_modules=modules,
+            reason=reason,
+            evidence=evidence,
+            **ends,
         )
 
-    def price(layers: tuple[int, ...]) -> float:
-        full = predict_cost(make_full_plan(model, shape), shape, seq_len=seq_len)
-        return predict_cost(make(layers, "", {}), shape, seq_len=seq_len).total_flops / full.total_flops
+    full = predict_cost(make_full_plan(model, shape), shape, seq_len=seq_len).total_flops
 
-    layers, reason, evidence = choose_measured(config, measurements.find(config.type), price)
-    return seal_with_cost(make(layers, reason, evidence), shape, seq_len)
+    def price(layers: tuple[int, ...], modules: Modules) -> float:
+        return predict_cost(make(layers, modules, "", {}), shape, seq_len=seq_len).total_flops / full
+
+    measurement = measurements.find(config.type)
+    if config.unit == "module":
+        plan = make(*choose_measured_modules(config, measurement, shape, price))
+        return seal_with_cost(plan, shape, seq_len)
+    chosen, reason, evidence = choose_measured(
+        config, measurement, lambda layers: price(*_choose_modules(config, layers, shape, "")[:2])
+    )
+    layers, modules, reason = _choose_modules(config, chosen, shape, reason)
+    return seal_with_cost(make(layers, modules, reason, evidence), shape, seq_len)
+
+
+def _choose_modules(
+    config: PlanConfig, layers: tuple[int, ...], shape: ModelShape, reason: str
+) -> tuple[tuple[int, ...], Modules, str]:
+    """The layers of which something trains, the modules of those that train in part, and the reason with both."""
+    if not isinstance(config, LayerPlanOptions) or config.modules is None:
+        return layers, {}, reason
+    layers, modules = choose_modules(config.modules, layers, shape)
+    return layers, modules, f"{reason} Of them only {', '.join(config.modules)} train."
 
 
 def seal_with_cost(plan: FreezePlan, shape: ModelShape, seq_len: int) -> FreezePlan:
