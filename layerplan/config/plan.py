@@ -201,6 +201,17 @@ class MeasuredPlanConfig(LayerPlanOptions):
             )
 
 
+class RecommendedPlanConfig(StrictModel):
+    """What a finished study found best for a preference, under a limit; the plan names the study and says how much it says."""
+
+    type: Literal["recommended"] = "recommended"
+    prefer: Literal["adaptation", "retention", "balanced"]
+    """What is to be low: the loss on the new text, that on text the base knows, or both alike, each as a share of what the
+    study's plans spread over."""
+    max_flops_share: float | None = Field(default=None, gt=0, le=1)
+    """FLOPs per token as a share of training everything; left out, any."""
+
+
 class FilePlanConfig(StrictModel):
     """A `freeze_plan.json` made earlier; its hash is checked on load."""
 
@@ -253,6 +264,7 @@ _FixedPlanConfig = (
     | MidpointPlanConfig
     | StitchedPlanConfig
     | MeasuredPlanConfig
+    | RecommendedPlanConfig
 )
 FixedPlanConfig = Annotated[_FixedPlanConfig, Field(discriminator="type")]
 

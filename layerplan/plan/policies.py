@@ -17,6 +17,7 @@ from layerplan.config.plan import (
     PlanConfig,
     PlanOptions,
     RandomPlanConfig,
+    RecommendedPlanConfig,
     ReversePlanConfig,
     SemanticPlanConfig,
     TopKSensitivityPlanConfig,
@@ -32,6 +33,7 @@ from layerplan.plan.measured import choose_measured, choose_measured_modules
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.modules import choose_modules
 from layerplan.plan.plan_cost import PredictedCost
+from layerplan.plan.recommended import recommend
 from layerplan.plan.selectors import select
 
 DEFAULT_SEQ_LEN = 4096
@@ -75,6 +77,8 @@ def make_plan(
         raise PlanError(
             f"layer profile {profile.sha256[:12]}: has {profile.model.num_layers} layers, the model {model.num_layers}"
         )
+    if isinstance(config, RecommendedPlanConfig):
+        return _plan_recommended(config, model, shape, seq_len)
     if isinstance(config, MeasuredPlanConfig):
         return _plan_measured(config, model, shape, measurements, seq_len)
     layers, reason, evidence = _choose(config, shape, profile)
@@ -90,6 +94,28 @@ def make_plan(
         evidence=evidence,
         **decide_ends(_with_selected_ends(config, shape, profile), shape),
     )
+    return seal_with_cost(plan, shape, seq_len)
+
+
+def _plan_recommended(
+    config: RecommendedPlanConfig, model: ModelIdentity, shape: ModelShape, seq_len: int
+) -> FreezePlan:
+    full = make_full_plan(model, shape)
+    full_flops = predict_cost(full, shape, seq_len=seq_len).total_flops
+
+    def make(layers: tuple[int, ...] | None) -> FreezePlan:
+        if layers is None:
+            return full
+        return FreezePlan(
+            model=model, plan_type=config.type, trainable_layers=layers, reason="", **decide_ends(PlanOptions(), shape)
+        )
+
+    found = recommend(
+        config,
+        shape.num_layers,
+        lambda layers: predict_cost(make(layers), shape, seq_len=seq_len).total_flops / full_flops,
+    )
+    plan = make(found.layers).model_copy(update={"reason": found.reason, "evidence": found.evidence})
     return seal_with_cost(plan, shape, seq_len)
 
 
@@ -175,7 +201,7 @@ def make_full_plan(model: ModelIdentity, shape: ModelShape) -> FreezePlan:
     ).sealed()
 
 
-def decide_ends(config: PlanConfig, shape: ModelShape) -> dict[str, Any]:
+def decide_ends(config: PlanConfig | PlanOptions, shape: ModelShape) -> dict[str, Any]:
     """Embeddings, norm and head; a tied matrix needs one choice for both of its sides."""
     if isinstance(config, FullPlanConfig):
         tied: Tied = "trained" if shape.is_tied else "untied"
