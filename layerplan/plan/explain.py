@@ -16,7 +16,7 @@ from layerplan.plan.describe import (
     describe_sensitivities,
     list_pairs,
 )
-from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.freeze_plan import FreezePlan, PlanPhase
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.markdown import as_text
 from layerplan.plan.plan_cost import PredictedCost
@@ -152,7 +152,7 @@ def _phase_lines(plan: FreezePlan) -> list[str]:
     for phase in plan.phases:
         ends = (phase.train_embeddings, phase.train_final_norm, phase.train_lm_head)
         lines.append(
-            f"| {phase.start_step} | {phase.plan_type} | {name_ranges(phase.trainable_layers)} | "
+            f"| {phase.start_step} | {phase.plan_type} | {_name_trained(phase)} | "
             + " | ".join(_state(end) for end in ends)
             + " |"
         )
@@ -176,11 +176,17 @@ def _module_lines(plan: FreezePlan) -> list[str]:
 def explain_changes(plan: FreezePlan, limit: int = 8) -> list[str]:
     """One short line per phase, the first few of many."""
     lines = [
-        f"step {phase.start_step}: layers {name_ranges(phase.trainable_layers)} train"
+        f"step {phase.start_step}: layers {_name_trained(phase)} train"
         + "".join(f", {name}" for name in ("embeddings", "final_norm", "lm_head") if getattr(phase, f"train_{name}"))
         for phase in plan.phases
     ]
     return lines if len(lines) <= limit else [*lines[:limit], f"and {len(lines) - limit} more phases"]
+
+
+def _name_trained(phase: PlanPhase) -> str:
+    """Layers of a phase, and how many of them train in part."""
+    partly = f" ({len(phase.trainable_modules)} in part)" if phase.trainable_modules else ""
+    return name_ranges(phase.trainable_layers) + partly
 
 
 def name_ranges(layers: Sequence[int]) -> str:
