@@ -88,7 +88,8 @@ def count_trainable_params(plan: FreezePlan, shape: ModelShape) -> int:
 def explain_cost(plan: FreezePlan, shape: ModelShape, cost: PlanCost, full: PlanCost) -> str:
     """One sentence on why the plan is or is not cheaper than training everything."""
     share = cost.total_flops / full.total_flops
-    if cost.first_gradient_layer == 0 and plan.train_embeddings and plan.frozen_layers:
+    is_partial = bool(plan.frozen_layers or plan.trainable_modules)
+    if cost.first_gradient_layer == 0 and plan.train_embeddings and is_partial:
         why = "the trained input embedding pulls the gradient through every layer, so frozen layers save weight gradients only"
     elif plan.trainable_modules:
         why = (

@@ -28,17 +28,16 @@ def choose_modules(
         The layers that have such a module, and their modules; a layer all of whose modules train is not among the latter.
 
     Raises:
-        PlanError: When a pattern matches no module of these layers, or their modules are not known.
+        PlanError: When a pattern matches no module of any layer, or their modules are not known.
     """
-    names = {layer: list_modules(shape, layer) for layer in layers}
+    known = {name: None for layer in range(shape.num_layers) for name in list_modules(shape, layer)}
     for pattern in patterns:
-        if not any(_fits(pattern, name) for each in names.values() for name in each):
-            known = sorted({name for each in names.values() for name in each})
+        if not any(_fits(pattern, name) for name in known):
             nearest = max(known, key=lambda name: difflib.SequenceMatcher(None, pattern, name).ratio())
             raise PlanError(
-                f"plan.modules: {pattern!r} matches no module of these layers; the nearest is {nearest}"
-                f" (of {', '.join(known)})"
+                f"plan.modules: {pattern!r} matches no module of a layer; the nearest is {nearest} (of {', '.join(known)})"
             )
+    names = {layer: list_modules(shape, layer) for layer in layers}
     found = {
         layer: tuple(name for name in each if any(_fits(pattern, name) for pattern in patterns))
         for layer, each in names.items()

@@ -150,15 +150,18 @@ def _plan_measured(
     full = predict_cost(make_full_plan(model, shape), shape, seq_len=seq_len).total_flops
 
     def price(layers: tuple[int, ...], modules: Modules) -> float:
+        if not layers:
+            return 0.0
         return predict_cost(make(layers, modules, "", {}), shape, seq_len=seq_len).total_flops / full
+
+    def restrict(layers: tuple[int, ...]) -> tuple[tuple[int, ...], Modules]:
+        return (layers, {}) if config.modules is None else choose_modules(config.modules, layers, shape)
 
     measurement = measurements.find(config.type)
     if config.unit == "module":
         plan = make(*choose_measured_modules(config, measurement, shape, price))
         return seal_with_cost(plan, shape, seq_len)
-    chosen, reason, evidence = choose_measured(
-        config, measurement, lambda layers: price(*_choose_modules(config, layers, shape, "")[:2])
-    )
+    chosen, reason, evidence = choose_measured(config, measurement, lambda layers: price(*restrict(layers)))
     layers, modules, reason = _choose_modules(config, chosen, shape, reason)
     return seal_with_cost(make(layers, modules, reason, evidence), shape, seq_len)
 
@@ -169,8 +172,13 @@ def _choose_modules(
     """The layers of which something trains, the modules of those that train in part, and the reason with both."""
     if not isinstance(config, LayerPlanOptions) or config.modules is None:
         return layers, {}, reason
-    layers, modules = choose_modules(config.modules, layers, shape)
-    return layers, modules, f"{reason} Of them only {', '.join(config.modules)} train."
+    chosen, modules = choose_modules(config.modules, layers, shape)
+    if not chosen:
+        raise PlanError(
+            f"plan.modules: none of layers {', '.join(map(str, layers))} has a module that"
+            f" {', '.join(config.modules)} names"
+        )
+    return chosen, modules, f"{reason} Of them only {', '.join(config.modules)} train."
 
 
 def seal_with_cost(plan: FreezePlan, shape: ModelShape, seq_len: int) -> FreezePlan:

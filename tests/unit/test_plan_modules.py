@@ -30,7 +30,7 @@ from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.explain import explain_plan, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.plan.layer_measurement import LayerMeasurements
+from layerplan.plan.layer_measurement import LayerMeasurement, LayerMeasurements, MeasuringCost
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.modules import choose_top_share
@@ -309,6 +309,18 @@ def test_spectrums_own_file_becomes_a_plan_and_comes_back(
 def test_a_module_that_is_not_there_is_named(make: Any, said: str) -> None:
     with pytest.raises(PlanError, match=said):
         make()
+
+
+def test_layers_without_the_modules_are_named_and_cost_a_measurement_nothing() -> None:
+    with pytest.raises(PlanError, match=r"none of layers 1, 3 has a module that mixer.in_proj names"):
+        plan_of(ExplicitPlanConfig(trainable=[1, 3], modules=["mixer.in_proj"]), HYBRID)
+    shape = shape_of(HYBRID)
+    identity = ModelIdentity(name="hybrid", model_type="nemotron_h", num_layers=6)
+    found = LayerMeasurement(name="fisher", values=[1, 6, 2, 5, 3, 4], cost=MeasuringCost(seconds=0, flops=0, tokens=0))
+    measured = LayerMeasurements(model=identity, measurements=[found]).sealed()
+    config = MeasuredPlanConfig(type="fisher", max_flops_share=0.6, modules=["mixer.in_proj"])
+    plan = make_plan(config, model=identity, shape=shape, measurements=measured)
+    assert plan.trainable_modules == {4: ("mixer.in_proj",)}  # layer 1 is first in order and has none, 0 costs too much
 
 
 def test_a_plan_for_modules_of_another_model_is_refused_by_name() -> None:
