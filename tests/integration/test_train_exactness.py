@@ -80,6 +80,7 @@ def train(plan_type, is_tied, placement, rank, world_size):  # type: ignore[no-u
     from layerplan.train.frozen_check import FrozenTensors
     from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
     from layerplan.train.optim import build_optimizer
+    from layerplan.train.self_test import confirm_recipe
     from layerplan.train.sharding import place_model
     from layerplan.train.state import TrainState
 
@@ -105,6 +106,7 @@ def train(plan_type, is_tied, placement, rank, world_size):  # type: ignore[no-u
         return (rows_of_step(step, rank, world_size) for step in range(start, stop))
 
     hooks = LoopHooks(iter_steps, lambda state: None, lambda: False, None, None)
+    confirm_recipe(placed.model, seq_len=16, dtype=torch.float32)  # its passes without a backward leave shards gathered
     frozen_tensors = FrozenTensors(placed.model, "float32", world_size)
     setup = LoopSetup(placed, optimizer, applied, config, device, rank, world_size, frozen=frozen_tensors)
     state = run_loop(setup, TrainState(frozen_checksum=frozen_tensors.digest), hooks)
