@@ -70,9 +70,11 @@ def choose_measured_modules(
     """
     kinds = dict(zip(measurement.repeat_names, measurement.repeats, strict=True))
 
+    def pick(share: float) -> dict[str, list[int]]:
+        return choose_top_share(kinds, share, from_worst=config.end == "worst")
+
     def choose(share: float) -> tuple[Layers, Modules]:
-        chosen = choose_top_share(kinds, share, from_worst=config.end == "worst")
-        return settle(by_layer(chosen), shape)
+        return settle(by_layer(pick(share)), shape)
 
     share = config.top_share or _find_share(config, choose, price, len(measurement.values))
     layers, modules = choose(share)
@@ -80,11 +82,11 @@ def choose_measured_modules(
         raise PlanError(
             f"plan.top_share={share}: is less than one layer of {len(measurement.values)} for every kind of matrix; raise it"
         )
-    num_matrices = sum(len(each) for each in choose_top_share(kinds, share).values())
+    num_matrices = sum(map(len, pick(share).values()))
     which = "highest" if config.end == "best" else "lowest"
     reason = (
-        f"The {share:.3g} of the layers with the {which} {_name(measurement)}, for each of {len(kinds)} kinds of matrices"
-        f" by itself: {num_matrices} matrices in {len(layers)} of {len(measurement.values)} layers."
+        f"The {share:.3g} of layers with the {which} signal to noise, for each of {len(kinds)} kinds of matrices by itself:"
+        f" {num_matrices} matrices in {len(layers)} of {len(measurement.values)} layers."
     )
     kept = _keep(measurement, unit="module", top_share=share, end=config.end)
     kept["measurement"]["kinds"] = kinds
