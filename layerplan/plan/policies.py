@@ -178,7 +178,7 @@ def _choose_modules(
             f"plan.modules: none of layers {', '.join(map(str, layers))} has a module that"
             f" {', '.join(config.modules)} names"
         )
-    return chosen, modules, f"{reason} Of them only {', '.join(config.modules)} train."
+    return chosen, modules, f"{reason} Of them only these modules train: {', '.join(config.modules)}."
 
 
 def seal_with_cost(plan: FreezePlan, shape: ModelShape, seq_len: int) -> FreezePlan:

@@ -44,6 +44,8 @@ from tests.unit.test_plan_cost import HYBRID, SMALL, build, count_flops, plan_of
 MODEL = ModelIdentity(name="tiny", model_type="qwen3", num_layers=3)
 SHAPE = ModelShape.from_hf_config(TINY_QWEN3)
 LAYERS = 6
+WIDE = {**QWEN3_0P6B, "num_hidden_layers": 8}
+"""Qwen3-0.6B's layers, fewer of them."""
 
 
 def plan_for(config: Any) -> FreezePlan:
@@ -165,19 +167,19 @@ def test_exactly_the_named_modules_of_the_chosen_layers_move(patterns: list[str]
 def test_flops_of_modules_equal_the_counted_ones(modules: list[str]) -> None:
     """Weight gradients of what trains alone, input gradients down to the first module of the lowest layer."""
     for config in (
-        FreezeShallowPlanConfig(boundary=20, modules=modules),
+        FreezeShallowPlanConfig(boundary=5, modules=modules),
         FreezeDeepPlanConfig(boundary=2, modules=modules),
     ):
-        plan, shape = plan_of(config, QWEN3_0P6B)
+        plan, shape = plan_of(config, WIDE)
         predicted = predict_cost(plan, shape, seq_len=512, causal=False).total_flops
-        assert predicted == pytest.approx(count_flops(QWEN3_0P6B, plan, 512), rel=1e-6)
+        assert predicted == pytest.approx(count_flops(WIDE, plan, 512), rel=1e-6)
 
 
 def test_one_projection_into_attention_costs_all_its_gradients() -> None:
     """Attention's kernels give the gradients of queries, keys and values together; the eager one, counted here, only one."""
-    plan, shape = plan_of(FreezeShallowPlanConfig(boundary=20, modules=["self_attn.q_proj"]), QWEN3_0P6B)
+    plan, shape = plan_of(FreezeShallowPlanConfig(boundary=5, modules=["self_attn.q_proj"]), WIDE)
     predicted = predict_cost(plan, shape, seq_len=512, causal=False).total_flops
-    counted = count_flops(QWEN3_0P6B, plan, 512)
+    counted = count_flops(WIDE, plan, 512)
     mixing = 2.0 * 2 * 16 * 128 * 512
     assert counted < predicted <= counted + mixing * 1.01
 
