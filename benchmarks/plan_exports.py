@@ -51,6 +51,7 @@ PLANS: dict[str, Any] = {
     "layers 1, 10": ExplicitPlanConfig(trainable=[1, 10]),
     "first 3 and norm": FreezeDeepPlanConfig(boundary=3, train_final_norm=True),
     "last 2, embeddings, head": FreezeShallowPlanConfig(boundary=10, train_embeddings=True, train_lm_head=True),
+    "modules of layers 1, 10": ExplicitPlanConfig(trainable=[1, 10], modules=["mlp.down_proj", "self_attn.?_proj"]),
 }
 Freezer = Callable[[nn.Module, dict[str, Any]], None]
 

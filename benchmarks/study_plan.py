@@ -100,10 +100,11 @@ class Arm:
         return compute_sha256({"inputs": inputs, **content, "layers": list(self.layers)})[:16]
 
 
-def load_study(path: Path) -> StudyConfig:
-    """Reads a study; raises `ConfigError` with one line per fault."""
+def load_study(path: Path, *, expand: bool = True) -> StudyConfig:
+    """Reads a study, with environment variables expanded if asked to; raises `ConfigError` with one line per fault."""
     try:
-        return StudyConfig.model_validate(yaml.safe_load(os.path.expandvars(path.read_text(encoding="utf-8"))))
+        text = path.read_text(encoding="utf-8")
+        return StudyConfig.model_validate(yaml.safe_load(os.path.expandvars(text) if expand else text))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
 

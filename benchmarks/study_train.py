@@ -26,20 +26,23 @@ from layerplan.plan.policies import make_full_plan
 from layerplan.train.optim import build_optimizer, compute_clip_scale, compute_grad_norm
 from layerplan.train.schedule import compute_lr_scale
 
+LOGITS_AT_ONCE = 1 << 29
+"""Float32 numbers: 2 GiB, and as much again for each of the few copies that a backward pass holds."""
 SCHEDULE = ScheduleConfig(type="cosine", warmup_ratio=0.1)
 
 
 class Bench:
     """A loaded base that arm after arm begins from.
 
-    On a GPU eight rows pass together and products of float32 numbers are TF32's; on a CPU rows pass one by one.
+    On a GPU up to eight rows pass together, as many as whose logits are held at once, and products of float32 numbers are
+    TF32's; on a CPU rows pass one by one.
     """
 
     def __init__(
         self, model: nn.Module, identity: ModelIdentity, shape: ModelShape, dtype: str, device: str = "cpu"
     ) -> None:
         self.model, self._identity, self._shape, self._dtype = model.to(device), identity, shape, dtype
-        self._device, self._rows_at_once = torch.device(device), 1 if device == "cpu" else 8
+        self._device, self._rows_at_most = torch.device(device), 1 if device == "cpu" else 8
         if device != "cpu":
             torch.set_float32_matmul_precision("high")
         self._base = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -85,7 +88,7 @@ class Bench:
     def score(self, ids_BT: Tensor) -> list[float]:
         """Mean next-token loss of each row, nats."""
         losses: list[float] = []
-        for rows in ids_BT.to(self._device).split(self._rows_at_once):
+        for rows in ids_BT.to(self._device).split(self._count_rows(ids_BT)):
             labels_BT = rows[:, 1:]
             nats = F.cross_entropy(self._run(rows).flatten(0, 1), labels_BT.flatten(), reduction="none")
             losses += nats.view(labels_BT.shape).mean(1).tolist()
@@ -94,7 +97,7 @@ class Bench:
     def _step(self, optimizer: Any, ids_BT: Tensor, config: OptimizerConfig, step: int, steps: int) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self._device)
-        for rows in ids_BT.split(self._rows_at_once):
+        for rows in ids_BT.split(self._count_rows(ids_BT)):
             loss = mean_loss(self._run(rows), rows[:, 1:]) * (len(rows) / len(ids_BT))
             loss.backward()
             total += loss.detach()
@@ -103,6 +106,10 @@ class Bench:
         trained = [value for value in self.model.parameters() if value.grad is not None]
         optimizer.step(grad_scale=compute_clip_scale(compute_grad_norm(trained), config.max_grad_norm))
         return total
+
+    def _count_rows(self, ids_BT: Tensor) -> int:
+        """Rows that pass together."""
+        return max(1, min(self._rows_at_most, LOGITS_AT_ONCE // (ids_BT.shape[1] * self._shape.vocab_size)))
 
     def _run(self, ids_BT: Tensor) -> Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == "bfloat16"):

@@ -27,13 +27,21 @@ class PlanOptions(StrictModel):
     Left out, it follows `train_embeddings` and `train_lm_head` when they agree."""
 
 
+class LayerPlanOptions(PlanOptions):
+    """Options of plans that choose decoder layers once."""
+
+    modules: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, min_length=1)
+    """Train only these modules of the chosen layers and freeze the rest of them: names inside a layer (`mlp.down_proj`), all
+    below a part of it (`mlp`), or patterns with `*` and `?` (`*_proj`). Left out, the layers train whole."""
+
+
 class FullPlanConfig(StrictModel):
     """Every parameter trains."""
 
     type: Literal["full"] = "full"
 
 
-class BoundaryPlanOptions(PlanOptions):
+class BoundaryPlanOptions(LayerPlanOptions):
     """A plan cut at one boundary; give `boundary` or `split_ratio`, not both."""
 
     boundary: int | None = Field(default=None, ge=1)
@@ -75,7 +83,7 @@ class BoundaryOptions(StrictModel):
     same, or an error."""
 
 
-class FromProfilePlanConfig(BoundaryOptions, PlanOptions):
+class FromProfilePlanConfig(BoundaryOptions, LayerPlanOptions):
     """The boundary of the layer profile's alignment score S (Eq. 7), if the measurement supports one; the deep side freezes."""
 
     type: Literal["from_profile"] = "from_profile"
@@ -83,7 +91,7 @@ class FromProfilePlanConfig(BoundaryOptions, PlanOptions):
     """Which side of the chosen boundary freezes."""
 
 
-class SemanticPlanConfig(PlanOptions):
+class SemanticPlanConfig(LayerPlanOptions):
     """SALF: layers before the profile's end-of-freezing layer freeze."""
 
     type: Literal["semantic"] = "semantic"
@@ -91,7 +99,7 @@ class SemanticPlanConfig(PlanOptions):
     """Which semantic deviation decides."""
 
 
-class ExplicitPlanConfig(PlanOptions):
+class ExplicitPlanConfig(LayerPlanOptions):
     """The layers named by selectors train, everything else freezes."""
 
     type: Literal["explicit"] = "explicit"
@@ -101,7 +109,7 @@ class ExplicitPlanConfig(PlanOptions):
     of a metric (`top:4:sensitivity`)."""
 
 
-class TopKSensitivityPlanConfig(PlanOptions):
+class TopKSensitivityPlanConfig(LayerPlanOptions):
     """The k layers with the largest mean sensitivity train; they need not be neighbours."""
 
     type: Literal["top_k_sensitivity"] = "top_k_sensitivity"
@@ -109,7 +117,7 @@ class TopKSensitivityPlanConfig(PlanOptions):
     """How many layers train."""
 
 
-class RandomPlanConfig(PlanOptions):
+class RandomPlanConfig(LayerPlanOptions):
     """Control: k layers drawn with a seed."""
 
     type: Literal["random"] = "random"
@@ -119,13 +127,13 @@ class RandomPlanConfig(PlanOptions):
     """Seed of the draw."""
 
 
-class ReversePlanConfig(BoundaryOptions, PlanOptions):
+class ReversePlanConfig(BoundaryOptions, LayerPlanOptions):
     """Control: as many layers as `from_profile` would train, taken from the other end."""
 
     type: Literal["reverse"] = "reverse"
 
 
-class MidpointPlanConfig(PlanOptions):
+class MidpointPlanConfig(LayerPlanOptions):
     """Control: boundary L // 2, the guess without a measurement."""
 
     type: Literal["midpoint"] = "midpoint"
@@ -141,7 +149,7 @@ class StitchedPlanConfig(PlanOptions):
     """Which layers train: those that were initialised or copied in, or those taken over from donors."""
 
 
-class MeasuredPlanConfig(PlanOptions):
+class MeasuredPlanConfig(LayerPlanOptions):
     """The layers a rival measurement speaks for; `measure` says how it is taken, `docs/measurements.md` what it is."""
 
     type: Measurement
@@ -149,10 +157,14 @@ class MeasuredPlanConfig(PlanOptions):
     information, loss saved in a short training of everything, or gain of the tuned lens."""
     select: Literal["top", "boundary"] = "top"
     """`top` trains the best layers, wherever they lie; `boundary` one side of the largest step of the values."""
+    unit: Literal["layer", "module"] = "layer"
+    """With `top` of `spectrum`: whether whole layers are chosen, or single weight matrices, each among those of its kind."""
     k: int | None = Field(default=None, ge=1)
     """With `top`: how many layers train."""
+    top_share: float | None = Field(default=None, gt=0, le=1)
+    """With `unit: module`: share of the layers in which each kind of matrix trains, rounded down, as Spectrum has it."""
     max_flops_share: float | None = Field(default=None, gt=0, le=1)
-    """With `top`, in place of `k`: as many as cost at most this share of the FLOPs of training everything."""
+    """With `top`, in place of `k` and `top_share`: as many as cost at most this share of the FLOPs of training everything."""
     freeze: Literal["deep", "shallow", "either"] = "either"
     """With `boundary`: which side may freeze."""
     min_side: int = Field(default=DEFAULT_MIN_SIDE, ge=1)
@@ -164,12 +176,40 @@ class MeasuredPlanConfig(PlanOptions):
 
     @model_validator(mode="after")
     def _one_number(self) -> MeasuredPlanConfig:
-        given = [name for name in ("k", "max_flops_share") if getattr(self, name) is not None]
+        given = [name for name in ("k", "top_share", "max_flops_share") if getattr(self, name) is not None]
+        if self.unit == "module":
+            self._check_module_unit()
         if self.select == "boundary" and given:
             raise ValueError(f"{given[0]} belongs to select=top; leave it out, or set select: top")
-        if self.select == "top" and len(given) != 1:
-            raise ValueError("give exactly one of k and max_flops_share, or set select: boundary")
+        allowed = ("k" if self.unit == "layer" else "top_share", "max_flops_share")
+        if self.select == "top" and (len(given) != 1 or given[0] not in allowed):
+            raise ValueError(
+                f"with unit={self.unit} give exactly one of {allowed[0]} and {allowed[1]} (got {', '.join(given) or 'none'})"
+                + (", or set select: boundary" if self.unit == "layer" else "")
+            )
         return self
+
+    def _check_module_unit(self) -> None:
+        if self.type != "spectrum":
+            raise ValueError(f"unit=module: only spectrum measures single matrices, {self.type} measures layers")
+        for name, value, allowed in (("select", self.select, "top"), ("modules", self.modules, None)):
+            if value != allowed:
+                raise ValueError(f"{name}={value} does not go with unit=module, which chooses modules itself")
+        if self.without_evidence == "error":
+            raise ValueError(
+                "without_evidence=error does not go with unit=module: a matrix has one number and no repeats to test it by"
+            )
+
+
+class RecommendedPlanConfig(StrictModel):
+    """What a finished study found best for a preference, under a limit; the plan names the study and says how much it says."""
+
+    type: Literal["recommended"] = "recommended"
+    prefer: Literal["adaptation", "retention", "balanced"]
+    """What is to be low: the loss on the new text, that on text the base knows, or both alike, each as a share of what the
+    study's plans spread over."""
+    max_flops_share: float | None = Field(default=None, gt=0, le=1)
+    """FLOPs per token as a share of training everything; left out, any."""
 
 
 class FilePlanConfig(StrictModel):
@@ -224,6 +264,7 @@ _FixedPlanConfig = (
     | MidpointPlanConfig
     | StitchedPlanConfig
     | MeasuredPlanConfig
+    | RecommendedPlanConfig
 )
 FixedPlanConfig = Annotated[_FixedPlanConfig, Field(discriminator="type")]
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from layerplan.errors import ModelError
 from layerplan.plan.layer_evidence import rank_shares
+from layerplan.plan.module_names import name_module
 
 NORMAL_IQR = 1.349
 """Interquartile range of a normal distribution of deviation 1."""
@@ -108,26 +109,9 @@ def rate_layers(kinds: dict[str, list[float | None]]) -> list[float]:
         return [float(value) for value in np.nanmean(rank_shares(list(kinds.values())), axis=0)]
 
 
-def choose_top_share(kinds: dict[str, list[float | None]], share: float) -> dict[str, list[int]]:
-    """Spectrum's own choice, which trains single matrices: the layers of the top share of each kind, rounded down."""
-    chosen = {}
-    for kind, values in kinds.items():
-        there = sorted(
-            (layer for layer, value in enumerate(values) if value is not None), key=lambda i: -_get(values, i)
-        )
-        chosen[kind] = sorted(there[: int(len(there) * share)])
-    return chosen
-
-
-def _get(values: list[float | None], layer: int) -> float:
-    value = values[layer]
-    assert value is not None, "only layers that have one are asked"
-    return value
-
-
 def name_kind(name: str, layers_path: str) -> tuple[int, str] | None:
     """Layer and kind of a parameter by its name; None outside the layers."""
-    match = re.match(rf"{re.escape(layers_path)}\.(\d+)\.(.+?)(\.weight)?$", name)
+    match = re.match(rf"{re.escape(layers_path)}\.(\d+)\.(.+)$", name)
     if match is None:
         return None
-    return int(match[1]), re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", match[2])
+    return int(match[1]), name_module(match[2])

@@ -39,6 +39,8 @@ class AttentionCall:
 
 calls: list[AttentionCall] = []
 """Calls since the list was last cleared."""
+on_call: Callable[[], None] | None = None
+"""Told of every call."""
 
 
 def register() -> None:
@@ -56,6 +58,8 @@ def attend(
     rule = getattr(attention_mask, "key_rule", KeyRule())
     heads, key_value_heads = query.shape[1], key.shape[1]
     calls.append(AttentionCall(module, heads, key_value_heads, query.shape[-1], value.shape[-1], rule))
+    if on_call is not None:
+        on_call()
     copies = heads // key_value_heads
     scores = query @ key.repeat_interleave(copies, 1).transpose(2, 3)
     weights = scores.softmax(-1).to(value.dtype)

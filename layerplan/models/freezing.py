@@ -20,6 +20,7 @@ from layerplan.models.causal_lm import FOREIGN_ERRORS, DecoderParts, accepted_op
 from layerplan.models.meta import hollow_values
 from layerplan.models.positions import positions_of
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.module_names import name_module
 
 PROBE_TOKENS = (8, 256)
 """Tokens run to see what they reach; more only where few do not reach everything, as keys compressed 128 to 1."""
@@ -107,25 +108,45 @@ def compute_tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def _trainable_ids(parts: DecoderParts, plan: FreezePlan, model: nn.Module) -> set[int]:
     if plan.trains_everything:
         return {id(parameter) for parameter in model.parameters()}
-    modules: list[nn.Module] = [parts.layers[index] for index in plan.trainable_layers]
+    modules: list[nn.Module] = []
     if plan.train_final_norm:
         modules.append(parts.final_norm)
     if plan.train_embeddings or plan.tied == "head_only":
         modules.append(parts.embeddings)
     if plan.train_lm_head:
         modules.append(parts.lm_head)
-    return {id(parameter) for module in modules for parameter in module.parameters()}
+    return _list_layer_ids(parts, plan) | {id(parameter) for module in modules for parameter in module.parameters()}
+
+
+def _list_layer_ids(parts: DecoderParts, plan: FreezePlan) -> set[int]:
+    """Parameters of decoder layers that train."""
+    found: set[int] = set()
+    for index in plan.trainable_layers:
+        named = dict(parts.layers[index].named_parameters(remove_duplicate=False))
+        _check_modules(plan, index, named)
+        found |= {id(parameter) for name, parameter in named.items() if plan.trains(index, name)}
+    return found
+
+
+def _check_modules(plan: FreezePlan, layer: int, names: Iterable[str]) -> None:
+    there = sorted({name_module(name) for name in names})
+    for module in plan.trainable_modules.get(layer, ()):
+        if module not in there:
+            raise PlanError(
+                f"freeze plan {plan.sha256[:12]}: layer {layer} has no module {module!r}; they are {', '.join(there)}"
+            )
 
 
 def _check_sharing(parts: DecoderParts, plan: FreezePlan) -> None:
     """Refuses a plan that trains one of the layers a parameter is shared by and freezes another."""
-    owners: dict[int, list[int]] = {}
+    if plan.trains_everything:
+        return
+    owners: dict[int, dict[int, bool]] = {}
     for index, layer in enumerate(parts.layers):
-        for parameter in layer.parameters():
-            owners.setdefault(id(parameter), []).append(index)
-    trained = set() if plan.trains_everything else set(plan.trainable_layers)
+        for name, parameter in layer.named_parameters():
+            owners.setdefault(id(parameter), {})[index] = plan.trains(index, name)
     for layers in owners.values():
-        if 0 < len(trained & set(layers)) < len(layers):
+        if len(set(layers.values())) > 1:
             raise PlanError(
                 f"freeze plan {plan.sha256[:12]}: layers {', '.join(map(str, layers))} of the model share parameters, so"
                 " they train together or not at all"

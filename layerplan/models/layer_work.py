@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from layerplan.models import attention_probe
 from layerplan.models.attention_probe import AttentionCall
 from layerplan.models.causal_lm import DecoderParts
+from layerplan.models.layer_events import LayerEvents, watch_events
 from layerplan.models.saved_bytes import measure_saved_bytes
 
 SHORTEST_ROW = 64
@@ -53,6 +54,8 @@ class LayerWork:
     """Experts a token was sent to."""
     saved_bytes: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Per token and by dtype: what a frozen layer keeps for the backward pass, and a trained one; empty where it attends."""
+    events: LayerEvents | None = None
+    """When its modules ran; None where the layer was not run."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class _Counts:
     parameter_gradient: int = 0
     attention: tuple[AttentionCall, ...] = ()
     routed_copies: int = 0
+    events: LayerEvents | None = None
     saved_bytes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -117,6 +121,7 @@ def _solve(short: _Counts, long: _Counts, tokens: int) -> LayerWork:
         scan_flops=mixing / tokens - per_key * tokens,
         attention=short.attention,
         routed_copies=short.routed_copies,
+        events=short.events,
         saved_bytes={name: (kept[0] / tokens, kept[1] / tokens) for name, kept in short.saved_bytes.items()},
     )
 
@@ -179,7 +184,11 @@ class _Run:
             counts.parameter_gradient = _count_gradients(original, layer, args, kwargs, of_input=False)
         attention_probe.calls.clear()
         # last, so that what a layer leaves for others, as shared keys, belongs to no graph
-        with counting() as counter, _watched_experts(layer, counts, self._num_tokens):
+        with (
+            counting() as counter,
+            _watched_experts(layer, counts, self._num_tokens),
+            watch_events(layer) as counts.events,
+        ):
             self._outputs[kind] = original(*args, **kwargs)
         counts.forward = counter.get_total_flops()
         counts.attention = tuple(attention_probe.calls)

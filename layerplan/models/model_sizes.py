@@ -20,6 +20,7 @@ from layerplan.models.estimated_work import estimate_work
 from layerplan.models.files import load_hf_config
 from layerplan.models.layer_work import LayerWork, is_expert_stack, measure_work
 from layerplan.models.meta import build_without_memory
+from layerplan.models.module_sizes import measure_modules
 from layerplan.models.own_types import make_known
 from layerplan.models.positions import positions_of
 from layerplan.plan.model_shape import UNBOUNDED, LayerKind, LayerShape, ModelShape, SharedParams
@@ -155,6 +156,9 @@ def _layer_shape(layer: nn.Module, work: LayerWork, hidden_size: int) -> LayerSh
     attends = kind in ("decoder", "attention")
     mixer = _mixer_matrices(work) or hidden_size * (2 * queries + keys_values)
     rest = matrices - mixer if attends else matrices * (1 if kind == "mlp" else 2)
+    modules, mixing_called = measure_modules(
+        layer, work.events, routed_copies=work.routed_copies, matrix_params=matrices
+    )
     return LayerShape(
         kind=kind,
         params=sum(parameter.numel() for parameter in layer.parameters()),
@@ -171,6 +175,8 @@ def _layer_shape(layer: nn.Module, work: LayerWork, hidden_size: int) -> LayerSh
         feed_forward_width=0 if kind == "attention" else max(0, round(rest / (3 * hidden_size))),
         routed_copies=work.routed_copies,
         saved_bytes=work.saved_bytes if kind in CARRIES_STATE else {},
+        modules=modules,
+        mixing_called=mixing_called,
     )
 
 

@@ -12,7 +12,8 @@ from layerplan.models.freezing import apply_plan
 from layerplan.models.meta import build_without_memory
 from layerplan.models.ref import ModelRef
 from layerplan.plan.exports import ParameterNames, Rule
-from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.freeze_plan import FreezePlan, Modules
+from layerplan.plan.module_names import name_module
 
 
 def build_unloaded(model: ModelRef) -> nn.Module:
@@ -45,24 +46,30 @@ def name_parameters(model: nn.Module, plan: FreezePlan) -> ParameterNames:
     return ParameterNames(names, applied.trainable, parts.layers_path, len(parts.layers), tuple(sorted(linear)))
 
 
-def find_selectors(model: nn.Module, rule: Rule) -> dict[str, Any]:
-    """Fields of an explicit plan that trains what a rule picks.
+def find_selectors(model: nn.Module, rule: Rule) -> tuple[dict[str, Any], Modules]:
+    """Fields of an explicit plan that trains what a rule picks, and the modules of layers that it picks in part.
 
     Raises:
-        PlanError: When it picks a part of a layer, or nothing: no plan says so.
+        PlanError: When it picks a part of a module, or nothing in any layer: no plan says so.
     """
     parts = find_decoder_parts(model)
     names = {name for name, _ in model.named_parameters()}
     picked = {name for name in names if rule(name)}
     layers = [i for i in range(len(parts.layers)) if picked & _below(names, f"{parts.layers_path}.{i}")]
+    modules: Modules = {}
     for layer in layers:
-        left = sorted(_below(names, f"{parts.layers_path}.{layer}") - picked)
+        prefix = f"{parts.layers_path}.{layer}"
+        inside = _below(names, prefix)
+        found = {name_module(name.removeprefix(f"{prefix}.")) for name in inside & picked}
+        left = sorted(name for name in inside - picked if name_module(name.removeprefix(f"{prefix}.")) in found)
         if left:
             raise PlanError(
-                f"layer {layer}: {left[0]} stays frozen beside others that train; a plan trains whole layers"
+                f"layer {layer}: {left[0]} stays frozen beside others of its module that train; a plan trains whole modules"
             )
+        if not inside <= picked:
+            modules[layer] = tuple(sorted(found))
     if not layers:
-        raise PlanError("no decoder layer is trained whole, which a plan needs")
+        raise PlanError("nothing of a decoder layer trains, which a plan needs")
     ends = {
         "train_embeddings": parts.embeddings_path,
         "train_final_norm": parts.final_norm_path,
@@ -73,7 +80,7 @@ def find_selectors(model: nn.Module, rule: Rule) -> dict[str, Any]:
         fields[field] = bool(path) and bool(picked & _below(names, path))
     if parts.is_tied:
         fields["train_lm_head"] = fields["train_embeddings"]
-    return fields
+    return fields, modules
 
 
 def _below(names: set[str], path: str) -> set[str]:

@@ -42,16 +42,16 @@ def make_candidates(config: RunConfig, sweep: SweepConfig, model: ModelIdentity,
     """
     boundaries = list_boundaries(sweep, shape.num_layers)
     tokens = config.train.global_batch_size * config.corpus.seq_len
+    modules = getattr(config.plan, "modules", None)
     found = []
     for point in list_points(sweep, boundaries, find_own_values(config)):
         kind = FreezeDeepPlanConfig if point.freeze == "deep" else FreezeShallowPlanConfig
         ends = point.ends.model_dump(include=set(PlanOptions.model_fields))
         try:
-            plan = make_plan(
-                kind(boundary=point.boundary, **ends), model=model, shape=shape, seq_len=config.corpus.seq_len
-            )
+            chosen = kind(boundary=point.boundary, modules=modules, **ends)
+            plan = make_plan(chosen, model=model, shape=shape, seq_len=config.corpus.seq_len)
         except PlanError as error:
-            where = "plan" if sweep.ends is None else "sweep.ends"
+            where = "plan" if sweep.ends is None or "plan.modules" in str(error) else "sweep.ends"
             raise ConfigError(str(error).replace("plan.", f"{where}.")) from None
         cost = plan.predicted_cost
         assert cost is not None, "a plan is priced when it is made"

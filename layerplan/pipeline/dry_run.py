@@ -8,7 +8,7 @@ import psutil
 
 from layerplan.config.load import dump_config
 from layerplan.config.model import ScratchModelConfig
-from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig, PlanOptions
+from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig, LayerPlanOptions
 from layerplan.config.run import RunConfig
 from layerplan.config.stitch import StitchedModelConfig
 from layerplan.corpus.joining import read_joining
@@ -154,7 +154,7 @@ def _plan(config: RunConfig, model: ModelIdentity, shape: ModelShape) -> tuple[F
         context = PlanContext(model, shape, config.train, config.corpus.seq_len, profile, origins, measurements)
         plan = resolve_plan(config.plan, context)
         return plan, plan.reason
-    options = {name: getattr(config.plan, name) for name in PlanOptions.model_fields if hasattr(config.plan, name)}
+    options = {name: getattr(config.plan, name) for name in LayerPlanOptions.model_fields if hasattr(config.plan, name)}
     freezes_shallow = config.plan.type == "semantic" or getattr(config.plan, "freeze", "deep") == "shallow"
     stand_in = FreezeShallowPlanConfig if freezes_shallow else FreezeDeepPlanConfig
     plan = make_plan(stand_in(boundary=max(1, shape.num_layers // 2), **options), model=model, shape=shape)

@@ -18,7 +18,7 @@ from layerplan.plan.exports import export_names, read_rule
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.model_shape import ModelShape
-from layerplan.plan.policies import make_full_plan, make_plan
+from layerplan.plan.policies import DEFAULT_SEQ_LEN, make_full_plan, make_plan, seal_with_cost
 from layerplan.run_folder import PLAN_NAME, PROFILE_NAME
 
 ENDS = ("train_embeddings", "train_final_norm", "train_lm_head", "tied")
@@ -58,11 +58,25 @@ def print_difference(first: str, second: str) -> None:
     for path, mine, theirs in ((first, one, two), (second, two, one)):
         layers = sorted(set(mine.trainable_layers) - set(theirs.trainable_layers))
         print(f"only {path} trains layers {name_ranges(layers)}" if layers else f"only {path} trains: no layer")
+        for line in _list_more_modules(mine, theirs):
+            print(f"only {path} trains {line}")
     for name in ENDS:
         if getattr(one, name) != getattr(two, name):
             print(f"{name}: {getattr(one, name)} in {first}, {getattr(two, name)} in {second}")
     if bool(one.phases) != bool(two.phases) or one.phases != two.phases:
         print("phases: they differ; the layers above are those of the first one")
+
+
+def _list_more_modules(mine: FreezePlan, theirs: FreezePlan) -> list[str]:
+    """What one plan trains of the layers that both train, and the other does not."""
+    lines = []
+    for layer in sorted(set(mine.trainable_layers) & set(theirs.trainable_layers)):
+        some, others = mine.trainable_modules.get(layer), theirs.trainable_modules.get(layer)
+        if others is not None and some is None:
+            lines.append(f"all of layer {layer}")
+        elif others is not None and some is not None and (more := [name for name in some if name not in others]):
+            lines.append(f"{', '.join(more)} in layer {layer}")
+    return lines
 
 
 def print_prices(model: ModelRef, plans: Sequence[str], *, seq_len: int) -> None:
@@ -123,8 +137,10 @@ def import_plan(path: str, tool: str, model: ModelRef, out: str) -> None:
     model = _find(model)
     built, shape = build_unloaded(model), model.shape()
     rule = read_rule(values, tool, num_layers=shape.num_layers)
-    config = ExplicitPlanConfig(**find_selectors(built, rule))
-    plan = make_plan(config, model=model.identity(), shape=shape)
+    fields, modules = find_selectors(built, rule)
+    plan = make_plan(ExplicitPlanConfig(**fields), model=model.identity(), shape=shape)
+    if modules:
+        plan = seal_with_cost(plan.model_copy(update={"trainable_modules": modules}), shape, DEFAULT_SEQ_LEN)
     for name in (names := name_parameters(built, plan)).all:
         if rule(name) != (name in names.trainable):
             raise PlanError(

@@ -34,7 +34,14 @@ from layerplan.pipeline.model_options import read_origins
 from layerplan.plan.boundary_choice import choose_boundary, find_options
 from layerplan.plan.decide import PlanContext, check_planned_steps, resolve_plan, wants_profile
 from layerplan.plan.describe import describe_certainty, describe_measurement
-from layerplan.plan.explain import describe_flops, describe_older_rule, explain_plan, read_choice, render_layer_map
+from layerplan.plan.explain import (
+    describe_flops,
+    describe_older_rule,
+    explain_plan,
+    list_module_layers,
+    read_choice,
+    render_layer_map,
+)
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_measurement import LayerMeasurements
 from layerplan.plan.layer_profile import LayerProfile
@@ -200,6 +207,8 @@ def decide_plan(
             write_text(context.folder.plan_text, explain_plan(plan, profile, cost_here))
             plan.save(context.folder.plan)
             tracker.log_params({"plan_type": plan.plan_type, "trainable_layers": list(plan.trainable_layers)})
+            if plan.trainable_modules:
+                tracker.log_params({"trainable_modules": list_module_layers(plan)})
             if choice := read_choice(plan):
                 tracker.log_params({"boundary_p": choice.p_value, "boundary_decided_by": choice.decided_by})
             for path in (context.folder.plan, context.folder.plan_text, context.folder.predicted_cost):

@@ -13,6 +13,7 @@ from layerplan.plan.cost import count_trainable_params
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement, gradient_path
+from layerplan.plan.trained_part import count_trained_layer_params, count_trained_params
 
 SHARDED_GRADIENT_BYTES = 4
 """FSDP2 sums gradients in float32."""
@@ -55,7 +56,9 @@ def predict_communication(
             again = layer in path and layer < lowest
             gathered += shape.layer_params(layer) * (2 if again else 1)
         layers = shape.count_layer_params(range(shape.num_layers))
-        trained_ends = trained - shape.count_layer_params(plan.trainable_layers)
+        for layer in plan.trainable_modules:
+            gathered += 2 * (shape.layer_params(layer) - count_trained_params(plan, shape, layer))
+        trained_ends = trained - count_trained_layer_params(plan, shape)
         gathered += max(0, shape.total_params - layers - trained_ends)
     reduced = _ring(shards) * trained + 2 * _ring(config.num_replicas) * trained / shards
     return CommunicationCost(_ring(shards) * width * gathered * micro_steps, SHARDED_GRADIENT_BYTES * reduced)

@@ -14,6 +14,12 @@ from collections.abc import Mapping, Sequence
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import LayerShape, ModelShape
 from layerplan.plan.plan_cost import PlanCost
+from layerplan.plan.trained_part import (
+    count_trained_layer_params,
+    is_mixing_on_path,
+    path_matrix_params,
+    trained_matrix_params,
+)
 
 BYTES_PER_TRAINED_PARAM = 14
 """bf16 weight and gradient, fp32 master and two moments, the gradient counted once."""
@@ -40,7 +46,6 @@ def predict_cost(
     """
     if plan.phases:
         return _average_phases(plan, shape, seq_len=seq_len, causal=causal)
-    trained = set(plan.trainable_layers)
     head, other = 2.0 * shape.head_matrix_params, 2.0 * shape.other_matrix_params
     first = 0 if input_requires_grad else _first_gradient_layer(plan, shape)
     forward = backward_activations = backward_weights = 0.0
@@ -49,9 +54,9 @@ def predict_cost(
         mixing = _mixing_flops(shape.layers[layer], seq_len, causal=causal)
         forward += matrices + mixing
         if layer >= first:
-            backward_activations += _input_gradient_flops(layer, first, plan, shape) + 2 * mixing
-        if layer in trained:
-            backward_weights += matrices
+            backward_activations += _input_gradient_flops(layer, first, plan, shape)
+            backward_activations += 2 * mixing if _mixing_needs_gradient(layer, first, plan, shape) else 0.0
+        backward_weights += 2.0 * trained_matrix_params(plan, shape, layer)
     reaches_below_head = first < shape.num_layers or plan.train_final_norm or plan.train_embeddings
     if plan.trains_everything:
         backward_activations, backward_weights = backward_activations + other, backward_weights + other
@@ -77,14 +82,20 @@ def count_trainable_params(plan: FreezePlan, shape: ModelShape) -> int:
     embeddings = shape.embedding_params if plan.train_embeddings or plan.tied == "head_only" else 0
     head = shape.head_params if plan.train_lm_head else 0
     norm = shape.final_norm_params if plan.train_final_norm else 0
-    return shape.count_layer_params(plan.trainable_layers) + embeddings + head + norm
+    return count_trained_layer_params(plan, shape) + embeddings + head + norm
 
 
 def explain_cost(plan: FreezePlan, shape: ModelShape, cost: PlanCost, full: PlanCost) -> str:
     """One sentence on why the plan is or is not cheaper than training everything."""
     share = cost.total_flops / full.total_flops
-    if cost.first_gradient_layer == 0 and plan.train_embeddings and plan.frozen_layers:
+    is_partial = bool(plan.frozen_layers or plan.trainable_modules)
+    if cost.first_gradient_layer == 0 and plan.train_embeddings and is_partial:
         why = "the trained input embedding pulls the gradient through every layer, so frozen layers save weight gradients only"
+    elif plan.trainable_modules:
+        why = (
+            f"backward stops in layer {cost.first_gradient_layer}, and the gradient crosses every frozen module above what"
+            " trains first; only their weight gradients are saved"
+        )
     elif cost.first_gradient_layer == 0 and plan.frozen_layers:
         why = (
             "layer 0 trains, so the gradient crosses every frozen layer above it; only their weight gradients are saved"
@@ -161,5 +172,18 @@ def _input_gradient_flops(layer: int, first: int, plan: FreezePlan, shape: Model
     stands before them.
     """
     sizes = shape.layers[layer]
-    is_lowest = layer == first and first in plan.trainable_layers and not plan.train_embeddings
-    return 2.0 * (sizes.matrix_params - (sizes.first_matrix_params if is_lowest else 0))
+    if not _is_lowest(layer, first, plan):
+        return 2.0 * sizes.matrix_params
+    if layer in plan.trainable_modules:
+        return 2.0 * path_matrix_params(plan, shape, layer)
+    return 2.0 * (sizes.matrix_params - sizes.first_matrix_params)
+
+
+def _mixing_needs_gradient(layer: int, first: int, plan: FreezePlan, shape: ModelShape) -> bool:
+    is_partial = _is_lowest(layer, first, plan) and layer in plan.trainable_modules
+    return not is_partial or is_mixing_on_path(plan, shape, layer)
+
+
+def _is_lowest(layer: int, first: int, plan: FreezePlan) -> bool:
+    """Whether backward ends inside this layer, at the first of what trains in it."""
+    return layer == first and first in plan.trainable_layers and not plan.train_embeddings

@@ -26,7 +26,7 @@ from layerplan.config.train import TrainConfig
 from layerplan.errors import PlanError
 from layerplan.plan.budget import search_budget
 from layerplan.plan.explain import name_ranges
-from layerplan.plan.freeze_plan import FreezePlan, PlanPhase, Tied
+from layerplan.plan.freeze_plan import FreezePlan, Modules, PlanPhase, Tied
 from layerplan.plan.layer_measurement import LayerMeasurements
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.model_shape import ModelShape
@@ -131,6 +131,7 @@ def join_phases(
         model=context.model,
         plan_type=config.type,
         trainable_layers=tuple(sorted({layer for plan in plans for layer in plan.trainable_layers})),
+        trainable_modules=_join_modules(plans),
         train_embeddings=any(plan.train_embeddings for plan in plans),
         train_final_norm=any(plan.train_final_norm for plan in plans),
         train_lm_head=any(plan.train_lm_head for plan in plans),
@@ -146,6 +147,16 @@ def join_phases(
         evidence={} if context.profile is None else {"profile_sha256": context.profile.sha256},
     )
     return seal_with_cost(joined, context.shape, context.seq_len)
+
+
+def _join_modules(plans: Sequence[FreezePlan]) -> Modules:
+    """Modules that train in some plan, of layers that train whole in none."""
+    whole = {layer for plan in plans for layer in plan.trainable_layers if layer not in plan.trainable_modules}
+    names: dict[int, set[str]] = {}
+    for plan in plans:
+        for layer, modules in plan.trainable_modules.items():
+            names.setdefault(layer, set()).update(modules)
+    return {layer: tuple(sorted(each)) for layer, each in sorted(names.items()) if layer not in whole}
 
 
 def _put_in_order(config: SchedulePlanConfig, context: PlanContext) -> FreezePlan:

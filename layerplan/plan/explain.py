@@ -16,24 +16,40 @@ from layerplan.plan.describe import (
     describe_sensitivities,
     list_pairs,
 )
-from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.freeze_plan import FreezePlan, PlanPhase
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.markdown import as_text
 from layerplan.plan.plan_cost import PredictedCost
 
-TRAINS, FROZEN = "■", "□"
+TRAINS, FROZEN, PARTLY = "■", "□", "◧"
 
 
 def render_layer_map(plan: FreezePlan) -> str:
     """One line per plan: which layers train, from the embeddings to the head."""
-    trained = set(plan.trainable_layers)
-    cells = "".join(TRAINS if layer in trained else FROZEN for layer in range(plan.model.num_layers))
     ends = {True: TRAINS, False: FROZEN}
+    num_partial = len(plan.trainable_modules)
+    partly = f" {PARTLY} in part," if num_partial else ""
+    how_many = f", {num_partial} of them in part" if num_partial else ""
     return (
-        f"embed {ends[plan.train_embeddings]}  layers {cells}  norm {ends[plan.train_final_norm]}"
-        f"  head {ends[plan.train_lm_head]}   ({TRAINS} trains, {FROZEN} frozen;"
-        f" {len(trained)} of {plan.model.num_layers} layers train)"
+        f"embed {ends[plan.train_embeddings]}  layers {render_cells(plan)}  norm {ends[plan.train_final_norm]}"
+        f"  head {ends[plan.train_lm_head]}   ({TRAINS} trains,{partly} {FROZEN} frozen;"
+        f" {len(plan.trainable_layers)} of {plan.model.num_layers} layers train{how_many})"
     )
+
+
+def render_cells(plan: FreezePlan) -> str:
+    """One character per decoder layer."""
+    partly, trained = plan.trainable_modules, set(plan.trainable_layers)
+    marks = (
+        PARTLY if layer in partly else TRAINS if layer in trained else FROZEN for layer in range(plan.model.num_layers)
+    )
+    return "".join(marks)
+
+
+def list_module_layers(plan: FreezePlan) -> dict[str, list[int]]:
+    """Layers in which a module trains beside frozen ones, by its name."""
+    names = sorted({name for each in plan.trainable_modules.values() for name in each})
+    return {name: [layer for layer, each in plan.trainable_modules.items() if name in each] for name in names}
 
 
 def summarize_plan(plan: FreezePlan) -> list[str]:
@@ -75,6 +91,7 @@ def explain_plan(plan: FreezePlan, profile: LayerProfile | None = None, cost_her
         *_cost_lines(plan, cost_here),
         *_pareto_lines(plan),
         *_phase_lines(plan),
+        *_module_lines(plan),
         *(_profile_lines(profile, read_choice(plan)) if profile is not None else []),
         "## Layer by layer",
         "",
@@ -135,7 +152,7 @@ def _phase_lines(plan: FreezePlan) -> list[str]:
     for phase in plan.phases:
         ends = (phase.train_embeddings, phase.train_final_norm, phase.train_lm_head)
         lines.append(
-            f"| {phase.start_step} | {phase.plan_type} | {name_ranges(phase.trainable_layers)} | "
+            f"| {phase.start_step} | {phase.plan_type} | {_name_trained(phase)} | "
             + " | ".join(_state(end) for end in ends)
             + " |"
         )
@@ -144,14 +161,32 @@ def _phase_lines(plan: FreezePlan) -> list[str]:
     return [*lines, "", f"A parameter that freezes at a change {what}{after}.", ""]
 
 
+def _module_lines(plan: FreezePlan) -> list[str]:
+    if not plan.trainable_modules:
+        return []
+    rows = [
+        f"| `{name}` | {len(layers)} | {name_ranges(layers)} |" for name, layers in list_module_layers(plan).items()
+    ]
+    whole = [layer for layer in plan.trainable_layers if layer not in plan.trainable_modules]
+    rest = f"Layers {name_ranges(whole)} train whole." if whole else "No layer trains whole."
+    head = ["## Modules", "", "| module | layers it trains in | which |", "|---|---:|---|"]
+    return [*head, *rows, "", f"{rest} What a layer's modules leave stays frozen.", ""]
+
+
 def explain_changes(plan: FreezePlan, limit: int = 8) -> list[str]:
     """One short line per phase, the first few of many."""
     lines = [
-        f"step {phase.start_step}: layers {name_ranges(phase.trainable_layers)} train"
+        f"step {phase.start_step}: layers {_name_trained(phase)} train"
         + "".join(f", {name}" for name in ("embeddings", "final_norm", "lm_head") if getattr(phase, f"train_{name}"))
         for phase in plan.phases
     ]
     return lines if len(lines) <= limit else [*lines[:limit], f"and {len(lines) - limit} more phases"]
+
+
+def _name_trained(phase: PlanPhase) -> str:
+    """Layers of a phase, and how many of them train in part."""
+    partly = f" ({len(phase.trainable_modules)} in part)" if phase.trainable_modules else ""
+    return name_ranges(phase.trainable_layers) + partly
 
 
 def name_ranges(layers: Sequence[int]) -> str:
@@ -188,19 +223,23 @@ def _profile_lines(profile: LayerProfile, choice: BoundaryChoice | None) -> list
 
 
 def _layer_lines(plan: FreezePlan, profile: LayerProfile | None) -> list[str]:
-    trained = set(plan.trainable_layers)
     if profile is None:
-        return [f"| {layer} | {_state(layer in trained)} |" for layer in range(plan.model.num_layers)]
+        return [f"| {layer} | {_describe_layer(plan, layer)} |" for layer in range(plan.model.num_layers)]
     columns = [profile.task_particle, *(get_sensitivity(profile, kind) for kind in SENSITIVITIES)]
     scores = [compute_alignment_scores(profile.task_particle, values) for values in columns[1:]]
     return [
-        f"| {layer} | {_state(layer in trained)} | "
+        f"| {layer} | {_describe_layer(plan, layer)} | "
         + " | ".join(f"{values[layer]:.3f}" if layer < len(values) else "-" for values in columns)
         + " | "
         + " | ".join(f"{values[layer - 1]:+.3f}" if 0 < layer <= len(values) else "-" for values in scores)
         + " |"
         for layer in range(plan.model.num_layers)
     ]
+
+
+def _describe_layer(plan: FreezePlan, layer: int) -> str:
+    modules = plan.trainable_modules.get(layer)
+    return _state(layer in plan.trainable_layers) if modules is None else f"in part: {', '.join(modules)}"
 
 
 def _state(trains: bool) -> str:

@@ -6,19 +6,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, model_serializer, model_validator
 
 from layerplan.artifacts import compute_sha256, read_sealed, write_sealed
 from layerplan.config.base import StrictModel
 from layerplan.errors import PlanError
 from layerplan.plan.layer_profile import ModelIdentity
+from layerplan.plan.module_names import name_module
 from layerplan.plan.plan_cost import NoCost, PredictedCost
 
 SCHEMA_VERSION = 1
+Modules = dict[int, tuple[str, ...]]
+"""Names of the modules that train, by layer."""
 Tied = Literal["untied", "frozen", "trained", "head_only"]
 
 
-class PlanPhase(StrictModel):
+class _WithModules(StrictModel):
+    """Writes `trainable_modules` only where there are any, so that plans of whole layers keep their bytes and hashes."""
+
+    @model_serializer(mode="wrap")
+    def _write_modules(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = dump(self)
+        if not written.get("trainable_modules", True):
+            del written["trainable_modules"]
+        return written
+
+
+class PlanPhase(_WithModules):
     """What trains from one step to the next phase; fields as in `FreezePlan`."""
 
     start_step: int = Field(ge=0)
@@ -26,7 +40,10 @@ class PlanPhase(StrictModel):
     plan_type: str
     """Policy that made it."""
     trainable_layers: tuple[int, ...]
-    """Sorted indices of the decoder layers that train."""
+    """Sorted indices of the decoder layers that train, if only in part."""
+    trainable_modules: Modules = Field(default_factory=dict)
+    """Sorted names of the modules that train, by layer, of layers that train in part: as parameters are named inside the
+    layer, without `weight` and `bias`, places in lists as `*`. Not written when every layer that trains does so whole."""
     train_embeddings: bool
     """Whether the input embedding trains."""
     train_final_norm: bool
@@ -37,7 +54,7 @@ class PlanPhase(StrictModel):
     """State of tied embeddings."""
 
 
-class FreezePlan(StrictModel):
+class FreezePlan(_WithModules):
     """The decision, with its evidence and its hash.
 
     A plan with `phases` changes during training; its own fields then name everything that trains at some time, so that
@@ -51,7 +68,10 @@ class FreezePlan(StrictModel):
     plan_type: str
     """Policy that made it."""
     trainable_layers: tuple[int, ...]
-    """Sorted indices of the decoder layers that train."""
+    """Sorted indices of the decoder layers that train, if only in part."""
+    trainable_modules: Modules = Field(default_factory=dict)
+    """Sorted names of the modules that train, by layer, of layers that train in part: as parameters are named inside the
+    layer, without `weight` and `bias`, places in lists as `*`. Not written when every layer that trains does so whole."""
     train_embeddings: bool
     """Whether the input embedding trains."""
     train_final_norm: bool
@@ -89,6 +109,7 @@ class FreezePlan(StrictModel):
             raise ValueError(f"trainable_layers={self.trainable_layers} must be sorted and without repeats")
         if any(not 0 <= layer < num_layers for layer in self.trainable_layers):
             raise ValueError(f"trainable_layers={self.trainable_layers} must lie in 0..{num_layers - 1}")
+        self._check_modules()
         if not (self.trainable_layers or self.train_embeddings or self.train_final_norm or self.train_lm_head):
             raise ValueError("the plan trains nothing")
         starts = [phase.start_step for phase in self.phases]
@@ -108,12 +129,32 @@ class FreezePlan(StrictModel):
             raise ValueError("a phase trains everything, but trainable_layers does not name every layer")
         return self
 
+    def _check_modules(self) -> None:
+        for layer, names in self.trainable_modules.items():
+            if layer not in self.trainable_layers:
+                raise ValueError(f"trainable_modules names layer {layer}, which trainable_layers does not")
+            if not names or list(names) != sorted(set(names)):
+                raise ValueError(f"trainable_modules of layer {layer} must be sorted, without repeats and not empty")
+        if self.trainable_modules and self.plan_type == "full":
+            raise ValueError("a full plan trains every layer whole")
+        for phase in self.phases:
+            for layer in phase.trainable_layers:
+                mine, theirs = self.trainable_modules.get(layer), phase.trainable_modules.get(layer)
+                if mine is not None and (theirs is None or not set(theirs) <= set(mine)):
+                    raise ValueError(f"a phase trains more of layer {layer} than trainable_modules names")
+
+    def trains(self, layer: int, parameter: str) -> bool:
+        """Whether a parameter of a decoder layer trains, by its name inside the layer."""
+        names = self.trainable_modules.get(layer)
+        return layer in self.trainable_layers and (names is None or name_module(parameter) in names)
+
     def at_step(self, step: int) -> FreezePlan:
         """The plan of the phase that a 0-based step belongs to; the plan itself when it does not change."""
         if not self.phases:
             return self
         phase = [phase for phase in self.phases if phase.start_step <= step][-1]
-        return self.model_copy(update={**phase.model_dump(exclude={"start_step"}), "phases": ()})
+        modules = {"trainable_modules": phase.trainable_modules}  # not dumped when there are none
+        return self.model_copy(update={**phase.model_dump(exclude={"start_step"}), **modules, "phases": ()})
 
     def list_distinct_phases(self) -> list[tuple[int, FreezePlan]]:
         """(first step, plan) of every phase that trains something no earlier one trains alone; one without phases."""

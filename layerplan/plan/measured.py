@@ -7,8 +7,11 @@ from typing import Any
 
 from layerplan.config.plan import MeasuredPlanConfig
 from layerplan.errors import PlanError
+from layerplan.plan.freeze_plan import Modules
 from layerplan.plan.layer_evidence import Step, TopTest, find_step, rate_top
 from layerplan.plan.layer_measurement import LayerMeasurement
+from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.modules import by_layer, choose_top_share, settle
 from layerplan.plan.permutation import SIGNIFICANT
 
 Layers = tuple[int, ...]
@@ -43,6 +46,70 @@ def choose_measured(
         f"The {k} layers of {num_layers} that {_name(measurement)} speaks {which} for training ({_describe(tested)})."
     )
     return layers, reason, _keep(measurement, k=k, end=config.end, top_p=tested.p_value, agreement=tested.agreement)
+
+
+def choose_measured_modules(
+    config: MeasuredPlanConfig,
+    measurement: LayerMeasurement,
+    shape: ModelShape,
+    price: Callable[[Layers, Modules], float],
+) -> tuple[Layers, Modules, str, dict[str, Any]]:
+    """Chooses single matrices by the numbers of their kinds: of each kind the top share of layers.
+
+    Args:
+        config: The share, or the FLOPs it may cost.
+        measurement: Of which the repeats are kinds of matrices.
+        shape: Sizes of the model.
+        price: FLOPs of training modules of these layers, as a share of those of training everything.
+
+    Returns:
+        Layers, modules, one sentence that says why, and what a plan keeps of the measurement.
+
+    Raises:
+        PlanError: When the share leaves no matrix of any kind, or the limit is below the cheapest choice.
+    """
+    kinds = dict(zip(measurement.repeat_names, measurement.repeats, strict=True))
+
+    def pick(share: float) -> dict[str, list[int]]:
+        return choose_top_share(kinds, share, from_worst=config.end == "worst")
+
+    def choose(share: float) -> tuple[Layers, Modules]:
+        return settle(by_layer(pick(share)), shape)
+
+    share = config.top_share or _find_share(config, choose, price, len(measurement.values))
+    layers, modules = choose(share)
+    if not layers:
+        raise PlanError(
+            f"plan.top_share={share}: is less than one layer of {len(measurement.values)} for every kind of matrix; raise it"
+        )
+    num_matrices = sum(map(len, pick(share).values()))
+    which = "highest" if config.end == "best" else "lowest"
+    reason = (
+        f"The {share:.3g} of layers with the {which} signal to noise, for each of {len(kinds)} kinds of matrices by itself:"
+        f" {num_matrices} matrices in {len(layers)} of {len(measurement.values)} layers."
+    )
+    kept = _keep(measurement, unit="module", top_share=share, end=config.end)
+    kept["measurement"]["kinds"] = kinds
+    return layers, modules, reason, kept
+
+
+def _find_share(
+    config: MeasuredPlanConfig,
+    choose: Callable[[float], tuple[Layers, Modules]],
+    price: Callable[[Layers, Modules], float],
+    num_layers: int,
+) -> float:
+    """The largest share of the layers that the limit pays for."""
+    limit = config.max_flops_share
+    assert limit is not None, "the config gives one of the two"
+    costs = {share: price(*choose(share)) for share in (count / num_layers for count in range(1, num_layers + 1))}
+    fitting = [share for share, cost in costs.items() if cost <= limit]
+    if not fitting:
+        raise PlanError(
+            f"plan.max_flops_share={limit}: one layer of each kind of matrix costs {min(costs.values()):.3f} of training"
+            " everything; raise it"
+        )
+    return max(fitting)
 
 
 def _choose_side(config: MeasuredPlanConfig, measurement: LayerMeasurement) -> tuple[Layers, str, dict[str, Any]]:

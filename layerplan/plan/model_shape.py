@@ -22,6 +22,36 @@ UNBOUNDED = 2**31 - 1
 """Longest sequence of a model without positions."""
 _DENSE_FAMILIES = {"llama": False, "qwen3": True}
 """Families whose sizes follow from their config, and whether queries and keys are normed."""
+_DENSE_EVENTS = (
+    "input_layernorm",
+    "attention_input",
+    "q_proj",
+    "q_norm",
+    "k_proj",
+    "k_norm",
+    "v_proj",
+    "attention",
+    "o_proj",
+    "post_attention_layernorm",
+    "feed_forward_input",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+"""What happens in a layer of theirs, in order; norms of queries and keys in some."""
+
+
+class ModuleShape(StrictModel):
+    """Sizes of a part of a layer that can train by itself, and when the forward pass comes by."""
+
+    params: int = Field(ge=0)
+    """All its parameters."""
+    matrix_params: int = Field(default=0, ge=0)
+    """Weights one token is multiplied with."""
+    called: int = 0
+    """When it runs, as a count of events of the layer's forward pass."""
+    born: int = 0
+    """When what it is given came into being; after another module ran, a gradient for that one passes through this one."""
 
 
 class LayerShape(StrictModel):
@@ -55,6 +85,10 @@ class LayerShape(StrictModel):
     """Experts a token is sent to."""
     saved_bytes: dict[str, tuple[float, float]] = Field(default_factory=dict)
     """Per token and by dtype: what it keeps for the backward pass frozen, and trained; measured for layers that carry state."""
+    modules: dict[str, ModuleShape] = Field(default_factory=dict)
+    """Its parts by name (`layerplan/plan/modules.py`), in the model's order; empty where they are not known."""
+    mixing_called: int = 0
+    """When positions are mixed, in the count of the modules' `called`."""
 
     def mean_keys(self, seq_len: int, *, causal: bool) -> float:
         """Keys a query reads, averaged over a row; the whole square unless `causal`."""
@@ -139,8 +173,8 @@ class ModelShape(StrictModel):
             _integer(config, "intermediate_size"),
             queries=heads * head_dim,
             keys=key_values * head_dim,
-            extra=(2 * head_dim if _DENSE_FAMILIES[family] else 0)
-            + ((heads + 2 * key_values) * head_dim + hidden if has_biases else 0),
+            norm=head_dim if _DENSE_FAMILIES[family] else 0,
+            has_biases=has_biases,
         )
         return cls(
             layers=(layer,) * _integer(config, "num_hidden_layers"),
@@ -194,15 +228,38 @@ class ModelShape(StrictModel):
         return self.total_params - idle
 
 
-def _dense_layer(hidden: int, intermediate: int, *, queries: int, keys: int, extra: int) -> LayerShape:
-    matrices = hidden * (2 * queries + 2 * keys) + 3 * hidden * intermediate
+def _dense_layer(hidden: int, intermediate: int, *, queries: int, keys: int, norm: int, has_biases: bool) -> LayerShape:
+    when = {name: event for event, name in enumerate(name for name in _DENSE_EVENTS if norm or name[1:] != "_norm")}
+
+    def matrix(inputs: int, outputs: int, name: str, given: str, *, bias: bool = False) -> ModuleShape:
+        size = inputs * outputs
+        params = size + (outputs if bias else 0)
+        return ModuleShape(params=params, matrix_params=size, called=when[name], born=when[given])
+
+    def vector(size: int, name: str) -> ModuleShape:
+        return ModuleShape(params=size, called=when[name], born=when[name])
+
+    modules = {
+        "self_attn.q_proj": matrix(hidden, queries, "q_proj", "attention_input", bias=has_biases),
+        "self_attn.k_proj": matrix(hidden, keys, "k_proj", "attention_input", bias=has_biases),
+        "self_attn.v_proj": matrix(hidden, keys, "v_proj", "attention_input", bias=has_biases),
+        "self_attn.o_proj": matrix(queries, hidden, "o_proj", "o_proj", bias=has_biases),
+        **({f"self_attn.{each}_norm": vector(norm, f"{each}_norm") for each in "qk"} if norm else {}),
+        "mlp.gate_proj": matrix(hidden, intermediate, "gate_proj", "feed_forward_input"),
+        "mlp.up_proj": matrix(hidden, intermediate, "up_proj", "feed_forward_input"),
+        "mlp.down_proj": matrix(intermediate, hidden, "down_proj", "down_proj"),
+        "input_layernorm": vector(hidden, "input_layernorm"),
+        "post_attention_layernorm": vector(hidden, "post_attention_layernorm"),
+    }
     return LayerShape(
-        params=matrices + 2 * hidden + extra,
-        matrix_params=matrices,
+        params=sum(module.params for module in modules.values()),
+        matrix_params=sum(module.matrix_params for module in modules.values()),
         attention_width=2 * queries,
         query_width=queries,
         key_value_width=2 * keys,
         feed_forward_width=intermediate,
+        modules=modules,
+        mixing_called=when["attention"],
     )
 
 

@@ -11,11 +11,13 @@ from layerplan.config.plan import (
     FreezeShallowPlanConfig,
     FromProfilePlanConfig,
     FullPlanConfig,
+    LayerPlanOptions,
     MeasuredPlanConfig,
     MidpointPlanConfig,
     PlanConfig,
     PlanOptions,
     RandomPlanConfig,
+    RecommendedPlanConfig,
     ReversePlanConfig,
     SemanticPlanConfig,
     TopKSensitivityPlanConfig,
@@ -24,12 +26,14 @@ from layerplan.errors import PlanError
 from layerplan.plan.boundary import check_boundary, compute_boundary
 from layerplan.plan.boundary_choice import BoundaryChoice, choose_boundary, explain_choice
 from layerplan.plan.cost import predict_cost
-from layerplan.plan.freeze_plan import FreezePlan, Tied
+from layerplan.plan.freeze_plan import FreezePlan, Modules, Tied
 from layerplan.plan.layer_measurement import LayerMeasurements
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
-from layerplan.plan.measured import choose_measured
+from layerplan.plan.measured import choose_measured, choose_measured_modules
 from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.modules import choose_modules
 from layerplan.plan.plan_cost import PredictedCost
+from layerplan.plan.recommended import recommend
 from layerplan.plan.selectors import select
 
 DEFAULT_SEQ_LEN = 4096
@@ -73,19 +77,45 @@ def make_plan(
         raise PlanError(
             f"layer profile {profile.sha256[:12]}: has {profile.model.num_layers} layers, the model {model.num_layers}"
         )
+    if isinstance(config, RecommendedPlanConfig):
+        return _plan_recommended(config, model, shape, seq_len)
     if isinstance(config, MeasuredPlanConfig):
         return _plan_measured(config, model, shape, measurements, seq_len)
     layers, reason, evidence = _choose(config, shape, profile)
+    layers, modules, reason = _choose_modules(config, layers, shape, reason)
     if profile is not None:
         evidence = {"profile_sha256": profile.sha256, **evidence}
     plan = FreezePlan(
         model=model,
         plan_type=config.type,
         trainable_layers=layers,
+        trainable_modules=modules,
         reason=reason,
         evidence=evidence,
         **decide_ends(_with_selected_ends(config, shape, profile), shape),
     )
+    return seal_with_cost(plan, shape, seq_len)
+
+
+def _plan_recommended(
+    config: RecommendedPlanConfig, model: ModelIdentity, shape: ModelShape, seq_len: int
+) -> FreezePlan:
+    full = make_full_plan(model, shape)
+    full_flops = predict_cost(full, shape, seq_len=seq_len).total_flops
+
+    def make(layers: tuple[int, ...] | None) -> FreezePlan:
+        if layers is None:
+            return full
+        return FreezePlan(
+            model=model, plan_type=config.type, trainable_layers=layers, reason="", **decide_ends(PlanOptions(), shape)
+        )
+
+    found = recommend(
+        config,
+        shape.num_layers,
+        lambda layers: predict_cost(make(layers), shape, seq_len=seq_len).total_flops / full_flops,
+    )
+    plan = make(found.layers).model_copy(update={"reason": found.reason, "evidence": found.evidence})
     return seal_with_cost(plan, shape, seq_len)
 
 
@@ -106,17 +136,49 @@ def _plan_measured(
         )
     ends = decide_ends(config, shape)
 
-    def make(layers: tuple[int, ...], reason: str, evidence: dict[str, Any]) -> FreezePlan:
+    def make(layers: tuple[int, ...], modules: Modules, reason: str, evidence: dict[str, Any]) -> FreezePlan:
         return FreezePlan(
-            model=model, plan_type=config.type, trainable_layers=layers, reason=reason, evidence=evidence, **ends
+            model=model,
+            plan_type=config.type,
+            trainable_layers=layers,
+            trainable_modules=modules,
+            reason=reason,
+            evidence=evidence,
+            **ends,
         )
 
-    def price(layers: tuple[int, ...]) -> float:
-        full = predict_cost(make_full_plan(model, shape), shape, seq_len=seq_len)
-        return predict_cost(make(layers, "", {}), shape, seq_len=seq_len).total_flops / full.total_flops
+    full = predict_cost(make_full_plan(model, shape), shape, seq_len=seq_len).total_flops
 
-    layers, reason, evidence = choose_measured(config, measurements.find(config.type), price)
-    return seal_with_cost(make(layers, reason, evidence), shape, seq_len)
+    def price(layers: tuple[int, ...], modules: Modules) -> float:
+        if not layers:
+            return 0.0
+        return predict_cost(make(layers, modules, "", {}), shape, seq_len=seq_len).total_flops / full
+
+    def restrict(layers: tuple[int, ...]) -> tuple[tuple[int, ...], Modules]:
+        return (layers, {}) if config.modules is None else choose_modules(config.modules, layers, shape)
+
+    measurement = measurements.find(config.type)
+    if config.unit == "module":
+        plan = make(*choose_measured_modules(config, measurement, shape, price))
+        return seal_with_cost(plan, shape, seq_len)
+    chosen, reason, evidence = choose_measured(config, measurement, lambda layers: price(*restrict(layers)))
+    layers, modules, reason = _choose_modules(config, chosen, shape, reason)
+    return seal_with_cost(make(layers, modules, reason, evidence), shape, seq_len)
+
+
+def _choose_modules(
+    config: PlanConfig, layers: tuple[int, ...], shape: ModelShape, reason: str
+) -> tuple[tuple[int, ...], Modules, str]:
+    """The layers of which something trains, the modules of those that train in part, and the reason with both."""
+    if not isinstance(config, LayerPlanOptions) or config.modules is None:
+        return layers, {}, reason
+    chosen, modules = choose_modules(config.modules, layers, shape)
+    if not chosen:
+        raise PlanError(
+            f"plan.modules: none of layers {', '.join(map(str, layers))} has a module that"
+            f" {', '.join(config.modules)} names"
+        )
+    return chosen, modules, f"{reason} Of them only these modules train: {', '.join(config.modules)}."
 
 
 def seal_with_cost(plan: FreezePlan, shape: ModelShape, seq_len: int) -> FreezePlan:
@@ -147,7 +209,7 @@ def make_full_plan(model: ModelIdentity, shape: ModelShape) -> FreezePlan:
     ).sealed()
 
 
-def decide_ends(config: PlanConfig, shape: ModelShape) -> dict[str, Any]:
+def decide_ends(config: PlanConfig | PlanOptions, shape: ModelShape) -> dict[str, Any]:
     """Embeddings, norm and head; a tied matrix needs one choice for both of its sides."""
     if isinstance(config, FullPlanConfig):
         tied: Tied = "trained" if shape.is_tied else "untied"

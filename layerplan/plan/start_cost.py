@@ -79,4 +79,4 @@ def _backward_flops(plan: FreezePlan, shape: ModelShape, seq_len: int, *, weight
 def _frozen_ends() -> dict[str, Any]:
     """Fields of a plan whose embeddings, norm and head are frozen and which does not change."""
     ends: dict[str, Any] = dict.fromkeys(("train_embeddings", "train_final_norm", "train_lm_head"), False)
-    return ends | {"phases": (), "planned_steps": None}
+    return ends | {"trainable_modules": {}, "phases": (), "planned_steps": None}

@@ -183,10 +183,13 @@ def draw_layer_map(plan: FreezePlan) -> Figure:
     cells = [("embed", plan.train_embeddings)]
     cells += [(str(layer), layer in plan.trainable_layers) for layer in range(plan.model.num_layers)]
     cells += [("norm", plan.train_final_norm), ("head", plan.train_lm_head)]
+    partly = {str(layer) for layer in plan.trainable_modules}
     figure = Figure(figsize=(max(5.0, 0.28 * len(cells)), 0.9), layout="constrained")
     axes = figure.subplots()
     for index, (name, trains) in enumerate(cells):
-        axes.bar(index, 1, width=0.92, color=PARTICLE if trains else FROZEN)
+        axes.bar(index, 1, width=0.92, color=FROZEN)
+        # a layer that trains in part is half filled
+        axes.bar(index, 0.5 if name in partly else 1, width=0.92, color=PARTICLE if trains else FROZEN)
         turned = 0 if name.isdigit() else 90
         colour = "white" if trains else "#1e3a8a"
         axes.text(index, 0.5, name, ha="center", va="center", fontsize=6.5, rotation=turned, color=colour)

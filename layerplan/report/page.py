@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from layerplan.artifacts import read_lines, write_text
 from layerplan.aside import writing_aside
-from layerplan.plan.explain import describe_older_rule
+from layerplan.plan.explain import describe_older_rule, list_module_layers, name_ranges
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.report.answers import read_answers
@@ -56,7 +56,8 @@ padding-bottom:.3rem}p{margin:.5rem 0}.soft{color:var(--soft)}table{border-colla
 th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}
 th{color:var(--soft);font-weight:600}.map{display:flex;gap:3px;margin:1rem 0;flex-wrap:wrap}.cell{min-width:34px;
 flex:1;text-align:center;padding:.5rem .2rem;border-radius:4px;font-size:.8rem}.on{background:var(--train);color:#fff}
-.off{background:var(--frozen);color:#1e3a8a}svg{width:100%;height:auto}figure{margin:1rem 0}.scroll{overflow-x:auto}
+.off{background:var(--frozen);color:#1e3a8a}.part{background:repeating-linear-gradient(45deg,var(--frozen) 0 4px,#f6c58f 4px
+8px);color:#111827}svg{width:100%;height:auto}figure{margin:1rem 0}.scroll{overflow-x:auto}
 pre{overflow-x:auto}code{font-size:.88em}
 .verdict{border-left:3px solid var(--train);padding:.2rem 0 .2rem .8rem;margin:.6rem 0}
 .cases td{white-space:pre-wrap;overflow-wrap:anywhere;vertical-align:top;width:33%}
@@ -124,11 +125,27 @@ def _plan_section(plan: FreezePlan | None) -> str:
     cells = [("embed", plan.train_embeddings)]
     cells += [(str(layer), layer in plan.trainable_layers) for layer in range(plan.model.num_layers)]
     cells += [("norm", plan.train_final_norm), ("head", plan.train_lm_head)]
-    drawn = "".join(f'<div class="cell {"on" if trains else "off"}">{name}</div>' for name, trains in cells)
+    partly = {str(layer): ", ".join(names) for layer, names in plan.trainable_modules.items()}
+    drawn = "".join(_draw_cell(name, trains, partly.get(name)) for name, trains in cells)
     text = f"<h2>The plan</h2><p>{html.escape(plan.reason)}</p><div class='map'>{drawn}</div>"
     if older := describe_older_rule(plan):
         text += f"<p>{html.escape(older)}</p>"
-    return text + '<p class="soft">Amber trains, blue is frozen; layer 0 is beside the embeddings.</p>'
+    striped = ", striped in part (hold the pointer over a layer)" if partly else ""
+    text += f'<p class="soft">Amber trains{striped}, blue is frozen; layer 0 is beside the embeddings.</p>'
+    return text + _module_table(plan)
+
+
+def _draw_cell(name: str, trains: bool, modules: str | None) -> str:
+    if modules is None:
+        return f'<div class="cell {"on" if trains else "off"}">{name}</div>'
+    return f'<div class="cell part" title="{html.escape(modules, quote=True)}">{name}</div>'
+
+
+def _module_table(plan: FreezePlan) -> str:
+    if not plan.trainable_modules:
+        return ""
+    rows = [[name, str(len(layers)), name_ranges(layers)] for name, layers in list_module_layers(plan).items()]
+    return render_table(["module", "layers it trains in", "which"], rows)
 
 
 def _verdict_section(verdicts: Sequence[dict[str, Any]]) -> str:

@@ -59,7 +59,15 @@ def check_plans(trials: Iterable[Trial], folder: Path) -> None:
 
 def _train_alike(one: FreezePlan, other: FreezePlan) -> bool:
     """The predicted costs beside it may be those of another version."""
-    fields = ("plan_type", "trainable_layers", "train_embeddings", "train_final_norm", "train_lm_head", "tied")
+    fields = (
+        "plan_type",
+        "trainable_layers",
+        "trainable_modules",
+        "train_embeddings",
+        "train_final_norm",
+        "train_lm_head",
+        "tied",
+    )
     return all(getattr(one, name) == getattr(other, name) for name in fields)
 
 

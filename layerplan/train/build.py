@@ -35,6 +35,7 @@ from layerplan.train.sharding import PlacedModel, place_model
 from layerplan.train.step import LossModel
 
 logger = logging.getLogger(__name__)
+_PLACED = {"replicate": "replicated", "shard": "sharded"}
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def render_placement(placement: Placement, estimate: MemoryEstimate, available: 
     return (
         f"{len(applied.trainable)} parameters train, {len(applied.frozen)} are frozen;"
         f" parallelism {placement.parallelism}"
-        + (f", frozen layers {placement.frozen_sharding}d" if placement.parallelism == "shard" else "")
+        + (f", frozen parameters {_PLACED[placement.frozen_sharding]}" if placement.parallelism == "shard" else "")
         + f", attention {placement.attention}, {len(placement.checkpointed_layers)} layers recomputed;"
         f" memory predicted {estimate.total / GIB:.2f} GiB of {available / GIB:.2f} GiB per worker"
     )

@@ -33,6 +33,7 @@ from layerplan.train.exactness import (
     try_recipe,
 )
 from layerplan.train.sample_documents import Documents, make_documents
+from layerplan.train.sharding import reshard
 from layerplan.train.step import LossModel
 
 _ROWS: tuple[Rows, ...] = ("packed", "reset", "alone")
@@ -132,6 +133,7 @@ def confirm_recipe(
             try_set_attention(causal_lm, before)
         found = float(model(documents.trial(model.recipe.rows))) / documents.num_labels
     model.train(was_training)
+    reshard(model)
     fault = compare_losses(alone, found, dtype)
     if fault is not None:
         raise ModelError(f"{type(causal_lm).__name__}, placed for training: {model.recipe.text}: {fault}")

@@ -6,7 +6,8 @@ that was built without memory gets its values once it is placed, so that no work
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -20,9 +21,12 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.placement import Placement
 from layerplan.train.activation import checkpoint_layers
+from layerplan.train.fsdp_units import list_mixed, list_units
 from layerplan.train.materialize import ParameterSource, fill_parameters
 from layerplan.train.replicate import GradientReducer
 from layerplan.train.step import LossModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def place_model(
 
         convert_frozen_layers(parts, plan)
     if config.compile:
-        compile_layers(parts)
+        compile_layers(parts, left_out=plan.trainable_modules if placement.parallelism == "shard" else ())
     checkpoint_layers(parts.layers, placement.checkpointed_layers)
     model = loss_model(causal_lm, recipe, z_weight=config.z_loss, compiled=config.compile)
     if placement.parallelism == "replicate":
@@ -124,15 +128,21 @@ def cast_for_training(causal_lm: nn.Module, config: TrainConfig, placement: Plac
     return masters
 
 
-def compile_layers(parts: DecoderParts) -> None:
+def compile_layers(parts: DecoderParts, left_out: Collection[int] = ()) -> None:
     """Compiles each decoder layer's forward pass; a plan that changes needs `reset_compiled` first.
+
+    Layers to leave out are those that hold several FSDP units, whose hooks would cut their graphs into pieces.
 
     Layers of one kind share their graphs. More variants than a plan can cause would mean silent eager execution, so
     reaching the recompile limit is an error.
     """
     torch._dynamo.config.recompile_limit = 32
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    for layer in parts.layers:
+    if left_out:
+        logger.info("%d layers train in part and are sharded in several units; they are not compiled", len(left_out))
+    for index, layer in enumerate(parts.layers):
+        if index in left_out:
+            continue
         layer.forward = torch.compile(layer.forward, dynamic=False)
 
 
@@ -166,9 +176,13 @@ def shard_model(
         ignored = {parameter for parameter in model.parameters() if not parameter.requires_grad}
     trained = set(plan.trainable_layers)
     for index, layer in enumerate(parts.layers):
+        if index in plan.trainable_modules:
+            ignored |= list_mixed(layer)
         if any(parameter not in ignored for parameter in layer.parameters()):
             # a frozen layer above trained ones is needed again in backward: gathered once is cheaper
             again = index not in trained and trained and index > min(trained)
+            for module in list_units(layer, ignored):
+                fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
             fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not again, ignored_params=ignored)
     head_trains = parts.lm_head.weight.requires_grad
     for module in (parts.embeddings, parts.final_norm):

@@ -27,7 +27,9 @@ STOP_REQUEST = "stop_requested"
 
 @pytest.mark.long
 def test_phases_on_ray_equal_a_plain_loop_and_survive_a_kill(tmp_path: Path, shared_cluster: dict[str, str]) -> None:
-    """Layer 2, then layer 0 with the final norm, then both: moments dropped, moments kept, and kept through a stop.
+    """Layer 2, then the feed-forward part of layer 0 with the final norm, then that part of both layers.
+
+    Moments are dropped, kept, and kept through a stop.
 
     The interrupted run is asked to stop in the last step of its first phase, and killed in its second.
     """
@@ -50,7 +52,7 @@ def test_phases_on_ray_equal_a_plain_loop_and_survive_a_kill(tmp_path: Path, sha
         assert found.keys() == base.keys()
         for name in base:
             assert (found[name] - expected[name]).abs().max() < 2e-5, name
-            trains = name.startswith(("model.layers.0.", "model.layers.2.", "model.norm."))
+            trains = name.startswith(("model.layers.0.mlp.", "model.layers.2.", "model.norm."))
             assert torch.equal(found[name], base[name]) != trains, name
     assert not torch.equal(load_file(weights["keep"])[TOP], load_file(weights["drop"])[TOP])
     events = (tmp_path / "keep" / "events.jsonl").read_text().splitlines()
@@ -70,8 +72,8 @@ def make_plan_for(folder: Path, rule: str) -> Any:
     config = SchedulePlanConfig(
         phases=[
             PhaseConfig(steps=4, plan=ExplicitPlanConfig(trainable=[2])),
-            PhaseConfig(steps=3, plan=ExplicitPlanConfig(trainable=[0], train_final_norm=True)),
-            PhaseConfig(plan=ExplicitPlanConfig(trainable=[0, 2])),
+            PhaseConfig(steps=3, plan=ExplicitPlanConfig(trainable=[0], modules=["mlp"], train_final_norm=True)),
+            PhaseConfig(plan=ExplicitPlanConfig(trainable=[0, 2], modules=["mlp"])),
         ],
         optimizer_state=rule,  # type: ignore[arg-type]
         rewarm_steps=REWARM,
@@ -111,7 +113,7 @@ def train_plainly(folder: Path, rule: str) -> Mapping[str, Any]:
     config = make_train_config()
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).train()
     parameters = dict(model.named_parameters())
-    phases = {0: ("layers.2.",), 4: ("layers.0.", "model.norm."), 7: ("layers.0.", "layers.2.")}
+    phases = {0: ("layers.2.",), 4: ("layers.0.mlp.", "model.norm."), 7: ("layers.0.mlp.", "layers.2.mlp.")}
     moments: dict[str, Any] = {}
     trained: list[str] = []
     optimizer: Any = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,23 @@ def spectrum_snr(weight: np.ndarray) -> float:
     below_edge = [value for value in ordered if value <= edge]
     noise = sum(below_edge) if below_edge else 1.0
     return signal / noise / ordered[-1]
+
+
+def spectrum_unfrozen(snr: Mapping[str, float], top_percent: int) -> list[str]:
+    """Modules that Spectrum's published code lists under `unfrozen_parameters`, by their names and numbers.
+
+    A module's type is what follows the first number in its name; of each type the top percentage is taken, rounded down.
+    """
+    types: dict[str, list[tuple[str, float]]] = {}
+    for name, value in snr.items():
+        parts = name.split(".")
+        place = next(index for index, part in enumerate(parts) if part.isdigit())
+        types.setdefault(".".join(parts[place + 1 :]), []).append((name, value))
+    chosen = []
+    for modules in types.values():
+        ordered = sorted(modules, key=lambda pair: pair[1], reverse=True)
+        chosen += [name for name, _ in ordered[: int(len(modules) * top_percent / 100)]]
+    return chosen
 
 
 def loss_of(model: Any, ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:

@@ -56,7 +56,7 @@ def test_an_unknown_key_inside_a_list_names_its_index():
         (3, "plan: a mapping of fields is expected (got 3)"),
         (
             {"type": "schedule", "phases": [{"steps": 2, "plan": {"type": "freeze_deep", "boundry": 1}}]},
-            "plan.phases.0.plan.boundry: unknown key; did you mean 'boundary'? allowed: boundary, split_ratio,",
+            "plan.phases.0.plan.boundry: unknown key; did you mean 'boundary'? allowed: boundary, modules, split_ratio,",
         ),
         (
             {"type": "schedule", "phases": [{"steps": 2, "plan": {"type": "ful"}}]},

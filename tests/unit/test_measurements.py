@@ -18,7 +18,6 @@ from layerplan.measure.gradients import compute_fisher, compute_gradient_norms
 from layerplan.measure.influence import compute_block_influence
 from layerplan.measure.pilot import count_pilot_steps, run_pilot
 from layerplan.measure.spectrum import (
-    choose_top_share,
     collect_kinds,
     compute_snr,
     name_kind,
@@ -76,10 +75,9 @@ def test_kinds_of_matrices_are_found_in_any_list():
     assert name_kind("model.embed_tokens.weight", "model.layers") is None
 
 
-def test_spectrum_trains_the_top_share_of_each_kind_and_layers_by_their_mean_rank(folder: Path):
+def test_spectrum_ranks_layers_by_their_mean_rank_among_each_kind(folder: Path):
     matrices = list_matrices(ModelRef(str(folder)))
     kinds = collect_kinds(matrices, [matrix.layer if "mlp" in matrix.kind else 1.0 for matrix in matrices], 3)
-    assert choose_top_share(kinds, 0.5)["mlp.up_proj"] == [2] and choose_top_share(kinds, 0.7)["mlp.up_proj"] == [1, 2]
     # three of seven kinds rank layers 0, 1, 2 with shares 1/6, 3/6, 5/6; four are all tied at 3/6
     assert rate_layers(kinds) == pytest.approx([(3 / 6 + 2) / 7, 0.5, (15 / 6 + 2) / 7])
 
@@ -109,10 +107,10 @@ def test_block_influence_is_that_of_hooks_around_the_layers(ids: torch.Tensor):
 
 def test_the_pilot_saves_what_plain_adamw_saves(ids: torch.Tensor):
     batches = [ids, ids.flip(1), ids.flip(0), ids]
-    wanted = naive.saved_losses(build_tiny_qwen3(), batches, rate=1e-3)
+    wanted = naive.saved_losses(build_tiny_qwen3().double(), batches, rate=1e-3)
     found = run_pilot(build_tiny_qwen3(), batches, OptimizerConfig(learning_rate=1e-3))
     for mine, theirs in zip(found, wanted, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-8)
+        assert mine == pytest.approx(theirs, rel=1e-5)
 
 
 def test_the_first_step_of_the_pilot_saves_the_rate_times_the_sum_of_the_gradients(ids: torch.Tensor):
@@ -121,7 +119,7 @@ def test_the_first_step_of_the_pilot_saves_the_rate_times_the_sum_of_the_gradien
     naive.loss_of(model, ids).backward()
     sums = [sum(float(p.grad.abs().sum()) for p in layer.parameters()) for layer in model.model.layers]
     (saved,) = run_pilot(build_tiny_qwen3(), [ids], OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, eps=1e-12))
-    assert saved == pytest.approx([1e-3 * total for total in sums], rel=1e-3)
+    assert saved == pytest.approx([1e-3 * total for total in sums], rel=1e-5)
 
 
 def test_a_pilot_is_five_percent_of_the_steps_and_at_least_four():

@@ -118,8 +118,8 @@ def test_a_plan_comes_back_from_what_was_written(family: str, tool: str) -> None
         if tool == "llamafactory" and isinstance(config, FullPlanConfig):
             continue  # its word for it is another finetuning_type
         rule = read_rule(yaml.safe_load(export_names(names, tool)), tool, num_layers=12)
-        fields = find_selectors(build(family), rule)
-        assert names_of(family, ExplicitPlanConfig(**fields)).trainable == names.trainable
+        fields, modules = find_selectors(build(family), rule)
+        assert not modules and names_of(family, ExplicitPlanConfig(**fields)).trainable == names.trainable
 
 
 @pytest.mark.parametrize(
@@ -141,10 +141,16 @@ def test_what_no_plan_says_is_refused(tool: str, values: dict[str, Any], said: s
         read_rule(values, tool, num_layers=12)
 
 
-def test_a_part_of_a_layer_is_no_plan() -> None:
+def test_a_part_of_a_layer_is_a_plan_and_a_part_of_a_module_is_none() -> None:
     rule = read_rule({"unfrozen_parameters": ["model.layers.3.mlp.up_proj"]}, "axolotl", num_layers=12)
-    with pytest.raises(PlanError, match=r"layer 3: model\.layers\.3\..* stays frozen beside others that train"):
-        find_selectors(build("qwen3"), rule)
+    fields, modules = find_selectors(build("qwen3"), rule)
+    assert fields["trainable"] == [3] and modules == {3: ("mlp.up_proj",)}
+    with_bias = build_without_memory(AutoConfig.for_model("qwen2", **SIZES), name="qwen2")
+    rule = read_rule({"unfrozen_parameters": ["model.layers.3.self_attn.q_proj.weight"]}, "axolotl", num_layers=12)
+    with pytest.raises(
+        PlanError, match=r"layer 3: model\.layers\.3\.self_attn\.q_proj\.bias stays frozen beside others"
+    ):
+        find_selectors(with_bias, rule)
 
 
 def test_both_ways_work_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

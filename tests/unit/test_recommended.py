@@ -1,0 +1,146 @@
+"""`plan.type: recommended`: what the finished study says is what is taken, under the user's limit, and it is named."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerplan.config.plan import RecommendedPlanConfig
+from layerplan.errors import PlanError
+from layerplan.plan import recommended
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.layer_profile import ModelIdentity
+from layerplan.plan.model_shape import ModelShape
+from layerplan.plan.policies import make_plan
+from layerplan.plan.study_evidence import StudiedPlan, Study, StudyEvidence, load_study_evidence
+from tests.qwen3 import QWEN3_0P6B
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "layerplan/plan/study_evidence.json"
+SHAPE = ModelShape.from_hf_config({**QWEN3_0P6B, "num_hidden_layers": 12})
+MODEL = ModelIdentity(name="twelve", model_type="qwen3", num_layers=12)
+
+
+def plan_for(prefer: str, share: float | None = None) -> FreezePlan:
+    config = RecommendedPlanConfig(prefer=prefer, max_flops_share=share)  # type: ignore[arg-type]
+    return make_plan(config, model=MODEL, shape=SHAPE)
+
+
+def make_study(name: str = "made_up", *, layers: int = 4, done: int = 8) -> Study:
+    """Four layers, three plans: everything, the deep half and the shallow half, each best at something."""
+    rows: list[tuple[str, int, float, float, float]] = [
+        ("full", 4, 1.0, 1.0, 5.0),
+        ("deep", 2, 0.6, 2.0, 3.0),
+        ("shallow", 2, 0.8, 3.0, 1.0),
+    ]
+    plans = [
+        StudiedPlan(trains=trains, num_trained=n, flops_share=s, rate=1e-3, loss={"target": t, "source": f})
+        for trains, n, s, t, f in rows
+    ]
+    is_finished = done == 8
+    return Study(
+        name=name,
+        model_type="llama",
+        num_layers=layers,
+        target="t",
+        source="s",
+        seeds=[0, 1],
+        held_out_rows=4,
+        tokens=100,
+        seq_len=16,
+        commits=["abc"],
+        planned=8,
+        done=done,
+        base={"target": 9.0, "source": 0.5},
+        noise={"target": 0.01, "source": 0.01} if is_finished else {},
+        plans=plans if is_finished else [],
+        rivals=[],
+    )
+
+
+PRICES = {None: 1.0, (0, 1): 0.8, (2, 3): 0.6}
+
+
+def choose(prefer: str, share: float | None, *studies: Study) -> recommended.Recommendation:
+    config = RecommendedPlanConfig(prefer=prefer, max_flops_share=share)  # type: ignore[arg-type]
+    evidence = StudyEvidence(command="", studies=list(studies or (make_study(),)))
+    return recommended.recommend(config, 4, lambda layers: PRICES[layers], evidence)
+
+
+@pytest.mark.parametrize(
+    ("prefer", "share", "layers"),
+    [
+        ("adaptation", None, None),  # everything: 1.0
+        ("adaptation", 0.9, (2, 3)),  # 2.0 against 3.0
+        ("retention", None, (0, 1)),
+        ("retention", 0.7, (2, 3)),
+        ("balanced", None, None),  # (0 + 1) / 2, (0.5 + 0.5) / 2, (1 + 0) / 2: all alike, the cheapest of them is taken
+    ],
+)
+def test_the_best_that_the_limit_pays_for_is_taken(prefer: str, share: float | None, layers: Any) -> None:
+    found = choose(prefer, share)
+    assert found.layers == ((2, 3) if prefer == "balanced" else layers)
+    assert "Study made_up did best on" in found.reason and "rests on one finished study" in found.reason
+
+
+def test_the_study_nearest_in_depth_speaks_and_unfinished_ones_are_counted() -> None:
+    near, far = make_study("near"), make_study("far", layers=40)
+    found = choose("adaptation", 0.9, far, near, make_study("begun", done=3))
+    assert found.evidence["recommended"]["study"]["name"] == "near"
+    assert "nearest of 2 studies" in found.reason and "begun has 3 of 8 trainings" in found.reason
+    with pytest.raises(PlanError, match="no study is finished"):
+        choose("adaptation", None, make_study(done=3))
+
+
+def test_a_limit_that_pays_for_nothing_names_the_cheapest() -> None:
+    with pytest.raises(PlanError, match=r"plan.max_flops_share=0.5: the cheapest plan of study made_up costs 0.600"):
+        choose("retention", 0.5)
+
+
+def test_the_packages_evidence_is_what_the_command_makes_of_the_packed_arms() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/study_evidence.py")]
+    made = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    assert made.stdout == FILE.read_text(encoding="utf-8")
+
+
+def test_the_evidence_has_the_numbers_of_the_published_tables() -> None:
+    """Rows of `study_scratch_zh.md`, which other code made of the same arms."""
+    text = (ROOT / "benchmarks/results/study_scratch_zh.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"## Held-out (\w+) text: \w+\n(.*?)(?=\n## )", text, re.DOTALL))
+    (study,) = (each for each in load_study_evidence().studies if each.name == "scratch_zh")
+    for name, section in sections.items():
+        rows = {
+            row[0]: row[1:] for row in re.findall(r"\| ([^|]+) \| (\d+) \| (\d+)% \| [\d.]+ \| ([\d.]+) \|", section)
+        }
+        for plan in study.plans:
+            boundary = plan.num_trained if plan.trains == "shallow" else study.num_layers - plan.num_trained
+            row = rows["full" if plan.trains == "full" else f"{plan.trains} of {boundary}"]
+            assert row[0] == str(plan.num_trained) and row[2] == f"{plan.loss[name]:.4f}"  # type: ignore[index]
+    assert f"{study.noise['target']:.4f}" in text and f"{study.noise['source']:.4f}" in text
+
+
+def test_preferences_and_limits_give_plans_of_the_finished_study() -> None:
+    """By its tables: deep of 4 is best on the target but for everything, deep of 11 on the source."""
+    everything = plan_for("adaptation")
+    assert everything.trains_everything and "with everything, the embeddings too, trained" in everything.reason
+    assert plan_for("adaptation", 0.9).trainable_layers == tuple(range(4, 12))
+    assert plan_for("retention").trainable_layers == (11,)
+    balanced = plan_for("balanced", 0.9)
+    assert balanced.plan_type == "recommended" and balanced.tied == "frozen" and not balanced.train_lm_head
+    assert balanced.predicted_cost is not None and balanced.predicted_cost.flops_share <= 0.9
+    kept = balanced.evidence["recommended"]
+    assert "Study scratch_zh did best on both texts alike" in balanced.reason and kept["better_measured"] == []
+    assert kept["study"]["commits"] == ["535ee30", "874c895"] and "plans" not in kept["study"]
+    assert len(kept["not_told_from_it"]) >= 3 and "other plans came within the noise of its seeds" in balanced.reason
+
+
+def test_a_model_of_two_layers_gets_a_plan_too() -> None:
+    shape = ModelShape.from_hf_config({**QWEN3_0P6B, "num_hidden_layers": 2})
+    model = ModelIdentity(name="two", model_type="qwen3", num_layers=2)
+    plan = make_plan(RecommendedPlanConfig(prefer="retention"), model=model, shape=shape)
+    assert plan.trainable_layers == (1,)
