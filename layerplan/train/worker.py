@@ -43,6 +43,7 @@ from layerplan.train.loss_proof import prove_loss
 from layerplan.train.metrics import MetricSink
 from layerplan.train.outlet import ALONE, Outlet
 from layerplan.train.place import STARTING, Mark
+from layerplan.train.prometheus import RayGauges
 from layerplan.train.request import Judging, TrainRequest, load_result
 from layerplan.train.resume import find_resume
 from layerplan.train.sharding import reset_compiled
@@ -72,8 +73,8 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
     device = ray.train.torch.get_device()
     manifest = Manifest.load(request.store)
     shape = request.model.shape()
-    num_nodes = count_ray_nodes(world_size)
-    logger.info("workers: %d on %d Ray node%s", world_size, num_nodes, "s" if num_nodes > 1 else "")
+    nodes = list_ray_nodes(world_size)
+    logger.info("workers: %d on %d Ray node%s", world_size, len(set(nodes)), "s" if len(set(nodes)) > 1 else "")
     fresh = TrainState(plan_sha256=request.plan.sha256, corpus_sha256=manifest.content_sha256)
     checkpoints = find_home(request.run_dir / CHECKPOINTS_NAME)
     resumed = find_resume(checkpoints, fresh, rank)
@@ -135,6 +136,7 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
                 rewarm=find_rewarm(request.plan, state.step),
                 frozen=frozen,
                 host_group=host_group,
+                node=nodes[rank],
             )
             hooks = make_hooks(request, setup, state, writer, recorders, mark, outlet)
             state = run_loop(setup, state, hooks, stop_step=end)
@@ -230,7 +232,9 @@ def open_recorders(
     if rank == 0:
         for path in list_records(request):
             fetch_file(path)
-    sink = request.sink_factory(state.step) if rank == 0 and request.sink_factory is not None else None
+    sink: MetricSink | None = None
+    if rank == 0 and request.sink_factory is not None:
+        sink = RayGauges(request.sink_factory(state.step), request.run_dir.name)
     ledger = None
     if request.config.write_ledger:
         place = {"rank": rank, "world_size": world_size, "group": host_group}
@@ -321,8 +325,11 @@ def make_host_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     return dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
 
 
-def count_ray_nodes(world_size: int) -> int:
-    """Ray nodes the workers are on; Ray Train's node rank goes by IP address and takes two nodes of one host for one."""
-    nodes: list[str | None] = [None] * world_size
-    dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
-    return len(set(nodes))
+def list_ray_nodes(world_size: int) -> list[int]:
+    """The Ray node of every rank, as numbers in the order of ranks; Ray Train's own goes by IP address and takes two nodes of
+    one host for one.
+    """
+    ids: list[str | None] = [None] * world_size
+    dist.all_gather_object(ids, ray.get_runtime_context().get_node_id())
+    order = list(dict.fromkeys(ids))
+    return [order.index(each) for each in ids]
