@@ -49,7 +49,7 @@ def print_dry_run(config: RunConfig) -> None:
     print(dump_config(config))
     config = config.model_copy(update={"train": config.train.assume_dtype()})
     model, shape = describe_model(config)
-    plan, note = _plan(config, model, shape)
+    plan, note = find_plan(config, model, shape)
     print("text   " + "\n       ".join(_describe_text(config)))
     print(f"plan   {plan.plan_type}: {note}")
     print(f"       {render_layer_map(plan)}")
@@ -141,7 +141,7 @@ def _read_origins(config: RunConfig) -> tuple[LayerOrigin, ...] | None:
     return None if isinstance(config.model, ScratchModelConfig) else read_origins(find_base(config))
 
 
-def _plan(config: RunConfig, model: ModelIdentity, shape: ModelShape) -> tuple[FreezePlan, str]:
+def find_plan(config: RunConfig, model: ModelIdentity, shape: ModelShape) -> tuple[FreezePlan, str]:
     """The plan itself, or a stand-in at the middle when only a measurement can decide."""
     folder = locate_run_folder(config)
     fetch_file(folder.profile)
@@ -167,14 +167,19 @@ def _active(shape: ModelShape) -> str:
 
 
 def _compare(config: RunConfig, plan: FreezePlan, model: ModelIdentity, shape: ModelShape) -> dict[str, PlanCost]:
+    plans = list_beside(plan, model, shape)
+    return {name: predict_cost(item, shape, seq_len=config.corpus.seq_len) for name, item in plans.items()}
+
+
+def list_beside(plan: FreezePlan, model: ModelIdentity, shape: ModelShape) -> dict[str, FreezePlan]:
+    """A plan and those it is shown beside, by name."""
     middle = max(1, shape.num_layers // 2)
-    plans = {
+    return {
         "full": make_full_plan(model, shape),
         "this plan": plan,
         "freeze_deep 1/2": make_plan(FreezeDeepPlanConfig(boundary=middle), model=model, shape=shape),
         "freeze_shallow 1/2": make_plan(FreezeShallowPlanConfig(boundary=middle), model=model, shape=shape),
     }
-    return {name: predict_cost(item, shape, seq_len=config.corpus.seq_len) for name, item in plans.items()}
 
 
 def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: PlanCost) -> None:

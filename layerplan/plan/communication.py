@@ -14,8 +14,8 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement, gradient_path
 
-SHARDED_GRADIENT_BYTES = 4
-"""FSDP2 sums gradients in float32."""
+GRADIENT_BYTES = 4
+"""Gradients are summed in float32, by FSDP2 and by the buckets of replicas."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def predict_communication(
     width = 2 if config.compute_dtype == "bfloat16" else 4
     micro_steps = config.global_batch_size // (world_size * config.micro_batch_size)
     if placement.parallelism == "replicate":
-        return CommunicationCost(0.0, 2 * _ring(world_size) * (width if micro_steps == 1 else 4) * trained)
+        return CommunicationCost(0.0, 2 * _ring(world_size) * GRADIENT_BYTES * trained)
     shards = world_size // config.num_replicas
     gathered = 2.0 * trained
     if placement.frozen_sharding == "shard":
@@ -58,7 +58,7 @@ def predict_communication(
         trained_ends = trained - shape.count_layer_params(plan.trainable_layers)
         gathered += max(0, shape.total_params - layers - trained_ends)
     reduced = _ring(shards) * trained + 2 * _ring(config.num_replicas) * trained / shards
-    return CommunicationCost(_ring(shards) * width * gathered * micro_steps, SHARDED_GRADIENT_BYTES * reduced)
+    return CommunicationCost(_ring(shards) * width * gathered * micro_steps, GRADIENT_BYTES * reduced)
 
 
 def _ring(world_size: int) -> float:
