@@ -152,6 +152,8 @@ def _describe_training(
         told += f", {left} left; last heard {render_duration(_age_s(newest, now))} ago"
     rows = [("training", told), ("loss", _describe_loss(logged, values))]
     rows.append(("speed", _describe_speed(values)))
+    if metrics.WORKERS in values:
+        rows.append(("workers", f"{values[metrics.WORKERS]:.0f}"))
     if metrics.SLOWEST_RANK in values:
         behind = f"{values.get(metrics.BEHIND_S, 0.0):.2f} s a step behind the first"
         rows.append(("slowest", f"rank {values[metrics.SLOWEST_RANK]:.0f}, {behind}"))

@@ -120,7 +120,7 @@ def _predict_point(
     seq_len: int,
     nodes: int,
 ) -> ScalePoint:
-    workers = config.num_workers
+    workers = config.most_workers
     placement, memory = choose_placement(
         plan,
         shape,
@@ -179,7 +179,7 @@ def _split_links(
     if placement.parallelism == "replicate" or config.num_replicas == 1:
         return total, total
     sums = 2 * (nodes - 1) / nodes * GRADIENT_BYTES * count_trainable_params(plan, shape)
-    shards = config.num_workers // config.num_replicas
+    shards = config.most_workers // config.num_replicas
     return total - sums / shards, sums
 
 

@@ -250,7 +250,8 @@ class Books:
             values = _collect_values(setup, state, launched, window) | {metrics.LOSS: loss, metrics.MFU: mfu}
             values |= summarise_peers(peers, steps=window.steps, seconds=window.seconds)
             hooks.sink.log_metrics(values, step=state.step)
-        hooks.say(render_progress(state.step, setup.config, loss=loss, rate=rate, window=window, mfu=mfu))
+        numbers = {"loss": loss, "rate": rate, "mfu": mfu, "num_workers": setup.world_size}
+        hooks.say(render_progress(state.step, setup.config, window=window, **numbers))
         return state
 
     def _judge(self, launched: LaunchedStep) -> StepDecision:
@@ -386,6 +387,7 @@ def _collect_values(setup: LoopSetup, state: TrainState, launched: LaunchedStep,
         metrics.ROLLBACKS: float(state.rollbacks),
         metrics.TOKENS_PER_S: window.tokens_per_s,
         metrics.STEP_S: window.step_s,
+        metrics.WORKERS: float(setup.world_size),
         metrics.PREDICTED_MEMORY_GIB: setup.predicted_memory_gib,
     }
     for phase in ("forward_backward", "optimizer"):

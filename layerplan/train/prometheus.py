@@ -30,6 +30,7 @@ DESCRIPTIONS = {
     metrics.CHECKPOINT_STALL_S: "Seconds training stood still for the last checkpoint",
     metrics.PEAK_MEMORY_GIB: "Highest memory of a worker so far, GiB",
     metrics.PREDICTED_MEMORY_GIB: "Memory of a worker as predicted, GiB",
+    metrics.WORKERS: "Workers that train",
     metrics.SLOWEST_RANK: "Rank that waits least for the others",
     metrics.BEHIND_S: "Seconds a step by which it is behind the rank that waits longest",
 }

@@ -50,6 +50,7 @@ from layerplan.train.sharding import reset_compiled
 from layerplan.train.state import TrainState
 from layerplan.train.throughput import find_peak_flops
 from layerplan.train.token_flops import predict_token_flops
+from layerplan.train.world import note_world
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
                 before_seal=partial(carry_records, request, is_sealing=True),
                 publish=outlet.publish,
             )
-            state = recorders.note_horizon(request, writer.restore() or state)
+            state = recorders.note_start(request, writer.restore() or state)
             request = replace(request, recipe=built.recipe)
             state = prove_loss(
                 built.placed.model,
@@ -199,17 +200,23 @@ class Recorders:
 
     sink: MetricSink | None
     ledger: LedgerWriter | None
-    is_first_rank: bool
+    world_size: int
 
-    def note_horizon(self, request: TrainRequest, state: TrainState) -> TrainState:
-        """Records that the schedule is one of more steps from here on, when it is."""
+    def note_start(self, request: TrainRequest, state: TrainState) -> TrainState:
+        """Records that from here on the schedule is one of more steps, or there are other workers, when it is so."""
         finished = load_result(request.run_dir)
         state, line = extend_horizon(state, request.config, None if finished is None else finished.final_step)
-        if line:
-            logger.info(line)
-            if self.sink is not None:
-                self.sink.log_event("schedule_horizon", state.step, line)
+        self._tell("schedule_horizon", state.step, line)
+        state, line = note_world(state, self.world_size)
+        self._tell("world_change", state.step, line)
         return state
+
+    def _tell(self, event: str, step: int, line: str) -> None:
+        if not line:
+            return
+        logger.info(line)
+        if self.sink is not None:
+            self.sink.log_event(event, step, line)
 
     def note_change(self, plan: FreezePlan, step: int) -> None:
         """Records that another phase begins."""
@@ -240,7 +247,7 @@ def open_recorders(
         place = {"rank": rank, "world_size": world_size, "group": host_group}
         ledger = LedgerWriter(request.run_dir / LEDGER_NAME, start_step=state.step, **place)
     try:
-        yield Recorders(sink, ledger, is_first_rank=rank == 0)
+        yield Recorders(sink, ledger, world_size)
     finally:
         if sink is not None:
             sink.close()
@@ -285,7 +292,7 @@ def make_hooks(
             ledger.drop_after(restored.step)
         if restored is not None and recorders.sink is not None:
             recorders.sink.drop_after(restored.step)
-        return None if restored is None else recorders.note_horizon(request, restored)
+        return None if restored is None else recorders.note_start(request, restored)
 
     count_rows = setup.placed.model.start_counting(state, setup.world_size)
     feed = open_feed(request, state, rank=setup.rank, world_size=setup.world_size)
