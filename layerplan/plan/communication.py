@@ -1,7 +1,7 @@
 """Bytes one worker sends in a step under a placement: pure functions over plan, shape and config.
 
 Collectives are counted as rings: of N bytes over W workers, a gather or a scatter sends N (W - 1) / W, an all-reduce
-twice that.
+twice that; gloo's scatter does too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement, gradient_path
 
+GLOO_SCATTER = 2
+"""Gloo scatters sums by an all-reduce of which each keeps its part, as counted on an interface with two and three ranks."""
 GRADIENT_BYTES = 4
 """Gradients are summed in float32, by FSDP2 and by the buckets of replicas."""
 
@@ -57,7 +59,8 @@ def predict_communication(
         layers = shape.count_layer_params(range(shape.num_layers))
         trained_ends = trained - shape.count_layer_params(plan.trainable_layers)
         gathered += max(0, shape.total_params - layers - trained_ends)
-    reduced = _ring(shards) * trained + 2 * _ring(config.num_replicas) * trained / shards
+    scattered = (1 if config.use_gpu else GLOO_SCATTER) * _ring(shards) * trained
+    reduced = scattered + 2 * _ring(config.num_replicas) * trained / shards
     return CommunicationCost(_ring(shards) * width * gathered * micro_steps, GRADIENT_BYTES * reduced)
 
 

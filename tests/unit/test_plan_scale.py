@@ -62,8 +62,8 @@ def test_groups_of_a_node_gather_inside_and_only_sums_of_shards_cross() -> None:
     plan, shape = plan_of(FullPlanConfig(), QWEN3_0P6B)
     trained = count_trainable_params(plan, shape)
     point = predict(FullPlanConfig(), 4)["shard per node"]
-    # pairs of workers: bfloat16 gathered for forward and backward of two micro-batches, float32 scattered once
-    assert point.worker_bytes == pytest.approx(1 / 2 * (2 * 2 * 2 * trained + 4 * trained))
+    # pairs of workers: bfloat16 gathered for forward and backward of two micro-batches, float32 scattered once, by gloo
+    assert point.worker_bytes == pytest.approx(1 / 2 * (2 * 2 * 2 * trained + 2 * 4 * trained))
     # each of the two shards is summed over four nodes
     assert point.node_bytes == pytest.approx(2 * (2 * 3 / 4 * 4 * trained / 2))
     assert point.communication_s == pytest.approx(point.worker_bytes / 8e9 + point.node_bytes / 1e9)
@@ -105,7 +105,7 @@ def test_more_nodes_saturate_where_the_link_is_slow_and_not_where_it_is_fast() -
     assert saturated is not None and saturated.nodes == 8
     assert find_saturation(best(1e13)) is None
     first, *_, last = best(1e13)
-    assert 0.9 < compute_efficiency(first, last) <= 1.01
+    assert 0.85 < compute_efficiency(first, last) <= 1.01
 
 
 def test_a_batch_that_cannot_be_dealt_has_no_point() -> None:
