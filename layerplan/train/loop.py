@@ -29,7 +29,7 @@ from layerplan.train.agreement import Agreement, StepCounts
 from layerplan.train.ahead import PreparedStep, StepsAhead
 from layerplan.train.frozen_check import FrozenTensors
 from layerplan.train.optim import compute_clip_scale, compute_grad_norm
-from layerplan.train.peers import NodeLoad, PeerFacts, gather_facts, summarise_peers
+from layerplan.train.peers import PeerFacts, gather_facts, summarise_peers
 from layerplan.train.place import IN_STEP, LOGGING, Mark
 from layerplan.train.profiling import profiled
 from layerplan.train.readback import Readback
@@ -99,6 +99,8 @@ class LoopSetup:
     """A gloo group of all ranks for what hosts tell each other; None where the default group is one."""
     node: int = 0
     """Index of the node this rank is on."""
+    read_load: Callable[[], tuple[float, float, float]] = lambda: (0.0, 0.0, 0.0)
+    """Percent of its CPUs since the last time, megabytes in use, percent of its memory."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,6 @@ class Books:
         self.hooks = hooks
         self.state = state
         self.window = Window()
-        self._load = NodeLoad()
         self._monitor = StabilityMonitor(setup.config.stability)
         self._monitor.recent.extend(state.recent_losses)
         self._verdict: tuple[int, StepDecision] | None = None
@@ -238,7 +239,7 @@ class Books:
         first = loss if state.first_loss is None else state.first_loss
         state = state.model_copy(update={"window_losses": (), "last_loss": loss, "first_loss": first})
         waits = window.phases_s.get("peers", 0.0), window.phases_s.get("data", 0.0)
-        mine = PeerFacts(setup.node, *waits, peak_memory_gib(setup.device), *self._load.read())
+        mine = PeerFacts(setup.node, *waits, peak_memory_gib(setup.device), *setup.read_load())
         peers = gather_facts(mine, setup.world_size, setup.host_group)
         if setup.rank != 0:
             return state

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -34,19 +33,7 @@ class PeerFacts:
     memory_mb: float
     """In use on its node."""
     memory_percent: float
-    """The same, of what the node has."""
-
-
-class NodeLoad:
-    """How busy the node of this process is, from one asking to the next."""
-
-    def __init__(self) -> None:
-        psutil.cpu_percent()
-
-    def read(self) -> tuple[float, float, float]:
-        """Percent of the CPUs since the last time, megabytes in use, and percent of the memory."""
-        memory = psutil.virtual_memory()
-        return psutil.cpu_percent(), memory.used / 1e6, 100 * memory.used / memory.total
+    """The same, of what the node has; 0 with the two before where nobody looks."""
 
 
 def gather_facts(mine: PeerFacts, world_size: int, group: dist.ProcessGroup | None) -> list[PeerFacts]:
@@ -81,7 +68,7 @@ def summarise_peers(peers: Sequence[PeerFacts], *, steps: int, seconds: float) -
     if len(peers) > 1:
         values[metrics.SLOWEST_RANK] = float(waits.index(min(waits)))
         values[metrics.BEHIND_S] = (max(waits) - min(waits)) / max(steps, 1)
-    for peer in {peer.node: peer for peer in reversed(peers)}.values():
+    for peer in {peer.node: peer for peer in reversed(peers) if peer.memory_mb}.values():
         name = metrics.NODE.format(node=int(peer.node), name="{}")
         values[name.format("cpu_utilization_percentage")] = round(peer.cpu_percent, 1)
         values[name.format("system_memory_usage_megabytes")] = round(peer.memory_mb, 1)

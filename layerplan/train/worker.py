@@ -41,6 +41,7 @@ from layerplan.train.ledger import LedgerWriter
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
 from layerplan.train.loss_proof import prove_loss
 from layerplan.train.metrics import MetricSink
+from layerplan.train.node_load import NodeLoad
 from layerplan.train.outlet import ALONE, Outlet
 from layerplan.train.place import STARTING, Mark
 from layerplan.train.prometheus import RayGauges
@@ -81,6 +82,7 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
     resumed = find_resume(checkpoints, fresh, rank)
     state = resumed.state
     group, host_group = make_host_groups()
+    load = NodeLoad()
     with open_recorders(request, state, rank, world_size, host_group) as recorders:
         while True:
             mark(STARTING, state.step)
@@ -138,6 +140,7 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
                 frozen=frozen,
                 host_group=host_group,
                 node=nodes[rank],
+                read_load=load.read,
             )
             hooks = make_hooks(request, setup, state, writer, recorders, mark, outlet)
             state = run_loop(setup, state, hooks, stop_step=end)
