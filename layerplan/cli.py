@@ -32,6 +32,7 @@ COMMANDS = {
     "generate": ("layerplan.commands.generate", "continue a text with models, side by side"),
     "push": ("layerplan.commands.push", "upload a finished run's model, card, plan and scores to the Hugging Face hub"),
     "cluster": ("layerplan.commands.cluster", "check the nodes of a cluster before a run is placed on them"),
+    "status": ("layerplan.commands.status", "show how a run is doing, live in a terminal, from its folder alone"),
     "report": ("layerplan.commands.report", "write the page of a run folder anew"),
 }
 

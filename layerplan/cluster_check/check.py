@@ -48,6 +48,10 @@ class Checked:
     """All-reduce bandwidth of two nodes, bytes per second and node, by their addresses."""
     over_all: float | None = None
     """That of all nodes together; None for one node."""
+    core_flops: float | None = None
+    """Of the slowest node's core in a float32 matrix product, FLOP/s; None when one did not answer."""
+    storage_rate: float | None = None
+    """Bytes per second that one node alone writes to the storage; None when none was named or it cannot be written."""
 
     @property
     def failed(self) -> tuple[Finding, ...]:
@@ -66,6 +70,8 @@ class Checked:
                     "pairs": [{"nodes": list(pair), "rate": rate} for pair, rate in self.pairs.items()],
                     "over_all": self.over_all,
                 },
+                "core_flops_per_s": self.core_flops,
+                "storage_bytes_per_s": self.storage_rate,
                 "findings": [asdict(each) for each in self.findings],
             },
         )
@@ -95,14 +101,18 @@ def check_cluster(*, storage: str | None, min_nodes: int) -> Checked:
         there = [node for node in nodes if node.label in {each.label for each in facts}]
         findings = [*judge_nodes(facts, silent, min_nodes), *judge_versions(facts)]
         findings += [_answered("clocks", lambda: judge_clocks(*_compare_clocks(there))), *judge_space(facts)]
+        rate = None
         if storage is not None:
-            findings.append(judge_storage(_try_storage(there, storage), len(there)))
+            trial = _try_storage(there, storage)
+            findings.append(judge_storage(trial, len(there)))
+            rate = trial.rate or None
+        core = _measure_cores(there)
         if len(there) < 2:
-            return Checked(tuple(facts), tuple(findings))
+            return Checked(tuple(facts), tuple(findings), core_flops=core, storage_rate=rate)
         findings.append(_answered("ports", lambda: judge_ports(_try_ports(there), len(there) * (len(there) - 1))))
         pairs, faults, over_all = _measure_bandwidth(there)
         findings += judge_bandwidth(pairs, faults, over_all)
-        return Checked(tuple(facts), tuple(findings), pairs, over_all)
+        return Checked(tuple(facts), tuple(findings), pairs, over_all, core, rate)
     finally:
         for node in nodes:
             ray.kill(node.probe)
@@ -191,10 +201,19 @@ def _try_storage(nodes: Sequence[Node], storage: str) -> StorageTrial:
         unseen = ray.get([node.probe.read.remote(place, looked_for) for node in nodes], **limit)
         blind = tuple(node.label for node, missing in zip(nodes, unseen, strict=True) if missing)
         seconds = time.monotonic() - started
+        rate = 0.0 if unwritable else ray.get(first.probe.time_write.remote(place), **limit)
         free = [ray.get(node.probe.clean.remote(place), **limit) for node in nodes]
     except ray.exceptions.RayError as error:
         return StorageTrial(shown, fault=first_line(error))
-    return StorageTrial(shown, "", blind, unwritable, seconds, free[0])
+    return StorageTrial(shown, "", blind, unwritable, seconds, free[0], rate)
+
+
+def _measure_cores(nodes: Sequence[Node]) -> float | None:
+    """The slowest node's core; nodes of one host one after the other, so that they do not take it from each other."""
+    try:
+        return min((ray.get(node.probe.compute.remote(), timeout=3 * TIMEOUT_S) for node in nodes), default=None)
+    except ray.exceptions.RayError:
+        return None
 
 
 def _try_ports(nodes: Sequence[Node]) -> dict[Pair, str]:

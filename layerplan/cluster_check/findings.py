@@ -50,6 +50,8 @@ class StorageTrial:
     """From a file's rename to the last node's having read it."""
     free: int | None = None
     """Bytes, where it is a folder."""
+    rate: float = 0.0
+    """Bytes per second that one node alone writes; 0 when that was not measured."""
 
 
 def judge_nodes(facts: Sequence[NodeFacts], silent: Mapping[str, str], min_nodes: int) -> list[Finding]:

@@ -17,6 +17,7 @@ from layerplan.storage.paths import BucketPath, StoredPath, remove_tree, write_w
 TIMEOUT_S = 20
 REDUCED_BYTES = 16 * 2**20
 """Of one all-reduce: a bucket of gradients, large enough that latency does not count."""
+WRITTEN_BYTES = 64 * 2**20
 MEASURED_S = 0.5
 VISIBLE_S = 10.0
 """How long a file that is there may take to be seen from another node; NFS remembers for seconds that it was not."""
@@ -40,6 +41,15 @@ class NodeProbe:
         """Seconds since the epoch, here."""
         return time.time()
 
+    def compute(self) -> float:
+        """Best float32 rate of one core in a matrix product, FLOP/s."""
+        import torch
+
+        from layerplan.train.throughput import measure_matmul_flops
+
+        torch.set_num_threads(1)
+        return measure_matmul_flops(torch.device("cpu"), torch.float32, num_tries=5)
+
     def write(self, place: str, name: str) -> str:
         """Writes a file aside and renames it; returns why that failed, or nothing."""
         return write_file(open_place(place), name)
@@ -47,6 +57,10 @@ class NodeProbe:
     def read(self, place: str, names: Sequence[str]) -> list[str]:
         """Files that are not there, or not whole, after a while."""
         return find_unseen(open_place(place), names)
+
+    def time_write(self, place: str) -> float:
+        """Bytes per second at which this node alone writes a file as checkpoints are written; 0 when it cannot."""
+        return time_write(open_place(place))
 
     def clean(self, place: str) -> int | None:
         """Removes what was written; returns the bytes free on a folder's disk."""
@@ -118,6 +132,17 @@ def write_file(folder: StoredPath, name: str) -> str:
     except Exception as error:  # a bucket's library raises what it likes
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
     return ""
+
+
+def time_write(folder: StoredPath) -> float:
+    """Bytes per second of one file of `WRITTEN_BYTES`, whole and on the disk itself; 0 when it cannot be written."""
+    content = os.urandom(WRITTEN_BYTES)
+    started = time.perf_counter()
+    try:
+        write_whole(folder / "written", content)
+    except Exception:  # the trial before it says why; a bucket's library raises what it likes
+        return 0.0
+    return WRITTEN_BYTES / (time.perf_counter() - started)
 
 
 def find_unseen(folder: StoredPath, names: Sequence[str], patience_s: float = VISIBLE_S) -> list[str]:

@@ -1,4 +1,6 @@
-"""`layerplan plan show|diff|price|export|import`: plans read, compared, priced and carried to other tools; loads no weights."""
+"""`layerplan plan show|diff|price|scale|export|import`: plans read, compared, priced and carried to other tools; loads no
+weights.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     price.add_argument("--seq-len", type=int, default=4096, metavar="TOKENS", help="length of a row (default 4096)")
     _add_model_options(price)
+    scale = actions.add_parser("scale", help="time of a step, memory, bytes and money on more and more nodes")
+    scale.add_argument("config", metavar="CONFIG", help="YAML config or a resolved_config.json")
+    scale.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override one field")
+    scale.add_argument("--nodes", default="1,2,8,64", metavar="N,N", help="counts of nodes (default 1,2,8,64)")
+    scale.add_argument("--workers-per-node", type=int, metavar="N", help="default: 8 GPUs, or one without GPUs")
+    rates = scale.add_mutually_exclusive_group()
+    rates.add_argument("--constants", metavar="FILE", help="what `layerplan cluster check --out FILE` measured")
+    rates.add_argument("--device", choices=("H200", "H100"), default="H200", help="data sheet (default H200)")
     export = actions.add_parser("export", help="a plan in another tool's configuration")
     export.add_argument("plan", metavar="PLAN", help="freeze_plan.json, or the folder of a run or an export")
     export.add_argument("--to", required=True, choices=sorted(EXPORTS), help="whose configuration")
@@ -55,6 +65,17 @@ def execute(args: argparse.Namespace) -> None:
             plans.print_difference(*args.plans)
         case "price":
             plans.print_prices(_read_model(args), args.plan, seq_len=args.seq_len)
+        case "scale":
+            from layerplan.config.load import load_config
+            from layerplan.pipeline.scale import print_scale
+
+            print_scale(
+                load_config(args.config, args.set),
+                args.nodes,
+                device=args.device,
+                constants=args.constants,
+                workers_per_node=args.workers_per_node,
+            )
         case "export":
             plans.print_export(args.plan, args.to, _read_model(args))
         case "import":

@@ -7,6 +7,9 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+BRANCH = "·"
+"""Begins the tags of unions that no field of the user tells apart; pydantic puts a tag into the path of a fault."""
+
 
 class StrictModel(BaseModel):
     """A frozen pydantic model that refuses unknown keys and documents each field where it is declared."""

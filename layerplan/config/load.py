@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from layerplan.config.base import BRANCH
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError
 from layerplan.redaction import find_hidden, redact_text, redact_values
@@ -177,6 +178,8 @@ def _resolve(location: Sequence[str | int]) -> tuple[list[str], dict[str, Any]]:
     holder = node = schema
     parts = []
     for part in map(str, location):
+        if part.startswith(BRANCH):
+            continue
         if part not in node.get("properties", {}) and part in node.get("discriminator", {}).get("mapping", {}):
             node = _step_into(node, part, definitions)
             continue
@@ -191,9 +194,9 @@ def _step_into(node: dict[str, Any], part: str, definitions: Mapping[str, Any]) 
         child = {"$ref": node["discriminator"]["mapping"].get(part, "")}
     if child is None:
         child = node.get("items", node)
-    while "$ref" in child or "anyOf" in child:
+    while "$ref" in child or (options := child.get("anyOf", [] if "discriminator" in child else child.get("oneOf"))):
         if "$ref" in child:
             child = definitions.get(child["$ref"].rsplit("/", 1)[-1], {})
         else:
-            child = next((option for option in child["anyOf"] if "$ref" in option), {})
+            child = next((option for option in options if "$ref" in option), {})
     return child

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from layerplan.config.base import StrictModel
+from layerplan.config.base import BRANCH, StrictModel
 
 
 class OptimizerConfig(StrictModel):
@@ -56,6 +56,33 @@ class StabilityConfig(StrictModel):
     """Stop after so many returns to a checkpoint; each leaves out the batches up to the bad one."""
 
 
+class WorkerRange(StrictModel):
+    """As many workers as there is room for, between two numbers; the batch and the order of its tokens stay the same."""
+
+    min: int = Field(ge=1)
+    """Fewest workers to train with; with room for fewer the run waits."""
+    max: int = Field(ge=1)
+    """Most workers."""
+    resize_every: float = Field(default=60, ge=0)
+    """Seconds between looks for room for more; a change goes on from the newest checkpoint."""
+
+    @model_validator(mode="after")
+    def _is_ordered(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} must not be above max={self.max}")
+        return self
+
+
+def _name_workers(value: Any) -> str:
+    return BRANCH + ("range" if isinstance(value, dict | WorkerRange) else "number")
+
+
+Workers = Annotated[
+    Annotated[int, Field(ge=1), Tag(f"{BRANCH}number")] | Annotated[WorkerRange, Tag(f"{BRANCH}range")],
+    Discriminator(_name_workers),
+]
+
+
 class TrainConfig(StrictModel):
     """The training run."""
 
@@ -65,8 +92,9 @@ class TrainConfig(StrictModel):
     """Sequences per optimizer step over all workers: the number of lanes."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Sequences per worker per forward pass."""
-    num_workers: int = Field(default=1, ge=1)
-    """Training workers (data-parallel ranks)."""
+    num_workers: Workers = 1
+    """Training workers (data-parallel ranks). A range, `{min: 2, max: 8}`, takes as many as the cluster has room for: nodes may
+    leave and join while the run goes on. The batch stays `global_batch_size`, dealt unevenly where it does not divide."""
     num_cpus_per_worker: float = Field(default=0.5, ge=0)
     """CPU share each worker reserves on Ray."""
     use_gpu: bool = False
@@ -130,6 +158,16 @@ class TrainConfig(StrictModel):
     write_ledger: bool = False
     """Write a hash of the row ids of every step (`ledger.jsonl`)."""
 
+    @property
+    def fewest_workers(self) -> int:
+        """Workers without which training does not begin."""
+        return self.num_workers.min if isinstance(self.num_workers, WorkerRange) else self.num_workers
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that training takes where there is room."""
+        return self.num_workers.max if isinstance(self.num_workers, WorkerRange) else self.num_workers
+
     def assume_dtype(self) -> TrainConfig:
         """The same with the dtype that can be told without measuring: bfloat16 on GPUs, float32, the larger, on CPUs."""
         if self.compute_dtype != "auto":
@@ -138,6 +176,8 @@ class TrainConfig(StrictModel):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainConfig:
+        if isinstance(self.num_workers, WorkerRange):
+            return self._check_range(self.num_workers)
         per_step = self.num_workers * self.micro_batch_size
         if self.global_batch_size % per_step:
             raise ValueError(
@@ -148,6 +188,20 @@ class TrainConfig(StrictModel):
             raise ValueError(f"num_replicas={self.num_replicas} must divide num_workers={self.num_workers}")
         if self.num_replicas > 1 and self.parallelism == "replicate":
             raise ValueError("num_replicas belongs to parallelism=shard; parallelism=replicate needs no groups")
+        return self
+
+    def _check_range(self, workers: WorkerRange) -> TrainConfig:
+        if workers.max > self.global_batch_size:
+            raise ValueError(
+                f"num_workers.max={workers.max} must not be above global_batch_size={self.global_batch_size}:"
+                " each worker needs a row of a step"
+            )
+        if self.num_replicas > 1:
+            raise ValueError(f"num_replicas={self.num_replicas} needs one num_workers that it divides, not a range")
+        return self
+
+    @model_validator(mode="after")
+    def _has_devices(self) -> TrainConfig:
         if self.mamba_kernels == "triton" and not self.use_gpu:
             raise ValueError("mamba_kernels=triton needs use_gpu=true: mamba-ssm's kernels run on GPUs only")
         if self.frozen_fp8 and not self.use_gpu:

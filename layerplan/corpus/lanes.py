@@ -12,6 +12,8 @@ import numpy as np
 from layerplan.corpus.chunks import ChunkRows, Chunks, open_chunks
 from layerplan.corpus.outcome import QUARANTINED
 from layerplan.corpus.rows import PackedRows, make_rows
+from layerplan.corpus.schedule import check_world
+from layerplan.corpus.stream import READER_CPUS
 from layerplan.errors import CorpusError
 
 ROW_BITS = 32
@@ -31,19 +33,26 @@ class LaneStream:
         rank: This worker; it has the lanes j with j mod world_size = rank.
         world_size: Number of workers.
         cursor: Next row id of every lane, from a checkpoint; empty at the beginning.
+        reader_cpus: What a task that reads a chunk reserves on Ray.
 
     Raises:
         CorpusError: When there are fewer chunks than lanes, or the lanes do not fit the workers or the cursor.
     """
 
     def __init__(
-        self, store: Path | str, *, num_lanes: int, rank: int, world_size: int, cursor: Sequence[int] = ()
+        self,
+        store: Path | str,
+        *,
+        num_lanes: int,
+        rank: int,
+        world_size: int,
+        cursor: Sequence[int] = (),
+        reader_cpus: float = READER_CPUS,
     ) -> None:
-        self._store = str(store)
+        self._store, self._reader_cpus = str(store), reader_cpus
         self._chunks = open_chunks(self._store)
         check_lanes(self._chunks, num_lanes)
-        if num_lanes % world_size:
-            raise CorpusError(f"world size {world_size} must divide train.global_batch_size={num_lanes}")
+        check_world(num_lanes, world_size)
         if cursor and len(cursor) != num_lanes:
             raise CorpusError(f"checkpoint: has {len(cursor)} lanes, train.global_batch_size={num_lanes}")
         self._num_lanes = num_lanes
@@ -95,8 +104,8 @@ class LaneStream:
         if ray.is_initialized():
             known, reference = self._ahead.pop(lane, (None, None))
             if known != position:
-                reference = _start_task(self._store, position)
-            self._ahead[lane] = (position + self._num_lanes, _start_task(self._store, position + self._num_lanes))
+                reference = self._start_task(position)
+            self._ahead[lane] = (position + self._num_lanes, self._start_task(position + self._num_lanes))
             chunk: ChunkRows = ray.get(reference)
         else:
             chunk = self._chunks.read(position)
@@ -110,6 +119,13 @@ class LaneStream:
             )
         return chunk
 
+    def _start_task(self, position: int) -> Any:
+        import ray
+
+        # the default strategy, else the task would wait for room in the training workers' own placement group
+        options = {"num_cpus": self._reader_cpus, "scheduling_strategy": "DEFAULT", "max_retries": 5}
+        return ray.remote(_read_chunk).options(**options).remote(self._store, position)
+
 
 def check_lanes(chunks: Chunks, num_lanes: int) -> None:
     """Raises `CorpusError` when there are not enough chunks for every lane to have one of its own."""
@@ -118,14 +134,6 @@ def check_lanes(chunks: Chunks, num_lanes: int) -> None:
             f"corpus.mode=on_the_fly: {len(chunks)} chunks of text cannot feed train.global_batch_size={num_lanes} lanes;"
             " give more text, a smaller batch, or use mode=store"
         )
-
-
-def _start_task(store: str, position: int) -> Any:
-    import ray
-
-    # the default strategy, else the task would wait for room in the training workers' own placement group
-    task = ray.remote(_read_chunk).options(num_cpus=0.25, scheduling_strategy="DEFAULT", max_retries=5)
-    return task.remote(store, position)
 
 
 def _read_chunk(store: str, position: int) -> ChunkRows:

@@ -8,8 +8,8 @@ open at a time. Row groups that are left over, or short, end the epoch in the sa
 
 Without weights there is one stream over the whole store, and step s takes places [s * num_lanes, (s + 1) * num_lanes).
 With weights each source is a stream, and a repeating pattern of slots says which stream a slot takes its next row from.
-World size does not occur here: rank r of W takes the slots j with j mod W = r, so any W that divides the lanes
-trains on the same batches.
+World size does not occur here: rank r of W takes the slots j with j mod W = r, so any W up to the number of lanes
+trains on the same batches; where W does not divide it, the first ranks have a row more.
 """
 
 from __future__ import annotations
@@ -92,10 +92,22 @@ class LaneSchedule:
         return rows
 
     def rank_rows_at(self, step: int, rank: int, world_size: int) -> Ids:
-        """The part of `rows_at(step)` that `rank` trains on: lanes j with j mod world_size = rank."""
-        if self.num_lanes % world_size:
-            raise CorpusError(f"world size {world_size} must divide train.global_batch_size={self.num_lanes}")
+        """The part of `rows_at(step)` that `rank` trains on: lanes j with j mod world_size = rank.
+
+        Raises:
+            CorpusError: When there are more workers than lanes.
+        """
+        self.count_rank_rows(rank, world_size)
         return self.rows_at(step)[rank::world_size]
+
+    def count_rank_rows(self, rank: int, world_size: int) -> int:
+        """Rows a rank trains on in a step.
+
+        Raises:
+            CorpusError: When there are more workers than lanes.
+        """
+        check_world(self.num_lanes, world_size)
+        return len(range(rank, self.num_lanes, world_size))
 
     @property
     def _shares(self) -> tuple[float, ...]:
@@ -108,6 +120,12 @@ class LaneSchedule:
         rounds, within = np.divmod(slots, PATTERN_SLOTS)
         chosen = streams[within]
         return chosen, rounds * counts[chosen] + ranks[within]
+
+
+def check_world(num_lanes: int, world_size: int) -> None:
+    """Raises `CorpusError` when a worker would have no row of a step."""
+    if world_size > num_lanes:
+        raise CorpusError(f"world size {world_size} is above train.global_batch_size={num_lanes}: a worker needs a row")
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,8 @@ from layerplan.corpus.rows import PackedRows
 from layerplan.corpus.schedule import LaneSchedule, RowRange
 from layerplan.corpus.store import StoreReader
 
+READER_CPUS = 0.25
+"""Of a task that reads rows; workers whose number follows the room there is take all of it, and their readers none."""
 STEPS_PER_TASK = 16
 WINDOW_STEPS = 64
 WINDOW_BYTES = 128 * 2**20
@@ -47,30 +49,47 @@ def iter_rank_steps(
     start_step: int,
     stop_step: int,
     num_ids: int | None = None,
+    reader_cpus: float = READER_CPUS,
 ) -> Iterator[PackedRows]:
-    """Yields, for each step in [start_step, stop_step), the num_lanes / world_size rows this rank trains on.
+    """Yields, for each step in [start_step, stop_step), the rows this rank trains on.
 
     Uses Ray Data when Ray is initialised in this process, else reads directly; both give the same rows.
 
+    Args:
+        store: The token store.
+        num_lanes: Sequences in a global batch.
+        seed: Of the order.
+        rank: This worker.
+        world_size: Workers, at most as many as lanes.
+        start_step: First step.
+        stop_step: One after the last step.
+        num_ids: Token ids that the model has embeddings for; None does not look.
+        reader_cpus: What a task that reads rows reserves on Ray.
+
     Raises:
-        CorpusError: When the store is incomplete or damaged, world_size does not divide num_lanes, or rows without a hash
+        CorpusError: When the store is incomplete or damaged, there are more workers than lanes, or rows without a hash
             hold a token that is not below num_ids.
     """
     reader = StoreReader(store, num_ids=num_ids)
     schedule = _schedule_of(reader.manifest, num_lanes, seed)
-    schedule.rank_rows_at(start_step, rank, world_size)
     import ray
 
-    windows = _plan_windows(start_step, stop_step, reader.manifest, num_lanes // world_size)
+    windows = _plan_windows(start_step, stop_step, reader.manifest, schedule.count_rank_rows(rank, world_size))
     if not ray.is_initialized():
         for window in windows:
             yield from _read_rank_steps(reader, schedule, rank, world_size, window)
         return
-    yield from _iter_with_ray({"store": str(store), "num_ids": num_ids}, schedule, rank, world_size, windows)
+    source = {"store": str(store), "num_ids": num_ids}
+    yield from _iter_with_ray(source, schedule, rank, world_size, windows, reader_cpus)
 
 
 def _iter_with_ray(
-    source: dict[str, Any], schedule: LaneSchedule, rank: int, world_size: int, windows: list[range]
+    source: dict[str, Any],
+    schedule: LaneSchedule,
+    rank: int,
+    world_size: int,
+    windows: list[range],
+    reader_cpus: float,
 ) -> Iterator[PackedRows]:
     """Reads one window ahead in a thread; each window is a Ray Data pipeline that runs to its end.
 
@@ -79,7 +98,8 @@ def _iter_with_ray(
     """
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
     try:
-        futures = (pool.submit(_read_window, source, schedule, rank, world_size, window) for window in windows)
+        place = (source, schedule, rank, world_size)
+        futures = (pool.submit(_read_window, *place, window, reader_cpus) for window in windows)
         ahead = next(futures, None)
         while ahead is not None:
             rows, ahead = ahead.result(), next(futures, None)
@@ -100,7 +120,7 @@ def _plan_windows(start_step: int, stop_step: int, manifest: Manifest, rows_per_
 
 
 def _read_window(
-    source: dict[str, Any], schedule: LaneSchedule, rank: int, world_size: int, window: range
+    source: dict[str, Any], schedule: LaneSchedule, rank: int, world_size: int, window: range, reader_cpus: float
 ) -> list[dict[str, Any]]:
     import ray
 
@@ -116,7 +136,7 @@ def _read_window(
             _read_steps,
             fn_kwargs=source | {"schedule": schedule, "rank": rank, "world_size": world_size},
             batch_size=1,
-            num_cpus=0.25,
+            num_cpus=reader_cpus,
         )
         .take_all()
     )
@@ -148,7 +168,7 @@ def _read_rank_steps(
 ) -> Iterator[PackedRows]:
     """Reads the rows of several steps at once: lanes stay in a row group for many steps, and it is read once."""
     ids = np.concatenate([schedule.rank_rows_at(step, rank, world_size) for step in steps])
-    yield from reader.read_rows(ids).split(schedule.num_lanes // world_size)
+    yield from reader.read_rows(ids).split(schedule.count_rank_rows(rank, world_size))
 
 
 @lru_cache(maxsize=4)

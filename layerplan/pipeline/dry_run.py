@@ -49,7 +49,7 @@ def print_dry_run(config: RunConfig) -> None:
     print(dump_config(config))
     config = config.model_copy(update={"train": config.train.assume_dtype()})
     model, shape = describe_model(config)
-    plan, note = _plan(config, model, shape)
+    plan, note = find_plan(config, model, shape)
     print("text   " + "\n       ".join(_describe_text(config)))
     print(f"plan   {plan.plan_type}: {note}")
     print(f"       {render_layer_map(plan)}")
@@ -86,7 +86,7 @@ def describe_model(config: RunConfig) -> tuple[ModelIdentity, ModelShape]:
 
 def count_hours(flops: float, config: RunConfig, rate: float) -> float:
     """Hours of a number of FLOPs on all workers of a run, each at `rate` FLOP/s."""
-    return flops / (config.train.num_workers * rate) / 3600
+    return flops / (config.train.most_workers * rate) / 3600
 
 
 def _shape(config: RunConfig) -> tuple[ModelShape, str]:
@@ -141,7 +141,7 @@ def _read_origins(config: RunConfig) -> tuple[LayerOrigin, ...] | None:
     return None if isinstance(config.model, ScratchModelConfig) else read_origins(find_base(config))
 
 
-def _plan(config: RunConfig, model: ModelIdentity, shape: ModelShape) -> tuple[FreezePlan, str]:
+def find_plan(config: RunConfig, model: ModelIdentity, shape: ModelShape) -> tuple[FreezePlan, str]:
     """The plan itself, or a stand-in at the middle when only a measurement can decide."""
     folder = locate_run_folder(config)
     fetch_file(folder.profile)
@@ -167,14 +167,19 @@ def _active(shape: ModelShape) -> str:
 
 
 def _compare(config: RunConfig, plan: FreezePlan, model: ModelIdentity, shape: ModelShape) -> dict[str, PlanCost]:
+    plans = list_beside(plan, model, shape)
+    return {name: predict_cost(item, shape, seq_len=config.corpus.seq_len) for name, item in plans.items()}
+
+
+def list_beside(plan: FreezePlan, model: ModelIdentity, shape: ModelShape) -> dict[str, FreezePlan]:
+    """A plan and those it is shown beside, by name."""
     middle = max(1, shape.num_layers // 2)
-    plans = {
+    return {
         "full": make_full_plan(model, shape),
         "this plan": plan,
         "freeze_deep 1/2": make_plan(FreezeDeepPlanConfig(boundary=middle), model=model, shape=shape),
         "freeze_shallow 1/2": make_plan(FreezeShallowPlanConfig(boundary=middle), model=model, shape=shape),
     }
-    return {name: predict_cost(item, shape, seq_len=config.corpus.seq_len) for name, item in plans.items()}
 
 
 def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: PlanCost) -> None:
@@ -183,23 +188,23 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
     flops = tokens * cost.total_flops + train.max_steps * cost.optimizer_flops_per_step
     rate, source = find_rate(config)
     hours = count_hours(flops, config, rate)
-    available = ASSUMED_GPU_BYTES if train.use_gpu else psutil.virtual_memory().available / train.num_workers
+    available = ASSUMED_GPU_BYTES if train.use_gpu else psutil.virtual_memory().available / train.most_workers
     chosen = choose_placements(
         plan,
         shape,
         train,
         seq_len=seq_len,
-        world_size=train.num_workers,
+        world_size=train.fewest_workers,
         device_type="cuda" if train.use_gpu else "cpu",
         available_bytes=available,
     )
     placement, memory = chosen.placement, chosen.estimate
     phase = plan.at_step(chosen.start_step)
-    sent = predict_communication(phase, shape, train, placement, world_size=train.num_workers)
+    sent = predict_communication(phase, shape, train, placement, world_size=train.fewest_workers)
     estimated = "\nnote   FLOPs and activations of this model are estimated from its sizes; parameters are counted"
     approximate = "" if shape.is_exact else estimated
     print(f"tokens {tokens:,} in {train.max_steps:,} steps of {train.global_batch_size} x {seq_len:,}")
-    print(f"FLOPs  {flops:.3g}; about {hours:.2g} hours on {train.num_workers} x {source}")
+    print(f"FLOPs  {flops:.3g}; about {hours:.2g} hours on {train.most_workers} x {source}")
     print(
         f"memory {memory.total / GIB:.2f} GiB of {available / GIB:.0f} per worker: parameters {memory.parameters / GIB:.2f},"
         f" activations {memory.activations / GIB:.2f}, loss {memory.loss / GIB:.2f}, the rest {memory.baseline / GIB:.2f}"
@@ -213,7 +218,7 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
         shape,
         train,
         placement,
-        world_size=train.num_workers,
+        world_size=train.fewest_workers,
         device_type="cuda" if train.use_gpu else "cpu",
     )
     print(
@@ -237,7 +242,8 @@ def find_rate(config: RunConfig) -> tuple[float, str]:
     if finished is not None and finished.tokens_per_s > 0 and folder.plan.exists():
         predicted = FreezePlan.load(folder.plan).predicted_cost
         if predicted is not None:
-            rate = finished.tokens_per_s * predicted.plan.total_flops / config.train.num_workers
+            workers = finished.mean_workers if finished.worlds else config.train.most_workers
+            rate = finished.tokens_per_s * predicted.plan.total_flops / workers
             return rate, f"workers at {rate / 1e9:,.1f} GFLOP/s (measured by this run)"
     device = "GPU at 50 % of an H200" if config.train.use_gpu else "CPU core at 50 GFLOP/s"
     return ASSUMED_FLOPS_PER_S[config.train.use_gpu], f"{device} (assumed)"

@@ -43,7 +43,7 @@ def open_run(config: RunConfig, *, trains: bool = True) -> Iterator[RunContext]:
 def _open(config: RunConfig, trains: bool) -> Iterator[RunContext]:
     folder = open_run_folder(config)
     train, evaluation = config.train, config.evaluation
-    workers = train.num_workers if trains else 0
+    workers = train.fewest_workers if trains else 0
     engines = evaluation.num_actors if not trains or evaluation.score_every_steps is not None else 0
     connect(
         config.cluster,

@@ -97,7 +97,7 @@ def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:
 def find_concurrency(config: RunConfig, sweep: SweepConfig) -> int:
     """Trials that run at once, by what the cluster has; nothing is started before that is known to fit."""
     whole, free = read_nodes()
-    needs = TrialNeeds(config.train.num_workers, describe_worker(config.train))
+    needs = TrialNeeds(config.train.most_workers, describe_worker(config.train))
     at_once, line = choose_concurrency(sweep.max_concurrent_trials, needs, whole=whole, free=free)
     if line:
         say("sweep", line)

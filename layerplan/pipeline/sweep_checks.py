@@ -31,8 +31,11 @@ def check_sweep(config: RunConfig, sweep: SweepConfig) -> None:
     """Looks at the space and at what is to be low.
 
     Raises:
-        ConfigError: Naming a boundary that the model does not have, or a metric that no trial would report.
+        ConfigError: Naming a boundary that the model does not have, a metric that no trial would report, or a range of
+            workers.
     """
+    if not isinstance(config.train.num_workers, int):
+        raise ConfigError("train.num_workers: a range of workers is for single runs; a sweep's trials share one number")
     list_boundaries(sweep, _count_layers(config))
     check_metric(config, sweep)
 

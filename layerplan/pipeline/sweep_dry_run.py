@@ -79,4 +79,4 @@ def _print_trials(
     print(
         f"FLOPs  {most}{total:.3g} in all{early}; about {count_hours(total, config, rate):.2g} hours one by one{at_once} on"
     )
-    print(f"       {config.train.num_workers} x {source}")
+    print(f"       {config.train.most_workers} x {source}")

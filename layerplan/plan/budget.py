@@ -252,7 +252,7 @@ def _predict_memory(
         shape,
         train,
         seq_len=seq_len,
-        world_size=train.num_workers,
+        world_size=train.fewest_workers,
         device_type=device_type,
         available_bytes=available,
     )

@@ -1,7 +1,7 @@
 """Bytes one worker sends in a step under a placement: pure functions over plan, shape and config.
 
 Collectives are counted as rings: of N bytes over W workers, a gather or a scatter sends N (W - 1) / W, an all-reduce
-twice that.
+twice that; gloo's scatter does too.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement, gradient_path
 from layerplan.plan.trained_part import count_trained_layer_params, count_trained_params
 
-SHARDED_GRADIENT_BYTES = 4
-"""FSDP2 sums gradients in float32."""
+GLOO_SCATTER = 2
+"""Gloo scatters sums by an all-reduce of which each keeps its part, as counted on an interface with two and three ranks."""
+GRADIENT_BYTES = 4
+"""Gradients are summed in float32, by FSDP2 and by the buckets of replicas."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,9 @@ def predict_communication(
     """
     trained = count_trainable_params(plan, shape)
     width = 2 if config.compute_dtype == "bfloat16" else 4
-    micro_steps = config.global_batch_size // (world_size * config.micro_batch_size)
+    micro_steps = -(-config.global_batch_size // (world_size * config.micro_batch_size))
     if placement.parallelism == "replicate":
-        return CommunicationCost(0.0, 2 * _ring(world_size) * (width if micro_steps == 1 else 4) * trained)
+        return CommunicationCost(0.0, 2 * _ring(world_size) * GRADIENT_BYTES * trained)
     shards = world_size // config.num_replicas
     gathered = 2.0 * trained
     if placement.frozen_sharding == "shard":
@@ -60,8 +62,9 @@ def predict_communication(
             gathered += 2 * (shape.layer_params(layer) - count_trained_params(plan, shape, layer))
         trained_ends = trained - count_trained_layer_params(plan, shape)
         gathered += max(0, shape.total_params - layers - trained_ends)
-    reduced = _ring(shards) * trained + 2 * _ring(config.num_replicas) * trained / shards
-    return CommunicationCost(_ring(shards) * width * gathered * micro_steps, SHARDED_GRADIENT_BYTES * reduced)
+    scattered = (1 if config.use_gpu else GLOO_SCATTER) * _ring(shards) * trained
+    reduced = scattered + 2 * _ring(config.num_replicas) * trained / shards
+    return CommunicationCost(_ring(shards) * width * gathered * micro_steps, GRADIENT_BYTES * reduced)
 
 
 def _ring(world_size: int) -> float:

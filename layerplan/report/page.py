@@ -23,6 +23,7 @@ from layerplan.report.outcome import render_outcome
 from layerplan.report.scores import render_checkpoint_scores
 from layerplan.report.sweep import render_sweep_section
 from layerplan.run_folder import TRAIN, RunFolder
+from layerplan.train.world import describe_worlds
 
 _PROOF_LABELS = {
     "trainable_with_gradient": "tensors that train and have a gradient",
@@ -183,6 +184,8 @@ def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure])
             ["loss, first to last logged", f"{result['first_loss']:.3f} to {result['final_loss']:.3f}"],
             ["steps left out as not finite", str(result["skipped_steps"])],
         ]
+        worlds = result.get("worlds", [])
+        rows += [["workers", describe_worlds([(step, workers) for step, workers in worlds])]] if worlds else []
         text += render_table(["measured", ""], rows)
     return text
 

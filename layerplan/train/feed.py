@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch.distributed as dist
 
+from layerplan.config.train import TrainConfig
 from layerplan.corpus.chunks import open_chunks
 from layerplan.corpus.label_store import iter_label_steps, make_label_order
 from layerplan.corpus.lanes import LaneStream, check_lanes
@@ -54,6 +55,7 @@ class StoreFeed:
             start_step=start,
             stop_step=stop,
             num_ids=self._num_ids,
+            **describe_readers(self._request.config),
         )
 
     def stamp(self, state: TrainState) -> TrainState:
@@ -96,6 +98,7 @@ class StreamFeed:
             rank=rank,
             world_size=world_size,
             cursor=state.data_cursor,
+            **describe_readers(request.config),
         )
         self._cursors = {state.step + state.data_offset: self._stream.cursor}
 
@@ -132,6 +135,11 @@ def open_feed(request: TrainRequest, state: TrainState, *, rank: int, world_size
     if manifest.mode == "on_the_fly":
         return StreamFeed(request, state, rank=rank, world_size=world_size)
     return StoreFeed(request, rank=rank, world_size=world_size)
+
+
+def describe_readers(config: TrainConfig) -> dict[str, float]:
+    """What reading tasks reserve: nothing where workers take all the room there is, or they would wait for each other."""
+    return {} if isinstance(config.num_workers, int) else {"reader_cpus": 0.0}
 
 
 def count_embeddings(request: TrainRequest) -> int:

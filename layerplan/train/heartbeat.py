@@ -33,10 +33,18 @@ class Board:
 
     def __init__(self) -> None:
         self._beats: dict[int, Beat] = {}
+        self._group = ""
         self._wanted = ""
 
     def beat(self, beat: Beat) -> str:
-        """Takes a beat; returns the folder that stacks are wanted in, or nothing."""
+        """Takes a beat; returns the folder that stacks are wanted in, or nothing.
+
+        An attempt may have fewer workers than the one before: with its first beat all of the older one are forgotten.
+        """
+        if beat.group != self._group:
+            if any(beat.began < known.began for known in self._beats.values()):
+                return self._wanted
+            self._group, self._beats = beat.group, {}
         self._beats[beat.rank] = beat
         return self._wanted
 
@@ -67,6 +75,9 @@ class Heart:
         self._dumped = ""
         self._stopped = threading.Event()
         self._start_s = time.time() - psutil.Process().create_time()
+        placed_in = ray.util.get_current_placement_group()
+        self._group = "" if placed_in is None else placed_in.id.hex()
+        self._since = time.time()
 
     def mark(self, part: str, step: int) -> None:
         """Notes what the training thread begins; costs well under a microsecond's worth of a step."""
@@ -112,6 +123,8 @@ class Heart:
             self._place,
             max(list(self._steps_s), default=0.0),
             self._start_s,
+            self._group,
+            self._since,
         )
 
 

@@ -29,6 +29,7 @@ from layerplan.train.agreement import Agreement, StepCounts
 from layerplan.train.ahead import PreparedStep, StepsAhead
 from layerplan.train.frozen_check import FrozenTensors
 from layerplan.train.optim import compute_clip_scale, compute_grad_norm
+from layerplan.train.peers import PeerFacts, gather_facts, summarise_peers
 from layerplan.train.place import IN_STEP, LOGGING, Mark
 from layerplan.train.profiling import profiled
 from layerplan.train.readback import Readback
@@ -96,6 +97,10 @@ class LoopSetup:
     """Checked before every checkpoint; None leaves it out."""
     host_group: dist.ProcessGroup | None = None
     """A gloo group of all ranks for what hosts tell each other; None where the default group is one."""
+    node: int = 0
+    """Index of the node this rank is on."""
+    read_load: Callable[[], tuple[float, float, float]] = lambda: (0.0, 0.0, 0.0)
+    """Percent of its CPUs since the last time, megabytes in use, percent of its memory."""
 
 
 @dataclass(frozen=True)
@@ -219,13 +224,36 @@ class Books:
         """Logs, validates and saves what is due after a step that was settled."""
         setup, config, step = self.setup, self.setup.config, launched.step
         if _is_due(step, config.log_every_steps, launched.is_last) or step == 1:
-            self.state = _log(setup, self.state, launched, self.window, self.hooks)
+            self.state = self._log(launched)
             self.window = Window()
         if _is_due(step, config.validate_every_steps, launched.is_last):
             self.state = _validate(setup, self.state, self.hooks)
         if _is_due(step, config.checkpoint_every_steps, launched.is_last):
             self.state = _save(setup, self.state, self.hooks)
         self._since = time.perf_counter()
+
+    def _log(self, launched: LaunchedStep) -> TrainState:
+        """Logs the mean loss since the last line: the loss of one small batch says little."""
+        setup, window, state, hooks = self.setup, self.window, self.state, self.hooks
+        loss = state.mean_window_loss()
+        first = loss if state.first_loss is None else state.first_loss
+        state = state.model_copy(update={"window_losses": (), "last_loss": loss, "first_loss": first})
+        waits = window.phases_s.get("peers", 0.0), window.phases_s.get("data", 0.0)
+        mine = PeerFacts(setup.node, *waits, peak_memory_gib(setup.device), *setup.read_load())
+        peers = gather_facts(mine, setup.world_size, setup.host_group)
+        if setup.rank != 0:
+            return state
+        mfu = compute_mfu(
+            window.tokens_per_s, setup.flops_per_token, peak_flops=setup.peak_flops, num_workers=setup.world_size
+        )
+        rate = setup.optimizer.param_groups[0]["lr"]
+        if hooks.sink is not None:
+            values = _collect_values(setup, state, launched, window) | {metrics.LOSS: loss, metrics.MFU: mfu}
+            values |= summarise_peers(peers, steps=window.steps, seconds=window.seconds)
+            hooks.sink.log_metrics(values, step=state.step)
+        numbers = {"loss": loss, "rate": rate, "mfu": mfu, "num_workers": setup.world_size}
+        hooks.say(render_progress(state.step, setup.config, window=window, **numbers))
+        return state
 
     def _judge(self, launched: LaunchedStep) -> StepDecision:
         if self._verdict is None or self._verdict[0] != launched.step:
@@ -284,7 +312,8 @@ def _forward_backward(books: Books, taken: TakenStep, end: int) -> LaunchedStep:
     # dropout, where a model has any, is a function of the step, so that a resume repeats it
     torch.manual_seed((step - 1) * setup.world_size + setup.rank)
     placed = setup.placed
-    counts = taken.agreement.wait()
+    with books.window.phase("peers"):
+        counts = taken.agreement.wait()
     taken.prepared.wait()
     batches = fill_up(taken.prepared.batches, counts.num_batches, setup.device)
     try:
@@ -292,7 +321,8 @@ def _forward_backward(books: Books, taken: TakenStep, end: int) -> LaunchedStep:
             scale = setup.world_size / max(counts.labels, 1)
             loss_sum = accumulate_gradients(placed.model, batches, scale, placed.set_sync)
             if placed.finish_sync is not None:
-                placed.finish_sync()
+                with books.window.phase("peers"):
+                    placed.finish_sync()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise TrainingError(f"step {step}: out of memory. {setup.memory_advice}") from error
     loss_sum = _reduce_sum(loss_sum, setup)
@@ -348,37 +378,22 @@ def _roll_back(state: TrainState, hooks: LoopHooks) -> TrainState | None:
     return restored.model_copy(update=kept | update)
 
 
-def _log(setup: LoopSetup, state: TrainState, launched: LaunchedStep, window: Window, hooks: LoopHooks) -> TrainState:
-    """Logs the mean loss since the last line: the loss of one small batch says little."""
-    loss = state.mean_window_loss()
-    first = loss if state.first_loss is None else state.first_loss
-    state = state.model_copy(update={"window_losses": (), "last_loss": loss, "first_loss": first})
-    if setup.rank != 0:
-        return state
-    rate = setup.optimizer.param_groups[0]["lr"]
-    mfu = compute_mfu(
-        window.tokens_per_s, setup.flops_per_token, peak_flops=setup.peak_flops, num_workers=setup.world_size
-    )
+def _collect_values(setup: LoopSetup, state: TrainState, launched: LaunchedStep, window: Window) -> dict[str, float]:
+    """Metrics that rank 0 knows by itself."""
     values = {
-        metrics.LOSS: loss,
         metrics.GRAD_NORM: launched.read()[1],
-        metrics.LEARNING_RATE: rate,
+        metrics.LEARNING_RATE: setup.optimizer.param_groups[0]["lr"],
         metrics.TOKENS_SEEN: float(state.tokens_seen),
         metrics.SKIPPED_STEPS: float(state.skipped_steps),
         metrics.ROLLBACKS: float(state.rollbacks),
         metrics.TOKENS_PER_S: window.tokens_per_s,
         metrics.STEP_S: window.step_s,
-        metrics.MFU: mfu,
-        metrics.DATA_WAIT_SHARE: window.phases_s.get("data", 0.0) / max(window.seconds, 1e-9),
-        metrics.PEAK_MEMORY_GIB: peak_memory_gib(setup.device),
+        metrics.WORKERS: float(setup.world_size),
         metrics.PREDICTED_MEMORY_GIB: setup.predicted_memory_gib,
     }
     for phase in ("forward_backward", "optimizer"):
         values[metrics.PHASE_SHARE.format(phase=phase)] = window.phases_s.get(phase, 0.0) / max(window.seconds, 1e-9)
-    if hooks.sink is not None:
-        hooks.sink.log_metrics(values, step=state.step)
-    hooks.say(render_progress(state.step, setup.config, loss=loss, rate=rate, window=window, mfu=mfu))
-    return state
+    return values
 
 
 def _validate_base(setup: LoopSetup, state: TrainState, hooks: LoopHooks) -> TrainState:

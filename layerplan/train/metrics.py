@@ -22,6 +22,12 @@ FROZEN_CHECKS = "train/frozen_checks"
 FROZEN_CHECK_S = "perf/frozen_check_s"
 PEAK_MEMORY_GIB = "perf/peak_memory_gib"
 PREDICTED_MEMORY_GIB = "perf/predicted_memory_gib"
+SLOWEST_RANK = "perf/slowest_rank"
+WORKERS = "train/workers"
+BEHIND_S = "perf/slowest_rank_behind_s"
+"""Seconds a step by which it is behind the rank that waits longest."""
+NODE = "system/node_{node}/{name}"
+"""Of a node, as MLflow names its own system metrics."""
 
 
 class MetricSink(Protocol):

@@ -55,3 +55,7 @@ class Beat:
     """Slowest of the recent steps."""
     start_s: float
     """From the start of the process to that of its training function."""
+    group: str = ""
+    """Of the workers of one attempt, which are not always as many."""
+    began: float = 0.0
+    """When its training function began, seconds since the epoch."""

@@ -121,6 +121,10 @@ class TrainResult:
 
     propagated_rows: tuple[int, ...] = ()
     """Prompts with a label by the decoder layer their backward pass ended at."""
+    worlds: tuple[tuple[int, int], ...] = ()
+    """(step, workers): from which step on how many trained; empty in results of versions that did not note it."""
+    mean_workers: float = 1.0
+    """Over all steps."""
 
     def save(self, run_dir: Path) -> None:
         """Writes `training.json` atomically, with paths relative to the run folder."""

@@ -13,6 +13,8 @@ from layerplan.train.place import Beat
 
 SHORTEST_LIMIT_S = 120.0
 SLOWEST_TIMES = 5.0
+SHORTEST_PAUSE_S = 10.0
+"""What is said of once it is over; below the limit nothing is done about it."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,18 @@ def find_limit(pulses: Mapping[int, Pulse], timeout_s: float | None) -> float:
         return timeout_s
     slowest = max((pulse.beat.slowest_s for pulse in pulses.values()), default=0.0)
     return max(SHORTEST_LIMIT_S, SLOWEST_TIMES * slowest)
+
+
+def find_pause(pulses: Mapping[int, Pulse]) -> tuple[float, Beat] | None:
+    """For how long all ranks have been still in a step, and the one that is behind, when that is long beside recent steps."""
+    if not pulses:
+        return None
+    seconds = min(pulse.still_s for pulse in pulses.values())
+    slowest = find_slowest(pulses)
+    recent = max(pulse.beat.slowest_s for pulse in pulses.values())
+    if seconds < max(SHORTEST_PAUSE_S, SLOWEST_TIMES * recent) or not slowest.beat.place.is_limited:
+        return None
+    return seconds, slowest.beat
 
 
 def find_slowest(pulses: Mapping[int, Pulse]) -> Pulse:

@@ -38,6 +38,8 @@ class TrainState(StrictModel):
     horizons: tuple[tuple[int, int], ...] = ()
     """(step, max_steps): from which step on the learning rate follows the schedule of how many steps; empty in states of
     versions that took no more steps than they were begun with."""
+    worlds: tuple[tuple[int, int], ...] = ()
+    """(step, workers): from which step on how many workers trained; empty in states of versions that did not note it."""
     data_offset: int = 0
     """Steps of the data order that were passed over by rollbacks: step s reads the rows of s + data_offset."""
     data_cursor: tuple[int, ...] = ()
@@ -80,6 +82,14 @@ class TrainState(StrictModel):
     """The plan being trained."""
     corpus_sha256: str = ""
     """The token store being read."""
+
+    @property
+    def mean_workers(self) -> float:
+        """Workers over all steps since their number was noted; 0 when it was not, or nothing was trained since."""
+        ends = [start for start, _ in self.worlds[1:]] + [self.step]
+        steps = [(end - start, workers) for (start, workers), end in zip(self.worlds, ends)]
+        total = sum(count for count, _ in steps)
+        return sum(count * workers for count, workers in steps) / total if total else 0.0
 
     def mean_window_loss(self) -> float:
         """Mean loss since the last log line; steps that were left out as not finite do not count."""

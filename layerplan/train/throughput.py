@@ -45,14 +45,14 @@ class Window:
         return self.tokens / max(self.seconds, 1e-9)
 
 
-def compute_mfu(tokens_per_s: float, flops_per_token: float, *, peak_flops: float, num_workers: int) -> float:
+def compute_mfu(tokens_per_s: float, flops_per_token: float, *, peak_flops: float, num_workers: float) -> float:
     """Share of the workers' peak rate spent on the plan's own FLOPs, at most 1.
 
     Args:
         tokens_per_s: Over all workers.
         flops_per_token: Forward and backward of this plan, causal attention counted exactly.
         peak_flops: One worker's peak, FLOP/s.
-        num_workers: Workers.
+        num_workers: Workers, as a mean where their number changed.
     """
     return min(1.0, tokens_per_s * flops_per_token / (peak_flops * num_workers))
 
@@ -98,7 +98,9 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def render_progress(step: int, config: TrainConfig, *, loss: float, rate: float, window: Window, mfu: float) -> str:
+def render_progress(
+    step: int, config: TrainConfig, *, loss: float, rate: float, window: Window, mfu: float, num_workers: int
+) -> str:
     """The console line of rank 0."""
     left_s = (config.max_steps - step) * window.step_s
     line = (
@@ -109,7 +111,7 @@ def render_progress(step: int, config: TrainConfig, *, loss: float, rate: float,
         return line
     line += f"  {render_duration(left_s)} left"
     if config.usd_per_worker_hour:
-        line += f"  {left_s / 3600 * config.num_workers * config.usd_per_worker_hour:,.2f} USD to go"
+        line += f"  {left_s / 3600 * num_workers * config.usd_per_worker_hour:,.2f} USD to go"
     return line
 
 

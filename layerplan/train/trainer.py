@@ -42,6 +42,10 @@ from layerplan.train.token_flops import predict_token_flops
 
 logger = logging.getLogger(__name__)
 
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+ELASTIC_START_S = 20.0
+"""For room to be there, not for processes to start."""
+
 Fit = Callable[[TrainRequest, StoredPath], None]
 
 __all__ = ["TrainRequest", "TrainResult", "export_result", "load_result", "run_training"]
@@ -170,7 +174,8 @@ def _run_ray_train(request: TrainRequest, checkpoints: StoredPath, callbacks: Se
         ),
     )
     try:
-        result = trainer.fit()
+        with _deciding_anew(request.config):
+            result = trainer.fit()
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         raise _explain_failure(error, request) from error
     if result.error is not None:
@@ -212,7 +217,7 @@ def make_torch_trainer(
         train_loop_config=loop_config,
         torch_config=choose_torch_config("cpu:gloo,cuda:nccl" if config.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers,
+            **describe_workers(config),
             use_gpu=config.use_gpu,
             resources_per_worker=describe_worker(config),
         ),
@@ -226,6 +231,33 @@ def make_torch_trainer(
         ),
         validation_config=validation_config,
     )
+
+
+@contextmanager
+def _deciding_anew(config: TrainConfig) -> Iterator[None]:
+    """Lets Ray Train wait only shortly for the room of a range of workers.
+
+    It decides by what it knew of the cluster up to 20 s ago, so that after a node was lost it asks for a worker too many.
+    """
+    if isinstance(config.num_workers, int):
+        yield
+        return
+    earlier = os.environ.get(START_TIMEOUT)
+    os.environ[START_TIMEOUT] = str(min(float(earlier or ELASTIC_START_S), ELASTIC_START_S))
+    try:
+        yield
+    finally:
+        os.environ.pop(START_TIMEOUT)
+        if earlier is not None:
+            os.environ[START_TIMEOUT] = earlier
+
+
+def describe_workers(config: TrainConfig) -> dict[str, Any]:
+    """How many workers there are, as Ray Train takes it."""
+    if isinstance(config.num_workers, int):
+        return {"num_workers": config.num_workers}
+    counts = (config.fewest_workers, config.most_workers)
+    return {"num_workers": counts, "elastic_resize_monitor_interval_s": config.num_workers.resize_every}
 
 
 def describe_worker(config: TrainConfig) -> dict[str, float]:
@@ -339,6 +371,8 @@ def _summarise(
         hf_dir=hf_dir,
         base_validation_loss=state.base_validation_loss,
         propagated_rows=state.propagated_rows,
+        worlds=state.worlds,
+        mean_workers=state.mean_workers or request.config.most_workers,
     )
 
 
@@ -352,7 +386,7 @@ def _overall_mfu(request: TrainRequest, state: TrainState) -> float:
         state.tokens_seen / max(state.train_s, 1e-9),
         flops,
         peak_flops=state.peak_flops,
-        num_workers=request.config.num_workers,
+        num_workers=state.mean_workers or request.config.most_workers,
     )
 
 

@@ -25,7 +25,7 @@ from layerplan.run_folder import STALLS_NAME, name_step
 from layerplan.storage.mirror import fetch_file
 from layerplan.train.heartbeat import BEAT_EVERY_S, Board, name_stacks
 from layerplan.train.place import Beat
-from layerplan.train.stall import Pulse, Stall, find_limit, find_slowest, find_stall, update_pulses
+from layerplan.train.stall import Pulse, Stall, find_limit, find_pause, find_slowest, find_stall, update_pulses
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,8 @@ class Watchdog:
     _ended: set[tuple[str, int]] = field(default_factory=set)
     """(node, pid) of the workers of attempts that are over: Ray Train starts all again, and what they said last is no news."""
     _noted_s: float = 0.0
+    _paused: tuple[float, Beat] | None = None
+    """(seconds, rank that was behind) for which all ranks have been where they are in a step."""
 
     def look(self, elapsed_s: float, now: float) -> None:
         """One look at the beats, `elapsed_s` after the last."""
@@ -87,9 +89,22 @@ class Watchdog:
             self.say(line)
         stall = find_stall(self.pulses, self.timeout_s)
         if stall is not None:
+            self._paused = None
             self._act(stall)
         else:
+            self._note_pause()
             self._note()
+
+    def _note_pause(self) -> None:
+        """Says, once it is over, when a step took much longer than the ones before; a network that was away is one cause."""
+        pause = find_pause(self.pulses)
+        if self._paused is not None and (pause is None or pause[1].pid != self._paused[1].pid):
+            seconds, beat = self._paused
+            if self.pulses and any(pulse.beat.pid == beat.pid for pulse in self.pulses.values()):
+                self.say(
+                    f"training stood still for {seconds:.0f} s and goes on; {_name(beat)} was behind, at: {beat.place}"
+                )
+        self._paused = pause
 
     def _note(self) -> None:
         """Says when a part that may take its time takes long, at the limit and each time it has doubled."""

@@ -41,14 +41,17 @@ from layerplan.train.ledger import LedgerWriter
 from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
 from layerplan.train.loss_proof import prove_loss
 from layerplan.train.metrics import MetricSink
+from layerplan.train.node_load import NodeLoad
 from layerplan.train.outlet import ALONE, Outlet
 from layerplan.train.place import STARTING, Mark
+from layerplan.train.prometheus import RayGauges
 from layerplan.train.request import Judging, TrainRequest, load_result
 from layerplan.train.resume import find_resume
 from layerplan.train.sharding import reset_compiled
 from layerplan.train.state import TrainState
 from layerplan.train.throughput import find_peak_flops
 from layerplan.train.token_flops import predict_token_flops
+from layerplan.train.world import note_world
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +75,14 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
     device = ray.train.torch.get_device()
     manifest = Manifest.load(request.store)
     shape = request.model.shape()
-    num_nodes = count_ray_nodes(world_size)
-    logger.info("workers: %d on %d Ray node%s", world_size, num_nodes, "s" if num_nodes > 1 else "")
+    nodes = list_ray_nodes(world_size)
+    logger.info("workers: %d on %d Ray node%s", world_size, len(set(nodes)), "s" if len(set(nodes)) > 1 else "")
     fresh = TrainState(plan_sha256=request.plan.sha256, corpus_sha256=manifest.content_sha256)
     checkpoints = find_home(request.run_dir / CHECKPOINTS_NAME)
     resumed = find_resume(checkpoints, fresh, rank)
     state = resumed.state
     group, host_group = make_host_groups()
+    load = NodeLoad()
     with open_recorders(request, state, rank, world_size, host_group) as recorders:
         while True:
             mark(STARTING, state.step)
@@ -109,7 +113,7 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
                 before_seal=partial(carry_records, request, is_sealing=True),
                 publish=outlet.publish,
             )
-            state = recorders.note_horizon(request, writer.restore() or state)
+            state = recorders.note_start(request, writer.restore() or state)
             request = replace(request, recipe=built.recipe)
             state = prove_loss(
                 built.placed.model,
@@ -135,6 +139,8 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
                 rewarm=find_rewarm(request.plan, state.step),
                 frozen=frozen,
                 host_group=host_group,
+                node=nodes[rank],
+                read_load=load.read,
             )
             hooks = make_hooks(request, setup, state, writer, recorders, mark, outlet)
             state = run_loop(setup, state, hooks, stop_step=end)
@@ -197,17 +203,23 @@ class Recorders:
 
     sink: MetricSink | None
     ledger: LedgerWriter | None
-    is_first_rank: bool
+    world_size: int
 
-    def note_horizon(self, request: TrainRequest, state: TrainState) -> TrainState:
-        """Records that the schedule is one of more steps from here on, when it is."""
+    def note_start(self, request: TrainRequest, state: TrainState) -> TrainState:
+        """Records that from here on the schedule is one of more steps, or there are other workers, when it is so."""
         finished = load_result(request.run_dir)
         state, line = extend_horizon(state, request.config, None if finished is None else finished.final_step)
-        if line:
-            logger.info(line)
-            if self.sink is not None:
-                self.sink.log_event("schedule_horizon", state.step, line)
+        self._tell("schedule_horizon", state.step, line)
+        state, line = note_world(state, self.world_size)
+        self._tell("world_change", state.step, line)
         return state
+
+    def _tell(self, event: str, step: int, line: str) -> None:
+        if not line:
+            return
+        logger.info(line)
+        if self.sink is not None:
+            self.sink.log_event(event, step, line)
 
     def note_change(self, plan: FreezePlan, step: int) -> None:
         """Records that another phase begins."""
@@ -230,13 +242,15 @@ def open_recorders(
     if rank == 0:
         for path in list_records(request):
             fetch_file(path)
-    sink = request.sink_factory(state.step) if rank == 0 and request.sink_factory is not None else None
+    sink: MetricSink | None = None
+    if rank == 0 and request.sink_factory is not None:
+        sink = RayGauges(request.sink_factory(state.step), request.run_dir.name)
     ledger = None
     if request.config.write_ledger:
         place = {"rank": rank, "world_size": world_size, "group": host_group}
         ledger = LedgerWriter(request.run_dir / LEDGER_NAME, start_step=state.step, **place)
     try:
-        yield Recorders(sink, ledger, is_first_rank=rank == 0)
+        yield Recorders(sink, ledger, world_size)
     finally:
         if sink is not None:
             sink.close()
@@ -281,7 +295,7 @@ def make_hooks(
             ledger.drop_after(restored.step)
         if restored is not None and recorders.sink is not None:
             recorders.sink.drop_after(restored.step)
-        return None if restored is None else recorders.note_horizon(request, restored)
+        return None if restored is None else recorders.note_start(request, restored)
 
     count_rows = setup.placed.model.start_counting(state, setup.world_size)
     feed = open_feed(request, state, rank=setup.rank, world_size=setup.world_size)
@@ -321,8 +335,11 @@ def make_host_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     return dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
 
 
-def count_ray_nodes(world_size: int) -> int:
-    """Ray nodes the workers are on; Ray Train's node rank goes by IP address and takes two nodes of one host for one."""
-    nodes: list[str | None] = [None] * world_size
-    dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
-    return len(set(nodes))
+def list_ray_nodes(world_size: int) -> list[int]:
+    """The Ray node of every rank, as numbers in the order of ranks; Ray Train's own goes by IP address and takes two nodes of
+    one host for one.
+    """
+    ids: list[str | None] = [None] * world_size
+    dist.all_gather_object(ids, ray.get_runtime_context().get_node_id())
+    order = list(dict.fromkeys(ids))
+    return [order.index(each) for each in ids]

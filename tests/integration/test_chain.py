@@ -163,6 +163,8 @@ def test_the_lineage_is_one_parent_with_a_nested_run_per_stage(finished_run: Pat
     written = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
     by_step = {line["step"]: line["train/loss"] for line in written if line["run"] == "train" and "train/loss" in line}
     assert {point.step: point.value for point in losses} == pytest.approx(by_step)
+    assert stages["train"].data.metrics["perf/slowest_rank"] in (0, 1), "two workers"
+    assert stages["train"].data.metrics["system/node_0/system_memory_usage_megabytes"] > 100
     assert stages["train"].data.params["max_steps"] == "40"
     validated = client.get_metric_history(stages["train"].info.run_id, "validation/loss")
     assert [point.step for point in validated] == [0, 20, 40]

@@ -115,6 +115,7 @@ def test_two_ray_nodes_are_checked_and_what_fails_is_told_with_its_remedy(
     (pair,) = checked["all_reduce_bytes_per_s"]["pairs"]
     assert set(pair["nodes"]) == labels
     assert pair["rate"] == checked["all_reduce_bytes_per_s"]["over_all"] > 1e6
+    assert checked["core_flops_per_s"] > 1e9 and checked["storage_bytes_per_s"] > 1e6
     assert list(tmp_path.iterdir()) == [out]  # what was written to try the storage is gone
     job = run_job("jobs/check_cluster.py", "--storage", "/proc/layerplan", "--min-nodes", 3, env=two_nodes)
     assert job.returncode == 1

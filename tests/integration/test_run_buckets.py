@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from layerplan.models.files import identify_model, load_hf_config
 from layerplan.models.ref import ModelRef
 from layerplan.pipeline.run_folder import open_run_folder
 from layerplan.pipeline.run_lease import hold_run
+from layerplan.pipeline.status import read_status
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
 from layerplan.storage.address import _open_bucket
@@ -38,6 +40,7 @@ from layerplan.storage.mirror import carry_file, fetch_file, fetch_folder
 from layerplan.storage.paths import BucketPath
 from layerplan.storage.working import find_home, find_working_folder
 from layerplan.tracking.journal import Journal
+from layerplan.tracking.jsonl import JsonlSink
 from layerplan.train.request import TrainRequest
 from tests.buckets import BucketServer
 from tests.tiny_checkpoint import FRESH, RUN_ID, load, save
@@ -173,6 +176,22 @@ def test_a_killed_jobs_journal_is_not_cut_back_to_what_was_carried(config: RunCo
     journal.append({"do": "of nobody"})
     lines = read_lines(open_run_folder(config).root / "tracking/lineage.jsonl")
     assert [line["do"] for line in lines] == ["one", "two", "elsewhere"], "what the bucket has is the truth"
+
+
+def test_the_status_of_a_run_is_read_from_its_bucket(config: RunConfig) -> None:
+    folder = open_run_folder(config)
+    sink = JsonlSink(folder.metrics, "train", 0)
+    address = str(find_home(folder.root))
+    for step in (1, 500):
+        sink.log_metrics({"train/loss": 4.0 - step / 500, "perf/step_s": 1.0}, step)
+        carry_file(folder.metrics)
+        with hold_run(BucketPath(address), config.name):
+            status = read_status(address, datetime.now(UTC))
+        assert status.is_running and dict(status.rows)["run"] == address
+        assert f" {step:,} of 1,000 steps" in dict(status.rows)["training"]
+    assert not read_status(address, datetime.now(UTC)).is_running
+    with pytest.raises(ConfigError, match="is no run folder"):
+        read_status(f"{address}-other", datetime.now(UTC))
 
 
 def test_a_bucket_holds_a_lease_as_a_disk_does(server: BucketServer, tmp_path: Path) -> None:

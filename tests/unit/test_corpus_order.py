@@ -93,14 +93,16 @@ def test_the_global_batch_does_not_depend_on_the_world_size():
     ):
         for step in (0, 13, 57):
             whole = schedule.rows_at(step)
-            for world_size in (1, 2, 4, 16):
-                parts = np.stack([schedule.rank_rows_at(step, rank, world_size) for rank in range(world_size)], axis=1)
-                assert parts.reshape(-1).tolist() == whole.tolist()
+            for world_size in (1, 2, 3, 4, 7, 15, 16):
+                parts = [schedule.rank_rows_at(step, rank, world_size).tolist() for rank in range(world_size)]
+                dealt = [parts[lane % world_size][lane // world_size] for lane in range(16)]
+                assert dealt == whole.tolist()
+                assert [schedule.count_rank_rows(rank, world_size) for rank in range(world_size)] == [*map(len, parts)]
 
 
-def test_a_world_size_that_does_not_divide_the_lanes_is_refused():
-    with pytest.raises(CorpusError, match=r"world size 3 must divide train\.global_batch_size=8"):
-        make(64, rows_per_group=4, num_lanes=8).rank_rows_at(0, 0, 3)
+def test_more_workers_than_lanes_are_refused():
+    with pytest.raises(CorpusError, match=r"world size 9 is above train\.global_batch_size=8"):
+        make(64, rows_per_group=4, num_lanes=8).rank_rows_at(0, 0, 9)
 
 
 def test_epochs_and_seeds_have_their_own_permutations():

@@ -10,7 +10,7 @@ import pytest
 from layerplan.train.heartbeat import dump_stacks
 from layerplan.train.place import IN_STEP, Beat, Place
 from layerplan.train.stall import Pulse, find_stall, update_pulses
-from layerplan.train.watchdog import Recovery
+from layerplan.train.watchdog import Recovery, Watchdog
 
 ROWS, FORWARD, UPDATE = IN_STEP
 
@@ -96,3 +96,24 @@ def test_how_long_it_took_to_go_on_is_said_once_at_the_first_step_of_the_new_att
         "training goes on at step 8, 31 s after a worker was lost, 3 s of which its process took to start",
         "",
     ]
+
+
+def test_a_step_that_took_much_longer_is_told_once_it_is_over(tmp_path: Path) -> None:
+    said: list[str] = []
+    dog = Watchdog(None, tmp_path, None, said.append)
+
+    def look(*beats: Beat) -> None:
+        dog.pulses = update_pulses(dog.pulses, {each.rank: each for each in beats}, 6.0)
+        dog._note_pause()
+
+    for _ in range(4):  # the first shows where they are; then 6, 12 and 18 s without a change
+        look(beat(0, 7, FORWARD), beat(1, 7, ROWS))
+    assert said == []
+    look(beat(0, 8, ROWS), beat(1, 7, FORWARD))
+    assert said == [
+        "training stood still for 18 s and goes on; rank 1 (pid 101 on host) was behind, at: waiting for rows, step 7"
+    ]
+    for _ in range(9):  # a step that is usually as long is none
+        look(beat(0, 9, FORWARD, slowest_s=20.0), beat(1, 9, ROWS, slowest_s=20.0))
+    look(beat(0, 10, FORWARD), beat(1, 10, ROWS))
+    assert len(said) == 1
