@@ -323,6 +323,8 @@ def make_host_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
 
 def count_ray_nodes(world_size: int) -> int:
     """Ray nodes the workers are on; Ray Train's node rank goes by IP address and takes two nodes of one host for one."""
+    if world_size == 1:
+        return 1
     nodes: list[str | None] = [None] * world_size
     dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
     return len(set(nodes))
