@@ -1,6 +1,6 @@
 """The shipped configs of the hub's data sets, read by their ids through the real clients from a stand-in for the hub.
 
-What it serves has the layout, the columns and the labels that the data sets' pages give; the data sets themselves are not at hand.
+What it serves has the layout, columns and labels that the data sets' pages give; the data sets themselves are not at hand.
 """
 
 from __future__ import annotations
