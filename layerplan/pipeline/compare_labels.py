@@ -20,10 +20,20 @@ from layerplan.corpus.manifest import Manifest
 from layerplan.errors import EvaluationError
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.holm import correct_holm
-from layerplan.run_folder import BASE, RESULT_NAME, RunFolder, name_step
+from layerplan.run_folder import (
+    BASE,
+    LABEL_SCORES_NAME,
+    MANIFEST_NAME,
+    PLAN_NAME,
+    RESULT_NAME,
+    SAMPLES_NAME,
+    STORE_NAME,
+    RunFolder,
+    name_step,
+)
 from layerplan.train.request import load_result
 
-NEEDED = ("label_samples", "label_scores.json", "token_store/manifest.json", "freeze_plan.json")
+NEEDED = (SAMPLES_NAME, LABEL_SCORES_NAME, f"{STORE_NAME}/{MANIFEST_NAME}", PLAN_NAME)
 """What is read of a run, beside its config and result."""
 
 
