@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 from machine import find_commit, find_cpu, find_versions
-from salf_bench import Bench
 
 from eval.label_scores import NONE
 from layerplan.artifacts import hash_file, write_json
@@ -89,6 +88,8 @@ class Race:
 
 def run_race(race: Race, storage: Path, results: Path, *, model: str | None = None) -> Iterator[str]:
     """Runs what is not in the file of results yet, and yields a line per arm."""
+    from salf_bench import Bench  # the tables need no model
+
     known: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {"tasks": {}, "arms": {}}
     bench: Bench | None = None
     for arm in race.list_arms():
