@@ -135,7 +135,7 @@ def collect(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     task = {
         "sha256": trained["task_sha256"],
         "classes": trained["classes"],
-        "rows": sum(cost["propagated_rows"]),
+        "rows": json.loads(folder.manifest.read_text())["num_rows"],
         "gold": gold,
         "base": before,
         "base_deviation": base["mean_deviation"],
