@@ -35,6 +35,7 @@ from layerplan.train.request import load_result
 
 NEEDED = (SAMPLES_NAME, LABEL_SCORES_NAME, f"{STORE_NAME}/{MANIFEST_NAME}", PLAN_NAME)
 """What is read of a run, beside its config and result."""
+BASE_ARM = "the base"
 
 
 class LabelComparison(StrictModel):
@@ -103,7 +104,7 @@ def judge_label_runs(groups: Sequence[Sequence[Path]]) -> list[LabelComparison]:
     assert facts is not None
     places = {token: place for place, token in enumerate(facts.label_ids.values())}
     gold, base = _read(runs[0], BASE, places)
-    arms = [_Arm("the base", [base])]
+    arms = [_Arm(BASE_ARM, [base])]
     for group in groups:
         read = [_read(RunFolder(run), _last(RunFolder(run)), places) for run in group]
         if any(each != gold for each, _ in read):
@@ -132,8 +133,8 @@ def _check_alike(runs: Sequence[RunFolder]) -> None:
 
 
 def _name_task(run: RunFolder) -> tuple[str, str, tuple[tuple[str, int], ...]]:
-    labels = Manifest.load(run.token_store).labels
-    if labels is None or not run.label_scores.exists():
+    labels = Manifest.load(run.token_store).labels if run.label_scores.exists() else None
+    if labels is None:
         raise EvaluationError(f"{run.root}: has no scores on labels; it is no finished fine-tuning")
     return labels.task, labels.task_sha256, tuple(labels.label_ids.items())
 
@@ -165,8 +166,8 @@ def _compare(
 ) -> list[LabelComparison]:
     truth = [place for _, place in gold]
     first, second = reference.predicted, arm.predicted
-    if len(first) == 1:
-        first = first * len(second)  # the base has no seeds
+    if reference.name == BASE_ARM:
+        first = first * len(second)  # it has no seeds
     verdicts = compare_seeds(truth, first, second, num_classes)
     return [
         LabelComparison(

@@ -65,6 +65,17 @@ def test_runs_that_share_no_test_or_no_base_are_refused(tmp_path: Path, other: d
     assert "\n" not in str(told.value)
 
 
+def test_a_run_without_scores_and_arms_of_unequal_seeds_are_refused(tmp_path: Path) -> None:
+    runs = [leave_run(tmp_path / f"run{seed}", GOLD, WRONG, HALF, seed=seed) for seed in range(3)]
+    config = json.loads((runs[2] / "resolved_config.json").read_text())
+    (runs[2] / "resolved_config.json").write_text(json.dumps(config | {"epochs": 2}))
+    with pytest.raises(EvaluationError, match="1 seeds compared with 2; as many of both methods are needed"):
+        compare([str(run) for run in runs], pool_seeds=True)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(EvaluationError, match=r"other: has no scores on labels; it is no finished fine-tuning"):
+        compare([str(runs[0]), str(tmp_path / "other")])
+
+
 def test_the_page_shows_scores_savings_and_deviations(tmp_path: Path) -> None:
     page = write_report(leave_run(tmp_path / "half", GOLD, WRONG, HALF)).read_text()
     for wanted in (
