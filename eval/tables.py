@@ -37,8 +37,13 @@ def render_scores(models: Mapping[str, Results], *, style: str = "markdown") -> 
         title = f"{TITLES.get(benchmark, benchmark)}, accuracy in percent, generate / logit"
         headings = ["Models", *CATEGORIES, "Average", "Mean of subjects", "Of questions [95 %]", "Std. over repeats"]
         rows = [[name, *_cells(results, benchmark)] for name, results in models.items()]
-        parts.append(_latex(title, headings, rows) if style == "latex" else _markdown(title, headings, rows))
+        parts.append(render_table(title, headings, rows, style=style))
     return "\n".join(parts)
+
+
+def render_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], *, style: str) -> str:
+    """A table as `markdown` or `latex`."""
+    return _latex(title, headings, rows) if style == "latex" else _markdown(title, headings, rows)
 
 
 def _cells(results: Results, benchmark: str) -> list[str]:

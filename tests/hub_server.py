@@ -38,7 +38,8 @@ def serving_data_set(name: str, files: Mapping[str, bytes], token: str) -> Itera
             elif found := re.fullmatch(rf"/datasets/{name}/resolve/[^/]+/(.+)", path):
                 self.send_file(found[1])
             elif found := re.fullmatch(rf"/api/datasets/{name}/tree/[^/]+(?:/(.+))?", path):
-                self.answer(200, json.dumps(list_folder(files, found[1] or "")).encode())
+                is_whole = "recursive=true" in urlsplit(self.path).query.lower()
+                self.answer(200, json.dumps(list_folder(files, found[1] or "", recursive=is_whole)).encode())
             else:
                 siblings = [{"rfilename": file} for file in files]
                 info = {"id": name, "sha": COMMIT, "siblings": siblings, "private": False, "gated": "auto", "tags": []}
@@ -78,16 +79,19 @@ def serving_data_set(name: str, files: Mapping[str, bytes], token: str) -> Itera
         server.server_close()
 
 
-def list_folder(files: Mapping[str, bytes], folder: str) -> list[dict[str, object]]:
-    """Files and folders right below one."""
+def list_folder(files: Mapping[str, bytes], folder: str, *, recursive: bool = False) -> list[dict[str, object]]:
+    """Files and folders right below one, or all below it."""
     start = f"{folder}/" if folder else ""
     entries: dict[str, dict[str, object]] = {}
     for file, content in files.items():
-        if file.startswith(start):
-            child, _, rest = file[len(start) :].partition("/")
-            is_folder = {"type": "directory", "oid": "0", "size": 0}
-            is_file = {"type": "file", "oid": hash_file(content), "size": len(content)}
-            entries[child] = {"path": start + child, **(is_folder if rest else is_file)}
+        if not file.startswith(start):
+            continue
+        parts = file[len(start) :].split("/")
+        for depth in range(1, len(parts) if recursive else min(2, len(parts))):
+            path = start + "/".join(parts[:depth])
+            entries[path] = {"path": path, "type": "directory", "oid": "0", "size": 0}
+        if recursive or len(parts) == 1:
+            entries[file] = {"path": file, "type": "file", "oid": hash_file(content), "size": len(content)}
     return list(entries.values())
 
 

@@ -62,6 +62,17 @@ def inject_adapters(causal_lm: nn.Module, layers: Sequence[int], options: LoraOp
     return AppliedPlan(frozenset(trainable), frozenset(frozen))
 
 
+def count_adapter_params(causal_lm: nn.Module, layers: Iterable[int], options: LoraOptions) -> int:
+    """Parameters of the adapters beside every linear map of some decoder layers: rank x (inputs + outputs) of each.
+
+    Raises:
+        ModelError: When a layer has no linear map.
+    """
+    modules = dict(causal_lm.named_modules())
+    found = [modules[name] for name in list_adapted(causal_lm, layers)]
+    return options.rank * sum(module.in_features + module.out_features for module in found)
+
+
 def name_in_base(name: str) -> str:
     """A parameter's name before adapters were put into the model."""
     return name.replace(_BESIDE, ".")
@@ -69,6 +80,19 @@ def name_in_base(name: str) -> str:
 
 def make_lora_config(causal_lm: nn.Module, layers: Iterable[int], options: LoraOptions) -> Any:
     """PEFT's config for every linear map of some decoder layers, by their full names."""
+    targets = list_adapted(causal_lm, layers)
+    return _import_peft().LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=targets,
+        bias="none",
+    )
+
+
+def list_adapted(causal_lm: nn.Module, layers: Iterable[int]) -> list[str]:
+    """Names of the linear maps of some decoder layers; raises `ModelError` when there is none."""
     parts = find_decoder_parts(causal_lm)
     prefixes = tuple(f"{parts.layers_path}.{index}." for index in layers)
     targets = [
@@ -80,14 +104,7 @@ def make_lora_config(causal_lm: nn.Module, layers: Iterable[int], options: LoraO
         raise ModelError(
             f"{type(causal_lm).__name__}: its layers have no linear map that an adapter could stand beside"
         )
-    return _import_peft().LoraConfig(
-        task_type="CAUSAL_LM",
-        r=options.rank,
-        lora_alpha=options.alpha,
-        lora_dropout=options.dropout,
-        target_modules=targets,
-        bias="none",
-    )
+    return targets
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 The untouched base of the first run is arm zero: every run is compared with it, then every run with every run before
 it. Runs whose configs differ in nothing but the seed are pooled into one arm when `--pool-seeds` is given. P-values
-are corrected over all comparisons made; runs scored under unequal protocols cannot be put into one table.
+are corrected over all comparisons made; runs scored under unequal protocols cannot be put into one table. Fine-tunings on
+labels are compared by their predictions (`compare_labels.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from eval.significance import Arm, Comparison, Verdict, judge_comparisons
 from eval.tables import render_scores
 from layerplan.artifacts import compute_sha256, write_json, write_text
 from layerplan.errors import EvaluationError
+from layerplan.pipeline.compare_labels import NEEDED, is_label_run, judge_label_runs, render_label_scores
 from layerplan.pipeline.run_folder import fetch_run
 from layerplan.pipeline.summary import print_verdicts
 from layerplan.run_folder import BASE, CONFIG_NAME, EVALUATION_NAME, RESULT_NAME, RunFolder, name_step
@@ -40,7 +42,10 @@ def compare(
     Raises:
         EvaluationError: When runs cannot be compared.
     """
-    runs = [fetch_run(path, EVALUATION_NAME, RESULT_NAME, CONFIG_NAME) for path in paths]
+    runs = [fetch_run(path, EVALUATION_NAME, RESULT_NAME, CONFIG_NAME, *NEEDED) for path in paths]
+    if any(map(is_label_run, runs)):
+        _compare_labels(runs, out=out, table=table, pool_seeds=pool_seeds)
+        return
     verdicts = judge_runs(runs, pool_seeds=pool_seeds)
     print_verdicts(verdicts)
     for sentence in judge_texts(runs):
@@ -53,6 +58,20 @@ def compare(
         rows |= {run.name: load_results(find_trained_scores(run)) for run in runs}
         style = "latex" if Path(table).suffix == ".tex" else "markdown"
         write_text(Path(table), render_scores(rows, style=style))
+        print(f"\ntable     {Path(table).resolve()}")
+
+
+def _compare_labels(runs: Sequence[Path], *, out: str | None, table: str | None, pool_seeds: bool) -> None:
+    """The same of fine-tunings on labels, whose predictions stand for answers."""
+    comparisons = judge_label_runs(group_seeds(runs) if pool_seeds else [[run] for run in runs])
+    for comparison in comparisons:
+        print(comparison.sentence)
+    if out:
+        write_json(Path(out), [each.model_dump(mode="json") for each in comparisons])
+        print(f"\nverdicts  {Path(out).resolve()}")
+    if table:
+        style = "latex" if Path(table).suffix == ".tex" else "markdown"
+        write_text(Path(table), render_label_scores(comparisons, style=style))
         print(f"\ntable     {Path(table).resolve()}")
 
 

@@ -29,6 +29,7 @@ def finetune(config: RunConfig) -> None:
         settle_config,
         train_labels,
     )
+    from layerplan.pipeline.publish import publish_report
     from layerplan.pipeline.session import open_run
     from layerplan.pipeline.stages import ask_loss, decide_plan
 
@@ -51,6 +52,7 @@ def finetune(config: RunConfig) -> None:
         trained = score_model(context, model.at(result.hf_dir), task, name_step(result.final_step))
         verdicts = judge_labels(context, task, base, trained)
         cost = record_cost(context, model, section, plan, starts, result)
+        publish_report(context)
         print_label_summary(context, section, base, trained, verdicts, cost)
 
 

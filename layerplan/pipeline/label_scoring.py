@@ -142,4 +142,4 @@ def print_label_summary(
         )
     for name, saving in cost.items():
         print(f"{'saved':<14}{name}: depth {saving.depth:.1%}, backward FLOPs {saving.flops:.1%} of the layers'")
-    print(f"\nscores    {context.folder.label_scores}")
+    print(f"\nscores    {context.folder.label_scores}\nreport    {context.folder.report}")

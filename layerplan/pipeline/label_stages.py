@@ -27,7 +27,7 @@ from layerplan.tracer.samples import Sample, measure_samples
 from layerplan.tracking.callback import LineageCallback
 from layerplan.tracking.tracker import RunSinkFactory
 from layerplan.train.request import LabelOptions, TrainResult
-from layerplan.train.trainer import run_training
+from layerplan.train.trainer import Fit, run_training
 
 MAX_VALIDATION_ROWS = 256
 """Test prompts whose loss is measured while training; all of them are scored at its end."""
@@ -156,8 +156,9 @@ def train_labels(
     plan: FreezePlan,
     store: Path | str,
     recipe: LossRecipe | None,
+    fit: Fit | None = None,
 ) -> TrainResult:
-    """Trains, continues, or reads back a finished training."""
+    """Trains, continues, or reads back a finished training; `fit` as of `run_training`."""
     with tracked(context, TRAIN) as tracker:
         tracker.log_params(context.config.train.model_dump(mode="json") | {"method": section.method})
         sinks = RunSinkFactory(context.folder.metrics, TRAIN, tracker)
@@ -165,7 +166,8 @@ def train_labels(
             section.loss, trains_alone=section.method == "lift", lora=section.lora if section.uses_lora else None
         )
         request = make_train_request(context, model, plan, store, sinks)
-        result = run_training(replace(request, recipe=recipe, labels=options), callbacks=[LineageCallback(tracker)])
+        request = replace(request, recipe=recipe, labels=options)
+        result = run_training(request, callbacks=[LineageCallback(tracker)], fit=fit)
         fetch_file(context.folder.metrics)
         for path in (context.folder.training, context.folder.export):
             if path.exists():

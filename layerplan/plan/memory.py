@@ -94,11 +94,24 @@ def estimate_memory(
     seq_len: int,
     world_size: int,
     device_type: str,
+    adapter_params: int = 0,
 ) -> MemoryEstimate:
-    """Predicts one worker's memory under a placement."""
+    """Predicts one worker's memory under a placement.
+
+    Args:
+        plan: What trains.
+        shape: Sizes of the model.
+        config: Training section.
+        placement: Where parameters live, and which layers are recomputed.
+        seq_len: Tokens per row.
+        world_size: Workers.
+        device_type: `cuda` or `cpu`.
+        adapter_params: Parameters of adapters that train in place of the plan's layers, which are then all frozen; what
+            the layers store for backward stays, as adapters need the same inputs.
+    """
     width = _WIDTH[config.compute_dtype]
-    trained = count_trainable_params(plan, shape)
-    frozen = shape.total_params - trained
+    trained = adapter_params or count_trainable_params(plan, shape)
+    frozen = shape.total_params - (0 if adapter_params else trained)
     tokens = config.micro_batch_size * seq_len
     checkpointed, whole = set(placement.checkpointed_layers), _path_bytes(plan, shape, config.compute_dtype)
     kept = {layer: float(width * shape.hidden_size) if layer in checkpointed else whole[layer] for layer in whole}
@@ -138,14 +151,17 @@ def choose_placement(
     device_type: str,
     available_bytes: float,
     attention: str = "sdpa",
+    adapter_params: int = 0,
 ) -> tuple[Placement, MemoryEstimate]:
     """Settles every `auto`: the placement that communicates and recomputes least and still fits.
+
+    Adapters are trained whole on every worker: with any, `auto` never shards. Arguments as for `estimate_memory`.
 
     Returns:
         The placement and its estimate. When nothing fits, the leanest one: the caller compares and refuses.
     """
     parallelisms = ["replicate", "shard"] if config.parallelism == "auto" else [config.parallelism]
-    if world_size == 1 and config.parallelism == "auto":
+    if config.parallelism == "auto" and (world_size == 1 or adapter_params):
         parallelisms = ["replicate"]
     frozen = ["replicate", "shard"] if config.frozen_sharding == "auto" else [config.frozen_sharding]
     limit = HEADROOM * available_bytes
@@ -155,9 +171,8 @@ def choose_placement(
             bare = Placement(parallelism, frozen_sharding, attention)
 
             def estimate(placement: Placement) -> MemoryEstimate:
-                return estimate_memory(
-                    plan, shape, config, placement, seq_len=seq_len, world_size=world_size, device_type=device_type
-                )
+                limits = {"seq_len": seq_len, "world_size": world_size, "adapter_params": adapter_params}
+                return estimate_memory(plan, shape, config, placement, device_type=device_type, **limits)
 
             excess = estimate(bare).total - limit
             mode = config.activation_checkpointing

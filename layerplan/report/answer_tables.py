@@ -52,10 +52,20 @@ def tabulate_cost(cost: Cost) -> Table:
         _work_row(cost.work),
         *([_work_row(cost.work_elsewhere, "; the plan was made for these")] if cost.work_elsewhere is not None else []),
         ["time in steps", _least_time(cost), _time(cost)],
-        ["memory of a worker", _gib(cost.predicted_memory_gib), _gib(cost.peak_memory_gib, " at its peak")],
+        _memory_row(cost),
         ["a checkpoint on disk", _gib(cost.predicted_checkpoint_gib), _gib(cost.checkpoint_gib)],
     ]
     return ("cost", "predicted", "measured"), rows
+
+
+def tabulate_use(cost: Cost) -> Table:
+    """Time and memory alone, where work per token is not the plan's."""
+    rows = [["time in steps", NOTHING, _time(cost)], _memory_row(cost)]
+    return ("cost", "predicted", "measured"), rows
+
+
+def _memory_row(cost: Cost) -> list[str]:
+    return ["memory of a worker", _gib(cost.predicted_memory_gib), _gib(cost.peak_memory_gib, " at its peak")]
 
 
 def describe_cost(cost: Cost) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from layerplan.plan.layer_profile import LayerProfile
 from layerplan.report.answers import read_answers
 from layerplan.report.figures import build_layer_figures, draw_loss
 from layerplan.report.html_parts import embed_svg, render_table
+from layerplan.report.labels import render_labels
 from layerplan.report.measurement import read_deviations, render_measurement
 from layerplan.report.outcome import render_outcome
 from layerplan.report.scores import render_checkpoint_scores
@@ -81,9 +83,12 @@ def write_report(run_dir: Path) -> Path:
         figures["loss"] = draw_loss(lines)
     sweep, sweep_figures = render_sweep_section(run.sweep)
     save_figures(run.figures, figures | sweep_figures)
+    answers = read_answers(run_dir)
+    labels = render_labels(run, answers.cost)
     sections = [
         _head(run_dir, plan, training),
-        render_outcome(read_answers(run_dir)),
+        labels,
+        render_outcome(replace(answers, cost=None) if labels else answers),
         _verdict_section(_read(run.verdicts) or []),
         render_checkpoint_scores(run.evaluation),
         _plan_section(plan),

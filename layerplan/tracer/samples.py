@@ -115,25 +115,47 @@ def measure_samples(
         ProbeError: When the file's samples are others, or one was measured twice.
     """
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        records = {record["id"]: record for record in _measure(model, samples, config, report)}
-        check_complete([sample.id for sample in samples], list(records))
-        table = pa.Table.from_pylist([_plain(records[sample.id]) for sample in samples])
-        with writing_aside(path) as aside:
-            pq.write_table(table, aside, compression="zstd")
+        write_records(path, samples, _measure(model, samples, config, report))
     records_read: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     check_complete([sample.id for sample in samples], [record["id"] for record in records_read])
     return records_read
 
 
+@torch.no_grad()
+def measure_here(model: ModelRef, samples: Sequence[Sample], config: TraceConfig) -> list[dict[str, Any]]:
+    """Measures samples in this process, without Ray; records as of `SampleActor`, in the order of `cut_batches`."""
+    actor = SampleActor(model, config)
+    return [record for batch in cut_batches(samples, config) for record in actor.measure(batch)]
+
+
+def write_records(path: Path, samples: Sequence[Sample], found: Sequence[dict[str, Any]]) -> None:
+    """Writes the records of samples in the samples' order; of two of one sample, the later.
+
+    Raises:
+        ProbeError: When a sample has no record, or a record no sample.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = {record["id"]: record for record in found}
+    check_complete([sample.id for sample in samples], list(records))
+    table = pa.Table.from_pylist([_plain(records[sample.id]) for sample in samples])
+    with writing_aside(path) as aside:
+        pq.write_table(table, aside, compression="zstd")
+
+
+def cut_batches(samples: Sequence[Sample], config: TraceConfig) -> list[list[dict[str, Any]]]:
+    """Samples as an actor takes them, those of one length together."""
+    ordered = sorted(samples, key=lambda sample: (len(sample.input_ids), sample.id))
+    batches = []
+    for length, members in groupby(ordered, key=lambda sample: len(sample.input_ids)):
+        same, size = [vars(each) for each in members], max(1, min(config.batch_size, MAX_TOKENS // length))
+        batches += [same[at : at + size] for at in range(0, len(same), size)]
+    return batches
+
+
 def _measure(
     model: ModelRef, samples: Sequence[Sample], config: TraceConfig, report: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    ordered = sorted(samples, key=lambda sample: (len(sample.input_ids), sample.id))
-    rows = []
-    for length, members in groupby(ordered, key=lambda sample: len(sample.input_ids)):
-        same, size = list(members), max(1, min(config.batch_size, MAX_TOKENS // length))
-        rows += [{"samples": [vars(each) for each in same[at : at + size]]} for at in range(0, len(same), size)]
+    rows = [{"samples": batch} for batch in cut_batches(samples, config)]
     memory = estimate_actor_memory(
         model, "float32", num_gpus=config.num_gpus_per_actor, num_logits=STATES_AT_ONCE * model.shape().vocab_size
     )

@@ -14,7 +14,7 @@ from torch import nn
 
 from layerplan.checkpoint.dcp import Parked, load_parked
 from layerplan.errors import TrainingError
-from layerplan.models.adapters import inject_adapters
+from layerplan.models.adapters import count_adapter_params, inject_adapters
 from layerplan.models.freezing import AppliedPlan, apply_plan
 from layerplan.models.skeleton import Skeleton
 from layerplan.plan.cost import GIB
@@ -86,7 +86,12 @@ def build_model(
     check_dtype(config.compute_dtype, device)
     check_mamba_kernels(config.mamba_kernels, device)
     available = agree_on_memory(find_available_bytes(device, local_world_size), device)
-    limits = {"seq_len": seq_len, "world_size": world_size, "device_type": device.type, "available_bytes": available}
+    lora = None if request.labels is None else request.labels.lora
+    skeleton = request.model.skeleton()
+    causal_lm = skeleton.model
+    adapters = 0 if lora is None else count_adapter_params(causal_lm, plan.trainable_layers, lora)
+    limits = {"seq_len": seq_len, "world_size": world_size, "device_type": device.type}
+    limits |= {"available_bytes": available, "adapter_params": adapters}
     largest = choose_placements(request.plan, shape, config, **limits)
     needed = largest.estimate.total + (largest.parked_bytes if device.type == "cpu" else 0)
     if needed > available:
@@ -100,13 +105,11 @@ def build_model(
     torch.manual_seed(request.seed)
     recipe, attention = ask_whole_model(request, shape, device, seq_len=seq_len, rank=rank, world_size=world_size)
     placement = replace(placement, attention=attention)
-    skeleton = request.model.skeleton()
-    causal_lm = skeleton.model
     try_set_attention(causal_lm, IMPLEMENTATIONS[placement.attention])
     parked, source = park_other_phases(skeleton, request.plan, plan, checkpoint)
     applied = apply_plan(causal_lm, plan)
-    if request.labels is not None and request.labels.lora is not None:
-        applied = inject_adapters(causal_lm, plan.trainable_layers, request.labels.lora, seed=request.seed)
+    if lora is not None:
+        applied = inject_adapters(causal_lm, plan.trainable_layers, lora, seed=request.seed)
     choose_mamba_kernels(causal_lm, config.mamba_kernels)  # not before the model was asked, on the CPU
     causal_lm.train()
     placed = place_model(

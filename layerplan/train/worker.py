@@ -339,6 +339,8 @@ def list_ray_nodes(world_size: int) -> list[int]:
     """The Ray node of every rank, as numbers in the order of ranks; Ray Train's own goes by IP address and takes two nodes of
     one host for one.
     """
+    if world_size == 1:
+        return [0]
     ids: list[str | None] = [None] * world_size
     dist.all_gather_object(ids, ray.get_runtime_context().get_node_id())
     order = list(dict.fromkeys(ids))

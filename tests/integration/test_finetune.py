@@ -16,8 +16,19 @@ from layerplan.artifacts import hash_file
 from layerplan.corpus.manifest import Manifest
 from layerplan.plan.row_starts import find_eof_layer
 from layerplan.plan.sample_budget import assign_start_layers
+from tests.ray_script import run_script
 
 RunJob = Callable[..., Any]
+ASK = """
+import json, sys
+from eval.engine import EngineSpec
+from eval.open_engine import open_engine
+from layerplan.models.ref import ModelRef
+folder, prompts, letters = sys.argv[1], json.loads(sys.argv[2]), tuple(json.loads(sys.argv[3]))
+engine = open_engine(EngineSpec(ModelRef(folder), "vllm", "float32", 0, letters, 64, num_threads=1))
+answers = engine.ask(prompts, [8] * len(prompts))
+print("ANSWERS" + json.dumps([[answer.token_ids, answer.letter_logprobs] for answer in answers]))
+"""
 ROWS, TEST_ROWS = 22, 8
 
 
@@ -85,6 +96,7 @@ def test_a_job_measures_its_rows_trains_each_from_its_layer_and_is_scored(
     assert {name: each["num_asked"] for name, each in scores.items()} == {"base": 8, "step_00000006": 8}
     assert all(len(each["mean_deviation"]) == 3 for each in scores.values())
     assert (run / "deviations.png").read_bytes().startswith(b"\x89PNG")
+    assert "<h2>Does it name the labels?</h2>" in (run / "report.html").read_text(encoding="utf-8")
     proof = read(run / "training.json")["proof"]
     assert proof["coverage_checks"] >= 2 and proof["frozen_checks"] >= 2
     assert "depth 25.0%" in job.output
@@ -114,7 +126,8 @@ def test_adapters_are_saved_in_pefts_own_format_and_merged_into_the_export(
     import torch
     from transformers import AutoModelForCausalLM
 
-    job = run_here("jobs/finetune.py", "--config", config, "--set", "name=adapted", "--set", "finetune.update=lora")
+    changes = ("name=adapted", "finetune.update=lora", "train.optimizer.learning_rate=0.03")
+    job = run_here("jobs/finetune.py", "--config", config, *(word for each in changes for word in ("--set", each)))
     assert job.returncode == 0, job.output[-5000:]
     run = runs / "adapted"
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -128,6 +141,37 @@ def test_adapters_are_saved_in_pefts_own_format_and_merged_into_the_export(
         )
     assert (found - expected).abs().max() < 1e-5 < (expected - base).abs().max()
     assert read(run / "adapters" / "step_00000006" / "adapter_base.json")["num_layers"] == 2
+
+
+def test_vllm_serves_the_merged_export_as_peft_serves_the_adapter(runs: Path, seed_model: str, tmp_path: Path) -> None:
+    """Greedy tokens and log-probabilities of PEFT's own model, which the base's are far from; float32."""
+    peft = pytest.importorskip("peft")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    run, letters = runs / "adapted", (36, 37, 38, 39)
+    prompts = [[5, 6, 7, 8 + number] for number in range(6)]
+    script = tmp_path / "ask.py"
+    script.write_text(ASK)
+    done = run_script(
+        str(script), run / "hf" / "step_00000006", json.dumps(prompts), json.dumps(letters), timeout_s=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    (served,) = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("ANSWERS")]
+    base = AutoModelForCausalLM.from_pretrained(seed_model)
+    adapted = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(seed_model), run / "adapters" / "step_00000006"
+    )
+    moved = []
+    for prompt, (tokens, logprobs) in zip(prompts, served, strict=True):
+        ids = torch.tensor([prompt])
+        greedy = adapted.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        assert greedy[0, len(prompt) :].tolist() == tokens
+        with torch.no_grad():
+            expected, before = (model(ids).logits[0, -1].log_softmax(0)[list(letters)] for model in (adapted, base))
+        assert logprobs == pytest.approx(expected.tolist(), abs=1e-3)
+        moved.append(float((expected - before).abs().max()))
+    assert min(moved) > 0.01
 
 
 @pytest.mark.parametrize(

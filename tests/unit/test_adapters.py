@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from layerplan.errors import ModelError
 from layerplan.models.adapters import (
     WRAPPING,
     compute_merged,
+    count_adapter_params,
     inject_adapters,
     list_adapter_tensors,
     save_adapter,
@@ -23,16 +25,19 @@ from layerplan.models.freezing import apply_plan, check_gradient_coverage
 from layerplan.models.ref import ModelRef
 from layerplan.pipeline.merge_adapter import merge_adapter
 from layerplan.plan.layer_profile import ModelIdentity
+from layerplan.plan.memory import estimate_memory
+from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.plan.policies import make_full_plan
 from layerplan.train.label_step import LabelLossModel, make_label_batches
 from layerplan.train.materialize import ParameterSource
+from layerplan.train.optim import build_optimizer
 from layerplan.train.request import LabelOptions
 from layerplan.train.sharding import place_model
 from layerplan.train.step import accumulate_gradients
 from tests.model_folders import save_tiny_base
-from tests.qwen3 import build_tiny_qwen3
-from tests.tiny_labels import draw
+from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
+from tests.tiny_labels import draw, plan_all
 
 peft = pytest.importorskip("peft")
 OPTIONS = LoraOptions(rank=2, alpha=6)
@@ -148,3 +153,34 @@ def test_adapters_beside_a_base_without_memory_are_those_beside_the_base(tmp_pat
         masters[0].keys() == masters[1].keys() == (set() if dtype == "float32" else {n for n in whole if "lora_" in n})
     )
     assert all(torch.equal(value, masters[1][name]) for name, value in masters[0].items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_adapters_need_is_predicted_to_the_byte(dtype: str) -> None:
+    """Weights of the base, and of the adapters weights, masters, gradients and moments, counted after a step."""
+    model, layers = build_tiny_qwen3(), [1, 2]
+    config = TrainConfig(max_steps=1, global_batch_size=2, micro_batch_size=2, compute_dtype=dtype)
+    plan, placement = plan_all(3), Placement("replicate", "replicate")
+    shape = ModelShape.from_hf_config(TINY_QWEN3)
+    count = count_adapter_params(model, layers, OPTIONS)
+    apply_plan(model, plan)
+    inject_adapters(model, layers, OPTIONS, seed=0)
+    assert count == sum(each.numel() for each in adapters_of(model).values())
+    with_labels = partial(LabelLossModel, options=LabelOptions())
+    place = {"world_size": 1, "device": torch.device("cpu"), "loss_model": with_labels}
+    placed = place_model(model, plan, config, placement, **place)
+    optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters)
+    placed.masters.clear()
+    accumulate_gradients(placed.model, make_label_batches(draw([1, 1]), 2, torch.device("cpu")), 1.0)
+    optimizer.step()
+    parameters = list(placed.model.parameters())
+    held = [*parameters, *(each.grad for each in parameters if each.grad is not None)]
+    held += [
+        each for state in optimizer.state.values() for each in state.values() if torch.is_tensor(each) and each.ndim
+    ]
+    counted = sum(each.numel() * each.element_size() for each in held)
+    limits = {"seq_len": 8, "world_size": 1, "device_type": "cpu"}
+    predicted = estimate_memory(plan, shape, config, placement, adapter_params=count, **limits)
+    assert predicted.parameters == counted
+    full = estimate_memory(plan, shape, config, placement, **limits)
+    assert full.parameters > 2 * predicted.parameters and full.activations == predicted.activations

@@ -7,20 +7,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerplan.config.finetune import LabelLoss
-from layerplan.config.plan import ExplicitPlanConfig
-from layerplan.config.train import OptimizerConfig, ScheduleConfig, TrainConfig
+from layerplan.config.train import TrainConfig
 from layerplan.corpus.rows import PackedRows
 from layerplan.errors import TrainingError
 from layerplan.models.freezing import apply_plan
-from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.plan.model_shape import ModelShape
-from layerplan.plan.policies import make_plan
 from layerplan.plan.start_cost import compute_saving
 from layerplan.train.label_step import LabelLossModel, make_label_batches
 from layerplan.train.loop import run_loop
@@ -28,17 +22,11 @@ from layerplan.train.request import LabelOptions
 from layerplan.train.state import TrainState
 from layerplan.train.step import accumulate_gradients
 from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
-from tests.tiny_labels import draw
+from tests.tiny_labels import PLAIN, draw, plan_all, train_plainly
 from tests.tiny_loop import make_loop
 
 CPU = torch.device("cpu")
 LOSSES: tuple[LabelLoss, ...] = ("vocabulary", "semantic_ce", "semantic_cosine")
-
-
-def plan_all(num_layers: int) -> FreezePlan:
-    values = TINY_QWEN3 | {"num_hidden_layers": num_layers}
-    model = ModelIdentity(name="tiny", model_type="qwen3", num_layers=num_layers)
-    return make_plan(ExplicitPlanConfig(trainable=["0:"]), model=model, shape=ModelShape.from_hf_config(values))
 
 
 def build(num_layers: int, options: LabelOptions | None = None) -> LabelLossModel:
@@ -122,14 +110,7 @@ def test_lift_moves_one_layer_and_leaves_every_weight_as_it_was_asked() -> None:
 def test_steps_equal_those_of_a_plain_loop(loss: LabelLoss, trains_alone: bool) -> None:
     """Four steps of mixed start layers: AdamW of PyTorch over one row at a time, its layers frozen by hand."""
     steps = [[0, 0, 1, 3], [1, 2, 2, 2], [2, 3, 3, 3], [3, 3, 3, 0]]
-    config = TrainConfig(
-        max_steps=len(steps),
-        global_batch_size=4,
-        micro_batch_size=2,
-        compute_dtype="float32",
-        optimizer=OptimizerConfig(learning_rate=1e-3, eps=1e-4, max_grad_norm=0.5),
-        schedule=ScheduleConfig(type="constant", warmup_ratio=0),
-    )
+    config = PLAIN.model_copy(update={"max_steps": len(steps)})
     options = LabelOptions(loss, trains_alone)
     model = build_tiny_qwen3(num_hidden_layers=4)
     setup, hooks = make_loop(
@@ -149,47 +130,6 @@ def test_steps_equal_those_of_a_plain_loop(loss: LabelLoss, trains_alone: bool) 
     start = dict(build_tiny_qwen3(num_hidden_layers=4).named_parameters())
     assert max(float((value - start[name]).abs().max()) for name, value in model.named_parameters()) > 5e-4
     assert all(torch.equal(value, start[name]) == (".layers." not in name) for name, value in model.named_parameters())
-
-
-def train_plainly(model: nn.Module, steps: list[PackedRows], options: LabelOptions) -> list[float]:
-    model.train()
-    bases = torch.linalg.pinv(model.lm_head.weight.detach().double()).T
-    layers = [list(layer.parameters()) for layer in model.model.layers]
-    everything = [value for layer in layers for value in layer]
-    groups = [[value for value in everything if (value.ndim > 1) == is_matrix] for is_matrix in (True, False)]
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[0], "weight_decay": 0.01}, {"params": groups[1], "weight_decay": 0.0}],
-        lr=1e-3,
-        betas=(0.9, 0.95),
-        eps=1e-4,
-    )
-    losses = []
-    for rows in steps:
-        optimizer.zero_grad()
-        total = 0.0
-        for row, start in enumerate(rows.start_layers.tolist()):  # type: ignore[union-attr]
-            model.requires_grad_(False)
-            for layer in [start] if options.trains_alone else range(start, len(layers)):
-                for value in layers[layer]:
-                    value.requires_grad_(True)
-            ids = torch.from_numpy(rows.input_ids[row][rows.document_ids[row] >= 0].astype(np.int64))
-            loss = measure_plainly(model, ids, bases, options.loss) / len(rows)
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(everything, 0.5)
-        optimizer.step()
-        losses.append(total)
-    return losses
-
-
-def measure_plainly(model: nn.Module, ids: Tensor, bases: Tensor, loss: LabelLoss) -> Tensor:
-    output = model(input_ids=ids[None, :-1], output_hidden_states=True)
-    if loss == "vocabulary":
-        return F.cross_entropy(output.logits[0, -1:], ids[-1:])
-    state = output.hidden_states[-1][0, -1].double()
-    if loss == "semantic_cosine":
-        return 1 - F.cosine_similarity(state, bases[ids[-1]], dim=0)
-    return F.cross_entropy(F.cosine_similarity(state[None], bases, dim=-1)[None], ids[-1:])
 
 
 def test_gradients_of_another_layer_than_the_rows_ask_for_end_the_run() -> None:
