@@ -25,7 +25,7 @@ PLACEMENTS = (("replicate", "replicate", 1), ("shard", "replicate", 1), ("shard"
 
 
 def test_two_workers_equal_one_process_over_fifty_steps(tmp_path: Path) -> None:
-    """36 cases: four plans of whole layers, tied and untied, and one of modules, under four placements; parameters within 1e-5."""
+    """36 cases: four plans of whole layers, tied and untied, one of modules, four placements; parameters within 1e-5."""
     outputs = run_two_workers(__file__)
     assert outputs[0].count("case ok") == sum(map(len, TIES.values())) * len(PLACEMENTS)
 
