@@ -1,7 +1,8 @@
 """Which modules of a layer that trains in part become FSDP units of their own, so that no unit mixes both sides of the plan.
 
-The layer's unit takes what its modules leave. A module whose own parameters, or all of those below it, are of the other side
-than the unit around it becomes a unit; within it the same holds again.
+The layer's unit takes what its modules leave. A module whose own parameters are of the other side than the unit around it
+becomes a unit; within it the same holds again. Modules without parameters of their own, as a feed-forward part, become none:
+they may return views, on which a later operation in place would drop FSDP's hook.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ def list_units(layer: nn.Module, ignored: Collection[nn.Parameter]) -> list[nn.M
 def _collect(module: nn.Module, side: bool, ignored: Collection[nn.Parameter], units: list[nn.Module]) -> None:
     for child in module.children():
         below, own = _sides(child, ignored), _own_sides(child, ignored)
-        own = below if len(below) == 1 else own
         if own and own != {side}:
             _collect(child, not side, ignored, units)
             units.append(child)

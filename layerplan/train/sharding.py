@@ -88,7 +88,8 @@ def place_model(
 
         convert_frozen_layers(parts, plan)
     if config.compile:
-        compile_layers(parts, left_out=plan.trainable_modules if placement.parallelism == "shard" else ())
+        has_units = placement.parallelism == placement.frozen_sharding == "shard"
+        compile_layers(parts, left_out=plan.trainable_modules if has_units else ())
     checkpoint_layers(parts.layers, placement.checkpointed_layers)
     model = loss_model(causal_lm, recipe, z_weight=config.z_loss, compiled=config.compile)
     if placement.parallelism == "replicate":

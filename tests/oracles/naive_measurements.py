@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -60,13 +61,13 @@ def loss_of(model: Any, ids: torch.Tensor, labels: torch.Tensor | None = None) -
     return total / count
 
 
-def gradient_norms(model: Any, ids: torch.Tensor) -> list[float]:
-    """Norm of each layer's gradient, one parameter after the other."""
+def gradient_norms(model: Any, ids: torch.Tensor, labels: torch.Tensor | None = None) -> list[float]:
+    """Norm of each layer's gradient, one parameter after the other; of the loss on other labels if given."""
     norms = []
     for layer in model.model.layers:
         squares = 0.0
         for parameter in layer.parameters():
-            (gradient,) = torch.autograd.grad(loss_of(model, ids), parameter)
+            (gradient,) = torch.autograd.grad(loss_of(model, ids, labels), parameter)
             squares += sum(float(value) ** 2 for value in gradient.flatten())
         norms.append(math.sqrt(squares))
     return norms
@@ -104,6 +105,52 @@ def block_influence(model: Any, ids: torch.Tensor) -> list[float]:
         values = [1 - float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)) for a, b in rows]
         influence.append(sum(values) / len(values))
     return influence
+
+
+def residual_states(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """The residual stream before the first layer and after each, (positions, width) of one row."""
+    seen: list[torch.Tensor] = []
+    layers = model.model.layers
+    first = layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()[0]))
+    after = [
+        layer.register_forward_hook(
+            lambda _, args, out: seen.append((out[0] if isinstance(out, tuple) else out).detach()[0])
+        )
+        for layer in layers
+    ]
+    with torch.no_grad():
+        model(input_ids=ids[None])
+    for handle in [first, *after]:
+        handle.remove()
+    return [state.double() for state in seen]
+
+
+def lens_gains(model: Any, fitted: Sequence[torch.Tensor], asked: Sequence[torch.Tensor]) -> list[list[float]]:
+    """Tuned lens by least squares: gain of each layer on each asked row, translators fitted on the other rows.
+
+    The map is the identity plus what ridge regression finds of (final - state), whose penalty is 1e-3 of the mean variance.
+    """
+    known = [torch.cat(states) for states in zip(*(residual_states(model, row) for row in fitted))]
+    gains = []
+    for row in asked:
+        losses = []
+        states = residual_states(model, row)
+        for place, state in enumerate(states):
+            carried = state
+            if place < len(states) - 1:
+                x, y = known[place].numpy(), known[-1].numpy()
+                centred, gap = x - x.mean(0), (y - y.mean(0)) - (x - x.mean(0))
+                penalty = math.sqrt(1e-3 * (centred**2).sum(0).mean())
+                stacked = np.vstack([centred, penalty * np.eye(x.shape[1])])
+                shift = np.linalg.lstsq(stacked, np.vstack([gap, np.zeros((x.shape[1],) * 2)]), rcond=None)[0]
+                moved = y.mean(0) + (state.numpy() - x.mean(0)) @ (np.eye(x.shape[1]) + shift)
+                carried = torch.as_tensor(moved)
+            with torch.no_grad():
+                logits = model.lm_head(model.model.norm(carried.float()))
+            nats = [-float(torch.log_softmax(logits[t], -1)[row[t + 1]]) for t in range(len(row) - 1)]
+            losses.append(sum(nats) / len(nats))
+        gains.append([before - after for before, after in pairwise(losses)])
+    return gains
 
 
 def saved_losses(model: Any, batches: Sequence[torch.Tensor], rate: float) -> list[list[float]]:

@@ -14,7 +14,7 @@ from scipy.stats import friedmanchisquare
 from layerplan.config.measure import MeasureConfig
 from layerplan.config.train import OptimizerConfig
 from layerplan.measure.actor import measure_lens, run_states
-from layerplan.measure.gradients import compute_fisher, compute_gradient_norms
+from layerplan.measure.gradients import compute_fisher, compute_gradient_norms, draw_labels, run_logits
 from layerplan.measure.influence import compute_block_influence
 from layerplan.measure.pilot import count_pilot_steps, run_pilot
 from layerplan.measure.spectrum import (
@@ -98,6 +98,15 @@ def test_the_drawn_fisher_information_averages_to_the_trace_over_all_labels(ids:
     assert (4 * error < wanted / 2).all()  # so twice the trace or half of it would be noticed
 
 
+def test_the_fisher_information_of_drawn_labels_is_that_of_a_naive_loop(ids: torch.Tensor):
+    """The squared norm of the gradient of the summed loss on them, per label."""
+    model = build_tiny_qwen3(hidden_size=16, intermediate_size=24, head_dim=8)
+    labels = draw_labels(run_logits(model, ids).detach(), 7)
+    count = labels.numel()
+    wanted = [(count * norm) ** 2 / count for norm in naive.gradient_norms(model, ids, labels)]
+    assert compute_fisher(model, ids, 7) == pytest.approx(wanted, rel=1e-5)
+
+
 def test_block_influence_is_that_of_hooks_around_the_layers(ids: torch.Tensor):
     model = build_tiny_qwen3()
     assert compute_block_influence(run_states(LayerRunner(model), ids)) == pytest.approx(
@@ -152,6 +161,17 @@ def test_the_lens_asks_every_row_with_translators_of_other_rows(ids: torch.Tenso
     rows = ids.repeat(2, 1)
     folds = [measure_lens(runner, rows, fold=fold, config=MeasureConfig(lens_positions=64)) for fold in (0, 1)]
     assert [np.array(fold).shape for fold in folds] == [(2, 3), (2, 3)]
+
+
+def test_lens_gains_are_those_of_a_naive_least_squares_fit():
+    """Four different rows; each half is asked with what the other half fits."""
+    rows = torch.randint(0, 40, (4, 12), generator=torch.Generator().manual_seed(11))
+    model = build_tiny_qwen3()
+    for fold in (0, 1):
+        found = measure_lens(LayerRunner(model), rows, fold=fold, config=MeasureConfig(lens_positions=64))
+        wanted = naive.lens_gains(model, list(rows[1 - fold :: 2]), list(rows[fold::2]))
+        for mine, theirs in zip(found, wanted, strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-5)
 
 
 def test_agreement_is_kendalls_w_and_friedmans_statistic():

@@ -220,7 +220,8 @@ def test_no_fsdp_unit_mixes_both_sides() -> None:
     apply_plan(model, plan_for(FreezeShallowPlanConfig(boundary=1, modules=["mlp", "self_attn.q_proj"])))
     layer = model.model.layers[1]
     units = list_units(layer, set())
-    assert units == [layer.self_attn.q_proj, layer.mlp] and not list_mixed(layer)
+    mlp = layer.mlp
+    assert units == [layer.self_attn.q_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj] and not list_mixed(layer)
     claimed: set[int] = set()
     for unit in [*units, layer]:
         own = [parameter for parameter in unit.parameters() if id(parameter) not in claimed]

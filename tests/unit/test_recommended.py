@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from layerplan.artifacts import render_json
 from layerplan.config.plan import RecommendedPlanConfig
 from layerplan.errors import PlanError
 from layerplan.plan import recommended
@@ -102,10 +101,11 @@ def test_a_limit_that_pays_for_nothing_names_the_cheapest() -> None:
         choose("retention", 0.5)
 
 
-def test_the_packages_evidence_is_what_the_command_makes_of_the_packed_arms() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks/study_evidence.py")]
-    made = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
-    assert made.stdout == FILE.read_text(encoding="utf-8")
+def test_the_packages_evidence_is_what_the_command_makes_of_the_packed_arms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from study_evidence import collect
+
+    assert render_json(collect().model_dump(mode="json")) == FILE.read_text(encoding="utf-8")
 
 
 def test_the_evidence_has_the_numbers_of_the_published_tables() -> None:
