@@ -212,8 +212,11 @@ def render_matches(results: Results) -> str:
             arm = arms[min(arms)] if arms else {}
             if "matched" in arm:
                 layers = ", ".join(f"{layer}: {count:,}" for layer, count in enumerate(arm["eof_rows"]) if count)
-                rows.append([task, method, f"{arm['matched']:.1%}", layers])
-    return markdown(["task", "method", "start at or above their own layer", "rows by own layer"], rows) if rows else ""
+                told = [f"{arm[name]:.0%}" for name in ("told_by_eof", "told_by_chance", "told_by_start")]
+                rows.append([task, method, f"{arm['matched']:.0%}", *told, layers])
+    headings = ["task", "method", "matched", "own layer tells", "by chance", "start layer tells", "rows by own layer"]
+    note = "*Matched* rows start at or above their own layer. *Tells*: of the label's entropy, the share that the layer gives away.\n\n"
+    return note + markdown(headings, rows) if rows else ""
 
 
 def render_deviations(results: Results) -> str:
