@@ -159,8 +159,7 @@ def collect(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def describe_matches(folder: RunFolder) -> dict[str, Any]:
-    """Of a `salf` arm, rows by their end-of-freezing layer, how many start at or above it (the rest were drawn), and how much of
-    the label both layers tell."""
+    """Of a `salf` arm: rows by their own layer, how many start at or above it, and what the layers tell of the label."""
     measured = folder.samples_of("base", "train")
     if not measured.exists():
         return {}

@@ -215,7 +215,9 @@ def render_matches(results: Results) -> str:
                 told = [f"{arm[name]:.0%}" for name in ("told_by_eof", "told_by_chance", "told_by_start")]
                 rows.append([task, method, f"{arm['matched']:.0%}", *told, layers])
     headings = ["task", "method", "matched", "own layer tells", "by chance", "start layer tells", "rows by own layer"]
-    note = "*Matched* rows start at or above their own layer. *Tells*: of the label's entropy, the share that the layer gives away.\n\n"
+    note = (
+        "*Matched* rows start at or above their own layer. *Tells*: the share of the label's entropy it gives away.\n\n"
+    )
     return note + markdown(headings, rows) if rows else ""
 
 
