@@ -7,12 +7,15 @@ from the file alone; what is in the file is not run again.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import yaml
 from machine import find_commit, find_cpu, find_versions
@@ -156,16 +159,41 @@ def collect(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def describe_matches(folder: RunFolder) -> dict[str, Any]:
-    """Of a `salf` arm, rows by their end-of-freezing layer, and how many start at or above it: the rest were drawn."""
+    """Of a `salf` arm: rows by their own layer, how many start at or above it, and what the layers tell of the label."""
     measured = folder.samples_of("base", "train")
     if not measured.exists():
         return {}
     config = json.loads(folder.config.read_text())["finetune"]
     column = f"deviation_{config['deviation']}"
-    eof = [find_eof_layer(each[column]) for each in pq.read_table(measured, columns=[column]).to_pylist()]
+    records = pq.read_table(measured, columns=["label_id", column]).to_pylist()
+    labels, eof = [each["label_id"] for each in records], [find_eof_layer(each[column]) for each in records]
     starts = json.loads(folder.manifest.read_text())["labels"]["start_layers"]
     matched = sum(own <= start for own, start in zip(eof, starts, strict=True))
-    return {"eof_rows": [eof.count(layer) for layer in range(1 + max(eof))], "matched": matched / len(eof)}
+    return {
+        "eof_rows": [eof.count(layer) for layer in range(1 + max(eof))],
+        "matched": matched / len(eof),
+        "told_by_eof": share_told(labels, eof),
+        "told_by_start": share_told(labels, starts),
+        "told_by_chance": share_told_by_chance(labels, eof),
+    }
+
+
+def share_told(labels: Sequence[int], layers: Sequence[int]) -> float:
+    """Mutual information of label and layer as a share of the label's entropy: 1 when the layer gives the label away."""
+    pairs = Counter(zip(labels, layers, strict=True))
+    by_label, by_layer, total = Counter(labels), Counter(layers), len(labels)
+    entropy = -sum(count / total * math.log(count / total) for count in by_label.values())
+    found = sum(
+        count / total * math.log(count * total / by_label[label] / by_layer[layer])
+        for (label, layer), count in pairs.items()
+    )
+    return found / entropy
+
+
+def share_told_by_chance(labels: Sequence[int], layers: Sequence[int], tries: int = 50) -> float:
+    """The same of labels in a drawn order, on average."""
+    rng = np.random.default_rng(0)
+    return float(np.mean([share_told(rng.permutation(labels).tolist(), layers) for _ in range(tries)]))
 
 
 def read_predictions(path: Path) -> tuple[str, str]:

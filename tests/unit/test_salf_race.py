@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from salf_race import Race, decode  # noqa: E402
+from salf_race import Race, decode, share_told, share_told_by_chance  # noqa: E402
 from salf_tables import Results, load_results, render_race, render_values, render_verdicts  # noqa: E402
 
 GOLD = "0101" * 10
@@ -69,10 +69,18 @@ def test_a_table_has_means_over_seeds_and_says_which_are_missing() -> None:
 def test_a_verdict_is_of_the_seeds_that_both_arms_have() -> None:
     """One seed of each: the accuracy's test is the exact one of McNemar, of 20 prompts that one side has right."""
     results = make_results({"SALF[half]": (GOLD, GOLD), "LIFT[half]": ("01--" * 10,), "full": (GOLD, GOLD)})
-    rows = [line for line in render_verdicts(results).splitlines() if "accuracy" in line]
+    rows = [line for line in render_verdicts(results, ["LIFT[half]", "full"]).splitlines() if "accuracy" in line]
     assert rows[0].startswith("| task | LIFT[half] | 1 | accuracy | -0.500 [") and "worse than SALF" in rows[0]
     assert float(rows[0].split("|")[6]) == pytest.approx(4 * 2 * 0.5**20, rel=0.01), "the smallest of four, by Holm"
     assert rows[1].startswith("| task | full | 2 | accuracy | +0.000 [") and "not told apart" in rows[1]
+
+
+def test_what_a_layer_tells_of_the_label() -> None:
+    labels = [0, 0, 1, 1] * 25
+    assert share_told(labels, labels) == pytest.approx(1)
+    assert share_told(labels, [0, 1] * 50) == pytest.approx(0, abs=1e-12)
+    assert share_told([0, 0, 1, 1], [0, 0, 0, 1]) == pytest.approx(0.311, abs=5e-4), "1 - (3/4) H(1/3) / H(1/2)"
+    assert share_told_by_chance(labels, labels) < 0.05
 
 
 def test_kept_results_are_of_planned_arms() -> None:
