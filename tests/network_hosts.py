@@ -79,7 +79,9 @@ class Host:
     def environment(self, **extra: str) -> dict[str, str]:
         """Of its processes."""
         own = {"RAY_TMPDIR": str(self.folder), "TMPDIR": str(self.folder), "GLOO_SOCKET_IFNAME": "eth0"}
-        return script_environment(**own, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5") | extra
+        # the memory they see is the machine's, and others use it too: no raylet is to end workers over that
+        settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_memory_monitor_refresh_ms": "0"}
+        return script_environment(**own) | settings | extra
 
     def start_ray(self, *, head: str | None, num_cpus: int) -> None:
         """Starts its raylet, as the head when none is named."""

@@ -23,13 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerplan.errors import LayerplanError
-from tests.integration.test_hosts import NUM_STEPS, check_rows, find_step, start_rays, start_training, wait_for
+from tests.integration.test_hosts import check_rows, find_step, start_rays, start_training, wait_for
 from tests.network_hosts import START_S, Host, Network, running_hosts, why_not
 from tests.tiny_store import make_inputs
 
 LOST = "after a worker was lost"
 PAUSED = "training stood still for"
 CUT_S = 20
+STEPS = 60
+"""Of half a second and more: a lost raylet's workers go on for some seconds, and must not have reached the end by then."""
 SLOW_MBITS = 20
 
 
@@ -40,7 +42,7 @@ class Fault:
     name: str
     inflict: Callable[[Network, Host, random.Random], None]
     said: tuple[str, ...]
-    """One of these is said, when the host is away or slow for long enough."""
+    """One of these is said; nothing where training only takes longer."""
     ends_host: bool = False
     """Whether another host has to take its place for the next run."""
 
@@ -83,7 +85,7 @@ FAULTS = (
     Fault("host killed", kill_host, (LOST,), ends_host=True),
     Fault("link cut for 20 s", cut_for_a_while, (PAUSED, LOST)),
     Fault("link cut for good", cut_for_good, (LOST,), ends_host=True),
-    Fault("link of 20 Mb/s", slow_link, ("slowest rank",), ends_host=True),
+    Fault("link of 20 Mb/s", slow_link, (), ends_host=True),
 )
 
 
@@ -138,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(network: Network, folder: Path, run: str, fault: Fault | None, rng: random.Random) -> Outcome:
     """Trains a run, hurts it once, submits it again for as long as it does not end well, and compares it."""
     head, said = network.hosts[0], folder / f"{run}.txt"
-    step = rng.randrange(3, NUM_STEPS - 2)
-    training, text, submissions, began = start_training(head, folder, run), "", 1, time.monotonic()
+    step = rng.randrange(3, 12)
+    training, text, submissions, began = start_training(head, folder, run, STEPS), "", 1, time.monotonic()
     if fault is not None:
         wait_for(lambda: find_step(folder / run) >= step, training, said)
         host = rng.choice([host for host in network.hosts[1:] if host.find("ray::RayTrainWorker")] or [head])
@@ -147,20 +149,23 @@ def train(network: Network, folder: Path, run: str, fault: Fault | None, rng: ra
         fault.inflict(network, host, rng)
     while training.wait(timeout=10 * START_S) != 0 and submissions < 3:
         text, submissions = text + said.read_text(), submissions + 1
-        training = start_training(head, folder, run)
+        training = start_training(head, folder, run, STEPS)
     seconds, text = time.monotonic() - began, text + said.read_text()
     line = next(
         (line for line in text.splitlines() if fault is not None and any(each in line for each in fault.said)), ""
     )
     if fault is not None and fault.ends_host:
         network.replace(network.hosts.index(host)).start_ray(head=head.address, num_cpus=2)
-    return Outcome(fault.name if fault else "", step, seconds, submissions, line[-160:], find_loss(folder, run, text))
+    lost = find_loss(folder, run, text)
+    if fault is not None and fault.said and not line:
+        lost = lost or "nothing was said"
+    return Outcome(fault.name if fault else "", step, seconds, submissions, line[-160:], lost)
 
 
 def find_loss(folder: Path, run: str, text: str) -> str:
     """What a run lacks beside the quiet one."""
     try:
-        check_rows(folder / run, NUM_STEPS)
+        check_rows(folder / run, STEPS)
     except (AssertionError, LayerplanError, OSError, ValueError) as error:
         return f"{type(error).__name__}: {str(error)[:200]} {text[-300:]}"
     results = [json.loads((folder / name / "training.json").read_text()) for name in (run, "quiet")]
