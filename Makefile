@@ -20,13 +20,14 @@ FILES ?= 200
 QUIET := RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 TESTS = OMP_NUM_THREADS=1 $(QUIET) $(BIN)/python -m pytest -q
 
-.PHONY: help env demo test test-all test-unit chaos check format ui docs clean
+.PHONY: help env demo test test-all test-unit chaos chaos-hosts check format ui docs clean
 
 help:
 	@echo "make demo    run the quick start on a local Ray cluster and print its summary"
 	@echo "make test    run every test but the long ones"
 	@echo "make test-all  run the long ones too: kills, sweeps, phases"
 	@echo "make chaos   hurt seeded runs: SEED=$(SEED) ROUNDS=$(ROUNDS) FAULTS=$(FAULTS) FILES=$(FILES), about two minutes a round"
+	@echo "make chaos-hosts  as root: kill workers, raylets and hosts in network namespaces, cut and slow their links"
 	@echo "make check   formatter, linter, types, import contracts"
 	@echo "make ui      open MLflow on http://127.0.0.1:$(UI_PORT) over $(RUNS)"
 	@echo "make docs    build the documentation as a site in build/site, links checked"
@@ -55,6 +56,9 @@ test-all: test-unit
 
 test-unit: env
 	$(TESTS) $(QUICK) $(call side_by_side,$(UNIT_PROCESSES))
+
+chaos-hosts: env
+	$(QUIET) $(BIN)/python -m tests.chaos.hosts --seed $(SEED) --rounds $(ROUNDS) $(CHAOS_OPTIONS)
 
 chaos: env
 	$(QUIET) $(BIN)/python -m tests.chaos.storm --seed $(SEED) --rounds $(ROUNDS) --faults $(FAULTS) --files $(FILES) $(CHAOS_OPTIONS)

@@ -47,7 +47,9 @@ class Host:
     link: str
     """End of its cable at the bridge."""
     folder: Path
-    """Its own disk."""
+    """For its temporary files, on its own disk."""
+    disk: Path
+    """That disk, as this machine sees it."""
     init: subprocess.Popen[bytes]
     pid: int = 0
     """Of its first process, as this machine sees it."""
@@ -77,7 +79,9 @@ class Host:
     def environment(self, **extra: str) -> dict[str, str]:
         """Of its processes."""
         own = {"RAY_TMPDIR": str(self.folder), "TMPDIR": str(self.folder), "GLOO_SOCKET_IFNAME": "eth0"}
-        return script_environment(**own, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5") | extra
+        # the memory they see is the machine's, and others use it too: no raylet is to end workers over that
+        settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_memory_monitor_refresh_ms": "0"}
+        return script_environment(**own) | settings | extra
 
     def start_ray(self, *, head: str | None, num_cpus: int) -> None:
         """Starts its raylet, as the head when none is named."""
@@ -134,16 +138,19 @@ class Network:
 
     def add(self, index: int) -> Host:
         """Makes the host of a place; another one there must be gone."""
-        own = Path("/tmp") / f"lph{os.getpid()}-{index}"  # Ray's sockets need short paths
+        # one path, since all nodes of a cluster have the head's, and a disk of its own there; Ray's sockets need short paths
+        place, own = Path("/tmp") / f"lph{os.getpid()}", Path("/tmp") / f"lph{os.getpid()}-{index}"
+        place.mkdir(exist_ok=True)
         shutil.rmtree(own, ignore_errors=True)
         own.mkdir(parents=True)
         name, address = f"host-{index + 1}", f"{self.net}.{index + 1}"
         link, inside = (f"lp{end}{os.getpid()}-{index}"[:15] for end in "vc")
         table = self.folder / "hosts"
-        shell = f"mount --bind {table} /etc/hosts; mount -t tmpfs tmpfs /dev/shm; hostname {name}; exec sleep 100000"
+        mounts = f"mount --bind {own} {place} && mount --bind {table} /etc/hosts && mount -t tmpfs tmpfs /dev/shm"
+        shell = f"{mounts} && hostname {name} && exec sleep 100000"
         kinds = ("--net", "--pid", "--mount", "--uts", "--fork", "--mount-proc", "--kill-child")
         init = subprocess.Popen(["unshare", *kinds, "sh", "-c", shell], stderr=subprocess.DEVNULL)
-        host = Host(name, address, link, own, init, pid=_find_child(init.pid))
+        host = Host(name, address, link, place, own, init, pid=_find_child(init.pid))
         _run("ip", "link", "add", link, "type", "veth", "peer", "name", inside)
         _run("ip", "link", "set", link, "master", self.bridge, "up")
         _run("ip", "link", "set", inside, "netns", str(host.pid), "name", "eth0")
@@ -168,7 +175,7 @@ class Network:
         """Takes a host away."""
         host.kill()
         subprocess.run(["ip", "link", "del", host.link], check=False, capture_output=True)
-        shutil.rmtree(host.folder, ignore_errors=True)
+        shutil.rmtree(host.disk, ignore_errors=True)
 
 
 @contextmanager
@@ -188,6 +195,7 @@ def running_hosts(count: int, folder: Path) -> Iterator[Network]:
         for host in network.hosts:
             network.remove(host)
         subprocess.run(["ip", "link", "del", network.bridge], check=False)
+        shutil.rmtree(Path("/tmp") / f"lph{os.getpid()}", ignore_errors=True)
 
 
 def _find_child(pid: int) -> int:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from layerplan.train.place import Beat
+from layerplan.train.place import IN_STEP, LOGGING, Beat
 
 SHORTEST_LIMIT_S = 120.0
 SLOWEST_TIMES = 5.0
 SHORTEST_PAUSE_S = 10.0
-"""What is said of once it is over; below the limit nothing is done about it."""
+PAUSE_TIMES = 2.0
+"""Of the slowest recent step, which may be the first: what is said of once it is over; below the limit nothing is done."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ def find_pause(pulses: Mapping[int, Pulse]) -> tuple[float, Beat] | None:
     seconds = min(pulse.still_s for pulse in pulses.values())
     slowest = find_slowest(pulses)
     recent = max(pulse.beat.slowest_s for pulse in pulses.values())
-    if seconds < max(SHORTEST_PAUSE_S, SLOWEST_TIMES * recent) or not slowest.beat.place.is_limited:
-        return None
-    return seconds, slowest.beat
+    is_in_step = slowest.beat.place.part in (*IN_STEP, LOGGING)  # whoever validates or saves takes what that takes
+    waits = any(pulse.beat.place.is_limited for pulse in pulses.values())
+    is_long = seconds >= max(SHORTEST_PAUSE_S, PAUSE_TIMES * recent)
+    return (seconds, slowest.beat) if is_in_step and waits and is_long else None
 
 
 def find_slowest(pulses: Mapping[int, Pulse]) -> Pulse:

@@ -113,7 +113,14 @@ def test_a_step_that_took_much_longer_is_told_once_it_is_over(tmp_path: Path) ->
     assert said == [
         "training stood still for 18 s and goes on; rank 1 (pid 101 on host) was behind, at: waiting for rows, step 7"
     ]
-    for _ in range(9):  # a step that is usually as long is none
+    for _ in range(7):  # a step that is usually as long is none
         look(beat(0, 9, FORWARD, slowest_s=20.0), beat(1, 9, ROWS, slowest_s=20.0))
     look(beat(0, 10, FORWARD), beat(1, 10, ROWS))
+    for _ in range(4):  # and one that saves takes what that takes
+        look(beat(0, 10, "saving"), beat(1, 11, ROWS))
+    look(beat(0, 11, ROWS), beat(1, 11, ROWS))
     assert len(said) == 1
+    for _ in range(4):  # a rank that was last heard of beside its log line is away all the same
+        look(beat(0, 11, "logging"), beat(1, 12, FORWARD))
+    look(beat(0, 12, FORWARD), beat(1, 12, FORWARD))
+    assert len(said) == 2
