@@ -1,7 +1,7 @@
 """The race: fine-tuning methods at equal backward cost, over tasks and seeds, and its tables in the layout of SALF's own.
 
     export LAYERPLAN_DATA=/path/to/data
-    python benchmarks/salf.py run benchmarks/studies/salf_scratch.yaml --model runs/salf_base
+    python benchmarks/salf.py run benchmarks/races/salf_scratch.yaml --model runs/salf_base
     python benchmarks/salf.py tables            # benchmarks/results/salf.md from the results kept beside it
 
 `run` goes on where it was cut. Arms run in one process (`benchmarks/salf_bench.py`); an arm is what `layerplan finetune` makes
