@@ -55,7 +55,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Race:
-    """Tasks, methods and seeds, as a file of `benchmarks/studies` has them."""
+    """Tasks, methods and seeds, as a file of `benchmarks/races` has them."""
 
     values: dict[str, Any]
 

@@ -20,7 +20,7 @@ from eval.label_scores import compare_seeds
 from layerplan.artifacts import write_text
 from layerplan.plan.holm import correct_holm
 
-STUDIES = Path(__file__).resolve().parent / "studies"
+RACES = Path(__file__).resolve().parent / "races"
 REFERENCE = "SALF[half]"
 METHODS = (
     "LoRA[full]",
@@ -77,7 +77,7 @@ def write_page(folder: Path, out: Path) -> None:
 
 def load_results(path: Path) -> Results:
     """The results beside what was planned."""
-    planned = yaml.safe_load((STUDIES / f"{path.stem}.yaml").read_text(encoding="utf-8"))
+    planned = yaml.safe_load((RACES / f"{path.stem}.yaml").read_text(encoding="utf-8"))
     return Results(path.stem, json.loads(path.read_text(encoding="utf-8")), planned)
 
 

@@ -25,7 +25,7 @@ def test_every_arm_is_a_config_that_loads_and_has_a_folder_of_its_own(
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("LAYERPLAN_DATA", str(tmp_path))
-    race = Race.load(ROOT / "benchmarks" / "studies" / f"{name}.yaml")
+    race = Race.load(ROOT / "benchmarks" / "races" / f"{name}.yaml")
     arms = race.list_arms()
     assert len({arm.folder for arm in arms}) == len({arm.key for arm in arms}) == len(arms)
     assert [arm.seed for arm in arms] == sorted(arm.seed for arm in arms), "a race that is cut has whole seeds"
