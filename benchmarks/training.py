@@ -46,7 +46,8 @@ from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.plan.policies import make_plan
 from layerplan.train.attention import IMPLEMENTATIONS, choose_attention
-from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
+from layerplan.train.loop import run_loop
+from layerplan.train.loop_setup import LoopHooks, LoopSetup
 from layerplan.train.optim import build_optimizer
 from layerplan.train.place import LOGGING
 from layerplan.train.sharding import place_model

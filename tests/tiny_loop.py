@@ -16,7 +16,7 @@ from layerplan.models.freezing import apply_plan
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.placement import Placement
 from layerplan.train.frozen_check import FrozenTensors
-from layerplan.train.loop import LoopHooks, LoopSetup
+from layerplan.train.loop_setup import LoopHooks, LoopSetup
 from layerplan.train.optim import build_optimizer
 from layerplan.train.sharding import place_model
 from layerplan.train.state import TrainState

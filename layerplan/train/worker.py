@@ -38,7 +38,8 @@ from layerplan.train.heartbeat import beating
 from layerplan.train.horizon import extend_horizon
 from layerplan.train.judge import HeldOutJudge, read_texts
 from layerplan.train.ledger import LedgerWriter
-from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
+from layerplan.train.loop import run_loop
+from layerplan.train.loop_setup import LoopHooks, LoopSetup
 from layerplan.train.loss_proof import prove_loss
 from layerplan.train.metrics import MetricSink
 from layerplan.train.node_load import NodeLoad

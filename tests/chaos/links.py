@@ -128,7 +128,8 @@ def train(plan_name: str, parallelism: str, rank: int) -> float:
     from layerplan.corpus.rows import PackedRows
     from layerplan.models.freezing import apply_plan
     from layerplan.plan.placement import Placement
-    from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
+    from layerplan.train.loop import run_loop
+    from layerplan.train.loop_setup import LoopHooks, LoopSetup
     from layerplan.train.optim import build_optimizer
     from layerplan.train.sharding import place_model
     from layerplan.train.state import TrainState

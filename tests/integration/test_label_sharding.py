@@ -31,7 +31,8 @@ def train(placement: tuple[str, str], loss: str, rank: int) -> tuple[dict[str, A
     from layerplan.models.freezing import apply_plan, hf_name
     from layerplan.plan.placement import Placement
     from layerplan.train.label_step import LabelLossModel
-    from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
+    from layerplan.train.loop import run_loop
+    from layerplan.train.loop_setup import LoopHooks, LoopSetup
     from layerplan.train.optim import build_optimizer
     from layerplan.train.request import LabelOptions
     from layerplan.train.sharding import place_model

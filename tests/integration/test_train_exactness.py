@@ -80,7 +80,8 @@ def train(plan_type, is_tied, placement, rank, world_size):  # type: ignore[no-u
     from layerplan.models.freezing import apply_plan, hf_name
     from layerplan.plan.placement import Placement
     from layerplan.train.frozen_check import FrozenTensors
-    from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
+    from layerplan.train.loop import run_loop
+    from layerplan.train.loop_setup import LoopHooks, LoopSetup
     from layerplan.train.optim import build_optimizer
     from layerplan.train.self_test import confirm_recipe
     from layerplan.train.sharding import place_model

@@ -19,7 +19,8 @@ from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
 from layerplan.train import frozen_check
 from layerplan.train.frozen_check import FrozenTensors
-from layerplan.train.loop import LoopHooks, LoopSetup, run_loop
+from layerplan.train.loop import run_loop
+from layerplan.train.loop_setup import LoopHooks, LoopSetup
 from layerplan.train.state import TrainState
 from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
 from tests.tiny_loop import make_loop, make_rows
