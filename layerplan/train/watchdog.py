@@ -192,7 +192,9 @@ def watching_stalls(run_dir: Path, timeout_s: float | None) -> Iterator[Any]:
     if timeout_s == 0:
         yield None
         return
-    board = ray.remote(Board).options(**_OPTIONS).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # beside who reads it: on the host of a worker it would be out of sight when that host is
+    board = ray.remote(Board).options(**_OPTIONS, scheduling_strategy=here).remote()
     dog = Watchdog(board, run_dir, timeout_s, say=logger.info)
     stopped = threading.Event()
     threading.Thread(target=_watch, args=(dog, stopped), name="layerplan-watchdog", daemon=True).start()

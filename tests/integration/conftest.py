@@ -221,6 +221,18 @@ def run_here(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 @pytest.fixture(scope="session")
+def four_layers(tmp_path_factory: pytest.TempPathFactory, seed_model: str) -> str:
+    """The same with four layers, which have three boundaries to sweep."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("four_layers")
+    shape = AutoConfig.from_pretrained(seed_model, num_hidden_layers=4, layer_types=["full_attention"] * 4)
+    AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(seed_model).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory, corpus_source: dict[str, object]) -> Path:
     """A config of the whole chain that takes under a minute."""
     return write_tiny_config(tmp_path_factory.mktemp("config") / "tiny.yaml", corpus_source)

@@ -21,20 +21,15 @@ NAMES = {f"boundary_{boundary:02d}{side}" for boundary in (1, 2, 3) for side in 
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, corpus_source: dict[str, object], seed_model: str) -> Path:
+def config(tmp_path_factory: pytest.TempPathFactory, corpus_source: dict[str, object], four_layers: str) -> Path:
     """A base of four layers and six trials of it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     folder = tmp_path_factory.mktemp("sweep")
-    shape = AutoConfig.from_pretrained(seed_model, num_hidden_layers=4, layer_types=["full_attention"] * 4)
-    AutoModelForCausalLM.from_config(shape).save_pretrained(folder / "base")
-    AutoTokenizer.from_pretrained(seed_model).save_pretrained(folder / "base")
     train = {"max_steps": STEPS, "global_batch_size": 4, "num_workers": 1, "compute_dtype": "float32"}
     train |= {"log_every_steps": 4, "checkpoint_every_steps": 2, "validate_every_steps": 4, "write_ledger": True}
     values = {
         "name": "killed",
         "storage_path": str(folder),
-        "model": {"type": "pretrained", "name": str(folder / "base")},
+        "model": {"type": "pretrained", "name": four_layers},
         "corpus": {"seq_len": 64, "rows_per_group": 2, "validation_rows": 12, "sources": [corpus_source]},
         "train": train | {"optimizer": {"learning_rate": 1e-3}},
         "evaluation": {

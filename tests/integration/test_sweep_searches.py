@@ -15,17 +15,12 @@ SPACE = {f"boundary_{boundary:02d}{side}" for boundary in (1, 2, 3) for side in 
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, corpus_source: dict[str, object], seed_model: str) -> Path:
+def config(tmp_path_factory: pytest.TempPathFactory, corpus_source: dict[str, object], four_layers: str) -> Path:
     """A base of four layers and a space of six trials."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     folder = tmp_path_factory.mktemp("searches")
-    shape = AutoConfig.from_pretrained(seed_model, num_hidden_layers=4, layer_types=["full_attention"] * 4)
-    AutoModelForCausalLM.from_config(shape).save_pretrained(folder / "base")
-    AutoTokenizer.from_pretrained(seed_model).save_pretrained(folder / "base")
     values = {
         "storage_path": str(folder),
-        "model": {"type": "pretrained", "name": str(folder / "base")},
+        "model": {"type": "pretrained", "name": four_layers},
         "corpus": {"seq_len": 64, "rows_per_group": 2, "validation_rows": 4, "sources": [corpus_source]},
         "train": {"max_steps": STEPS, "global_batch_size": 2, "num_workers": 1, "compute_dtype": "float32"},
         "measure": {"num_rows": 2, "seq_len": 64},
