@@ -45,8 +45,9 @@ from layerplan.sweep.space import Point
 from layerplan.sweep.tuner import run_sweep
 from layerplan.tracking.tracker import NOTE_TAG, NoopTracker, RunSinkFactory, Tracker
 from layerplan.train.held_out_rows import save_texts
+from layerplan.train.ray_trainer import describe_worker
 from layerplan.train.request import Judging, TrainRequest
-from layerplan.train.trainer import describe_worker, export_result
+from layerplan.train.trainer import export_result
 from layerplan.train.trial_record import TrialRecord, load_records
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from layerplan.errors import ConfigError
 
 GIGABIT = 1e9 / 8
+KNOWN_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
+"""Dense bfloat16 rates from the makers' data sheets."""
 REACHED_FLOPS = 0.40
 """Share of a data sheet's matrix rate that a training's compute reaches: 42 to 46 % were measured on an H100
 (benchmarks/results/training_gpu.md), of a compiled model at a good batch."""
@@ -48,8 +50,8 @@ class DeviceSheet:
 
 
 SHEETS = {
-    "H200": DeviceSheet(989e12, 141e9, 4.8e12, 450e9),
-    "H100": DeviceSheet(989e12, 80e9, 3.35e12, 450e9),
+    "H200": DeviceSheet(KNOWN_PEAK_TFLOPS["H200"] * 1e12, 141e9, 4.8e12, 450e9),
+    "H100": DeviceSheet(KNOWN_PEAK_TFLOPS["H100"] * 1e12, 80e9, 3.35e12, 450e9),
 }
 """SXM modules by NVIDIA's data sheets; NVLink's 900 GB/s count both directions."""
 CARDS_PER_NODE = 8

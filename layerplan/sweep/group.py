@@ -18,9 +18,9 @@ import layerplan.errors
 from layerplan.config.train import TrainConfig
 from layerplan.errors import LayerplanError, TrainingError, find_layerplan_error, first_line
 from layerplan.run_folder import WORKERS_PREFIX
+from layerplan.train.ray_trainer import make_torch_trainer
 from layerplan.train.relay import WAIT_S, Relay
 from layerplan.train.request import TrainRequest
-from layerplan.train.trainer import make_torch_trainer
 from layerplan.train.watchdog import watching_stalls
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 from layerplan.config.train import TrainConfig
+from layerplan.plan.cluster_rates import KNOWN_PEAK_TFLOPS
 from layerplan.plan.cost import GIB
-
-KNOWN_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
-"""Dense bfloat16 rates from the makers' data sheets."""
 
 
 @dataclass

@@ -9,8 +9,8 @@ from layerplan.config.train import TrainConfig, WorkerRange
 from layerplan.errors import ConfigError
 from layerplan.train.heartbeat import Board
 from layerplan.train.place import Beat, Place
+from layerplan.train.ray_trainer import describe_workers
 from layerplan.train.state import TrainState
-from layerplan.train.trainer import describe_workers
 from layerplan.train.world import describe_worlds, note_world
 
 
