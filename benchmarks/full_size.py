@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loading import read_peak, set_peak_back
-from machine import ROOT, render_machine
+from loading import make_environment, read_peak, set_peak_back
+from machine import render_machine
 
 MIB = 2**20
 ROWS, SHARDS, WORKERS, CHECKPOINTS, TRIALS = 64_000_000, 10_000, 512, 1_000, 200
@@ -244,7 +243,7 @@ def main() -> None:
         print(json.dumps(measure(args.piece)))
         return
     found: dict[str, Any] = {}
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
+    env = make_environment()
     for name in args.only:
         command = [sys.executable, __file__, "--piece", name]
         said = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout

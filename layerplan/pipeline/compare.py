@@ -9,7 +9,8 @@ labels are compared by their predictions (`compare_labels.py`).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from eval.held_out import judge_held_out, load_held_out
 from eval.significance import Arm, Comparison, Verdict, judge_comparisons
 from eval.tables import render_scores
 from layerplan.artifacts import compute_sha256, write_json, write_text
+from layerplan.config.base import StrictModel
 from layerplan.errors import EvaluationError
 from layerplan.pipeline.compare_labels import NEEDED, is_label_run, judge_label_runs, render_label_scores
 from layerplan.pipeline.run_folder import fetch_run
@@ -44,35 +46,33 @@ def compare(
     """
     runs = [fetch_run(path, EVALUATION_NAME, RESULT_NAME, CONFIG_NAME, *NEEDED) for path in paths]
     if any(map(is_label_run, runs)):
-        _compare_labels(runs, out=out, table=table, pool_seeds=pool_seeds)
+        comparisons = judge_label_runs(group_seeds(runs) if pool_seeds else [[run] for run in runs])
+        for comparison in comparisons:
+            print(comparison.sentence)
+        _write(comparisons, partial(render_label_scores, comparisons), out=out, table=table)
         return
     verdicts = judge_runs(runs, pool_seeds=pool_seeds)
     print_verdicts(verdicts)
     for sentence in judge_texts(runs):
         print(sentence)
+    _write(verdicts, partial(_render_scores, runs), out=out, table=table)
+
+
+def _write(verdicts: Sequence[StrictModel], render: Callable[..., str], *, out: str | None, table: str | None) -> None:
+    """Writes verdicts and table where files are named for them; `render` takes the table's `style`."""
     if out:
         write_json(Path(out), [verdict.model_dump(mode="json") for verdict in verdicts])
         print(f"\nverdicts  {Path(out).resolve()}")
     if table:
-        rows = {BASE: load_results(RunFolder(runs[0]).scores_of(BASE))}
-        rows |= {run.name: load_results(find_trained_scores(run)) for run in runs}
         style = "latex" if Path(table).suffix == ".tex" else "markdown"
-        write_text(Path(table), render_scores(rows, style=style))
+        write_text(Path(table), render(style=style))
         print(f"\ntable     {Path(table).resolve()}")
 
 
-def _compare_labels(runs: Sequence[Path], *, out: str | None, table: str | None, pool_seeds: bool) -> None:
-    """The same of fine-tunings on labels, whose predictions stand for answers."""
-    comparisons = judge_label_runs(group_seeds(runs) if pool_seeds else [[run] for run in runs])
-    for comparison in comparisons:
-        print(comparison.sentence)
-    if out:
-        write_json(Path(out), [each.model_dump(mode="json") for each in comparisons])
-        print(f"\nverdicts  {Path(out).resolve()}")
-    if table:
-        style = "latex" if Path(table).suffix == ".tex" else "markdown"
-        write_text(Path(table), render_label_scores(comparisons, style=style))
-        print(f"\ntable     {Path(table).resolve()}")
+def _render_scores(runs: Sequence[Path], *, style: str) -> str:
+    rows = {BASE: load_results(RunFolder(runs[0]).scores_of(BASE))}
+    rows |= {run.name: load_results(find_trained_scores(run)) for run in runs}
+    return render_scores(rows, style=style)
 
 
 def judge_runs(runs: Sequence[Path], *, pool_seeds: bool = False) -> list[Verdict]:

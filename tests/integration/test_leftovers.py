@@ -6,27 +6,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.ray_script import start_script
+from tests.ray_script import run_script
 
 KILLS = 12
 NEVER = "nothing was left behind"
 
 
-def test_what_a_killed_job_left_is_given_back_and_what_lives_on_keeps_its_own(tmp_path: Path) -> None:
-    output = tmp_path / "output.txt"
+def test_what_a_killed_job_left_is_given_back_and_what_lives_on_keeps_its_own() -> None:
     with tempfile.TemporaryDirectory(prefix="lpl", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        with output.open("w") as handle:
-            process = start_script(__file__, output=handle, RAY_TMPDIR=folder)
-        try:
-            code = process.wait(timeout=200)
-        finally:
-            process.kill()
-    assert code == 0, output.read_text()[-3000:]
-    if NEVER in output.read_text():
+        ended = run_script(__file__, timeout_s=200, RAY_TMPDIR=folder)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    if NEVER in ended.stdout:
         pytest.skip(f"Ray removed every placement group of {KILLS} killed jobs by itself")
 
 

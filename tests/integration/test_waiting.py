@@ -8,19 +8,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.ray_script import start_script
+from tests.ray_script import run_script
 
 
-def test_a_run_on_a_full_cluster_says_within_ten_seconds_what_it_waits_for_and_who_has_it(tmp_path: Path) -> None:
-    output = tmp_path / "output.txt"
+def test_a_run_on_a_full_cluster_says_within_ten_seconds_what_it_waits_for_and_who_has_it() -> None:
     with tempfile.TemporaryDirectory(prefix="lpw", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        with output.open("w") as handle:
-            process = start_script(__file__, output=handle, RAY_TMPDIR=folder)
-        try:
-            assert process.wait(timeout=200) == 0, output.read_text()[-3000:]
-        finally:
-            process.kill()
-    said = output.read_text().splitlines()
+        ended = run_script(__file__, timeout_s=200, RAY_TMPDIR=folder)
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    said = ended.stdout.splitlines()
     (line,) = [line for line in said if line.startswith("[wait]") and "free:" in line]
     seconds = int(line.split()[1])
     assert 5 <= seconds < 10, line
