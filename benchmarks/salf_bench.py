@@ -69,7 +69,7 @@ class Bench:
         if section.method == "salf":
             self._give(config, folder, "train", task.train, task.sha256)
         starts = find_start_layers(context, self.model, section, task, plan)
-        store = build_label_store(context, self.model, task, starts)
+        store = build_label_store(context, self.model, task, starts, section.order)
         base = score_model(context, self.model, task, BASE)
         times = {"before": time.perf_counter() - began}
         recipe = self._ask(context.config.corpus.seq_len)

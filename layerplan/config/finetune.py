@@ -10,6 +10,7 @@ from layerplan.config.base import StrictModel
 
 Method = Literal["salf", "lift_star", "lift", "full", "freeze_deep", "freeze_shallow", "lora_full", "lora_half"]
 LabelLoss = Literal["vocabulary", "semantic_ce", "semantic_cosine"]
+RowOrder = Literal["shallow_first", "drawn"]
 
 
 class TaskOptions(StrictModel):
@@ -120,10 +121,13 @@ class FinetuneConfig(StrictModel):
     """How the number of rows grows with the start layer, for `salf`, `lift_star` and `lift`."""
     filling: Literal["depth_first", "breadth_first"] = "depth_first"
     """The order rows are handed out in."""
+    order: RowOrder = "shallow_first"
+    """Rows of an epoch by their start layers, shallow first (Algorithm 4), or all of them drawn. Where start layers tell the
+    label, as `salf`'s do of many a task, the first shows one class after another."""
     split_ratio: float = Field(default=0.5, gt=0, lt=1)
     """Shallow share of the layers, for `freeze_deep`, `freeze_shallow` and `lora_half`."""
     epochs: int = Field(default=1, ge=1)
-    """Passes over the training rows; each reads every row once, shallow start layers first. `train.max_steps` follows."""
+    """Passes over the training rows; each reads every row once, as `order` says. `train.max_steps` follows."""
 
     @property
     def uses_lora(self) -> bool:

@@ -1,8 +1,8 @@
 """The order in which prompts with a label are trained on, as a pure function: (start layers, batch size, seed, step) -> rows.
 
 An epoch reads every row once, in the order of Algorithm 4 of SALF: rows that start at shallow layers first, those of one
-start layer in an order drawn by (seed, epoch). Its last step has what is left. World size does not occur: of each start
-layer's rows in a step, rank r of W takes every W-th from the r-th on.
+start layer in an order drawn by (seed, epoch); or all rows in that drawn order. Its last step has what is left. World size
+does not occur: of each start layer's rows in a step, rank r of W takes every W-th from the r-th on.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LabelOrder:
-    """The order of one run: start layer of each row by its id, rows per step, and the seed of the draws."""
+    """The order of one run: start layer of each row by its id, rows per step, the seed of the draws, the sorting."""
 
     start_layers: tuple[int, ...]
     batch_size: int
     seed: int
+    is_shallow_first: bool = True
 
     @property
     def steps_per_epoch(self) -> int:
@@ -33,13 +34,13 @@ class LabelOrder:
         return -(-len(self.start_layers) // self.batch_size)
 
     def rows_at(self, step: int) -> Ids:
-        """Row ids of the global batch at a 0-based step, shallow start layers first."""
+        """Row ids of the global batch at a 0-based step."""
         epoch, place = divmod(step, self.steps_per_epoch)
         return self.order_of(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
 
     def order_of(self, epoch: int) -> Ids:
         """All row ids in an epoch's order."""
-        return _order(self.start_layers, self.seed, epoch)
+        return _order(self.start_layers if self.is_shallow_first else (0,) * len(self.start_layers), self.seed, epoch)
 
     def rank_rows_at(self, step: int, rank: int, world_size: int) -> Ids:
         """A rank's share of `rows_at`, -1 where it has a row less: every rank has as many of each start layer.

@@ -78,7 +78,8 @@ def write_label_store(
 def make_label_order(manifest: Manifest, *, batch_size: int, seed: int) -> LabelOrder:
     """The order of a run over a store of prompts with a label."""
     assert manifest.labels is not None
-    return LabelOrder(tuple(manifest.labels.start_layers), batch_size, seed)
+    is_shallow_first = manifest.labels.order == "shallow_first"
+    return LabelOrder(tuple(manifest.labels.start_layers), batch_size, seed, is_shallow_first)
 
 
 def iter_label_steps(

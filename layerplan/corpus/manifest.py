@@ -90,6 +90,12 @@ class LabelFacts(StrictModel):
     """Token of each class."""
     start_layers: list[int]
     """Decoder layer that each training row's backward pass ends at, by row id."""
+    order: Literal["shallow_first", "drawn"] = "shallow_first"
+    """Order of an epoch's rows."""
+
+    def hashed(self) -> dict[str, Any]:
+        """What decides the order of tokens; the default order is left out, as before there was another."""
+        return self.model_dump(mode="json", exclude={"order"} if self.order == "shallow_first" else None)
 
 
 class Manifest(StrictModel):
@@ -190,7 +196,7 @@ class Manifest(StrictModel):
         elif self.control_tokens != "unknown":
             fields |= {"joining": [self.end_of_text_id, self.begin_ids, self.control_tokens]}
         if self.labels is not None:
-            fields |= {"labels": self.labels.model_dump(mode="json")}
+            fields |= {"labels": self.labels.hashed()}
         return compute_sha256(fields | {"sources": [[source.num_rows, source.weight] for source in self.sources]})
 
     @classmethod

@@ -44,7 +44,7 @@ def finetune(config: RunConfig) -> None:
         recipe = ask_loss(context, model)
         plan = decide_plan(context, model, None)
         starts = find_start_layers(context, model, section, task, plan)
-        store = build_label_store(context, model, task, starts)
+        store = build_label_store(context, model, task, starts, section.order)
         base = score_model(context, model, task, BASE)
         result = train_labels(context, model, section, plan, store, recipe)
         if result.stopped_early or result.hf_dir is None:

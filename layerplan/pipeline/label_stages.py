@@ -10,7 +10,7 @@ from pathlib import Path
 from eval.label_encoding import EncodedPrompt, EncodedTask, encode_task
 from eval.label_tasks import load_task
 from layerplan.artifacts import hash_file
-from layerplan.config.finetune import FinetuneConfig
+from layerplan.config.finetune import FinetuneConfig, RowOrder
 from layerplan.corpus.label_order import LabelOrder
 from layerplan.corpus.label_store import write_label_store
 from layerplan.corpus.manifest import LabelFacts, Manifest
@@ -101,19 +101,23 @@ def make_samples(prompts: Sequence[EncodedPrompt]) -> list[Sample]:
     return [Sample(prompt.id, prompt.input_ids, prompt.label_id) for prompt in prompts]
 
 
-def build_label_store(context: RunContext, model: ModelRef, task: EncodedTask, starts: Sequence[int]) -> Path | str:
+def build_label_store(
+    context: RunContext, model: ModelRef, task: EncodedTask, starts: Sequence[int], order: RowOrder
+) -> Path | str:
     """Writes the rows with their start layers; a finished store of the same rows is used again.
 
     Raises:
         ConfigError: When the run's store holds other rows.
     """
     folder = context.folder.token_store
-    facts = LabelFacts(task=task.name, task_sha256=task.sha256, label_ids=task.label_ids, start_layers=list(starts))
+    facts = LabelFacts(
+        task=task.name, task_sha256=task.sha256, label_ids=task.label_ids, start_layers=list(starts), order=order
+    )
     if context.folder.manifest.exists():
         manifest = Manifest.load(folder)
         if manifest.labels != facts:
             raise ConfigError(
-                f"name: run {context.config.name!r} has a store of other prompts or start layers; choose another name"
+                f"name: run {context.config.name!r} has a store of other prompts, start layers or order; choose another name"
             )
         say("corpus", f"found {folder}")
     else:

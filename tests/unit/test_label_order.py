@@ -47,6 +47,16 @@ def test_epochs_and_seeds_draw_the_rows_of_one_layer_anew() -> None:
     assert ORDER.rows_at(4).tolist() == LabelOrder(STARTS, 4, 5).rows_at(4).tolist()
 
 
+def test_a_drawn_order_mixes_start_layers_and_reads_each_row_once() -> None:
+    drawn = LabelOrder(STARTS, batch_size=4, seed=5, is_shallow_first=False)
+    rows = np.concatenate([drawn.rows_at(step) for step in range(3)])
+    assert sorted(rows.tolist()) == list(range(11))
+    assert [STARTS[row] for row in rows] != sorted(STARTS)
+    # sorted by start layer, and nothing else, it is the other
+    assert sorted(rows.tolist(), key=lambda row: STARTS[row]) == ORDER.order_of(0).tolist()
+    assert drawn.order_of(1).tolist() != drawn.order_of(0).tolist()
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ranks_share_a_step_with_as_many_rows_of_each_start_layer(world_size: int, tmp_path: Path) -> None:
     """However many workers: the same rows, and each rank the same start layers, filled up with padding."""
@@ -72,6 +82,14 @@ def test_start_layers_are_part_of_what_a_store_is(tmp_path: Path) -> None:
     assert first.content_sha256 == write(tmp_path / "c").content_sha256 != second.content_sha256
     held_out = load_validation_rows(tmp_path / "a")
     assert held_out is not None and held_out.start_layers is not None and len(held_out) == 1
+
+
+def test_a_drawn_order_is_another_store_and_the_default_hashes_as_before_there_was_one(tmp_path: Path) -> None:
+    manifest = write(tmp_path / "a")
+    assert manifest.labels is not None and "order" not in manifest.labels.hashed()
+    drawn = manifest.model_copy(update={"labels": manifest.labels.model_copy(update={"order": "drawn"})})
+    assert drawn.content_sha256 != manifest.content_sha256
+    assert make_label_order(drawn, batch_size=4, seed=5) == LabelOrder(STARTS, 4, 5, is_shallow_first=False)
 
 
 def test_a_store_whose_start_layers_do_not_fit_its_rows_contradicts_itself(tmp_path: Path) -> None:
