@@ -16,7 +16,7 @@ from layerplan.errors import CorpusError
 from layerplan.storage.address import BUCKETS, HADOOP, hide_keys, is_address, open_filesystem, split_options
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileEntry:
     """A file: its address and size in bytes."""
 
