@@ -5,10 +5,29 @@ from __future__ import annotations
 import ctypes
 from contextlib import suppress
 
+from torch import nn
+
 LARGE_BYTES = 4 * 2**20
 """Smaller ones cost a step more page faults than they give back: 1 MiB made one of 12 layers a third slower."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Of glibc's `mallopt`."""
+
+
+def keep_memory_low(model: nn.Module) -> None:
+    """Gives back what building left, and from here on the holes that each forward and backward pass leaves.
+
+    Smaller blocks than `LARGE_BYTES` lie in heaps, in which every gathered layer leaves some holes: two workers of 56 layers
+    held 0.5 GiB more than they used at the end of a step, 0.3 GiB where holes are given back twice a micro-batch.
+    """
+    give_back_holes()
+    model.register_forward_pre_hook(lambda *_: give_back_holes())
+    model.register_forward_hook(lambda *_: give_back_holes())
+
+
+def give_back_holes() -> None:
+    """Pages of freed blocks go back to the system; where the C library is not glibc, nothing happens."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def return_large_blocks() -> None:

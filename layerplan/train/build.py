@@ -24,7 +24,7 @@ from layerplan.plan.memory import MemoryEstimate, choose_placement, choose_place
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.storage.paths import StoredPath
-from layerplan.train.allocator import return_large_blocks
+from layerplan.train.allocator import keep_memory_low, return_large_blocks
 from layerplan.train.attention import IMPLEMENTATIONS, asks_for_documents, choose_attention, try_set_attention
 from layerplan.train.label_step import LabelLossModel
 from layerplan.train.loss_proof import agree_on_document_fault, agree_on_recipe
@@ -125,6 +125,8 @@ def build_model(
     )
     optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters, compiled=config.compile)
     placed.masters.clear()
+    if device.type == "cpu" and placement.parallelism == "shard":
+        keep_memory_low(placed.model)
     if rank == 0:
         logger.info(render_placement(placement, estimate, available, applied))
     return BuiltModel(placed, applied, optimizer, placement, estimate, available, parked, recipe)
