@@ -51,6 +51,7 @@ from layerplan.tracer.masking import Mask, trace_masked
 from layerplan.tracer.meter import ProbeMeter
 from layerplan.tracer.model_runner import LayerRunner
 from layerplan.tracer.probes import Probe, make_probes
+from layerplan.train.throughput import measure_matmul_flops
 
 SHAPES = {
     "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
@@ -200,14 +201,28 @@ def compare(meter: ProbeMeter, batch: list[EncodedProbe], mask: Mask, args: argp
     return result
 
 
-def measure_all(meter: ProbeMeter, encoded: list[EncodedProbe], limit: int | None) -> dict[str, float]:
-    """Time of every diagnostic on the whole probe set as a job measures it: masks, supports and SALF."""
+def measure_all(meter: ProbeMeter, encoded: list[EncodedProbe], limit: int | None) -> dict[str, Any]:
+    """Time of every diagnostic on the whole probe set as a job measures it: masks, supports and SALF.
+
+    Beside it, what the counted matrix products take at the rate of a large one, measured by the same clock before and
+    after.
+    """
+    device = meter.runner.device
     batches = make_batches(encoded, 16)
     chosen = batches if limit is None else batches[:: max(1, len(batches) // limit)]
+    flops = sum(count_flops(lambda batch=batch: meter.measure(batch)) for batch in chosen)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    rates = [measure_matmul_flops(device, torch.float32, clock=clock)]
+    meter.seconds.clear()
     start = time.perf_counter()
-    taken, records = time_call(meter.runner.device, lambda: [r for batch in chosen for r in meter.measure(batch)])
+    taken, records = time_call(device, lambda: [r for batch in chosen for r in meter.measure(batch)])
     wall = time.perf_counter() - start
+    rates.append(measure_matmul_flops(device, torch.float32, clock=clock))
     return {
+        "gflop_per_probe": flops / len(records) / 1e9,
+        "matmul_gflops": [rate / 1e9 for rate in rates],
+        "over_arithmetic": [taken / (flops / rate) for rate in rates],
+        "shares": {part: each / sum(meter.seconds.values()) for part, each in meter.seconds.items()},
         "probes": len(records),
         "batches": len(chosen),
         "clock_s_per_500": taken / len(records) * 500,

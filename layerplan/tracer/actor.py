@@ -12,6 +12,9 @@ from layerplan.tracer.encode import EncodedProbe
 from layerplan.tracer.meter import ProbeMeter
 from layerplan.tracer.model_runner import LayerRunner
 
+SECONDS = "seconds"
+"""Column of a probe's share of the time its batch took, by what was computed."""
+
 
 class TracerActor:
     """Maps rows that hold one batch of encoded probes each to one row per probe."""
@@ -24,8 +27,10 @@ class TracerActor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Measures the batches; every output column has one entry per probe."""
+        self._meter.seconds.clear()
         records = [record for probes in batch["probes"] for record in self._meter.measure(decode_batch(probes))]
-        return {name: [record[name] for record in records] for name in records[0]}
+        shares = {part: seconds / len(records) for part, seconds in self._meter.seconds.items()}
+        return {name: [record[name] for record in records] for name in records[0]} | {SECONDS: [shares] * len(records)}
 
 
 def encode_batch(probes: list[EncodedProbe]) -> list[dict[str, Any]]:

@@ -6,7 +6,10 @@ since a row of float32 logits over 150,000 words is as large as the rest of the 
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,8 @@ class ProbeMeter:
         self._bases = SemanticBases(runner.parts.lm_head.weight)
         self._ways: dict[tuple[Mask, bool], Way] = {}
         self._is_checked = False
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        """Wall time by what was computed, of all that this meter measured."""
 
     @torch.no_grad()
     def measure(self, probes: Sequence[EncodedProbe]) -> list[Record]:
@@ -62,13 +67,16 @@ class ProbeMeter:
         context_BT = torch.tensor([probe.is_context for probe in probes], device=device)
         gold_B = torch.tensor([probe.gold_id for probe in probes], device=device)
         if not self._is_checked:
-            self.runner.check_lens(ids_BT)
+            with self._timing("self-tests"):
+                self.runner.check_lens(ids_BT)
             self._is_checked = True
-        states_LBTD = self.runner.run(ids_BT)
+        with self._timing("intact pass"):
+            states_LBTD = self.runner.run(ids_BT)
         last_LBD = states_LBTD[:, :, -1]
-        intact_BV = self.runner.lens(last_LBD[-1])
-        target_B = intact_BV.argmax(-1)
-        log_prob_LB = self.compute_log_prob(last_LBD, target_B)
+        with self._timing("log P"):
+            intact_BV = self.runner.lens(last_LBD[-1])
+            target_B = intact_BV.argmax(-1)
+            log_prob_LB = self.compute_log_prob(last_LBD, target_B)
         other: Mask = "mean" if self._config.mask == "zero" else "zero"
         own_way, own_js = self._trace(ids_BT, context_BT, states_LBTD, intact_BV, self._config.mask)
         checked = [row for row, probe in enumerate(probes) if probe.checks_mask]
@@ -76,7 +84,8 @@ class ProbeMeter:
         if checked:
             parts = ids_BT[checked], context_BT[checked], states_LBTD[:, checked], intact_BV[checked]
             other_way, (other_js[:, checked],) = self._trace(*parts, other)
-        deviations = measure_deviations(self.runner, self._bases, last_LBD, gold_B, self._config.deviation_norm)
+        with self._timing("deviations"):
+            deviations = measure_deviations(self.runner, self._bases, last_LBD, gold_B, self._config.deviation_norm)
         columns = {
             "log_prob": log_prob_LB,
             "js": own_js[0],
@@ -133,10 +142,22 @@ class ProbeMeter:
         self, ids_BT: Tensor, context_BT: Tensor, states_LBTD: Tensor, intact_BV: Tensor, mask: Mask
     ) -> tuple[Way, list[Tensor]]:
         """The way taken, and JS(l), l = 0..L, on the configured support and, for the configured mask, on its check's."""
-        way = self.find_way(mask, ids_BT, context_BT, states_LBTD)
-        final = trace_masked(self.runner, ids_BT, states_LBTD, context_BT, mask, way)
+        with self._timing("self-tests"):
+            way = self.find_way(mask, ids_BT, context_BT, states_LBTD)
+        with self._timing(f"{mask} mask"):
+            final = trace_masked(self.runner, ids_BT, states_LBTD, context_BT, mask, way)
         supports = [self._config.js_top_k, self._config.js_top_k_check]
-        return way, self.compute_js(final, intact_BV, supports if mask == self._config.mask else supports[:1])
+        with self._timing("JS"):
+            return way, self.compute_js(final, intact_BV, supports if mask == self._config.mask else supports[:1])
+
+    @contextmanager
+    def _timing(self, part: str) -> Iterator[None]:
+        """Adds what is done inside to a part's time; a GPU is waited for, which passes as large as these do not feel."""
+        started = time.perf_counter()
+        yield
+        if self.runner.device.type == "cuda":
+            torch.cuda.synchronize(self.runner.device)
+        self.seconds[part] += time.perf_counter() - started
 
     def _iter_logits(self, states_LBD: Tensor, tags_LB: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits of the flattened rows, `HEAD_ROWS` at a time, with the tag of each row."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from layerplan.models.ref import ModelRef
 from layerplan.plan.layer_profile import LayerProfile
 from layerplan.progress import ProgressLines
 from layerplan.run_folder import PROBES_NAME, PROFILE_NAME
-from layerplan.tracer.actor import TracerActor, encode_batch
+from layerplan.tracer.actor import SECONDS, TracerActor, encode_batch
 from layerplan.tracer.aggregate import build_profile
 from layerplan.tracer.encode import EncodedProbe, encode_probes, make_batches
 from layerplan.tracer.lexicon import load_antsynnet, load_builtin_lexicon
@@ -53,6 +53,7 @@ def trace_model(
     )
     records = _measure(encoded, model, config, memory, report)
     check_complete([probe.id for probe in probes], [record["id"] for record in records])
+    report(describe_time([record.pop(SECONDS) for record in records]))
     profile = build_profile(records, model=identity, config=config, probe_set_sha256=hash_probes(probes))
     _write_records(out_dir / PROBES_NAME, records)
     profile.save(out_dir / PROFILE_NAME)
@@ -86,6 +87,20 @@ def check_complete(expected: list[str], measured: list[str]) -> None:
             f"tracing: {len(measured)} results for {len(expected)} probes;"
             f" missing {missing[:3] or 'none'}, measured twice or unknown {surplus[:3] or 'none'}"
         )
+
+
+def describe_time(seconds: Sequence[Mapping[str, float | None]]) -> str:
+    """Where the time went, the largest part first.
+
+    Args:
+        seconds: Of each probe, by what was computed.
+    """
+    names = dict.fromkeys(part for each in seconds for part in each)
+    parts = {part: sum(each.get(part) or 0.0 for each in seconds) for part in names}
+    total = sum(parts.values())
+    largest = sorted(parts.items(), key=lambda part: -part[1])
+    shares = ", ".join(f"{part} {value / max(total, 1e-9):.0%}" for part, value in largest)
+    return f"{len(seconds):,} probes took {total:,.1f} s of the tracing processes: {shares}"
 
 
 def _measure(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -147,9 +148,9 @@ def test_an_actor_killed_mid_way_loses_nothing_and_counts_nothing_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pool, "TracerActor", make_dying_actor(tmp_path))
-    disturbed = trace_model(
-        ModelRef(str(trained_model)), config.model_copy(update={"num_actors": 2}), out_dir=tmp_path / "out"
-    )
+    lines: list[str] = []
+    two = config.model_copy(update={"num_actors": 2})
+    disturbed = trace_model(ModelRef(str(trained_model)), two, out_dir=tmp_path / "out", report=lines.append)
     assert (tmp_path / "died").exists()
     batches = [tuple(json.loads(line)) for line in (tmp_path / "batches").read_text().splitlines()]
     # the killed one, and what the actor had finished but Ray had not taken over yet
@@ -159,6 +160,7 @@ def test_an_actor_killed_mid_way_loses_nothing_and_counts_nothing_twice(
     assert disturbed.sha256 == profile.sha256
     np.testing.assert_equal(read_records(tmp_path / "out"), read_records(out_dir))
     assert disturbed.num_probes == 60 == sum(disturbed.measured_by["zero"].values())
+    assert re.fullmatch(r"60 probes took [\d.,]+ s of the tracing processes: .*zero mask \d+%.*", lines[-1])
 
 
 def test_every_aggregate_can_be_made_again_without_the_model(

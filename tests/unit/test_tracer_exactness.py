@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from functools import lru_cache
 
@@ -216,7 +217,10 @@ def test_results_do_not_depend_on_batch_size_or_order_and_are_bitwise_equal_for_
     def measure(order: list[EncodedProbe], batch_size: int) -> dict[str, dict]:
         return {r["id"]: r for batch in make_batches(order, batch_size) for r in meter.measure(batch)}
 
+    started = time.perf_counter()
     first = measure(probes, 3)
+    assert {"intact pass", "zero mask", "mean mask", "JS", "log P", "deviations"} < set(meter.seconds)
+    assert 0 < sum(meter.seconds.values()) <= time.perf_counter() - started  # parts do not overlap
     for other, tolerance in ((measure(probes[::-1], 3), 0.0), (measure(probes, 1), TOLERANCE)):
         assert set(other) == set(first)
         for name, record in first.items():

@@ -16,7 +16,7 @@ from layerplan.config.trace import TraceConfig
 from layerplan.errors import ProbeError
 from layerplan.tracer.encode import encode_probes, make_batches
 from layerplan.tracer.lexicon import load_antsynnet, load_builtin_lexicon
-from layerplan.tracer.pool import check_complete, collect_probes
+from layerplan.tracer.pool import check_complete, collect_probes, describe_time
 from layerplan.tracer.probes import GROUPS, Probe, load_probes, make_probes
 
 KINDS = ["byte_level_bpe", "sentencepiece", "wordpiece"]
@@ -221,3 +221,10 @@ def test_a_result_that_is_missing_or_counted_twice_is_an_error() -> None:
         check_complete(["a", "b"], ["a"])
     with pytest.raises(ProbeError, match=r"3 results for 2 probes; .* measured twice or unknown \['b'\]"):
         check_complete(["a", "b"], ["a", "b", "b"])
+
+
+def test_the_line_on_time_adds_up_and_begins_with_the_largest_part() -> None:
+    seconds = [{"JS": 1.0, "zero mask": 2.0}, {"JS": 1.0, "zero mask": 3.0, "mean mask": 3.0}, {"JS": None}]
+    assert describe_time(seconds) == (
+        "3 probes took 10.0 s of the tracing processes: zero mask 50%, mean mask 30%, JS 20%"
+    )
