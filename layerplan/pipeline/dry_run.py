@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -21,6 +22,7 @@ from layerplan.models.tokenizer_facts import describe_tokenizer
 from layerplan.pipeline.model_options import find_base, read_origins
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.plan.communication import predict_communication
+from layerplan.plan.compiling import CompileChoice, choose_compile
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, explain_cost, predict_cost, render_cost_table
 from layerplan.plan.decide import PlanContext, list_measurements, resolve_plan, wants_profile
 from layerplan.plan.explain import explain_changes, render_layer_map
@@ -29,6 +31,7 @@ from layerplan.plan.host_memory import estimate_host_memory
 from layerplan.plan.layer_measurement import LayerMeasurements
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.memory import choose_placements
+from layerplan.plan.micro_batch import choose_micro_rows, settle_micro_rows
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.plan_cost import PlanCost
 from layerplan.plan.policies import make_full_plan, make_plan
@@ -189,15 +192,17 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
     rate, source = find_rate(config)
     hours = count_hours(flops, config, rate)
     available = ASSUMED_GPU_BYTES if train.use_gpu else psutil.virtual_memory().available / train.most_workers
-    chosen = choose_placements(
-        plan,
-        shape,
-        train,
-        seq_len=seq_len,
-        world_size=train.fewest_workers,
-        device_type="cuda" if train.use_gpu else "cpu",
-        available_bytes=available,
-    )
+    device_type = "cuda" if train.use_gpu else "cpu"
+    place: dict[str, Any] = {"seq_len": seq_len, "world_size": train.fewest_workers, "device_type": device_type}
+    place |= {"available_bytes": available}
+    if train.micro_batch_size == "auto":
+        train = settle_micro_rows(train, choose_micro_rows(plan, shape, train, **place))
+        print(
+            f"batch  {train.micro_rows} rows per forward pass (auto: predicted; the run tries a step and halves where it must)"
+        )
+    if train.compile == "auto":
+        print(f"       {_predict_compile(config, plan, cost)}")
+    chosen = choose_placements(plan, shape, train, **place)
     placement, memory = chosen.placement, chosen.estimate
     phase = plan.at_step(chosen.start_step)
     sent = predict_communication(phase, shape, train, placement, world_size=train.fewest_workers)
@@ -219,7 +224,7 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
         train,
         placement,
         world_size=train.fewest_workers,
-        device_type="cuda" if train.use_gpu else "cpu",
+        device_type=device_type,
     )
     print(
         f"host   {host.loading / GIB:.2f} GiB per worker until its first step, {host.shard / GIB:.2f} GiB of weights kept;"
@@ -231,6 +236,13 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
             f" {chosen.parked_bytes / GIB:.2f} GiB in CPU memory of what other phases train"
         )
     print(f"disk   {cost.checkpoint_bytes / GIB:.2f} GiB per checkpoint, {train.keep_checkpoints} kept{approximate}")
+
+
+def _predict_compile(config: RunConfig, plan: FreezePlan, cost: PlanCost) -> CompileChoice:
+    train = config.train
+    tokens = train.global_batch_size * config.corpus.seq_len / train.fewest_workers
+    steps = train.max_steps / max(1, len(plan.phases))
+    return choose_compile(train, flops_per_step=tokens * cost.total_flops, num_steps=steps)
 
 
 def find_rate(config: RunConfig) -> tuple[float, str]:

@@ -87,14 +87,14 @@ def place_model(
         from layerplan.train.fp8 import convert_frozen_layers
 
         convert_frozen_layers(parts, plan)
-    if config.compile:
+    if config.compiles:
         has_units = placement.parallelism == placement.frozen_sharding == "shard"
         compile_layers(parts, left_out=plan.trainable_modules if has_units else ())
     checkpoint_layers(parts.layers, placement.checkpointed_layers)
-    model = loss_model(causal_lm, recipe, z_weight=config.z_loss, compiled=config.compile)
+    model = loss_model(causal_lm, recipe, z_weight=config.z_loss, compiled=config.compiles)
     if placement.parallelism == "replicate":
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if config.global_batch_size > world_size * config.micro_batch_size:
+        if config.global_batch_size > world_size * config.micro_rows:
             _accumulate_in_float32(trained)
         if world_size == 1:
             return PlacedModel(model, masters)
@@ -135,10 +135,10 @@ def compile_layers(parts: DecoderParts, left_out: Collection[int] = ()) -> None:
     Layers to leave out are those that hold several FSDP units, whose hooks would cut their graphs into pieces.
 
     Layers of one kind share their graphs. More variants than a plan can cause would mean silent eager execution, so
-    reaching the recompile limit is an error.
+    reaching the recompile limit is an error, unless errors of the compiler are let be (`train.compile: auto`).
     """
     torch._dynamo.config.recompile_limit = 32
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.fail_on_recompile_limit_hit = not torch._dynamo.config.suppress_errors
     if left_out:
         logger.info("%d layers train in part and are sharded in several units; they are not compiled", len(left_out))
     for index, layer in enumerate(parts.layers):

@@ -42,6 +42,7 @@ from layerplan.train.loop import run_loop
 from layerplan.train.loop_setup import LoopHooks, LoopSetup
 from layerplan.train.loss_proof import prove_loss
 from layerplan.train.metrics import MetricSink
+from layerplan.train.micro_batch import build_to_fit, noting_shortage
 from layerplan.train.node_load import NodeLoad
 from layerplan.train.outlet import ALONE, Outlet
 from layerplan.train.place import STARTING, Mark
@@ -84,21 +85,26 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
     state = resumed.state
     group, host_group = make_host_groups()
     load = NodeLoad()
+    place = {"seq_len": manifest.seq_len, "rank": rank, "world_size": world_size}
     with open_recorders(request, state, rank, world_size, host_group) as recorders:
         while True:
             mark(STARTING, state.step)
             plan = request.plan.at_step(state.step)
             end = request.plan.next_change(state.step) or request.config.max_steps
-            built = build_model(
+            built = build_to_fit(
+                partial(
+                    build_model,
+                    request,
+                    plan,
+                    shape,
+                    device,
+                    local_world_size=context.get_local_world_size(),
+                    checkpoint=resumed.checkpoint,
+                    **place,
+                ),
                 request,
-                plan,
-                shape,
-                device,
-                seq_len=manifest.seq_len,
-                rank=rank,
-                world_size=world_size,
-                local_world_size=context.get_local_world_size(),
-                checkpoint=resumed.checkpoint,
+                forget=partial(forget_phase, device),
+                **place,
             )
             writer = CheckpointWriter(
                 checkpoints,
@@ -128,14 +134,14 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
                 built.placed,
                 built.optimizer,
                 built.applied,
-                request.config,
+                built.config,
                 device,
                 rank,
                 world_size,
                 flops_per_token=predict_token_flops(plan, shape, manifest, request.labels),
                 peak_flops=find_peak_flops(request.config, device),
                 predicted_memory_gib=built.estimate.total / GIB,
-                memory_advice=explain_shortage(built.estimate, built.available_bytes, request.config),
+                memory_advice=explain_shortage(built.estimate, built.available_bytes, built.config),
                 profile_dir=RunFolder(request.run_dir).step_times if rank == 0 else None,
                 rewarm=find_rewarm(request.plan, state.step),
                 frozen=frozen,
@@ -144,7 +150,8 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
                 read_load=load.read,
             )
             hooks = make_hooks(request, setup, state, writer, recorders, mark, outlet)
-            state = run_loop(setup, state, hooks, stop_step=end)
+            with noting_shortage(built, request):
+                state = run_loop(setup, state, hooks, stop_step=end)
             if state.step < end or state.step >= request.config.max_steps or is_asked_to_stop(request, rank):
                 return
             resumed = writer.finish()
