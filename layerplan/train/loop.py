@@ -220,7 +220,8 @@ def _is_due(step: int, every: int, is_last: bool) -> bool:
 
 def _open_steps(setup: LoopSetup, state: TrainState, hooks: LoopHooks, end: int) -> StepsAhead:
     def make(rows: PackedRows) -> list[TensorBatch]:
-        return setup.placed.model.make_batches(rows, setup.config.micro_rows, setup.device)
+        batches = setup.placed.model.make_batches(rows, setup.config.micro_rows, setup.device)
+        return batches if setup.prefix is None else setup.prefix.attach(rows, batches)
 
     start = state.step + state.data_offset
     return StepsAhead(hooks.iter_steps, make, setup.device, start=start, stop=end + state.data_offset)

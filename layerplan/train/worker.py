@@ -46,6 +46,7 @@ from layerplan.train.micro_batch import build_to_fit, noting_shortage
 from layerplan.train.node_load import NodeLoad
 from layerplan.train.outlet import ALONE, Outlet
 from layerplan.train.place import STARTING, Mark
+from layerplan.train.prefix_cache import open_prefix_cache
 from layerplan.train.prometheus import RayGauges
 from layerplan.train.request import Judging, TrainRequest, load_result
 from layerplan.train.resume import find_resume
@@ -56,6 +57,9 @@ from layerplan.train.token_flops import predict_token_flops
 from layerplan.train.world import note_world
 
 logger = logging.getLogger(__name__)
+
+REACHED = 0.5
+"""Share of its peak rate that a worker is taken to reach, where time is predicted."""
 
 
 def run_worker(request: TrainRequest, outlet: Outlet = ALONE) -> None:
@@ -130,6 +134,8 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
                 world_size=world_size,
             )
             frozen, state = prove_frozen(request, built, state, world_size)
+            peak_flops = find_peak_flops(request.config, device)
+            prefix = open_prefix_cache(request, built, shape, flops_per_s=REACHED * peak_flops, world_size=world_size)
             setup = LoopSetup(
                 built.placed,
                 built.optimizer,
@@ -139,12 +145,13 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
                 rank,
                 world_size,
                 flops_per_token=predict_token_flops(plan, shape, manifest, request.labels),
-                peak_flops=find_peak_flops(request.config, device),
+                peak_flops=peak_flops,
                 predicted_memory_gib=built.estimate.total / GIB,
                 memory_advice=explain_shortage(built.estimate, built.available_bytes, built.config),
                 profile_dir=RunFolder(request.run_dir).step_times if rank == 0 else None,
                 rewarm=find_rewarm(request.plan, state.step),
                 frozen=frozen,
+                prefix=prefix,
                 host_group=host_group,
                 node=nodes[rank],
                 read_load=load.read,
@@ -152,12 +159,14 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
             hooks = make_hooks(request, setup, state, writer, recorders, mark, outlet)
             with noting_shortage(built, request):
                 state = run_loop(setup, state, hooks, stop_step=end)
+            if prefix is not None:
+                prefix.close(is_done=state.step >= request.config.max_steps)
             if state.step < end or state.step >= request.config.max_steps or is_asked_to_stop(request, rank):
                 return
             resumed = writer.finish()
             recorders.note_change(request.plan, state.step)
             built.placed.release()
-            del built, setup, writer, frozen, hooks
+            del built, setup, writer, frozen, prefix, hooks
             forget_phase(device)
 
 
