@@ -20,9 +20,9 @@ from layerplan.models.ref import ModelRef
 from layerplan.models.scratch_config import make_hf_config
 from layerplan.models.tokenizer_facts import describe_tokenizer
 from layerplan.pipeline.model_options import find_base, read_origins
+from layerplan.pipeline.predicted_settings import predict_settings
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.plan.communication import predict_communication
-from layerplan.plan.compiling import CompileChoice, choose_compile
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, explain_cost, predict_cost, render_cost_table
 from layerplan.plan.decide import PlanContext, list_measurements, resolve_plan, wants_profile
 from layerplan.plan.explain import explain_changes, render_layer_map
@@ -31,7 +31,6 @@ from layerplan.plan.host_memory import estimate_host_memory
 from layerplan.plan.layer_measurement import LayerMeasurements
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.memory import choose_placements
-from layerplan.plan.micro_batch import choose_micro_rows, settle_micro_rows
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.plan_cost import PlanCost
 from layerplan.plan.policies import make_full_plan, make_plan
@@ -195,13 +194,7 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
     device_type = "cuda" if train.use_gpu else "cpu"
     place: dict[str, Any] = {"seq_len": seq_len, "world_size": train.fewest_workers, "device_type": device_type}
     place |= {"available_bytes": available}
-    if train.micro_batch_size == "auto":
-        train = settle_micro_rows(train, choose_micro_rows(plan, shape, train, **place))
-        print(
-            f"batch  {train.micro_rows} rows per forward pass (auto: predicted; the run tries a step and halves where it must)"
-        )
-    if train.compile == "auto":
-        print(f"       {_predict_compile(config, plan, cost)}")
+    train, settings = predict_settings(config, plan, shape, cost, flops_per_s=rate, **place)
     chosen = choose_placements(plan, shape, train, **place)
     placement, memory = chosen.placement, chosen.estimate
     phase = plan.at_step(chosen.start_step)
@@ -218,6 +211,8 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
         f"       parallelism {placement.parallelism}, {len(placement.checkpointed_layers)} layers recomputed; each worker"
         f" sends {sent.total / GIB:.2f} GiB per step ({sent.reduced / GIB:.2f} gradients)"
     )
+    for line in settings:
+        print(f"       {line}")
     host = estimate_host_memory(
         phase,
         shape,
@@ -236,13 +231,6 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
             f" {chosen.parked_bytes / GIB:.2f} GiB in CPU memory of what other phases train"
         )
     print(f"disk   {cost.checkpoint_bytes / GIB:.2f} GiB per checkpoint, {train.keep_checkpoints} kept{approximate}")
-
-
-def _predict_compile(config: RunConfig, plan: FreezePlan, cost: PlanCost) -> CompileChoice:
-    train = config.train
-    tokens = train.global_batch_size * config.corpus.seq_len / train.fewest_workers
-    steps = train.max_steps / max(1, len(plan.phases))
-    return choose_compile(train, flops_per_step=tokens * cost.total_flops, num_steps=steps)
 
 
 def find_rate(config: RunConfig) -> tuple[float, str]:

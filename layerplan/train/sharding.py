@@ -176,6 +176,7 @@ def shard_model(
     if placement.frozen_sharding == "replicate":
         ignored = {parameter for parameter in model.parameters() if not parameter.requires_grad}
     trained = set(plan.trainable_layers)
+    lowest = None if plan.train_embeddings else min(trained, default=None)
     for index, layer in enumerate(parts.layers):
         if index in plan.trainable_modules:
             ignored |= list_mixed(layer)
@@ -185,12 +186,26 @@ def shard_model(
             for module in list_units(layer, ignored):
                 fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
             fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not again, ignored_params=ignored)
+            if index == lowest:
+                fetch_nothing_below(layer)
     head_trains = parts.lm_head.weight.requires_grad
     for module in (parts.embeddings, parts.final_norm):
         others = [p for p in module.parameters() if p is not parts.lm_head.weight and p not in ignored]
         if others and others[0].requires_grad != head_trains:
             fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=ignored or None)
+
+
+def fetch_nothing_below(layer: nn.Module) -> None:
+    """Keeps the units of the layer at which backward ends from gathering the unit that ran before them, whose turn never comes.
+
+    FSDP takes a list of units to gather ahead in place of the one before; a unit that is gathered already is left alone.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for unit in layer.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_modules_to_backward_prefetch([unit])
 
 
 def reshard(model: nn.Module) -> None:
