@@ -9,7 +9,6 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
-import torch.distributed as dist
 
 from layerplan.config.train import TrainConfig
 from layerplan.plan.compiling import choose_compile
@@ -17,6 +16,7 @@ from layerplan.plan.cost import predict_cost
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.model_shape import ModelShape
+from layerplan.train.agreement import agree_on_fault
 from layerplan.train.request import TrainRequest
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def settle_compile(
     torch._dynamo.config.suppress_errors = config.compile == "auto"
     if config.compile != "auto":
         return lambda recipe: config
-    fault = _agree(find_compiler_fault(device), world_size)
+    fault = agree_on_fault(find_compiler_fault(device), world_size)
     tokens = config.global_batch_size * seq_len / world_size
 
     def settle(recipe: LossRecipe) -> TrainConfig:
@@ -66,12 +66,3 @@ def find_compiler_fault(device: torch.device) -> str:
         return "triton is not installed"
     found = torch.cuda.get_device_capability(device)
     return "" if found >= OLDEST_CARD else f"the card's compute capability {found[0]}.{found[1]} is too old"
-
-
-def _agree(fault: str, world_size: int) -> str:
-    """The fault of the lowest rank that has one."""
-    if world_size == 1:
-        return fault
-    faults: list[str] = [""] * world_size
-    dist.all_gather_object(faults, fault)
-    return next((each for each in faults if each), "")

@@ -26,6 +26,7 @@ from layerplan.errors import TrainingError
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.prefix_cache import DISK_SHARE, find_cut, find_plan_fault, price_prefix
 from layerplan.run_folder import PREFIX_CACHE_NAME
+from layerplan.train.agreement import agree_on_fault
 from layerplan.train.build import BuiltModel
 from layerplan.train.prefix_pass import DEPENDS_ON_OTHERS, Prefix, find_prefix_fault
 from layerplan.train.request import TrainRequest
@@ -118,24 +119,26 @@ def open_prefix_cache(
     fault = find_fault(request, built, manifest, shape, world_size) or find_disk_fault(path, price.num_bytes)
     if not fault and wish == "auto" and not price.pays:
         fault = f"it does not pay: {price}"
+    fault = agree_on_fault(fault, world_size)  # the passes below gather what is sharded of the trained layers
     prefix = None
     if not fault:
         prefix = Prefix(built.placed.model.causal_lm, find_cut(request.plan, shape.num_layers))
         trial = {"rows": built.config.micro_rows if built.recipe.rows != "reset" else 1, "seq_len": manifest.seq_len}
-        fault = find_prefix_fault(built.placed.model, prefix, device=built.device, **trial)
+        found = find_prefix_fault(built.placed.model, prefix, device=built.device, **trial)
+        fault = agree_on_fault(found, world_size)
         reshard(built.placed.model)
     if fault and wish == "on":
         raise TrainingError(f"train.cache_prefix=on: {fault}; auto and off train without it")
     if fault or prefix is None:
         logger.info("prefix cache: off, %s", fault)
         return None
+    circumstances = describe_circumstances(request, built, manifest, shape)
+    try:
+        states = RowStates(path, circumstances=circumstances, row_shape=prefix.row_shape, dtype=prefix.dtype)
+    except OSError as error:
+        logger.warning("prefix cache: off, %s cannot be opened (%s)", path, error.strerror or error)
+        return None
     logger.info("prefix cache: %s", price)
-    states = RowStates(
-        path,
-        circumstances=describe_circumstances(request, built, manifest, shape),
-        row_shape=(manifest.seq_len, shape.hidden_size),
-        dtype=getattr(torch, built.config.compute_dtype),
-    )
     return PrefixCache(prefix, states)
 
 

@@ -28,7 +28,15 @@ DEPENDS_ON_OTHERS = (
 
 
 class Prefix:
-    """The decoder layers of a model below its first trained one."""
+    """The decoder layers of a model below its first trained one.
+
+    Attributes:
+        row_shape: (T, D) of the states of a row, once some were noted.
+        dtype: Of them.
+    """
+
+    row_shape: tuple[int, int] = (0, 0)
+    dtype: torch.dtype = torch.float32
 
     def __init__(self, causal_lm: nn.Module, cut: int) -> None:
         self._layers = list(find_decoder_parts(causal_lm).layers)[:cut]
@@ -39,7 +47,9 @@ class Prefix:
         """Runs everything, and hands the prefix's output (B, T, D) to `note`."""
 
         def take(module: nn.Module, args: Any, output: Any) -> None:
-            note(_states_of(output))
+            states = _states_of(output)
+            self.row_shape, self.dtype = (states.shape[1], states.shape[2]), states.dtype
+            note(states)
 
         with ExitStack() as stack:
             for index, layer in enumerate(self._layers):
