@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from layerplan.config.load import validate_config
 from layerplan.config.plan import ExplicitPlanConfig, FreezeDeepPlanConfig, FreezeShallowPlanConfig
@@ -21,8 +22,10 @@ from layerplan.plan.micro_batch import choose_micro_rows, list_sizes, settle_mic
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.plan.policies import make_plan
+from layerplan.train.build import BuiltModel
 from layerplan.train.known_rows import KnownRows, load_known
-from layerplan.train.micro_batch import find_most_rows
+from layerplan.train.loop_setup import LoopHooks, LoopSetup
+from layerplan.train.micro_batch import find_most_rows, try_step
 from tests.qwen3 import QWEN3_0P6B, QWEN3_0P6B_IDENTITY, TINY_QWEN3
 from tests.ray_script import run_script
 
@@ -32,6 +35,7 @@ ROOM_BYTES = 150 * 2**20
 """A row of the small model takes some 90 MiB, two do not fit beside its gradients."""
 SIZES = TINY_QWEN3 | {"hidden_size": 128, "intermediate_size": 4096, "vocab_size": 128, "num_hidden_layers": 3}
 SEQ_LEN = 512
+SEQ_LEN_TRIED = 12
 
 
 def plan_for(config: FreezeDeepPlanConfig | FreezeShallowPlanConfig) -> FreezePlan:
@@ -100,6 +104,65 @@ def test_what_was_tried_when_an_attempt_ended_is_halved_and_what_fitted_is_kept(
             load_known(tmp_path)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("has_labels", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_that_was_tried_leaves_no_trace(dtype: str, has_labels: bool, optimizer: str) -> None:
+    """Two steps after it end with the bits of two steps without it, prompts with labels and every optimizer included."""
+    from layerplan.models.freezing import compute_tensor_hashes
+    from layerplan.train.loop import run_loop
+    from layerplan.train.state import TrainState
+    from tests.qwen3 import build_tiny_qwen3
+
+    hashes = []
+    for is_tried in (False, True):
+        model = build_tiny_qwen3()
+        setup, hooks, built = make_built(model, dtype, has_labels, optimizer)
+        if is_tried:
+            assert try_step(built, SEQ_LEN_TRIED) is None
+            assert all(value.grad is None for value in model.parameters())
+        run_loop(setup, TrainState(), hooks)
+        hashes.append(compute_tensor_hashes(dict(model.named_parameters())))
+    assert hashes[0] == hashes[1] != compute_tensor_hashes(dict(build_tiny_qwen3().named_parameters()))
+
+
+def make_built(
+    model: nn.Module, dtype: str, has_labels: bool, optimizer: str
+) -> tuple[LoopSetup, LoopHooks, BuiltModel]:
+    """A loop of two steps, and its model as a worker has built it."""
+    from functools import partial
+
+    from layerplan.checkpoint.dcp import Parked
+    from layerplan.plan.loss_recipe import LossRecipe
+    from layerplan.plan.memory import MemoryEstimate
+    from layerplan.train.label_step import LabelLossModel
+    from layerplan.train.request import LabelOptions
+    from layerplan.train.step import LossModel
+    from tests.tiny_labels import draw, plan_all
+    from tests.tiny_loop import make_loop, make_rows
+
+    config = TrainConfig(
+        max_steps=2,
+        global_batch_size=4,
+        micro_batch_size=2,
+        compute_dtype=dtype,  # type: ignore[arg-type]
+        optimizer={"type": optimizer, "learning_rate": 1e-2},  # type: ignore[arg-type]
+    )
+    plan = plan_all(3)
+    setup, hooks = make_loop(
+        model.train(),
+        plan,
+        config,
+        rows_of_step=lambda step: (
+            draw([0, 1, 2, 2], seed=step) if has_labels else make_rows(step, batch=4, vocab_size=40)
+        ),
+        loss_model=partial(LabelLossModel, options=LabelOptions()) if has_labels else LossModel,
+    )
+    placement, nothing = Placement("replicate", "replicate"), MemoryEstimate(0, 0, 0, 0)
+    told = (nothing, 1e12, Parked(), LossRecipe(), config, setup.device, plan, has_labels)
+    return setup, hooks, BuiltModel(setup.placed, setup.applied, setup.optimizer, placement, *told)
+
+
 def test_a_worker_without_room_and_one_that_is_killed_train_on_fewer_rows(tmp_path: Path) -> None:
     """Four rows are predicted to fit. The system ends the first attempt; of the second's two rows one fits."""
     save_inputs(tmp_path)
@@ -133,9 +196,8 @@ def main() -> None:
     from layerplan.models.files import identify_model
     from layerplan.models.ref import ModelRef
     from layerplan.plan.loss_recipe import LossRecipe
-    from layerplan.train.build import BuiltModel, build_model
+    from layerplan.train.build import build_model
     from layerplan.train.loop import run_loop
-    from layerplan.train.loop_setup import LoopHooks, LoopSetup
     from layerplan.train.micro_batch import build_to_fit, make_trial_rows
     from layerplan.train.request import TrainRequest
     from layerplan.train.state import TrainState
