@@ -19,8 +19,8 @@ class KnownRows:
     """Rows of a micro-batch, and what is known of them."""
 
     rows: int
-    state: Literal["trying", "fits", "halved"]
-    """A step of it was begun; was done; or twice as many did not fit."""
+    state: Literal["trying", "fits", "next"]
+    """A step of it was begun; was done; or it is to be tried next."""
 
     def save(self, run_dir: Path) -> None:
         """Writes it into the run's folder, and to where the run is kept."""
@@ -41,7 +41,7 @@ def load_known(run_dir: Path) -> KnownRows | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         rows, state = values["rows"], values["state"]
-        if isinstance(rows, int) and rows > 0 and state in ("trying", "fits", "halved"):
+        if isinstance(rows, int) and rows > 0 and state in ("trying", "fits", "next"):
             return KnownRows(rows, state)
     except (OSError, ValueError, KeyError, TypeError):
         pass

@@ -75,7 +75,12 @@ def build_to_fit(
         rows = built.config.micro_rows
         if rank == 0 and (known is None or (known.rows, known.state) != (rows, "fits")):
             KnownRows(rows, "trying").save(run_dir)
-        error = try_step(built, seq_len)
+        try:
+            error = try_step(built, seq_len)
+        except Exception:
+            if rank == 0:
+                KnownRows(rows, "next").save(run_dir)  # it says nothing about memory
+            raise
         alone = world_size == 1 or built.placement.parallelism == "replicate"
         if error is not None and (rows == 1 or not alone):
             raise note_shortage(built, run_dir, error)
@@ -109,7 +114,7 @@ def note_shortage(built: BuiltModel, run_dir: Path, error: BaseException) -> Tra
     shortage = explain_shortage(built.estimate, built.available_bytes, built.config)
     if rows == 1:
         return OutOfMemoryError(f"out of memory with one row per forward pass. {shortage}")
-    KnownRows(rows // 2, "halved").save(run_dir)
+    KnownRows(rows // 2, "next").save(run_dir)
     text = str(error) if isinstance(error, OutOfMemoryError) else f"out of memory. {shortage}"
     return OutOfMemoryError(f"micro-batch of {rows} rows: {text}. The next attempt takes {rows // 2} at most")
 

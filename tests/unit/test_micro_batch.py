@@ -93,7 +93,7 @@ def test_a_config_takes_a_number_or_the_word() -> None:
 
 def test_what_was_tried_when_an_attempt_ended_is_halved_and_what_fitted_is_kept(tmp_path: Path) -> None:
     assert find_most_rows(tmp_path, 0, 1) is None
-    for state, most in (("fits", 6), ("halved", 6), ("trying", 3)):
+    for state, most in (("fits", 6), ("next", 6), ("trying", 3)):
         KnownRows(6, state).save(tmp_path)  # type: ignore[arg-type]
         assert load_known(tmp_path) == KnownRows(6, state) and find_most_rows(tmp_path, 0, 1) == most  # type: ignore[arg-type]
     KnownRows(1, "trying").save(tmp_path)
