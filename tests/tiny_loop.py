@@ -79,7 +79,7 @@ def make_loop(
     applied = apply_plan(model, plan)
     placement = placement or Placement("replicate", "replicate")
     placed = place_model(model, plan, config, placement, world_size=1, device=device, loss_model=loss_model)
-    optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters, compiled=config.compile)
+    optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters, compiled=config.compiles)
     hooks = LoopHooks(iter_steps, save, lambda: False, sink, None, say=lambda line: None)
     frozen = FrozenTensors(placed.model, config.compute_dtype)
     return LoopSetup(placed, optimizer, applied, config, device, 0, 1, frozen=frozen, **setup), hooks

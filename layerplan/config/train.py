@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from layerplan.config.base import BRANCH, StrictModel
 
@@ -83,6 +83,26 @@ Workers = Annotated[
 ]
 
 
+def _name_size(value: Any) -> str:
+    return BRANCH + ("auto" if value == "auto" else "number")
+
+
+MicroBatch = Annotated[
+    Annotated[int, Field(ge=1), Tag(f"{BRANCH}number")] | Annotated[Literal["auto"], Tag(f"{BRANCH}auto")],
+    Discriminator(_name_size),
+]
+
+
+def _name_switch(value: Any) -> str:
+    return BRANCH + ("auto" if value == "auto" else "switch")
+
+
+Compile = Annotated[
+    Annotated[bool, Tag(f"{BRANCH}switch")] | Annotated[Literal["auto"], Tag(f"{BRANCH}auto")],
+    Discriminator(_name_switch),
+]
+
+
 class TrainConfig(StrictModel):
     """The training run."""
 
@@ -90,8 +110,11 @@ class TrainConfig(StrictModel):
     """Optimizer steps."""
     global_batch_size: int = Field(default=64, ge=1)
     """Sequences per optimizer step over all workers: the number of lanes."""
-    micro_batch_size: int = Field(default=1, ge=1)
-    """Sequences per worker per forward pass."""
+    micro_batch_size: MicroBatch = 1
+    """Sequences per worker per forward pass. `auto` takes the largest that is predicted to fit without more recomputation or
+    sharding than one sequence needs, up to 32,768 tokens on a GPU and 2,048 on a CPU; it tries a step of it, halves it where
+    memory runs out, and keeps what fitted in the run's folder. The batch and the order of tokens are the same with any, sums are
+    rounded in another order."""
     num_workers: Workers = 1
     """Training workers (data-parallel ranks). A range, `{min: 2, max: 8}`, takes as many as the cluster has room for: nodes may
     leave and join while the run goes on. The batch stays `global_batch_size`, dealt unevenly where it does not divide."""
@@ -110,8 +133,14 @@ class TrainConfig(StrictModel):
     """Whether frozen layers are replicated on every worker or sharded; `auto` decides by memory."""
     activation_checkpointing: Literal["auto", "none", "full"] = "auto"
     """Recompute activations along the gradient path; `auto` only as much as memory asks for."""
-    compile: bool = False
-    """Compile each decoder layer, the loss and the optimizer pass with torch.compile."""
+    compile: Compile = "auto"
+    """Compile each decoder layer, the loss and the optimizer pass with torch.compile. `auto` does on a GPU, and on a CPU in
+    bfloat16 where the steps are predicted to save more than compiling takes; never in float32 on a CPU, whose sums it would
+    round otherwise, nor where the lengths of rows vary."""
+    cache_prefix: Literal["off", "auto", "on"] = "off"
+    """Keep the output of the frozen layers below what trains on disk from the first epoch on, and read it in later ones, bit for
+    bit the same weights. `auto` does where it is predicted to take less than half of the time it saves and half of the free
+    disk holds it; `on` refuses by name what cannot be kept. Its size is in a dry run; it is removed after the last step."""
     attention: Literal["auto", "sdpa", "flex", "eager", "varlen", "segmented"] = "auto"
     """Attention over packed documents. `varlen` (GPU, bfloat16) and `segmented` (CPU) read each document alone, at a cost of
     the sum of their squared lengths, where the model hands down where documents start; it is asked. `auto` measures the
@@ -168,21 +197,37 @@ class TrainConfig(StrictModel):
         """Workers that training takes where there is room."""
         return self.num_workers.max if isinstance(self.num_workers, WorkerRange) else self.num_workers
 
+    @property
+    def micro_rows(self) -> int:
+        """Sequences per forward pass; one while `auto` is not settled, since it comes down to that where it has to."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+
+    @property
+    def compiles(self) -> bool:
+        """Whether it was settled that layers are compiled."""
+        return self.compile is True
+
     def assume_dtype(self) -> TrainConfig:
         """The same with the dtype that can be told without measuring: bfloat16 on GPUs, float32, the larger, on CPUs."""
         if self.compute_dtype != "auto":
             return self
         return self.model_copy(update={"compute_dtype": "bfloat16" if self.use_gpu else "float32"})
 
+    @field_validator("cache_prefix", mode="before")
+    @classmethod
+    def _read_yaml_words(cls, value: Any) -> Any:
+        """YAML takes `on` and `off` for true and false."""
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainConfig:
         if isinstance(self.num_workers, WorkerRange):
             return self._check_range(self.num_workers)
-        per_step = self.num_workers * self.micro_batch_size
+        per_step = self.num_workers * self.micro_rows
         if self.global_batch_size % per_step:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} must be a multiple of num_workers * micro_batch_size"
-                f" = {self.num_workers} * {self.micro_batch_size} = {per_step}"
+                f" = {self.num_workers} * {self.micro_rows} = {per_step}"
             )
         if self.num_workers % self.num_replicas:
             raise ValueError(f"num_replicas={self.num_replicas} must divide num_workers={self.num_workers}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -19,6 +20,7 @@ from layerplan.models.ref import ModelRef
 from layerplan.models.scratch_config import make_hf_config
 from layerplan.models.tokenizer_facts import describe_tokenizer
 from layerplan.pipeline.model_options import find_base, read_origins
+from layerplan.pipeline.predicted_settings import predict_settings
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, explain_cost, predict_cost, render_cost_table
@@ -189,15 +191,11 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
     rate, source = find_rate(config)
     hours = count_hours(flops, config, rate)
     available = ASSUMED_GPU_BYTES if train.use_gpu else psutil.virtual_memory().available / train.most_workers
-    chosen = choose_placements(
-        plan,
-        shape,
-        train,
-        seq_len=seq_len,
-        world_size=train.fewest_workers,
-        device_type="cuda" if train.use_gpu else "cpu",
-        available_bytes=available,
-    )
+    device_type = "cuda" if train.use_gpu else "cpu"
+    place: dict[str, Any] = {"seq_len": seq_len, "world_size": train.fewest_workers, "device_type": device_type}
+    place |= {"available_bytes": available}
+    train, settings = predict_settings(config, plan, shape, cost, flops_per_s=rate, **place)
+    chosen = choose_placements(plan, shape, train, **place)
     placement, memory = chosen.placement, chosen.estimate
     phase = plan.at_step(chosen.start_step)
     sent = predict_communication(phase, shape, train, placement, world_size=train.fewest_workers)
@@ -213,13 +211,15 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
         f"       parallelism {placement.parallelism}, {len(placement.checkpointed_layers)} layers recomputed; each worker"
         f" sends {sent.total / GIB:.2f} GiB per step ({sent.reduced / GIB:.2f} gradients)"
     )
+    for line in settings:
+        print(f"       {line}")
     host = estimate_host_memory(
         phase,
         shape,
         train,
         placement,
         world_size=train.fewest_workers,
-        device_type="cuda" if train.use_gpu else "cpu",
+        device_type=device_type,
     )
     print(
         f"host   {host.loading / GIB:.2f} GiB per worker until its first step, {host.shard / GIB:.2f} GiB of weights kept;"

@@ -51,6 +51,7 @@ MAY_CHANGE = (
     "train.frozen_sharding",
     "train.activation_checkpointing",
     "train.compile",
+    "train.cache_prefix",
     "train.log_every_steps",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",

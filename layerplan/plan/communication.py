@@ -47,7 +47,7 @@ def predict_communication(
     """
     trained = count_trainable_params(plan, shape)
     width = 2 if config.compute_dtype == "bfloat16" else 4
-    micro_steps = -(-config.global_batch_size // (world_size * config.micro_batch_size))
+    micro_steps = -(-config.global_batch_size // (world_size * config.micro_rows))
     if placement.parallelism == "replicate":
         return CommunicationCost(0.0, 2 * _ring(world_size) * GRADIENT_BYTES * trained)
     shards = world_size // config.num_replicas

@@ -112,7 +112,7 @@ def estimate_memory(
     width = _WIDTH[config.compute_dtype]
     trained = adapter_params or count_trainable_params(plan, shape)
     frozen = shape.total_params - (0 if adapter_params else trained)
-    tokens = config.micro_batch_size * seq_len
+    tokens = config.micro_rows * seq_len
     checkpointed, whole = set(placement.checkpointed_layers), _path_bytes(plan, shape, config.compute_dtype)
     kept = {layer: float(width * shape.hidden_size) if layer in checkpointed else whole[layer] for layer in whole}
     stored = tokens * (sum(kept.values()) + max((whole[layer] for layer in checkpointed), default=0.0))
@@ -176,7 +176,7 @@ def choose_placement(
 
             excess = estimate(bare).total - limit
             mode = config.activation_checkpointing
-            tokens = config.micro_batch_size * seq_len
+            tokens = config.micro_rows * seq_len
             # a recomputed layer still keeps its input
             kept = _WIDTH[config.compute_dtype] * shape.hidden_size
             whole = _path_bytes(plan, shape, config.compute_dtype)
@@ -227,7 +227,7 @@ def explain_shortage(estimate: MemoryEstimate, available_bytes: float, config: T
         f" {estimate.parameters / GIB:.2f}, activations {estimate.activations / GIB:.2f}, loss"
         f" {estimate.loss / GIB:.2f}, baseline {estimate.baseline / GIB:.2f}), available {available_bytes:,.0f} bytes"
         f" ({available_bytes / GIB:.2f} GiB) per worker. What helps: train.micro_batch_size below"
-        f" {config.micro_batch_size}, train.activation_checkpointing=full, or train.parallelism=shard with"
+        f" {config.micro_rows}, train.activation_checkpointing=full, or train.parallelism=shard with"
         f" train.frozen_sharding=shard over more than num_workers={config.num_workers}"
     )
 
@@ -253,7 +253,7 @@ def _parameter_bytes(
 ) -> float:
     moments = 8 if config.optimizer.type == "adamw" else 0.1
     if placement.parallelism == "replicate":
-        accumulates = config.global_batch_size > world_size * config.micro_batch_size
+        accumulates = config.global_batch_size > world_size * config.micro_rows
         gradient = 4 if width == 4 or accumulates else width
         master = 4 if width != 4 else 0
         return trained * (width + gradient + master + moments) + frozen * width

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from layerplan.config.train import TrainConfig
 from layerplan.plan.cluster_rates import CORE_TOKENS_PER_S, DATA_CORES, ClusterRates
@@ -17,6 +18,7 @@ from layerplan.plan.communication import GRADIENT_BYTES, predict_communication
 from layerplan.plan.cost import count_trainable_params, predict_cost
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.memory import HEADROOM, choose_placement
+from layerplan.plan.micro_batch import choose_micro_rows, settle_micro_rows
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 
@@ -81,7 +83,7 @@ def predict_scale(
     if config.global_batch_size % workers:
         return []
     rows = config.global_batch_size // workers
-    micro = max(size for size in range(1, min(rows, config.micro_batch_size) + 1) if rows % size == 0)
+    micro = max(size for size in range(1, min(rows, config.micro_rows) + 1) if rows % size == 0)
     options: list[tuple[str, str, int]] = [("replicate", "replicate", 1)]
     if workers > 1:
         options.append(("shard", "shard over all", 1))
@@ -91,8 +93,18 @@ def predict_scale(
     points = []
     for parallelism, name, replicas in options:
         here = config.model_copy(update=update | {"parallelism": parallelism, "num_replicas": replicas})
+        if config.micro_batch_size == "auto":
+            here = _settle_micro_batch(plan.at_step(0), shape, here, rates, seq_len=seq_len)
         points.append(_predict_point(plan.at_step(0), shape, here, rates, name, seq_len=seq_len, nodes=nodes))
     return points
+
+
+def _settle_micro_batch(
+    plan: FreezePlan, shape: ModelShape, config: TrainConfig, rates: ClusterRates, *, seq_len: int
+) -> TrainConfig:
+    workers, device_type = config.most_workers, "cuda" if rates.hides else "cpu"
+    limits: dict[str, Any] = {"world_size": workers, "device_type": device_type, "available_bytes": rates.memory}
+    return settle_micro_rows(config, choose_micro_rows(plan, shape, config, seq_len=seq_len, **limits))
 
 
 def choose_best(points: Sequence[ScalePoint]) -> ScalePoint | None:
@@ -141,7 +153,7 @@ def _predict_point(
     passes_s = tokens * (cost.total_flops + recomputed) / rates.flops
     compute_s = passes_s + OPTIMIZER_BYTES * trained / shards / rates.memory_rate
     communication_s = _time_links(worker_bytes, node_bytes, config, placement, rates, nodes=nodes)
-    micro_steps = config.global_batch_size // (workers * config.micro_batch_size)
+    micro_steps = config.global_batch_size // (workers * config.micro_rows)
     backward = (cost.total_flops - cost.forward_flops) / cost.total_flops / micro_steps
     exposed_s = communication_s
     if rates.hides:

@@ -22,6 +22,7 @@ from layerplan.run_folder import (
     LEDGER_NAME,
     MANIFEST_NAME,
     METRICS_NAME,
+    PREFIX_CACHE_NAME,
     SENDER_LOCK_NAME,
     STOP_REQUEST,
     STORE_NAME,
@@ -32,7 +33,7 @@ from layerplan.storage.working import find_home, make_private
 
 GROWING = (METRICS_NAME, LEDGER_NAME)
 """Files that grow while training; whoever appends to them carries them, with every checkpoint."""
-_OWN_WAY = {CHECKPOINTS_NAME: (), STORE_NAME: (MANIFEST_NAME, STREAM_NAME)}
+_OWN_WAY = {CHECKPOINTS_NAME: (), PREFIX_CACHE_NAME: (), STORE_NAME: (MANIFEST_NAME, STREAM_NAME)}
 """Folders whose files are written to the bucket directly, each with those of its files that are mirrored all the same."""
 _DEPTH = 2
 """They lie in the run's folder or in one of a stage there."""

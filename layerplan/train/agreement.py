@@ -48,3 +48,12 @@ class Agreement:
         self._work.wait()
         labels, tokens, num_batches, stops = zip(*(each.numpy().tolist() for each in self._all))
         return StepCounts(sum(labels), sum(tokens), max(num_batches), any(stops))
+
+
+def agree_on_fault(fault: str, world_size: int) -> str:
+    """The fault of the lowest rank that found one, on every rank; empty when none did."""
+    if world_size == 1:
+        return fault
+    faults: list[str] = [""] * world_size
+    dist.all_gather_object(faults, fault)
+    return next((each for each in faults if each), "")

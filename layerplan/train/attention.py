@@ -80,7 +80,7 @@ def choose_attention(
     if config.attention != "auto":
         return config.attention
     if device.type != "cuda":
-        return "eager" if config.compile and seq_len <= CPU_EAGER_TOKENS else "sdpa"
+        return "eager" if config.compiles and seq_len <= CPU_EAGER_TOKENS else "sdpa"
     if recipe.rows == "whole":
         return "sdpa"
     return _choose_fastest(config, shape, seq_len, device, find_fault)
@@ -118,7 +118,7 @@ def _choose_fastest(
     names = ["sdpa", "flex"] + ["varlen"] * (dtype != torch.float32)
     for name in names:
         try:
-            seconds[name] = time_attention(name, shape, seq_len, config.micro_batch_size, device, dtype)
+            seconds[name] = time_attention(name, shape, seq_len, config.micro_rows, device, dtype)
         except (RuntimeError, ImportError, TypeError) as error:
             logger.info("attention %s cannot run here: %s", name, str(error).splitlines()[0])
     fastest = min(seconds, key=lambda name: seconds[name], default="sdpa")

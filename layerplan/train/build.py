@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from layerplan.checkpoint.dcp import Parked, load_parked
+from layerplan.config.train import TrainConfig
 from layerplan.errors import TrainingError
 from layerplan.models.adapters import count_adapter_params, inject_adapters
 from layerplan.models.freezing import AppliedPlan, apply_plan
@@ -21,11 +22,13 @@ from layerplan.plan.cost import GIB
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.memory import MemoryEstimate, choose_placement, choose_placements, explain_shortage
+from layerplan.plan.micro_batch import choose_micro_rows, settle_micro_rows
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.storage.paths import StoredPath
 from layerplan.train.allocator import keep_memory_low, return_large_blocks
 from layerplan.train.attention import IMPLEMENTATIONS, asks_for_documents, choose_attention, try_set_attention
+from layerplan.train.compiling import settle_compile
 from layerplan.train.label_step import LabelLossModel
 from layerplan.train.loss_proof import agree_on_document_fault, agree_on_recipe
 from layerplan.train.materialize import ParameterSource
@@ -52,6 +55,13 @@ class BuiltModel:
     """What other phases of the plan train."""
     recipe: LossRecipe
     """How its loss is computed."""
+    config: TrainConfig
+    """The training section with every `auto` settled that a worker settles."""
+    device: torch.device
+    plan: FreezePlan
+    """Of the phase at hand."""
+    has_labels: bool
+    """Whether its rows are prompts with a label."""
 
 
 def build_model(
@@ -65,6 +75,7 @@ def build_model(
     world_size: int,
     local_world_size: int,
     checkpoint: StoredPath | None = None,
+    most_rows: int | None = None,
 ) -> BuiltModel:
     """Settles the placement, builds the base without memory, applies the plan, places it, and builds the optimizer.
 
@@ -78,6 +89,7 @@ def build_model(
         world_size: Workers.
         local_world_size: Workers on this machine.
         checkpoint: Of the phase before; gives what this phase does not train.
+        most_rows: Of a micro-batch, where that is chosen; None when none was found not to fit.
 
     Raises:
         TrainingError: When the device lacks the dtype, or the prediction does not fit into memory.
@@ -92,6 +104,9 @@ def build_model(
     adapters = 0 if lora is None else count_adapter_params(causal_lm, plan.trainable_layers, lora)
     limits = {"seq_len": seq_len, "world_size": world_size, "device_type": device.type}
     limits |= {"available_bytes": available, "adapter_params": adapters}
+    if config.micro_batch_size == "auto":
+        config = settle_micro_rows(config, choose_micro_rows(request.plan, shape, config, most=most_rows, **limits))
+        request = replace(request, config=config)
     largest = choose_placements(request.plan, shape, config, **limits)
     needed = largest.estimate.total + (largest.parked_bytes if device.type == "cpu" else 0)
     if needed > available:
@@ -103,7 +118,10 @@ def build_model(
     if device.type == "cpu" and placement.parallelism == "shard":
         return_large_blocks()
     torch.manual_seed(request.seed)
-    recipe, attention = ask_whole_model(request, shape, device, seq_len=seq_len, rank=rank, world_size=world_size)
+    compiling = settle_compile(request, plan, shape, device, seq_len=seq_len, world_size=world_size)
+    recipe, config, attention = ask_whole_model(
+        request, shape, device, compiling, seq_len=seq_len, rank=rank, world_size=world_size
+    )
     placement = replace(placement, attention=attention)
     try_set_attention(causal_lm, IMPLEMENTATIONS[placement.attention])
     parked, source = park_other_phases(skeleton, request.plan, plan, checkpoint)
@@ -123,19 +141,29 @@ def build_model(
         loss_model=choose_loss_model(request, placement),
         source=source,
     )
-    optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters, compiled=config.compile)
+    optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters, compiled=config.compiles)
     placed.masters.clear()
     if device.type == "cpu" and placement.parallelism == "shard":
         keep_memory_low(placed.model)
     if rank == 0:
         logger.info(render_placement(placement, estimate, available, applied))
-    return BuiltModel(placed, applied, optimizer, placement, estimate, available, parked, recipe)
+    facts = {"config": config, "device": device, "plan": plan, "has_labels": request.labels is not None}
+    return BuiltModel(placed, applied, optimizer, placement, estimate, available, parked, recipe, **facts)
 
 
 def ask_whole_model(
-    request: TrainRequest, shape: ModelShape, device: torch.device, *, seq_len: int, rank: int, world_size: int
-) -> tuple[LossRecipe, str]:
-    """How the loss is computed, and the attention; what only a whole model can tell is asked by rank 0 of one of its own.
+    request: TrainRequest,
+    shape: ModelShape,
+    device: torch.device,
+    settle: Callable[[LossRecipe], TrainConfig],
+    *,
+    seq_len: int,
+    rank: int,
+    world_size: int,
+) -> tuple[LossRecipe, TrainConfig, str]:
+    """How the loss is computed, the config that `settle` makes of that, and the attention.
+
+    What only a whole model can tell is asked by rank 0 of one of its own.
 
     Raises:
         ModelError: When the loss cannot be computed exactly.
@@ -151,7 +179,8 @@ def ask_whole_model(
         fault = agree_on_document_fault(load, recipe, **workers)
     load.cache_clear()
     gc.collect()  # the whole model is gone before anybody reads a part of it
-    return recipe, choose_attention(request.config, shape, seq_len, device, recipe, lambda: fault)
+    config = settle(recipe)
+    return recipe, config, choose_attention(config, shape, seq_len, device, recipe, lambda: fault)
 
 
 def choose_loss_model(request: TrainRequest, placement: Placement) -> Callable[..., LossModel]:

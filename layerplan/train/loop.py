@@ -25,6 +25,7 @@ from layerplan.train.agreement import Agreement, StepCounts
 from layerplan.train.ahead import PreparedStep, StepsAhead
 from layerplan.train.loop_setup import LoopHooks, LoopSetup
 from layerplan.train.optim import compute_clip_scale, compute_grad_norm
+from layerplan.train.out_of_memory import OutOfMemoryError, is_out_of_memory
 from layerplan.train.peers import PeerFacts, gather_facts, summarise_peers
 from layerplan.train.place import IN_STEP, LOGGING
 from layerplan.train.profiling import profiled
@@ -219,7 +220,8 @@ def _is_due(step: int, every: int, is_last: bool) -> bool:
 
 def _open_steps(setup: LoopSetup, state: TrainState, hooks: LoopHooks, end: int) -> StepsAhead:
     def make(rows: PackedRows) -> list[TensorBatch]:
-        return setup.placed.model.make_batches(rows, setup.config.micro_batch_size, setup.device)
+        batches = setup.placed.model.make_batches(rows, setup.config.micro_rows, setup.device)
+        return batches if setup.prefix is None else setup.prefix.attach(rows, batches)
 
     start = state.step + state.data_offset
     return StepsAhead(hooks.iter_steps, make, setup.device, start=start, stop=end + state.data_offset)
@@ -257,11 +259,13 @@ def _forward_backward(books: Books, taken: TakenStep, end: int) -> LaunchedStep:
             if placed.finish_sync is not None:
                 with books.window.phase("peers"):
                     placed.finish_sync()
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise TrainingError(f"step {step}: out of memory. {setup.memory_advice}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(f"step {step}: out of memory. {setup.memory_advice}") from error
     loss_sum = _reduce_sum(loss_sum, setup)
     parameters = [parameter for parameter in placed.model.parameters() if parameter.requires_grad]
-    norm = compute_grad_norm(parameters, placed.reduce_square, compiled=config.compile)
+    norm = compute_grad_norm(parameters, placed.reduce_square, compiled=config.compiles)
     is_last = step == end or counts.wants_stop
     spacings = (config.log_every_steps, config.validate_every_steps, config.checkpoint_every_steps)
     is_due = step == 1 or any(_is_due(step, every, is_last) for every in spacings) or books.looks_first
@@ -360,7 +364,7 @@ def _compute_validation(setup: LoopSetup, hooks: LoopHooks) -> float:
     return compute_validation_loss(
         setup.placed.model,
         hooks.validation,
-        micro_batch_size=setup.config.micro_batch_size,
+        micro_batch_size=setup.config.micro_rows,
         device=setup.device,
         rank=setup.rank,
         world_size=setup.world_size,

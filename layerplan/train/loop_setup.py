@@ -16,6 +16,7 @@ from layerplan.models.freezing import AppliedPlan
 from layerplan.train import metrics
 from layerplan.train.frozen_check import FrozenTensors
 from layerplan.train.place import Mark
+from layerplan.train.prefix_cache import PrefixCache
 from layerplan.train.sharding import PlacedModel
 from layerplan.train.state import TrainState
 
@@ -73,6 +74,8 @@ class LoopSetup:
     """(first step, number of steps) over which the learning rate rises again after a change of plan."""
     frozen: FrozenTensors | None = None
     """Checked before every checkpoint; None leaves it out."""
+    prefix: PrefixCache | None = None
+    """What is kept of the frozen prefix's output; None for nothing."""
     host_group: dist.ProcessGroup | None = None
     """A gloo group of all ranks for what hosts tell each other; None where the default group is one."""
     node: int = 0

@@ -125,6 +125,8 @@ class TrainResult:
     """(step, workers): from which step on how many trained; empty in results of versions that did not note it."""
     mean_workers: float = 1.0
     """Over all steps."""
+    micro_batch_size: int = 0
+    """Rows of a forward pass, as the config says or `auto` came to; 0 in results of versions that did not note it."""
 
     def save(self, run_dir: Path) -> None:
         """Writes `training.json` atomically, with paths relative to the run folder."""

@@ -87,14 +87,14 @@ def place_model(
         from layerplan.train.fp8 import convert_frozen_layers
 
         convert_frozen_layers(parts, plan)
-    if config.compile:
+    if config.compiles:
         has_units = placement.parallelism == placement.frozen_sharding == "shard"
         compile_layers(parts, left_out=plan.trainable_modules if has_units else ())
     checkpoint_layers(parts.layers, placement.checkpointed_layers)
-    model = loss_model(causal_lm, recipe, z_weight=config.z_loss, compiled=config.compile)
+    model = loss_model(causal_lm, recipe, z_weight=config.z_loss, compiled=config.compiles)
     if placement.parallelism == "replicate":
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if config.global_batch_size > world_size * config.micro_batch_size:
+        if config.global_batch_size > world_size * config.micro_rows:
             _accumulate_in_float32(trained)
         if world_size == 1:
             return PlacedModel(model, masters)
@@ -135,10 +135,10 @@ def compile_layers(parts: DecoderParts, left_out: Collection[int] = ()) -> None:
     Layers to leave out are those that hold several FSDP units, whose hooks would cut their graphs into pieces.
 
     Layers of one kind share their graphs. More variants than a plan can cause would mean silent eager execution, so
-    reaching the recompile limit is an error.
+    reaching the recompile limit is an error, unless errors of the compiler are let be (`train.compile: auto`).
     """
     torch._dynamo.config.recompile_limit = 32
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.fail_on_recompile_limit_hit = not torch._dynamo.config.suppress_errors
     if left_out:
         logger.info("%d layers train in part and are sharded in several units; they are not compiled", len(left_out))
     for index, layer in enumerate(parts.layers):
@@ -176,6 +176,7 @@ def shard_model(
     if placement.frozen_sharding == "replicate":
         ignored = {parameter for parameter in model.parameters() if not parameter.requires_grad}
     trained = set(plan.trainable_layers)
+    lowest = None if plan.train_embeddings else min(trained, default=None)
     for index, layer in enumerate(parts.layers):
         if index in plan.trainable_modules:
             ignored |= list_mixed(layer)
@@ -185,12 +186,26 @@ def shard_model(
             for module in list_units(layer, ignored):
                 fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
             fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=not again, ignored_params=ignored)
+            if index == lowest:
+                fetch_nothing_below(layer)
     head_trains = parts.lm_head.weight.requires_grad
     for module in (parts.embeddings, parts.final_norm):
         others = [p for p in module.parameters() if p is not parts.lm_head.weight and p not in ignored]
         if others and others[0].requires_grad != head_trains:
             fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=ignored or None)
+
+
+def fetch_nothing_below(layer: nn.Module) -> None:
+    """Keeps the units of the layer at which backward ends from gathering the unit that ran before them, whose turn never comes.
+
+    FSDP takes a list of units to gather ahead in place of the one before; a unit that is gathered already is left alone.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for unit in layer.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_modules_to_backward_prefetch([unit])
 
 
 def reshard(model: nn.Module) -> None:

@@ -10,8 +10,9 @@ D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -57,6 +58,9 @@ class LossModel(nn.Module):
             scale: As in `compute_loss_sum`.
             naive: Through the model's own logits, all of them at once: what the self-test compares with.
         """
+        if batch.cached is not None:
+            with batch.cached.running(batch.labels_BT.device):
+                return self.forward(replace(batch, cached=None), scale, naive=naive)
         inputs = self.make_inputs(batch)
         labels_N = batch.labels_BT.flatten()
         if naive or self.recipe.head.kind == "own":
@@ -109,6 +113,14 @@ def _sum_plain_loss(logits_NV: Tensor, labels_N: Tensor, z_weight: float) -> Ten
     return total
 
 
+class CachedStates(Protocol):
+    """How a micro-batch goes through the frozen prefix (`layerplan/train/prefix_cache.py`)."""
+
+    def running(self, device: torch.device) -> AbstractContextManager[None]:
+        """Within it the model runs so."""
+        ...
+
+
 @dataclass(frozen=True)
 class TensorBatch:
     """One micro-batch on its device, all (B, T) int64."""
@@ -125,6 +137,8 @@ class TensorBatch:
     """With a start layer: the positions that have a label, counted row after row."""
     offsets: Tensor | None = None
     """Where documents start in the flattened rows (`find_offsets`), int32; None where nobody wrote it down."""
+    cached: CachedStates | None = None
+    """What is known of its rows' states above the frozen prefix; None where nothing is kept of them."""
 
     def find_offsets(self) -> Tensor:
         """Where documents start; asks the device when they did not come with the rows."""

@@ -33,6 +33,7 @@ from layerplan.storage.flag import Flag
 from layerplan.storage.paths import StoredPath
 from layerplan.storage.working import find_home
 from layerplan.train.feed import check_feed
+from layerplan.train.known_rows import find_rows
 from layerplan.train.ray_trainer import deciding_anew, make_torch_trainer
 from layerplan.train.request import TrainRequest, TrainResult, load_result
 from layerplan.train.resume import check_resumable, reset_ray_index
@@ -277,6 +278,7 @@ def _summarise(
         propagated_rows=state.propagated_rows,
         worlds=state.worlds,
         mean_workers=state.mean_workers or request.config.most_workers,
+        micro_batch_size=find_rows(request),
     )
 
 

@@ -42,9 +42,11 @@ from layerplan.train.loop import run_loop
 from layerplan.train.loop_setup import LoopHooks, LoopSetup
 from layerplan.train.loss_proof import prove_loss
 from layerplan.train.metrics import MetricSink
+from layerplan.train.micro_batch import build_to_fit, noting_shortage
 from layerplan.train.node_load import NodeLoad
 from layerplan.train.outlet import ALONE, Outlet
 from layerplan.train.place import STARTING, Mark
+from layerplan.train.prefix_cache import open_prefix_cache
 from layerplan.train.prometheus import RayGauges
 from layerplan.train.request import Judging, TrainRequest, load_result
 from layerplan.train.resume import find_resume
@@ -55,6 +57,9 @@ from layerplan.train.token_flops import predict_token_flops
 from layerplan.train.world import note_world
 
 logger = logging.getLogger(__name__)
+
+REACHED = 0.5
+"""Share of its peak rate that a worker is taken to reach, where time is predicted."""
 
 
 def run_worker(request: TrainRequest, outlet: Outlet = ALONE) -> None:
@@ -84,21 +89,26 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
     state = resumed.state
     group, host_group = make_host_groups()
     load = NodeLoad()
+    place = {"seq_len": manifest.seq_len, "rank": rank, "world_size": world_size}
     with open_recorders(request, state, rank, world_size, host_group) as recorders:
         while True:
             mark(STARTING, state.step)
             plan = request.plan.at_step(state.step)
             end = request.plan.next_change(state.step) or request.config.max_steps
-            built = build_model(
+            built = build_to_fit(
+                partial(
+                    build_model,
+                    request,
+                    plan,
+                    shape,
+                    device,
+                    local_world_size=context.get_local_world_size(),
+                    checkpoint=resumed.checkpoint,
+                    **place,
+                ),
                 request,
-                plan,
-                shape,
-                device,
-                seq_len=manifest.seq_len,
-                rank=rank,
-                world_size=world_size,
-                local_world_size=context.get_local_world_size(),
-                checkpoint=resumed.checkpoint,
+                forget=partial(forget_phase, device),
+                **place,
             )
             writer = CheckpointWriter(
                 checkpoints,
@@ -124,33 +134,39 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
                 world_size=world_size,
             )
             frozen, state = prove_frozen(request, built, state, world_size)
+            peak_flops = find_peak_flops(request.config, device)
+            prefix = open_prefix_cache(request, built, shape, flops_per_s=REACHED * peak_flops, world_size=world_size)
             setup = LoopSetup(
                 built.placed,
                 built.optimizer,
                 built.applied,
-                request.config,
+                built.config,
                 device,
                 rank,
                 world_size,
                 flops_per_token=predict_token_flops(plan, shape, manifest, request.labels),
-                peak_flops=find_peak_flops(request.config, device),
+                peak_flops=peak_flops,
                 predicted_memory_gib=built.estimate.total / GIB,
-                memory_advice=explain_shortage(built.estimate, built.available_bytes, request.config),
+                memory_advice=explain_shortage(built.estimate, built.available_bytes, built.config),
                 profile_dir=RunFolder(request.run_dir).step_times if rank == 0 else None,
                 rewarm=find_rewarm(request.plan, state.step),
                 frozen=frozen,
+                prefix=prefix,
                 host_group=host_group,
                 node=nodes[rank],
                 read_load=load.read,
             )
             hooks = make_hooks(request, setup, state, writer, recorders, mark, outlet)
-            state = run_loop(setup, state, hooks, stop_step=end)
+            with noting_shortage(built, request):
+                state = run_loop(setup, state, hooks, stop_step=end)
+            if prefix is not None:
+                prefix.close(is_done=state.step >= request.config.max_steps)
             if state.step < end or state.step >= request.config.max_steps or is_asked_to_stop(request, rank):
                 return
             resumed = writer.finish()
             recorders.note_change(request.plan, state.step)
             built.placed.release()
-            del built, setup, writer, frozen, hooks
+            del built, setup, writer, frozen, prefix, hooks
             forget_phase(device)
 
 

@@ -1,5 +1,6 @@
 """Two gloo workers equal one process over 50 steps: every plan type, tied and untied, replicated and sharded.
 
+What a worker holds of a plan in bfloat16 is counted too, byte by byte, and what it gathers in its backward pass.
 The test starts this file twice as a program; each copy is one worker and checks itself against the single process.
 """
 
@@ -28,6 +29,8 @@ def test_two_workers_equal_one_process_over_fifty_steps(tmp_path: Path) -> None:
     """36 cases: four plans of whole layers, tied and untied, one of modules, four placements; parameters within 1e-5."""
     outputs = run_two_workers(__file__)
     assert outputs[0].count("case ok") == sum(map(len, TIES.values())) * len(PLACEMENTS)
+    for output in outputs:
+        assert output.count("bytes ok") == len(TIES) * len(PLACEMENTS)
 
 
 def make_model(is_tied: bool):  # type: ignore[no-untyped-def]
@@ -126,6 +129,8 @@ class Sent:
     """What FSDP asked of its collectives."""
 
     gathered: set[str] = field(default_factory=set)
+    gathered_backward: set[str] = field(default_factory=set)
+    """In backward passes alone."""
     reduced_bytes: int = 0
 
 
@@ -134,6 +139,7 @@ def count_collectives() -> Iterator[Sent]:
     """Listens where FSDP2 starts its gathers and reductions."""
     from unittest import mock
 
+    import torch
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
 
     from layerplan.models.freezing import hf_name
@@ -141,7 +147,10 @@ def count_collectives() -> Iterator[Sent]:
     sent, gather, reduce = Sent(), fsdp.foreach_all_gather, fsdp.foreach_reduce
 
     def count_gather(params, *args, **kwargs):  # type: ignore[no-untyped-def]
-        sent.gathered |= {hf_name(param._param_fqn) for param in params}
+        names = {hf_name(param._param_fqn) for param in params}
+        sent.gathered |= names
+        if torch._C._current_graph_task_id() >= 0:
+            sent.gathered_backward |= names
         return gather(params, *args, **kwargs)
 
     def count_reduce(params, grads, *args, **kwargs):  # type: ignore[no-untyped-def]
@@ -153,6 +162,68 @@ def count_collectives() -> Iterator[Sent]:
         mock.patch.object(fsdp, "foreach_reduce", count_reduce),
     ):
         yield sent
+
+
+def list_storages() -> dict[int, int]:
+    """Bytes of the memory of all tensors there are, by its address."""
+    import torch
+
+    gc.collect()
+    found = {}
+    for value in gc.get_objects():
+        if issubclass(type(value), torch.Tensor) and not value.is_meta:
+            value = getattr(value, "_local_tensor", value)
+            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    return found
+
+
+def count_bytes(plan_type: str, placement, rank: int) -> None:  # type: ignore[no-untyped-def]
+    """A step in bfloat16: frozen parameters take two bytes a weight, whole or in shards, and nothing beside."""
+    import torch
+
+    from layerplan.config.train import TrainConfig
+    from layerplan.models.freezing import apply_plan, hf_name
+    from layerplan.plan.placement import Placement
+    from layerplan.train.optim import build_optimizer
+    from layerplan.train.sharding import place_model
+    from layerplan.train.step import accumulate_gradients, make_batches
+
+    parallelism, frozen_sharding, num_replicas = placement
+    before = list_storages()
+    model, device = make_model(is_tied=False), torch.device("cpu")
+    plan = make_plan_for(model, plan_type)
+    config = TrainConfig(global_batch_size=8, micro_batch_size=2, num_workers=2, num_replicas=num_replicas)
+    applied = apply_plan(model, plan)
+    placed = place_model(model, plan, config, Placement(parallelism, frozen_sharding), world_size=2, device=device)
+    optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters)
+    placed.masters.clear()
+    batches = make_batches(rows_of_step(0, rank, 2), 2, placed.model.recipe, device)
+    with count_collectives() as sent:
+        accumulate_gradients(placed.model, batches, 1.0, placed.set_sync)
+        if placed.finish_sync is not None:
+            placed.finish_sync()
+    named = {hf_name(name): value for name, value in placed.model.named_parameters()}
+    assert all(named[name].grad is None for name in applied.frozen), f"{plan_type} {placement}: a frozen gradient"
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    assert {id(value) for value in optimizer.state} == {id(named[name]) for name in applied.trainable}
+    del batches
+    here = {at: size for at, size in list_storages().items() if at not in before}
+    shards = 2 // num_replicas
+    trained, frozen = (sum(named[name].numel() for name in names) for names in (applied.trainable, applied.frozen))
+    if parallelism == "replicate":
+        wanted = trained * (2 + 4 + 8) + frozen * 2
+    else:
+        wanted = trained * (4 + 8) // shards + frozen * 2 // (shards if frozen_sharding == "shard" else 1)
+    assert 0 <= sum(here.values()) - wanted < 2048, f"{plan_type} {placement}: {sum(here.values())} bytes, not {wanted}"
+    lowest = min(plan.trainable_layers)
+    below = {name for name in named if any(f".layers.{layer}." in name for layer in range(lowest))}
+    below |= {name for name in applied.frozen if "embed_tokens" in name}
+    assert not sent.gathered_backward & below, f"{plan_type} {placement}: {sent.gathered_backward & below}"
+    is_gathered = parallelism == "shard" and num_replicas == 1
+    assert bool(sent.gathered_backward) == is_gathered and (not is_gathered or sent.gathered >= set(applied.trainable))
+    placed.release()
+    print(f"bytes ok {plan_type} {placement}: {sum(here.values()):,} of {wanted:,}", flush=True)
 
 
 def main() -> None:
@@ -194,6 +265,9 @@ def main() -> None:
                 gc.collect()
                 assert parameter() is None, f"{case}: a phase that is over keeps its parameters"
                 print(f"case ok {case}: {worst:.1e}", flush=True)
+    for plan_type in TIES:
+        for placement in PLACEMENTS:
+            count_bytes(plan_type, placement, rank)
     dist.destroy_process_group()
 
 
