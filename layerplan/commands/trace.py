@@ -28,9 +28,9 @@ def execute(args: argparse.Namespace) -> None:
     """
     config = read_config_or_model(args)
     if args.dry_run:
-        from layerplan.pipeline.dry_run import print_dry_run
+        from layerplan.pipeline.dry_run import print_trace_dry_run
 
-        print_dry_run(config)
+        print_trace_dry_run(config)
     else:
         from layerplan.pipeline.trace_layers import trace_layers
 

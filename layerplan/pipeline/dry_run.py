@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from layerplan.config.corpus import CorpusConfig
 from layerplan.config.load import dump_config
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig, LayerPlanOptions
@@ -14,7 +16,7 @@ from layerplan.config.run import RunConfig
 from layerplan.config.stitch import StitchedModelConfig
 from layerplan.corpus.joining import read_joining
 from layerplan.corpus.sources import list_units
-from layerplan.errors import ModelError
+from layerplan.errors import CorpusError, ModelError
 from layerplan.models.files import is_at_hand
 from layerplan.models.ref import ModelRef
 from layerplan.models.scratch_config import make_hf_config
@@ -35,6 +37,7 @@ from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.plan_cost import PlanCost
 from layerplan.plan.policies import make_full_plan, make_plan
 from layerplan.plan.stitch_report import LayerOrigin
+from layerplan.storage.address import is_address
 from layerplan.storage.mirror import fetch_file
 from layerplan.train.request import load_result
 
@@ -56,10 +59,28 @@ def print_dry_run(config: RunConfig) -> None:
     print(f"plan   {plan.plan_type}: {note}")
     print(f"       {render_layer_map(plan)}")
     print("".join(f"       {line}\n" for line in explain_changes(plan)))
+    _print_sources_here(config)
     costs = _compare(config, plan, model, shape)
     print(render_cost_table({"full": costs["full"], **costs}))
     print(f"\nwhy    {explain_cost(plan, shape, costs['this plan'], costs['full'])}")
     _print_totals(config, plan, shape, costs["this plan"])
+
+
+def print_trace_dry_run(config: RunConfig) -> None:
+    """Prints the resolved config, the model and what it would be asked.
+
+    Raises:
+        LayerplanError: When the model or the probes cannot be read.
+    """
+    from layerplan.tracer.pool import collect_probes
+
+    print(dump_config(config))
+    describe_model(config)
+    groups = Counter(probe.group for probe in collect_probes(config.trace))
+    print(
+        f"probes {groups.total():,} in {len(groups)} groups ({config.trace.probes}), {config.trace.num_actors} processes"
+    )
+    print("writes layer_profile.json, freeze_plan.json and report.html; trains nothing")
 
 
 def print_corpus_dry_run(config: RunConfig) -> None:
@@ -71,11 +92,7 @@ def print_corpus_dry_run(config: RunConfig) -> None:
     print(dump_config(config))
     print("text   " + "\n       ".join(_describe_text(config)))
     print(f"rows   of {config.corpus.seq_len:,} tokens")
-    units = list_units(config.corpus, report=lambda line: print(f"note   {line}"))
-    for index, source in enumerate(config.corpus.sources):
-        mine = [unit for unit in units if unit.source == index]
-        files = len({unit.path for unit in mine})
-        print(f"source {source.path}: {files:,} files, {sum(unit.num_bytes for unit in mine) / 1e6:,.1f} MB as stored")
+    _print_sources(config.corpus)
 
 
 def describe_model(config: RunConfig) -> tuple[ModelIdentity, ModelShape]:
@@ -89,6 +106,26 @@ def describe_model(config: RunConfig) -> tuple[ModelIdentity, ModelShape]:
 def count_hours(flops: float, config: RunConfig, rate: float) -> float:
     """Hours of a number of FLOPs on all workers of a run, each at `rate` FLOP/s."""
     return flops / (config.train.most_workers * rate) / 3600
+
+
+def _print_sources(corpus: CorpusConfig) -> None:
+    units = list_units(corpus, report=lambda line: print(f"note   {line}"))
+    for index, source in enumerate(corpus.sources):
+        mine = [unit for unit in units if unit.source == index]
+        files, size = len({unit.path for unit in mine}), sum(unit.num_bytes for unit in mine)
+        stored = f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size:,} bytes"
+        print(f"source {source.path}: {files:,} files, {stored} as stored")
+
+
+def _print_sources_here(config: RunConfig) -> None:
+    """What there is of sources on this machine; a run may be meant for another, so that a missing one is told, no error."""
+    for index, source in enumerate(config.corpus.sources):
+        if is_address(source.path):
+            continue
+        try:
+            _print_sources(config.corpus.model_copy(update={"sources": [source]}))
+        except CorpusError as error:
+            print(f"note   {str(error).replace('sources.0.', f'sources.{index}.')}; a run would stop here")
 
 
 def _shape(config: RunConfig) -> tuple[ModelShape, str]:

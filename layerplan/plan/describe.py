@@ -31,7 +31,8 @@ def describe_measurement(profile: LayerProfile) -> list[str]:
     ]
     start, end = profile.task_particle_interval
     theta = profile.options.get("task_particle_threshold", 0.5)
-    where = {0: "no layer", 1: f"layer {start}"}.get(max(0, end - start), f"layers {start} to {end - 1}")
+    many = f"layers {start} to {end - 1}, the longest run of such layers"
+    where = {0: "no layer", 1: f"layer {start}"}.get(max(0, end - start), many)
     strongest = profile.task_particle_argmax
     lines.append(
         f"Task evidence moves by more than {theta:g} of itself in {where} (task particle), most in layer {strongest}"

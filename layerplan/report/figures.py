@@ -138,7 +138,7 @@ def draw_heat_map(
     )
     axes.set_yticks(range(len(groups)), [name.replace("_", " ") for name in groups], fontsize=7)
     axes.set(xlabel="decoder layer", title=title)
-    figure.colorbar(image, ax=axes, fraction=0.03)
+    figure.colorbar(image, ax=axes, fraction=0.03, format="%g")
     return figure
 
 
