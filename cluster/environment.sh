@@ -11,11 +11,20 @@ die() {
   exit 1
 }
 
-# Ends a process group: asked first, made to after ten seconds.
+# Ends what setsid started: asked first, made to after ten seconds. Ray's workers are groups of their own in its session.
 end_group() {
   kill -TERM -- "-$1" 2>/dev/null || true
-  for _ in $(seq 40); do kill -0 -- "-$1" 2>/dev/null || return 0; sleep 0.25; done
+  for _ in $(seq 40); do is_left "$1" || return 0; sleep 0.25; done
   kill -KILL -- "-$1" 2>/dev/null || true
+  ! has_sessions || pkill -KILL --session "$1" || true
+}
+
+is_left() {
+  if has_sessions; then pgrep --session "$1" >/dev/null; else kill -0 -- "-$1" 2>/dev/null; fi
+}
+
+has_sessions() {
+  [ -d /proc ] && command -v pkill >/dev/null
 }
 
 # The IPv4 address of the interface that IFNAME names.
