@@ -49,6 +49,17 @@ class BucketServer:
         filesystem.create_dir(bucket)
         return filesystem
 
+    def list_keys(self, bucket: str) -> list[str]:
+        """Keys of all objects of a bucket."""
+        filesystem, path = pafs.FileSystem.from_uri(self.locate(bucket))
+        found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+        return [each.path for each in found if each.type == pafs.FileType.File]
+
+    @property
+    def endpoint(self) -> str:
+        """The server's own address."""
+        return self.environment[1]
+
     def upload(self, folder: Path, bucket: str) -> str:
         """Copies a folder's files into a new bucket; returns the bucket's address."""
         pafs.copy_files(str(folder), bucket, destination_filesystem=self.make(bucket))

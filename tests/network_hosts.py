@@ -147,7 +147,8 @@ class Network:
         link, inside = (f"lp{end}{os.getpid()}-{index}"[:15] for end in "vc")
         table = self.folder / "hosts"
         mounts = f"mount --bind {own} {place} && mount --bind {table} /etc/hosts && mount -t tmpfs tmpfs /dev/shm"
-        shell = f"{mounts} && hostname {name} && exec sleep 100000"
+        # the first process takes what was orphaned, as an init does: what nobody waits for would look alive
+        shell = f"{mounts} && hostname {name} && while :; do sleep 100000 & wait; done"
         kinds = ("--net", "--pid", "--mount", "--uts", "--fork", "--mount-proc", "--kill-child")
         init = subprocess.Popen(["unshare", *kinds, "sh", "-c", shell], stderr=subprocess.DEVNULL)
         host = Host(name, address, link, place, own, init, pid=_find_child(init.pid))
@@ -200,14 +201,19 @@ def running_hosts(count: int, folder: Path) -> Iterator[Network]:
 
 def _find_child(pid: int) -> int:
     """The first process of the new namespaces, once it is there."""
-    children = Path(f"/proc/{pid}/task/{pid}/children")
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        found = children.read_text().split()
-        if found and b"sleep" in Path(f"/proc/{found[0]}/cmdline").read_bytes():
-            return int(found[0])
+        for child in _list_children(pid):
+            if any(Path(f"/proc/{each}/comm").read_text() == "sleep\n" for each in _list_children(child)):
+                return child
         time.sleep(0.05)
     raise TimeoutError("the namespaces of a host were not made")
+
+
+def _list_children(pid: int) -> list[int]:
+    with suppress(OSError):
+        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
 
 
 def _run(*command: str) -> None:

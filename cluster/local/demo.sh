@@ -17,11 +17,7 @@ mkdir -p "$RUNS"
 stop() {
   status=$?
   trap - EXIT INT TERM
-  if [ -n "${RAY_PID:-}" ]; then
-    kill -TERM -- "-$RAY_PID" 2>/dev/null || true
-    for _ in $(seq 40); do kill -0 -- "-$RAY_PID" 2>/dev/null || break; sleep 0.25; done
-    kill -KILL -- "-$RAY_PID" 2>/dev/null || true
-  fi
+  [ -z "${RAY_PID:-}" ] || end_group "$RAY_PID"
   rm -rf "$RAY_TMPDIR"
   exit "$status"
 }

@@ -2,6 +2,8 @@
 
 python cluster/local/ports.py free 3                     prints three free ports; PORTS=20000-20100 limits the choice
 python cluster/local/ports.py check RAY_PORT=6379        fails when the port is taken
+
+On loopback; ADDRESS=10.0.0.1 names another address of this machine.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import socket
 import sys
 from collections.abc import Iterable
 
-LOOPBACK = "127.0.0.1"
+ADDRESS = os.environ.get("ADDRESS", "127.0.0.1")
 LOWEST, HIGHEST = 1024, 65535
 
 
@@ -23,8 +25,10 @@ def find_free_ports(count: int, candidates: Iterable[int]) -> list[int]:
             if len(held) == count:
                 break
             probe = socket.socket()
+            if port:  # who listens there counts, not what a connection of a moment ago left
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((LOOPBACK, port))
+                probe.bind((ADDRESS, port))
             except OSError:
                 probe.close()
                 continue
@@ -57,7 +61,7 @@ def print_free(count: int) -> None:
     ports = find_free_ports(count, parse_range(limits) if limits else [0] * count)
     if len(ports) < count:
         where = f" in PORTS={limits}" if limits else ""
-        raise ValueError(f"no free port: {count} are needed on {LOOPBACK}{where}, {len(ports)} are free")
+        raise ValueError(f"no free port: {count} are needed on {ADDRESS}{where}, {len(ports)} are free")
     print("\n".join(map(str, ports)))
 
 
@@ -71,7 +75,7 @@ def check_free(setting: str) -> None:
     if not (text.isdigit() and LOWEST <= int(text) <= HIGHEST):
         raise ValueError(f"{name}={text}: must be a port between {LOWEST} and {HIGHEST}")
     if not find_free_ports(1, [int(text)]):
-        raise ValueError(f"{name}={text}: the port is taken on {LOOPBACK}; set {name} to a free one")
+        raise ValueError(f"{name}={text}: the port is taken on {ADDRESS}; set {name} to a free one")
 
 
 def main(arguments: list[str]) -> int:

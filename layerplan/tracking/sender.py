@@ -37,6 +37,11 @@ LONGEST_WAIT_S, LONGEST_WAIT_AT_END_S = 60.0, 0.5
 ORPHAN_S = 30.0
 """How long a sender goes on whose run was killed."""
 MAX_REASON_CHARS = 300
+NOT_LET_IN = "error code 401"
+WHO_ASKS = (
+    "user or password refused: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the"
+    " environment of the job"
+)
 
 Kind = Literal["reached", "up", "down", "progress", "busy", "end"]
 
@@ -110,7 +115,10 @@ class Sender:
         return int(carried.lines)
 
     def _describe(self, error: Exception) -> str:
-        return probe(self._uri) or redact_text(first_line(error), self._uri)[:MAX_REASON_CHARS]
+        reason = first_line(error)
+        return probe(self._uri) or (
+            WHO_ASKS if NOT_LET_IN in reason else redact_text(reason, self._uri)[:MAX_REASON_CHARS]
+        )
 
 
 def main() -> None:

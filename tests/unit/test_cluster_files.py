@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.kuberay_schema import KEPT, RELEASE, find_faults, load_manifests
 
@@ -75,15 +76,16 @@ def test_the_head_has_no_gpu_and_is_reached_by_token_and_every_node_has_the_stor
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 
-def read_instructions() -> list[tuple[str, str]]:
-    """(name, rest) of every instruction of the Dockerfile."""
-    text = (ROOT / "cluster/Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+def read_instructions(path: str) -> list[tuple[str, str]]:
+    """(name, rest) of every instruction of a Dockerfile."""
+    text = (ROOT / path).read_text(encoding="utf-8").replace("\\\n", " ")
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     return [(line.split(maxsplit=1)[0].upper(), line.split(maxsplit=1)[1]) for line in lines]
 
 
-def test_the_image_is_of_a_fixed_base_runs_as_a_user_and_keeps_no_package_lists_and_no_secrets() -> None:
-    instructions = read_instructions()
+@pytest.mark.parametrize("path", ["cluster/Dockerfile", "cluster/mlflow/Dockerfile"])
+def test_an_image_is_of_a_fixed_base_runs_as_a_user_and_keeps_no_package_lists_and_no_secrets(path: str) -> None:
+    instructions = read_instructions(path)
     base = next(rest for name, rest in instructions if name == "FROM")
     assert re.fullmatch(r"[a-z/]+:\d[\w.-]*", base), f"{base}: a version is wanted, not the newest"
     users = [rest for name, rest in instructions if name == "USER"]
@@ -98,10 +100,28 @@ def test_the_image_is_of_a_fixed_base_runs_as_a_user_and_keeps_no_package_lists_
         if name in ("ENV", "ARG"):
             assert not re.search(r"TOKEN=|PASSWORD|SECRET|KEY=", rest)
     copied = [index for index, (name, rest) in enumerate(instructions) if name == "COPY"]
-    assert instructions[copied[0]][1].startswith("requirements "), "locks first, so that code alone builds in seconds"
-    lock = next(rest for name, rest in instructions if name == "ARG" and rest.startswith("LOCK="))
-    assert (ROOT / lock.removeprefix("LOCK=")).exists()
+    assert instructions[copied[0]][1].startswith("requirements"), "locks first, so that code alone builds in seconds"
+    for lock in (rest for name, rest in instructions if name == "ARG" and rest.startswith("LOCK=")):
+        assert (ROOT / lock.removeprefix("LOCK=")).exists()
     (python,) = re.findall(r"python:(\d+\.\d+)", base)
     assert python == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(
         ">="
     )
+
+
+def test_the_server_of_a_team_has_the_versions_of_our_lock_and_four_packages_of_its_own() -> None:
+    kept = set((ROOT / "requirements/cpu.txt").read_text().lower().split())
+    lines = (ROOT / "cluster/mlflow/requirements.txt").read_text().split()
+    assert lines == sorted(lines)
+    own = {line.partition("==")[0] for line in lines if line not in kept}
+    assert own == {"psycopg", "psycopg-binary", "flask-wtf", "wtforms"}
+
+
+def test_every_image_and_address_of_the_team_file_is_fixed_and_only_loopback_is_published() -> None:
+    compose = yaml.safe_load((ROOT / "cluster/mlflow/compose.yaml").read_text(encoding="utf-8"))
+    for name, service in compose["services"].items():
+        assert re.search(r":[\w.-]*\d", service["image"]) and "latest" not in service["image"], name
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), name
+        for key, value in service.get("environment", {}).items():
+            assert ("PASSWORD" not in key and "SECRET" not in key) or "${" in value, f"{name}: {key} is written out"
+    assert compose["services"]["mlflow"]["image"] == f"layerplan-mlflow:{VERSION}"
