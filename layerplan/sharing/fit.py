@@ -27,7 +27,8 @@ def check_fit(demands: Iterable[Demand], nodes: Collection[Node]) -> None:
             raise ClusterError(
                 f"{demand.field}.labels: no node satisfies {wanted}; the cluster has {describe_labels(nodes)}"
             )
-        rooms = [count_room(node.total, demand.resources) // demand.together * demand.together for node in suitable]
+        rooms = [min(demand.count, count_room(node.total, demand.resources)) for node in suitable]
+        rooms = [room // demand.together * demand.together for room in rooms]
         if sum(rooms) < demand.count:
             kind = "that its labels allow " if demand.labels else ""
             where = f"the {len(suitable)} {'node' if len(suitable) == 1 else 'nodes'} {kind}"
