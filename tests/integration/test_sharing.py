@@ -6,8 +6,6 @@ The file is also the program of each job: `python test_sharing.py WHAT ARGUMENT.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -56,10 +54,11 @@ class Job:
         return self.path.read_text()
 
     def wait_for(self, text: str) -> None:
-        wait_until(lambda: text in self.said(), self.said)
+        wait_until(lambda: text in self.said() or self.process.poll() is not None, self.said)
+        assert text in self.said(), self.said()[-3000:]
 
     def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.kill()
         self.process.wait()
 
 
@@ -244,7 +243,7 @@ def train(name: str, folder: str) -> None:
 
     request = make_request(Path(folder), "quiet")
     wanted = request.config.model_copy(update={"num_cpus_per_worker": 2.0, "labels": LARGE, "max_steps": 40})
-    config = RunConfig.model_validate({"name": name, "model": {"name": "base"}, "train": wanted.model_dump()})
+    config = RunConfig.model_validate({"name": name, "model": {"type": "pretrained", "name": "base"}, "train": wanted.model_dump()})
     with on_cluster(config, ask_for_training(config)):
         print("started", flush=True)
         request.run_dir.mkdir(exist_ok=True)
@@ -264,7 +263,7 @@ def score(name: str, folder: str, model: str, kind: str) -> None:
         "labels": {"kind": kind},
         "protocols": ["logit"],
     }
-    values = {"name": name, "storage_path": folder, "model": {"name": model}, "evaluation": evaluation}
+    values = {"name": name, "storage_path": folder, "model": {"type": "pretrained", "name": model}, "evaluation": evaluation}
     score_model(RunConfig.model_validate(values), ModelRef(model), Path(folder) / name)
     print(f"ended at {time.time()}", flush=True)
 
