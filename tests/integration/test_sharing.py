@@ -243,7 +243,9 @@ def train(name: str, folder: str) -> None:
 
     request = make_request(Path(folder), "quiet")
     wanted = request.config.model_copy(update={"num_cpus_per_worker": 2.0, "labels": LARGE, "max_steps": 40})
-    config = RunConfig.model_validate({"name": name, "model": {"type": "pretrained", "name": "base"}, "train": wanted.model_dump()})
+    config = RunConfig.model_validate(
+        {"name": name, "model": {"type": "pretrained", "name": "base"}, "train": wanted.model_dump()}
+    )
     with on_cluster(config, ask_for_training(config)):
         print("started", flush=True)
         request.run_dir.mkdir(exist_ok=True)
@@ -263,7 +265,12 @@ def score(name: str, folder: str, model: str, kind: str) -> None:
         "labels": {"kind": kind},
         "protocols": ["logit"],
     }
-    values = {"name": name, "storage_path": folder, "model": {"type": "pretrained", "name": model}, "evaluation": evaluation}
+    values = {
+        "name": name,
+        "storage_path": folder,
+        "model": {"type": "pretrained", "name": model},
+        "evaluation": evaluation,
+    }
     score_model(RunConfig.model_validate(values), ModelRef(model), Path(folder) / name)
     print(f"ended at {time.time()}", flush=True)
 
