@@ -188,6 +188,7 @@ def _measure(
         memory_bytes=estimate_actor_memory(
             model, config.dtype, num_gpus=config.num_gpus_per_actor, num_logits=window * len(tokenizer)
         ),
+        labels=config.labels,
     )
     options = (config.dtype, config.num_gpus_per_actor, config.num_threads_per_actor, config.num_actors)
     progress = ProgressLines("windows of held-out text", len(rows), report)

@@ -192,6 +192,7 @@ def _describe_pool(spec: EngineSpec, config: EvaluationConfig, work_dir: Path) -
             num_logits=config.batch_size * len(spec.model.tokenizer()),
             cache_bytes=_find_cache_bytes(spec.backend),
         ),
+        labels=config.labels,
         log_dir=work_dir / ENGINE_LOGS_NAME,
     )
 

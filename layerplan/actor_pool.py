@@ -14,9 +14,9 @@ import os
 import pickle
 import time
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from layerplan.errors import LayerplanError, find_layerplan_error
 from layerplan.log import set_up_worker
 from layerplan.plan.cost import GIB
 from layerplan.progress import ProgressLines
+from layerplan.sharing.demand import suits
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class ActorPool:
     """What is raised when the processes keep dying."""
     memory_bytes: float = 0.0
     """What each asks of its node's memory; 0 asks for nothing."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What its node's labels must satisfy, in Ray's syntax."""
     log_dir: Path | None = None
     """Folder, reachable from every node, in which each process has its standard error; None leaves it to Ray."""
 
@@ -126,6 +129,7 @@ def _start(
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
             memory=_bound_memory(pool),
+            label_selector=dict(pool.labels) or None,
             max_restarts=MAX_RESTARTS,
             max_task_retries=MAX_RESTARTS,
         )
@@ -139,7 +143,8 @@ def _bound_memory(pool: ActorPool) -> float | None:
 
     if not pool.memory_bytes:
         return None
-    largest = max(node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"])
+    nodes = [node for node in ray.nodes() if node["Alive"] and suits(node["Labels"], pool.labels)]
+    largest = max((node["Resources"].get("memory", 0.0) for node in nodes), default=0.0)
     if pool.memory_bytes <= largest:
         return pool.memory_bytes
     asked, there = pool.memory_bytes / GIB, largest / GIB

@@ -31,7 +31,7 @@ COMMANDS = {
     "merge": ("layerplan.commands.merge", "merge an adapter of PEFT into its base"),
     "generate": ("layerplan.commands.generate", "continue a text with models, side by side"),
     "push": ("layerplan.commands.push", "upload a finished run's model, card, plan and scores to the Hugging Face hub"),
-    "cluster": ("layerplan.commands.cluster", "check the nodes of a cluster before a run is placed on them"),
+    "cluster": ("layerplan.commands.cluster", "check the nodes of a cluster, or see which runs share it"),
     "status": ("layerplan.commands.status", "show how a run is doing, live in a terminal, from its folder alone"),
     "report": ("layerplan.commands.report", "write the page of a run folder anew"),
 }

@@ -38,6 +38,7 @@ STAGES = {
     "layerplan.tracking": "tracking",
     "layerplan.train": "train",
     "layerplan.train.watchdog": "watch",
+    "layerplan.sharing": "queue",
     "layerplan.waiting": "wait",
 }
 """Which part of a run speaks, by the logger's name; a record's own `stage` wins."""

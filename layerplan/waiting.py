@@ -124,7 +124,7 @@ def _has_room(ask: Ask, snapshot: Snapshot) -> bool:
 def describe_wait(asks: Sequence[Ask], snapshot: Snapshot, own_job: str, waited_s: float) -> str:
     """One line: what is asked, what is free of it, and who holds the rest, the largest holder first."""
     names = sorted({name for ask in asks for name in ask.resources})
-    wanted = Counter(f"{ask.what} of {_render(ask.resources)}" for ask in asks)
+    wanted = Counter(f"{ask.what} of {render_resources(ask.resources)}" for ask in asks)
     asked = ", ".join(f"{count} x {text}" if count > 1 else text for text, count in wanted.items())
     free = ", ".join(
         f"{_count(name, snapshot.free.get(name, 0))} of {_count(name, snapshot.total.get(name, 0))} {_UNITS.get(name, name)}"
@@ -147,13 +147,14 @@ def _describe_holders(snapshot: Snapshot, names: Sequence[str], own_job: str) ->
     for job in ordered[:_SHOWN_HOLDERS]:
         owner = "this run" if job == own_job else f"job {job}{_parenthesised(snapshot.jobs.get(job, ''))}"
         most = ", ".join(what if count == 1 else f"{count} x {what}" for what, count in things[job].most_common(3))
-        parts.append(f"{_render(by_job[job])} by {owner}: {most}")
+        parts.append(f"{render_resources(by_job[job])} by {owner}: {most}")
     if len(ordered) > _SHOWN_HOLDERS:
         parts.append(f"the rest by {len(ordered) - _SHOWN_HOLDERS} more jobs")
     return "; ".join(parts)
 
 
-def _render(resources: Resources) -> str:
+def render_resources(resources: Resources) -> str:
+    """Amounts with their units, `1 CPU + 2 GPU`."""
     shown = (f"{_count(name, amount)} {_UNITS.get(name, name)}" for name, amount in sorted(resources.items()))
     return " + ".join(shown) or "no resources"
 
@@ -260,8 +261,7 @@ def ask_ray(address: str, own_job: str) -> Snapshot:
     demands = get_cluster_status(address).resource_demands
     if not demands.placement_group_demand and not demands.ray_task_actor_demand:
         return Snapshot()
-    options: dict[str, Any] = {"address": address, "detail": True, "timeout": _ASK_TIMEOUT_S, "limit": _MOST_ROWS}
-    options |= {"raise_on_missing_output": False}
+    options = _make_options(address)
     groups = state.list_placement_groups(**options)
     filters = [("job_id", "=", own_job), ("state", "=", "PENDING_NODE_ASSIGNMENT")]
     pending = state.list_tasks(filters=filters, **options)
@@ -275,8 +275,31 @@ def ask_ray(address: str, own_job: str) -> Snapshot:
     return _add_holders(asks, groups, options) if asks else Snapshot()
 
 
+def ask_holders(address: str) -> tuple[list[Holding], dict[str, str]]:
+    """What is placed on a cluster, and by job id the names people know jobs by.
+
+    Raises:
+        Exception: Of Ray or of the connection, when it does not answer.
+    """
+    from ray.util import state
+
+    options = _make_options(address)
+    return _list_holders(state.list_placement_groups(**options), options)
+
+
+def _make_options(address: str) -> dict[str, Any]:
+    options: dict[str, Any] = {"address": address, "detail": True, "timeout": _ASK_TIMEOUT_S, "limit": _MOST_ROWS}
+    return options | {"raise_on_missing_output": False}
+
+
 def _add_holders(asks: Sequence[Ask], groups: Iterable[Any], options: dict[str, Any]) -> Snapshot:
     import ray
+
+    held, jobs = _list_holders(groups, options)
+    return Snapshot(asks, held, ray.available_resources(), ray.cluster_resources(), jobs)
+
+
+def _list_holders(groups: Iterable[Any], options: dict[str, Any]) -> tuple[list[Holding], dict[str, str]]:
     from ray.util import state
 
     held = [
@@ -290,8 +313,7 @@ def _add_holders(asks: Sequence[Ask], groups: Iterable[Any], options: dict[str, 
     held += [
         Holding(task.job_id, task.name, task.required_resources or {}) for task in tasks if not task.placement_group_id
     ]
-    jobs = {job.job_id: _name_job(job) for job in state.list_jobs(**options) if job.job_id}
-    return Snapshot(asks, held, ray.available_resources(), ray.cluster_resources(), jobs)
+    return held, {job.job_id: _name_job(job) for job in state.list_jobs(**options) if job.job_id}
 
 
 def _read_asked_groups(groups: Iterable[Any], own_job: str) -> list[Ask]:

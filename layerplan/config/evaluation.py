@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from layerplan.config.base import StrictModel
 from layerplan.config.corpus import SourceConfig
+from layerplan.config.labels import NodeLabels
 
 
 class BenchmarkConfig(StrictModel):
@@ -65,6 +66,9 @@ class EvaluationConfig(StrictModel):
     """Threads of an engine on a CPU; left out, the node's cores shared among the engines, and one each beside training."""
     num_gpus_per_actor: float = Field(default=0.0, ge=0)
     """GPUs each engine uses; above 1 it splits the model over them (tensor parallel)."""
+    labels: NodeLabels = {}
+    """Nodes that engines may be on, by Ray's labels, so that scoring may use other GPUs than training:
+    `{ray.io/accelerator-type: L4}`. All must hold."""
     repeats: int = Field(default=1, ge=1, le=20)
     """Ask everything so often, each time in another order; the standard deviation is reported."""
     evaluate_base: bool = True

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from layerplan.config.base import StrictModel
+from layerplan.config.labels import NodeLabels
 
 Measurement = Literal["spectrum", "block_influence", "gradient_norm", "fisher", "pilot", "tuned_lens_gain"]
 MEASUREMENTS: tuple[Measurement, ...] = (
@@ -40,3 +41,5 @@ class MeasureConfig(StrictModel):
     """CPU share each of them reserves on Ray."""
     num_gpus_per_actor: float = Field(default=0.0, ge=0)
     """GPU share each of them reserves; fractions are allowed."""
+    labels: NodeLabels = {}
+    """Nodes that they may be on, by Ray's labels: `{ray.io/accelerator-type: L4}`. All must hold."""

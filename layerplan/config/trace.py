@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from layerplan.config.base import StrictModel
+from layerplan.config.labels import NodeLabels
 
 Sensitivity = Literal["relative", "absolute"]
 
@@ -52,5 +53,7 @@ class TraceConfig(StrictModel):
     """CPU share each replica reserves on Ray."""
     num_gpus_per_actor: float = Field(default=0.0, ge=0)
     """GPU share each replica reserves; fractions are allowed."""
+    labels: NodeLabels = {}
+    """Nodes that replicas may be on, by Ray's labels: `{ray.io/accelerator-type: L4}`. All must hold."""
     bootstrap_samples: int = Field(default=1000, ge=10)
     """Resamples of the probes behind the intervals in the explanation."""

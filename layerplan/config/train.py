@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from layerplan.config.base import BRANCH, StrictModel
+from layerplan.config.labels import NodeLabels
 
 
 class OptimizerConfig(StrictModel):
@@ -122,6 +123,12 @@ class TrainConfig(StrictModel):
     """CPU share each worker reserves on Ray."""
     use_gpu: bool = False
     """Give each worker one GPU."""
+    labels: NodeLabels = {}
+    """Nodes that workers may be on, by Ray's labels: `{ray.io/accelerator-type: H100}`, `{market: "!spot"}`,
+    `{zone: "in(a,b)"}`. All must hold."""
+    placement: Literal["auto", "pack", "strict_pack", "spread"] = "auto"
+    """Where workers lie: `pack` on few nodes, `spread` on many, as far as there is room; `strict_pack` waits for one node that
+    holds all, or each of `num_replicas` whole; `auto` is `pack`, with each replica on one node where the nodes could hold it."""
     compute_dtype: Literal["float32", "bfloat16", "auto"] = "bfloat16"
     """Dtype of the matrix products; masters of what trains are always float32. `auto` is bfloat16 on GPUs; on CPUs the run
     measures both at its start, takes bfloat16 where it is at least 1.2 times as fast, and keeps what it took."""
@@ -236,6 +243,10 @@ class TrainConfig(StrictModel):
         return self
 
     def _check_range(self, workers: WorkerRange) -> TrainConfig:
+        if self.placement == "strict_pack":
+            raise ValueError(
+                "placement=strict_pack needs one num_workers: Ray counts the room for a range over all nodes"
+            )
         if workers.max > self.global_batch_size:
             raise ValueError(
                 f"num_workers.max={workers.max} must not be above global_batch_size={self.global_batch_size}:"

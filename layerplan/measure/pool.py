@@ -67,7 +67,7 @@ def measure_model(
             "model": model.identity().model_dump(mode="json"),
             "text": None if text is None else text.describe().sha256,
             "config": config.model_dump(
-                mode="json", exclude={"num_actors", "num_cpus_per_actor", "num_gpus_per_actor"}
+                mode="json", exclude={"num_actors", "num_cpus_per_actor", "num_gpus_per_actor", "labels"}
             ),
             "optimizer": train.optimizer.model_dump(mode="json"),
         }
@@ -121,7 +121,13 @@ def _do(
     by_weights = [piece.fields for piece in left if piece.matrix is not None]
     by_text = [piece.fields for piece in left if piece.matrix is None]
     if by_weights:
-        pool = ActorPool(config.num_actors, config.num_cpus_per_actor, what="a measuring process", error=ModelError)
+        pool = ActorPool(
+            config.num_actors,
+            config.num_cpus_per_actor,
+            what="a measuring process",
+            error=ModelError,
+            labels=config.labels,
+        )
         _map(pool, WeightActor, (), by_weights, "matrices read", ledger, report)
     if by_text:
         assert text is not None, "these pieces read text"
@@ -137,6 +143,7 @@ def _do(
             "a measuring process",
             ModelError,
             memory * (5 if needs_optimizer else 2),  # with gradients, and both moments and a copy
+            config.labels,
         )
         arguments = (model, config, train.optimizer, text.ids)
         _map(pool, MeasuringActor, arguments, by_text, "pieces measured", ledger, report)

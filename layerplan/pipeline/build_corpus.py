@@ -16,12 +16,13 @@ def build_corpus(config: RunConfig) -> None:
         raise ConfigError("corpus.mode=on_the_fly: builds no store; start a run, or set corpus.mode=store")
     from layerplan.pipeline.base_model import prepare_model
     from layerplan.pipeline.checks import check_benchmarks, check_corpus, check_model
+    from layerplan.pipeline.demands import ask_for_building
     from layerplan.pipeline.session import open_run
     from layerplan.pipeline.stages import build_store
 
     for check in (check_model, check_corpus, check_benchmarks):
         check(config)
-    with open_run(config) as context:
+    with open_run(config, ask_for_building) as context:
         store = build_store(context, prepare_model(context))
     manifest = Manifest.load(store)
     Console(width=140).print(render_manifest(manifest, str(store)))

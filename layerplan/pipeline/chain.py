@@ -14,6 +14,7 @@ def continue_pretraining(config: RunConfig) -> None:
     """Runs every stage that is not done yet."""
     from layerplan.pipeline.base_model import prepare_model
     from layerplan.pipeline.checks import check_benchmarks, check_corpus, check_model, check_probes
+    from layerplan.pipeline.demands import ask_around_training, ask_for_training
     from layerplan.pipeline.measure_layers import find_measurements
     from layerplan.pipeline.publish import publish_card, publish_report
     from layerplan.pipeline.session import open_run
@@ -33,7 +34,7 @@ def continue_pretraining(config: RunConfig) -> None:
 
     for check in (check_model, check_corpus, check_probes, check_benchmarks):
         check(config)
-    with open_run(config) as context:
+    with open_run(config, ask_for_training, ask_around_training) as context:
         model = prepare_model(context)
         recipe = ask_loss(context, model)
         store = build_store(context, model)

@@ -18,11 +18,11 @@ from layerplan.config.run import RunConfig
 from layerplan.errors import EvaluationError
 from layerplan.inside import lies_inside
 from layerplan.models.ref import ModelRef
+from layerplan.pipeline.demands import ask_for_scoring
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.pipeline.run_lease import hold_run
-from layerplan.pipeline.session import open_run
+from layerplan.pipeline.session import on_cluster, open_run
 from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.ray_session import connect
 from layerplan.storage.mirror import carry_folder, fetch_file, fetch_folder
 from layerplan.storage.working import find_home
 
@@ -42,16 +42,12 @@ def score_model(config: RunConfig, model: ModelRef, out_dir: str | Path) -> Resu
         model: The model, with the consent to its code.
         out_dir: Folder for the scores.
     """
-    engines, root, folder = config.evaluation, locate_run_folder(config).root, Path(out_dir).resolve()
+    root, folder = locate_run_folder(config).root, Path(out_dir).resolve()
     home = find_home(root)
     with hold_run(home, config.name) if home.is_dir() and lies_inside(folder, root) else nullcontext():
         fetch_folder(folder)
-        connect(
-            config.cluster,
-            min_cpus=engines.num_actors * engines.num_cpus_per_actor,
-            min_gpus=engines.num_actors * engines.num_gpus_per_actor,
-        )
-        results = evaluate_model(model, config.evaluation, folder)
+        with on_cluster(config, ask_for_scoring(config)):
+            results = evaluate_model(model, config.evaluation, folder)
         carry_folder(folder)
         return results
 
@@ -85,7 +81,7 @@ def score_run(config: RunConfig, steps: list[int], *, is_dry_run: bool) -> None:
         print_dry_run(config)
         print(f"checkpoints of steps {', '.join(map(str, steps or there))}, below {folder.root}")
         return
-    with open_run(config, trains=False) as context:
+    with open_run(config, ask_for_scoring) as context:
         model = prepare_model(context)
         scoring = describe_scoring(context, model, FreezePlan.load(folder.plan))
         for step, results in score_checkpoints(context, scoring, steps or there).items():

@@ -31,11 +31,12 @@ def measure_layers(config: RunConfig, names: Sequence[str]) -> None:
     """Measures the layers in the named ways, all of them when none is named, and writes table and figure."""
     from layerplan.pipeline.base_model import prepare_model
     from layerplan.pipeline.checks import check_model
+    from layerplan.pipeline.demands import ask_for_measuring
     from layerplan.pipeline.session import open_run
 
     check_model(config)
     asked = list(names) or [*MEASUREMENTS, TRACED]
-    with open_run(config) as context:
+    with open_run(config, ask_for_measuring) as context:
         model = prepare_model(context)
         found = measure(context, model, [name for name in MEASUREMENTS if name in asked], traces=TRACED in asked)
         shape = model.shape()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from layerplan.config.run import RunConfig
 from layerplan.errors import StorageError
+from layerplan.pipeline.demands import ask_for_training
 from layerplan.pipeline.lineage import note_config
 from layerplan.pipeline.run_folder import locate_run_folder, open_run_folder
 from layerplan.pipeline.run_lease import hold_run
 from layerplan.pipeline.stages import RunContext, say
 from layerplan.ray_session import connect
 from layerplan.run_folder import RunFolder
+from layerplan.sharing.books import read_nodes
+from layerplan.sharing.demand import Demand, sum_up
+from layerplan.sharing.fit import check_fit
+from layerplan.sharing.turn import holding_turn
 from layerplan.storage.working import find_home
 from layerplan.tracking.address import describe_address
 from layerplan.tracking.background import locate_store
@@ -20,37 +25,46 @@ from layerplan.tracking.outbox import Status
 from layerplan.tracking.tracker import Tracker, open_tracker, status_of
 from layerplan.train.compute_dtype import settle_dtype
 
-DATA_CPUS = 0.25
-"""A reading task must fit beside the training workers, or training would wait for data forever."""
+Ask = Callable[[RunConfig], list[Demand]]
+"""What a command holds at once, and what else it will hold later."""
 
 
 @contextmanager
-def open_run(config: RunConfig, *, trains: bool = True) -> Iterator[RunContext]:
-    """Takes the run's lease and folder, connects to Ray, opens the parent run, and closes it as finished or failed.
+def open_run(config: RunConfig, ask: Ask = ask_for_training, *later: Ask) -> Iterator[RunContext]:
+    """Takes the run's lease and folder, connects to Ray, waits for its turn, opens the parent run, and closes it.
 
     Args:
         config: The run's config.
-        trains: Whether training workers must fit, and the engines that score beside them; else the engines alone.
+        ask: What it holds at once, for which it waits in line.
+        later: What else it will place; whether the cluster could hold that is looked at beforehand.
 
     Raises:
         RunBusyError: When another process runs it.
         ConfigError: When the folder belongs to another config or cannot be written.
+        ClusterError: When the cluster cannot be reached, or never hold what is asked for.
     """
     with hold_run(find_home(locate_run_folder(config).root), config.name):
-        yield from _open(config, trains)
+        folder = open_run_folder(config)
+        with on_cluster(config, ask(config), [demand for other in later for demand in other(config)]):
+            yield from _open(config, folder)
 
 
-def _open(config: RunConfig, trains: bool) -> Iterator[RunContext]:
-    folder = open_run_folder(config)
-    train, evaluation = config.train, config.evaluation
-    workers = train.fewest_workers if trains else 0
-    engines = evaluation.num_actors if not trains or evaluation.score_every_steps is not None else 0
-    connect(
-        config.cluster,
-        min_cpus=workers * train.num_cpus_per_worker + DATA_CPUS + engines * evaluation.num_cpus_per_actor,
-        min_gpus=(workers if train.use_gpu else 0) + engines * evaluation.num_gpus_per_actor,
-    )
-    train, measured = settle_dtype(train, folder.compute_dtype)
+@contextmanager
+def on_cluster(config: RunConfig, demands: list[Demand], later: Sequence[Demand] = ()) -> Iterator[None]:
+    """Connects to Ray and waits for the run's turn there.
+
+    Raises:
+        ClusterError: When the cluster cannot be reached, or never hold what is asked for.
+    """
+    total = sum_up(demands)
+    connect(config.cluster, min_cpus=total.get("CPU", 0.0), min_gpus=total.get("GPU", 0.0))
+    check_fit([*demands, *later], read_nodes())
+    with holding_turn(config.cluster, config.name, demands):
+        yield
+
+
+def _open(config: RunConfig, folder: RunFolder) -> Iterator[RunContext]:
+    train, measured = settle_dtype(config.train, folder.compute_dtype)
     if measured is not None:
         say("train", str(measured))
     config = config.model_copy(update={"train": train})

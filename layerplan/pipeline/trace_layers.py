@@ -9,6 +9,7 @@ def trace_layers(config: RunConfig) -> None:
     """Runs the stages up to the plan."""
     from layerplan.pipeline.base_model import prepare_model
     from layerplan.pipeline.checks import check_model, check_probes
+    from layerplan.pipeline.demands import ask_for_tracing
     from layerplan.pipeline.measure_layers import find_measurements
     from layerplan.pipeline.publish import publish_report
     from layerplan.pipeline.session import open_run
@@ -16,7 +17,7 @@ def trace_layers(config: RunConfig) -> None:
 
     for check in (check_model, check_probes):
         check(config)
-    with open_run(config) as context:
+    with open_run(config, ask_for_tracing) as context:
         model = prepare_model(context)
         plan = decide_plan(context, model, trace(context, model), find_measurements(context, model))
         publish_report(context)

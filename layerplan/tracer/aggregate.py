@@ -22,7 +22,7 @@ from layerplan.tracer.answers import average_by_group, compare_answers
 from layerplan.tracer.stability import check_stability
 
 Array = NDArray[np.float64]
-PLACEMENT = ("num_actors", "num_cpus_per_actor", "num_gpus_per_actor")
+PLACEMENT = ("num_actors", "num_cpus_per_actor", "num_gpus_per_actor", "labels")
 """Options that say where a measurement runs and nothing about it; they are left out of the profile and its hash."""
 
 

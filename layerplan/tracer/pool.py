@@ -118,6 +118,7 @@ def _measure(
         "a tracer's process",
         ModelError,
         memory_bytes,
+        config.labels,
     )
     progress = ProgressLines("probes measured", len(encoded), report)
     measured = map_over_actors(pool, TracerActor, (model, config), rows, take="rows", progress=progress)

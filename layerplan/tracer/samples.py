@@ -166,6 +166,7 @@ def _measure(
         "a tracer's process",
         ModelError,
         memory,
+        config.labels,
     )
     progress = ProgressLines("prompts measured", len(samples), report)
     return list(map_over_actors(pool, SampleActor, (model, config), rows, take="rows", progress=progress))

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -25,6 +26,8 @@ from layerplan.train.place import IN_STEP, LOGGING, STARTING, Beat, Mark, Place
 
 BEAT_EVERY_S = 2.0
 RECENT_STEPS = 50
+FIRST_STEPS = 20
+NEWEST_STEPS = 8
 _ANSWER_TIMEOUT_S = 10.0
 
 
@@ -70,7 +73,9 @@ class Heart:
         self._rank = rank
         self._place = Place(0, STARTING)
         self._steps_s: deque[float] = deque(maxlen=RECENT_STEPS)
-        self._began = time.perf_counter()
+        self._first_s: list[float] = []
+        self._longest_s: dict[str, float] = {}
+        self._began = self._since_part = time.perf_counter()
         self._count = 0
         self._dumped = ""
         self._stopped = threading.Event()
@@ -86,8 +91,15 @@ class Heart:
             self._began = now
         elif part == STARTING:
             self._steps_s.clear()  # a phase of the plan begins, and compiles anew
+            self._first_s.clear()
         elif part == LOGGING:
+            if self._steps_s and len(self._first_s) < FIRST_STEPS:
+                self._first_s.append(now - self._began)
             self._steps_s.append(now - self._began)
+        left = self._place.part
+        if left not in IN_STEP:
+            self._longest_s[left] = max(self._longest_s.get(left, 0.0), now - self._since_part)
+        self._since_part = now
         self._place = Place(step, part, is_first=not self._steps_s)
 
     def start(self) -> None:
@@ -124,7 +136,10 @@ class Heart:
             max(list(self._steps_s), default=0.0),
             self._start_s,
             self._group,
-            self._since,
+            before_s=self._longest_s.get(self._place.part, 0.0),
+            first_s=median(self._first_s) if len(self._first_s) == FIRST_STEPS else 0.0,
+            recent_s=median(list(self._steps_s)[-NEWEST_STEPS:]) if self._steps_s else 0.0,
+            began=self._since,
         )
 
 

@@ -57,5 +57,11 @@ class Beat:
     """From the start of the process to that of its training function."""
     group: str = ""
     """Of the workers of one attempt, which are not always as many."""
+    before_s: float = 0.0
+    """Longest it was at the same part before, of parts outside steps; 0 when it never was."""
+    first_s: float = 0.0
+    """Median of the first steps but the very first; 0 before there are enough."""
+    recent_s: float = 0.0
+    """Median of the newest steps."""
     began: float = 0.0
     """When its training function began, seconds since the epoch."""

@@ -45,16 +45,13 @@ def make_torch_trainer(
     from ray.train.torch import TorchTrainer
 
     from layerplan.train.rendezvous import choose_torch_config
+    from layerplan.train.replica_placement import make_scaling
 
     return TorchTrainer(
         train_fn,
         train_loop_config=loop_config,
         torch_config=choose_torch_config("cpu:gloo,cuda:nccl" if config.use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            **describe_workers(config),
-            use_gpu=config.use_gpu,
-            resources_per_worker=describe_worker(config),
-        ),
+        scaling_config=make_scaling(config, describe_workers(config), describe_worker(config)),
         run_config=ray.train.RunConfig(
             name=name,
             **_describe_storage(folder),
@@ -69,11 +66,13 @@ def make_torch_trainer(
 
 @contextmanager
 def deciding_anew(config: TrainConfig) -> Iterator[None]:
-    """Lets Ray Train wait only shortly for the room of a range of workers.
+    """Lets Ray Train wait only shortly for the room of a range of workers, or for nodes that were chosen for replicas.
 
     It decides by what it knew of the cluster up to 20 s ago, so that after a node was lost it asks for a worker too many.
     """
-    if isinstance(config.num_workers, int):
+    if isinstance(config.num_workers, int) and (
+        config.num_replicas == 1 or config.placement not in ("auto", "strict_pack")
+    ):
         yield
         return
     earlier = os.environ.get(START_TIMEOUT)

@@ -16,6 +16,8 @@ SLOWEST_TIMES = 5.0
 SHORTEST_PAUSE_S = 10.0
 PAUSE_TIMES = 2.0
 """Of the slowest recent step, which may be the first: what is said of once it is over; below the limit nothing is done."""
+SLOW_TIMES = 3.0
+SHORTEST_SLOWDOWN_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,30 @@ def find_limit(pulses: Mapping[int, Pulse], timeout_s: float | None) -> float:
 
 
 def find_pause(pulses: Mapping[int, Pulse]) -> tuple[float, Beat] | None:
-    """For how long all ranks have been still in a step, and the one that is behind, when that is long beside recent steps."""
+    """For how long all ranks have been still, and the one that is behind, when that is long beside what was usual there."""
     if not pulses:
         return None
     seconds = min(pulse.still_s for pulse in pulses.values())
     slowest = find_slowest(pulses)
-    recent = max(pulse.beat.slowest_s for pulse in pulses.values())
-    is_in_step = slowest.beat.place.part in (*IN_STEP, LOGGING)  # whoever validates or saves takes what that takes
-    waits = any(pulse.beat.place.is_limited for pulse in pulses.values())
-    is_long = seconds >= max(SHORTEST_PAUSE_S, PAUSE_TIMES * recent)
-    return (seconds, slowest.beat) if is_in_step and waits and is_long else None
+    if slowest.beat.place.part in (*IN_STEP, LOGGING):
+        usual = max(pulse.beat.slowest_s for pulse in pulses.values())
+        is_known = any(pulse.beat.place.is_limited for pulse in pulses.values())
+    else:  # whoever validates or saves takes what that takes, which is known from the second time on
+        usual, is_known = slowest.beat.before_s, slowest.beat.before_s > 0
+    is_long = seconds >= max(SHORTEST_PAUSE_S, PAUSE_TIMES * usual)
+    return (seconds, slowest.beat) if is_known and is_long else None
+
+
+def find_slowdown(pulses: Mapping[int, Pulse]) -> Beat | None:
+    """The first rank's beat when steps take several times as long as the first ones did.
+
+    All ranks take a step together, so that its length says nothing about which one is slow.
+    """
+    beat = pulses[0].beat if 0 in pulses else None
+    if beat is None or not beat.first_s:
+        return None
+    is_long = beat.recent_s >= max(SLOW_TIMES * beat.first_s, beat.first_s + SHORTEST_SLOWDOWN_S)
+    return beat if is_long else None
 
 
 def find_slowest(pulses: Mapping[int, Pulse]) -> Pulse:

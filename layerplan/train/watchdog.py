@@ -25,7 +25,16 @@ from layerplan.run_folder import STALLS_NAME, name_step
 from layerplan.storage.mirror import fetch_file
 from layerplan.train.heartbeat import BEAT_EVERY_S, Board, name_stacks
 from layerplan.train.place import Beat
-from layerplan.train.stall import Pulse, Stall, find_limit, find_pause, find_slowest, find_stall, update_pulses
+from layerplan.train.stall import (
+    Pulse,
+    Stall,
+    find_limit,
+    find_pause,
+    find_slowdown,
+    find_slowest,
+    find_stall,
+    update_pulses,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +86,8 @@ class Watchdog:
     _ended: set[tuple[str, int]] = field(default_factory=set)
     """(node, pid) of the workers of attempts that are over: Ray Train starts all again, and what they said last is no news."""
     _noted_s: float = 0.0
+    _slow_for: int | None = None
+    """Pid of the first rank, of whose slower steps it was told."""
     _paused: tuple[float, Beat] | None = None
     """(seconds, rank that was behind) for which all ranks have been where they are in a step."""
 
@@ -93,7 +104,24 @@ class Watchdog:
             self._act(stall)
         else:
             self._note_pause()
+            self._note_slowdown()
             self._note()
+
+    def _note_slowdown(self) -> None:
+        """Says when steps have become slow, and when they no longer are: a link or a node may have."""
+        slow = find_slowdown(self.pulses)
+        if slow is not None and self._slow_for != slow.pid:
+            self._slow_for = slow.pid
+            self.say(
+                f"steps take {slow.recent_s / slow.first_s:.1f} times as long as at first ({slow.recent_s:.2f} s, then"
+                f" {slow.first_s:.2f} s) at step {slow.place.step}, all ranks alike: a slower link or node, or other work on"
+                " one; perf/slowest_rank and perf/*_share in metrics.jsonl say who comes last and where the time goes"
+            )
+        elif slow is None and 0 in self.pulses and self._slow_for == (beat := self.pulses[0].beat).pid:
+            self._slow_for = None
+            self.say(
+                f"steps take {beat.recent_s:.2f} s again, {beat.first_s:.2f} s at first, at step {beat.place.step}"
+            )
 
     def _note_pause(self) -> None:
         """Says, once it is over, when a step took much longer than the ones before; a network that was away is one cause."""

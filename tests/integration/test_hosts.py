@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,13 @@ from tests.network_hosts import PORT, START_S, Host, running_hosts, why_not
 from tests.tiny_store import make_inputs
 
 NUM_STEPS = 12
+S3_PORT, BUCKET = 5000, "runs"
+S3_SERVER = f"""
+import signal
+from moto.server import ThreadedMotoServer
+ThreadedMotoServer(ip_address="0.0.0.0", port={S3_PORT}, verbose=False).start()
+signal.pause()
+"""
 SLOW_STEP_S = 0.5
 WORKER_CPUS = 1.5
 """On hosts of two: workers cannot share a host."""
@@ -62,9 +71,29 @@ def test_a_worker_is_killed_on_another_host_and_every_row_is_read_once(two_hosts
     check_rows(tmp_path / "run", NUM_STEPS)
 
 
-def start_training(head: Host, folder: Path, run: str, steps: int = NUM_STEPS) -> Any:
-    """Starts the program on the first host."""
-    env = {"RAY_ADDRESS": f"{head.address}:{PORT}"}
+@pytest.mark.long
+def test_a_run_in_a_bucket_goes_on_from_it_when_a_worker_on_another_host_is_killed(
+    two_hosts: list[Host], tmp_path: Path
+) -> None:
+    """The bucket's server is on the first host; a host has the run's files nowhere else than on its own disk."""
+    make_inputs(tmp_path)
+    head, other = two_hosts
+    head.start(sys.executable, "-c", S3_SERVER, output=tmp_path / "s3.txt")
+    endpoint = {"AWS_ENDPOINT_URL": f"http://{head.address}:{S3_PORT}", "AWS_REGION": "us-east-1"}
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    said = tmp_path / "run.txt"
+    training = start_training(head, tmp_path, "run", bucket=endpoint | keys)
+    wait_for(lambda: "step 5/" in said.read_text(), training, said)
+    (worker,) = other.find("ray::RayTrainWorker")
+    os.kill(worker, signal.SIGKILL)
+    finish(training, said)
+    assert said.read_text().count("s after a worker was lost") == 1, said.read_text()[-3000:]
+    check_rows(tmp_path / "run", NUM_STEPS)
+
+
+def start_training(head: Host, folder: Path, run: str, steps: int = NUM_STEPS, bucket: Mapping[str, str] = {}) -> Any:
+    """Starts the program on the first host; the run lies in a bucket when the server of one is named."""
+    env = {"RAY_ADDRESS": f"{head.address}:{PORT}", **bucket}
     words = (sys.executable, __file__, str(folder), run, str(steps))
     return head.start(*words, output=folder / f"{run}.txt", **env)
 
@@ -116,12 +145,16 @@ class SlowSink:
 
 
 def make_request(folder: Path, run: str, steps: int) -> Any:
+    from layerplan.storage.working import find_working_folder
     from layerplan.tracking.tracker import NoopTracker, RunSinkFactory
     from tests.integration.test_train_resume import make_request as make_fixed
 
     request = make_fixed(folder, "quiet")
     run_dir = folder / run
     sinks = RunSinkFactory(run_dir / "metrics.jsonl", "train", NoopTracker())
+    if "AWS_ENDPOINT_URL" in os.environ:
+        run_dir = find_working_folder(f"s3://{BUCKET}", tempfile.gettempdir()) / run
+        run_dir.mkdir(parents=True, exist_ok=True)
     update = {"num_cpus_per_worker": WORKER_CPUS, "max_steps": steps, "max_failures": 5}
     config = request.config.model_copy(update=update)
     return replace(request, run_dir=run_dir, config=config, sink_factory=lambda start: SlowSink(sinks(start)))
@@ -132,12 +165,28 @@ def main() -> None:
 
     from layerplan.config.cluster import ClusterConfig
     from layerplan.ray_session import connect
+    from layerplan.storage.mirror import fetch_folder
+    from layerplan.storage.working import find_home
     from layerplan.train.trainer import run_training
 
     folder, run, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     connect(ClusterConfig(), min_cpus=2 * WORKER_CPUS)
-    run_training(make_request(folder, run, steps))
+    request = make_request(folder, run, steps)
+    if find_home(request.run_dir) != request.run_dir:
+        make_bucket()
+    run_training(request)
+    if find_home(request.run_dir) != request.run_dir:
+        (request.run_dir / "ledger.jsonl").unlink(missing_ok=True)  # the bucket's is to be looked at
+        fetch_folder(request.run_dir)
+        shutil.copytree(request.run_dir, folder / run)
     ray.shutdown()
+
+
+def make_bucket() -> None:
+    from pyarrow.fs import S3FileSystem
+
+    server = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
+    S3FileSystem(endpoint_override=server, scheme="http", allow_bucket_creation=True).create_dir(BUCKET)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def test_a_cluster_is_started_takes_a_job_through_a_tunnel_and_leaves_nothing(ma
     finally:
         stopped = machines.launch("stop.sh")
     assert stopped.returncode == 0 and stopped.stdout.count(": stopped") == 2, stopped
-    assert machines.list_commands(machines.head) == machines.list_commands(machines.other) == []
+    wait_until(lambda: machines.list_commands(machines.head) == machines.list_commands(machines.other) == [], limit_s=20)
     assert machines.launch("stop.sh").stdout.count(": nothing was running") == 2
 
 
@@ -137,7 +137,8 @@ def check_job(machines: Machines) -> None:
             timeout=300,
         )
     finally:
-        tunnel.kill()
+        for process in desk.find("8265:127.0.0.1:8265"):
+            os.kill(process, 9)
         tunnel.wait()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for host in (machines.head, machines.other):

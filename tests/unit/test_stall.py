@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from layerplan.train import heartbeat
 from layerplan.train.heartbeat import dump_stacks
 from layerplan.train.place import IN_STEP, Beat, Place
 from layerplan.train.stall import Pulse, find_stall, update_pulses
@@ -120,7 +122,64 @@ def test_a_step_that_took_much_longer_is_told_once_it_is_over(tmp_path: Path) ->
         look(beat(0, 10, "saving"), beat(1, 11, ROWS))
     look(beat(0, 11, ROWS), beat(1, 11, ROWS))
     assert len(said) == 1
+    for _ in range(4):  # unless it is known that it took much less before
+        look(*(replace(beat(rank, 11, "validating"), before_s=1.0) for rank in range(2)))
+    look(beat(0, 12, ROWS), beat(1, 12, ROWS))
+    assert said.pop().startswith("training stood still for 18 s and goes on; rank 0 (pid 100 on host) was behind")
     for _ in range(4):  # a rank that was last heard of beside its log line is away all the same
         look(beat(0, 11, "logging"), beat(1, 12, FORWARD))
     look(beat(0, 12, FORWARD), beat(1, 12, FORWARD))
     assert len(said) == 2
+
+
+def test_steps_that_became_slow_are_told_once_and_their_end_too(tmp_path: Path) -> None:
+    said: list[str] = []
+    dog = Watchdog(None, tmp_path, None, said.append)
+
+    def look(first_s: float, recent_s: float) -> None:
+        beats = {rank: replace(beat(rank, 40, FORWARD), first_s=first_s, recent_s=recent_s) for rank in range(2)}
+        dog.pulses = update_pulses(dog.pulses, beats, 2.0)
+        dog._note_slowdown()
+
+    for first_s, recent_s in (
+        (0.0, 9.0),
+        (0.5, 1.4),
+        (0.01, 0.09),
+    ):  # too few yet, not so slow, a matter of milliseconds
+        look(first_s, recent_s)
+    assert said == []
+    for _ in range(3):
+        look(0.5, 3.0)
+    assert len(said) == 1 and said[0].startswith(
+        "steps take 6.0 times as long as at first (3.00 s, then 0.50 s) at step 40"
+    )
+    look(0.5, 0.6)
+    assert said[1:] == ["steps take 0.60 s again, 0.50 s at first, at step 40"]
+
+
+def test_a_heart_knows_its_first_steps_its_newest_and_how_long_a_part_took_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(heartbeat.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(
+        heartbeat.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=str, current_actor=None)
+    )
+    monkeypatch.setattr(heartbeat.ray.util, "get_current_placement_group", lambda: None)
+    heart = heartbeat.Heart(None, 0)
+
+    def take(step: int, seconds: float) -> None:
+        heart.mark(ROWS, step)
+        clock[0] += seconds
+        heart.mark("logging", step)
+
+    take(1, 30.0)
+    for step in range(2, 22):
+        take(step, 2.0)
+        heart.mark("saving", step)
+        clock[0] += 4.0
+    assert (heart._make_beat().first_s, heart._make_beat().before_s) == (2.0, 4.0)
+    for step in range(22, 30):
+        take(step, 7.0)
+    made = heart._make_beat()
+    assert (made.first_s, made.recent_s, made.slowest_s) == (2.0, 7.0, 30.0)

@@ -1,0 +1,1 @@
+"""Runs that share a cluster: what each asks for, whose turn it is, and which nodes suit."""
