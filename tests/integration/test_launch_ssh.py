@@ -114,7 +114,9 @@ def test_a_cluster_is_started_takes_a_job_through_a_tunnel_and_leaves_nothing(ma
     finally:
         stopped = machines.launch("stop.sh")
     assert stopped.returncode == 0 and stopped.stdout.count(": stopped") == 2, stopped
-    wait_until(lambda: machines.list_commands(machines.head) == machines.list_commands(machines.other) == [], limit_s=20)
+    wait_until(
+        lambda: machines.list_commands(machines.head) == machines.list_commands(machines.other) == [], limit_s=20
+    )
     assert machines.launch("stop.sh").stdout.count(": nothing was running") == 2
 
 
