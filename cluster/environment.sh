@@ -19,6 +19,16 @@ end_group() {
   ! has_sessions || pkill -KILL --session "$1" || true
 }
 
+# Removes what Ray wrote; its last processes may write once more while they end.
+remove_folder() {
+  for _ in $(seq 20); do
+    rm -rf "$1" 2>/dev/null || true
+    sleep 0.5
+    [ -e "$1" ] || return 0
+  done
+  echo "note: $1 on $(hostname) is still written to; remove it later" >&2
+}
+
 is_left() {
   if has_sessions; then pgrep --session "$1" >/dev/null; else kill -0 -- "-$1" 2>/dev/null; fi
 }

@@ -2,6 +2,7 @@
 # One node's part of job.sbatch, run there in the repository.
 #   node.sh address                     the address that its name has, or the interface that IFNAME names
 #   node.sh start HEAD PORT [OPTIONS]   a Ray node, in the foreground; options only for the head
+#   node.sh clean                       removes what a node that was ended left
 set -euo pipefail
 source cluster/environment.sh
 
@@ -27,11 +28,12 @@ start() {
   wait "$!" || status=$?
   [ "$status" -le 128 ] || wait "$!" || true
   [ -n "${ended:-}" ] || echo "error: the Ray node on $(hostname) ended: $(find_fault "$RAY_TMPDIR/node.log")" >&2
-  rm -rf "$RAY_TMPDIR"
+  remove_folder "$RAY_TMPDIR"
   return "$status"
 }
 
 case "$1" in
   address) find_address ;;
   start) start "${@:2}" ;;
+  clean) [ ! -O "$RAY_TMPDIR" ] || remove_folder "$RAY_TMPDIR" ;;
 esac
