@@ -40,7 +40,9 @@ class Slurm:
     def find_left(self) -> list[str]:
         """What a job left behind: Ray's processes, and its folder."""
         found = [f"{host.name}: {pid}" for host in self.hosts for pid in host.find("ray")]
-        return found + [str(path) for host in self.hosts for top in host.disk.glob("lp-*") for path in (top, *top.rglob("*"))]
+        return found + [
+            str(path) for host in self.hosts for top in host.disk.glob("lp-*") for path in (top, *top.rglob("*"))
+        ]
 
 
 @pytest.fixture(scope="module")

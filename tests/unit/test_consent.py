@@ -18,7 +18,7 @@ from layerplan.config.trace import TraceConfig
 from layerplan.errors import ModelError
 from layerplan.models.ref import ModelRef
 from layerplan.pipeline.model_options import find_base, find_named
-from layerplan.tracer.actor import TracerActor, encode_batch
+from layerplan.tracer.actor import SECONDS, TracerActor, encode_batch
 from layerplan.tracer.encode import EncodedProbe
 from layerplan.train.asking import read_recipe
 from layerplan.train.loss_proof import ask_by_name
@@ -71,6 +71,7 @@ def test_the_tracer_and_the_self_test_run_the_code_when_allowed(tmp_path: Path) 
     with pytest.raises(ModelError, match=REFUSED):
         TracerActor(ModelRef(str(base)), TraceConfig())
     traced = TracerActor(trusted, TraceConfig())(rows)
+    assert traced.pop(SECONDS) and plain.pop(SECONDS)
     assert {name: np.asarray(each).tolist() for name, each in traced.items()} == {
         name: np.asarray(each).tolist() for name, each in plain.items()
     }

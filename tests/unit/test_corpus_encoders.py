@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def test_a_worker_tells_of_a_disagreement(tmp_path: Path):
     disagreement = make_disagreement(tmp_path)
     (unit,) = list_units(disagreement)
     content = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
-    batch = {"units": [json.dumps([(0, vars(unit))])]}
+    batch = {"units": [json.dumps([(0, asdict(unit))])]}
     tables = UnitTokenizer(disagreement, content, ())(batch)
     assert next(tables).num_rows == 256
     with pytest.raises(

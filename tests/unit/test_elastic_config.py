@@ -80,7 +80,7 @@ def test_a_number_that_changed_again_before_a_step_was_taken_leaves_no_trace_of_
 
 def test_the_board_forgets_ranks_that_a_smaller_attempt_does_not_have() -> None:
     def beat(rank: int, group: str, began: float) -> Beat:
-        return Beat(rank, 1, "host", "node", None, 1, Place(1, "starting"), 1.0, 1.0, group, began)
+        return Beat(rank, 1, "host", "node", None, 1, Place(1, "starting"), 1.0, 1.0, group, began=began)
 
     board = Board()
     for rank in (0, 1):
