@@ -178,7 +178,7 @@ def main() -> None:
     if find_home(request.run_dir) != request.run_dir:
         (request.run_dir / "ledger.jsonl").unlink(missing_ok=True)  # the bucket's is to be looked at
         fetch_folder(request.run_dir)
-        shutil.copytree(request.run_dir, folder / run)
+        shutil.copytree(request.run_dir, folder / run, dirs_exist_ok=True)
     ray.shutdown()
 
 
