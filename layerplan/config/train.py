@@ -84,24 +84,13 @@ Workers = Annotated[
 ]
 
 
-def _name_size(value: Any) -> str:
-    return BRANCH + ("auto" if value == "auto" else "number")
+def _name_choice(value: Any) -> str:
+    return BRANCH + ("auto" if value == "auto" else "given")
 
 
-MicroBatch = Annotated[
-    Annotated[int, Field(ge=1), Tag(f"{BRANCH}number")] | Annotated[Literal["auto"], Tag(f"{BRANCH}auto")],
-    Discriminator(_name_size),
-]
-
-
-def _name_switch(value: Any) -> str:
-    return BRANCH + ("auto" if value == "auto" else "switch")
-
-
-Compile = Annotated[
-    Annotated[bool, Tag(f"{BRANCH}switch")] | Annotated[Literal["auto"], Tag(f"{BRANCH}auto")],
-    Discriminator(_name_switch),
-]
+_Auto = Annotated[Literal["auto"], Tag(f"{BRANCH}auto")]
+MicroBatch = Annotated[Annotated[int, Field(ge=1), Tag(f"{BRANCH}given")] | _Auto, Discriminator(_name_choice)]
+Compile = Annotated[Annotated[bool, Tag(f"{BRANCH}given")] | _Auto, Discriminator(_name_choice)]
 
 
 class TrainConfig(StrictModel):

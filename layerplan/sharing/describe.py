@@ -59,9 +59,14 @@ def describe_foreign(ours: Collection[str], held: Mapping[str, Resources], jobs:
 def describe_demand(demand: Demand) -> str:
     """`4 x training worker of 1 CPU + 1 GPU on a node with market=spot`."""
     count = f"{demand.count} x " if demand.count > 1 else ""
-    labels = " and ".join(f"{key}={value}" for key, value in demand.labels.items())
+    labels = render_labels(demand.labels)
     node = f", {demand.together} on each node" if demand.together > 1 else ""
     return f"{count}{demand.what} of {render_resources(demand.resources)}{node}{f' with {labels}' if labels else ''}"
+
+
+def render_labels(labels: Mapping[str, str]) -> str:
+    """`market=spot and zone=a`."""
+    return " and ".join(f"{key}={value}" for key, value in labels.items())
 
 
 def render_line(

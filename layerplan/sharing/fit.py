@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 from layerplan.errors import ClusterError
 from layerplan.sharing.demand import Demand, count_room, suits
-from layerplan.sharing.describe import describe_demand
+from layerplan.sharing.describe import describe_demand, render_labels
 from layerplan.sharing.rule import Node
 
 OWN = ("ray.io/node-id",)
@@ -23,9 +23,9 @@ def check_fit(demands: Iterable[Demand], nodes: Collection[Node]) -> None:
     for demand in demands:
         suitable = [node for node in nodes if suits(node.labels, demand.labels)]
         if not suitable:
-            wanted = " and ".join(f"{key}={value}" for key, value in demand.labels.items())
             raise ClusterError(
-                f"{demand.field}.labels: no node satisfies {wanted}; the cluster has {describe_labels(nodes)}"
+                f"{demand.field}.labels: no node satisfies {render_labels(demand.labels)};"
+                f" the cluster has {describe_labels(nodes)}"
             )
         rooms = [min(demand.count, count_room(node.total, demand.resources)) for node in suitable]
         rooms = [room // demand.together * demand.together for room in rooms]

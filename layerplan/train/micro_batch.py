@@ -19,6 +19,7 @@ import torch.distributed as dist
 from layerplan.corpus.rows import PackedRows
 from layerplan.errors import TrainingError
 from layerplan.plan.memory import explain_shortage
+from layerplan.train.agreement import agree_on_fault
 from layerplan.train.build import BuiltModel
 from layerplan.train.known_rows import KnownRows, load_known
 from layerplan.train.out_of_memory import OutOfMemoryError, is_out_of_memory
@@ -84,7 +85,7 @@ def build_to_fit(
         alone = world_size == 1 or built.placement.parallelism == "replicate"
         if error is not None and (rows == 1 or not alone):
             raise note_shortage(built, run_dir, error)
-        if not _any_rank(error is not None, world_size):
+        if not agree_on_fault("" if error is None else "out of memory", world_size):
             if rank == 0:
                 KnownRows(rows, "fits").save(run_dir)
                 logger.info("micro-batch: %d rows (auto: a step of it fits)", rows)
@@ -162,11 +163,3 @@ def make_trial_rows(built: BuiltModel, seq_len: int) -> PackedRows:
 
 def _never(set_sync: Callable[[bool], None]) -> Callable[[bool], None]:
     return lambda is_last: set_sync(False)
-
-
-def _any_rank(value: bool, world_size: int) -> bool:
-    if world_size == 1:
-        return value
-    flag = torch.tensor([int(value)])
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
