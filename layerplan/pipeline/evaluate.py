@@ -44,9 +44,9 @@ def score_model(config: RunConfig, model: ModelRef, out_dir: str | Path) -> Resu
     """
     root, folder = locate_run_folder(config).root, Path(out_dir).resolve()
     home = find_home(root)
-    with hold_run(home, config.name) if home.is_dir() and lies_inside(folder, root) else nullcontext():
+    with hold_run(home, config.name) if home.is_dir() and lies_inside(folder, root) else nullcontext() as lease:
         fetch_folder(folder)
-        with on_cluster(config, ask_for_scoring(config)):
+        with on_cluster(config, ask_for_scoring(config), tell=None if lease is None else lease.tell):
             results = evaluate_model(model, config.evaluation, folder)
         carry_folder(folder)
         return results

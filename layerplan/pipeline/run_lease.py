@@ -58,11 +58,29 @@ class Holder(StrictModel):
     started: str
     beat: str
     """Time of the last sign of life, by the holder's clock."""
+    waits_for: str = ""
+    """What it waits for, such as its place in a cluster's line; not written while it waits for nothing."""
 
     def describe(self) -> str:
         """One phrase for a message."""
         job = f" (job {self.job})" if self.job else ""
         return f"process {self.pid} on {self.host}{job} since {self.started}, last heard of at {self.beat}"
+
+
+class Lease:
+    """A run that this process holds."""
+
+    def __init__(self) -> None:
+        self._waits_for = ""
+
+    def tell(self, waits_for: str) -> None:
+        """Lets the next sign of life say what the run waits for; nothing once it goes on."""
+        self._waits_for = waits_for
+
+    def renew(self, me: Holder) -> str:
+        """What a sign of life of this moment writes."""
+        now = me.model_copy(update={"beat": _now(), "waits_for": self._waits_for})
+        return now.model_dump_json(exclude_defaults=True)  # who knows no such field reads a run that waits for nothing
 
 
 @contextmanager
@@ -73,7 +91,7 @@ def hold_run(
     beat_s: float = BEAT_S,
     stale_s: float = STALE_S,
     report: Callable[[str], None] = logger.info,
-) -> Iterator[None]:
+) -> Iterator[Lease]:
     """Holds a run's folder; nobody else writes it within the block.
 
     Args:
@@ -87,19 +105,19 @@ def hold_run(
         RunBusyError: When somebody holds it, or has taken it over meanwhile.
         ConfigError: When the folder cannot be written.
     """
-    me = _introduce_self()
+    me, lease = _introduce_self(), Lease()
     try:
         files = LeaseFiles(root)
-        _claim(files, me, name, stale_s, report)
+        _claim(files, me, lease, name, stale_s, report)
     except OSError as error:
         raise ConfigError(f"storage_path: {root} cannot be written ({error})") from None
     ended = threading.Event()
-    beating = threading.Thread(target=_beat, args=(files, me, beat_s, ended), daemon=True)
+    beating = threading.Thread(target=_beat, args=(files, me, lease, beat_s, ended), daemon=True)
     try:
         with _interruptible():
             beating.start()
             try:
-                yield
+                yield lease
             finally:
                 ended.set()
                 beating.join()
@@ -124,11 +142,13 @@ def _introduce_self() -> Holder:
     )
 
 
-def _claim(files: LeaseFiles, me: Holder, name: str, stale_s: float, report: Callable[[str], None]) -> None:
+def _claim(
+    files: LeaseFiles, me: Holder, lease: Lease, name: str, stale_s: float, report: Callable[[str], None]
+) -> None:
     for _ in range(_ATTEMPTS):
         for owner in files.list_owners():
             _clear(files, owner, name, stale_s, report)
-        files.write(me.owner, me.model_dump_json())
+        files.write(me.owner, lease.renew(me))
         if files.list_owners() == [me.owner]:
             return
         files.remove(me.owner)
@@ -196,14 +216,14 @@ def _raise_lost(signum: int, frame: FrameType | None) -> None:
     raise _LeaseLost
 
 
-def _beat(files: LeaseFiles, me: Holder, beat_s: float, ended: threading.Event) -> None:
+def _beat(files: LeaseFiles, me: Holder, lease: Lease, beat_s: float, ended: threading.Event) -> None:
     while not ended.wait(beat_s):
         with suppress(OSError):  # a storage that does not answer now may answer the next time
             if files.read(me.owner) is None:
                 if signal.getsignal(signal.SIGUSR2) is _raise_lost:
                     os.kill(os.getpid(), signal.SIGUSR2)  # wakes the main thread from whatever it waits for
                 return
-            files.write(me.owner, me.model_copy(update={"beat": _now()}).model_dump_json())
+            files.write(me.owner, lease.renew(me))
 
 
 def _describe_others(files: LeaseFiles, me: Holder) -> str:

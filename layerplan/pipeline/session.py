@@ -43,15 +43,23 @@ def open_run(config: RunConfig, ask: Ask = ask_for_training, *later: Ask) -> Ite
         ConfigError: When the folder belongs to another config or cannot be written.
         ClusterError: When the cluster cannot be reached, or never hold what is asked for.
     """
-    with hold_run(find_home(locate_run_folder(config).root), config.name):
+    with hold_run(find_home(locate_run_folder(config).root), config.name) as lease:
         folder = open_run_folder(config)
-        with on_cluster(config, ask(config), [demand for other in later for demand in other(config)]):
+        with on_cluster(config, ask(config), [demand for other in later for demand in other(config)], tell=lease.tell):
             yield from _open(config, folder)
 
 
 @contextmanager
-def on_cluster(config: RunConfig, demands: list[Demand], later: Sequence[Demand] = ()) -> Iterator[None]:
+def on_cluster(
+    config: RunConfig, demands: list[Demand], later: Sequence[Demand] = (), *, tell: Callable[[str], None] | None = None
+) -> Iterator[None]:
     """Connects to Ray and waits for the run's turn there.
+
+    Args:
+        config: The run's config.
+        demands: What it holds at once, for which it waits in line.
+        later: What else it will place.
+        tell: Takes its place in the line whenever that is said, and nothing once its turn has come.
 
     Raises:
         ClusterError: When the cluster cannot be reached, or never hold what is asked for.
@@ -59,7 +67,7 @@ def on_cluster(config: RunConfig, demands: list[Demand], later: Sequence[Demand]
     total = sum_up(demands)
     connect(config.cluster, min_cpus=total.get("CPU", 0.0), min_gpus=total.get("GPU", 0.0))
     check_fit([*demands, *later], read_nodes())
-    with holding_turn(config.cluster, config.name, demands):
+    with holding_turn(config.cluster, config.name, demands, tell=tell):
         yield
 
 

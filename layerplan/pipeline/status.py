@@ -111,7 +111,7 @@ def _describe_state(folder: RunFolder, holder: Holder | None, age_s: float | Non
     if holder is not None and age_s is not None:
         since = f"process {holder.pid} on {holder.host}" + (f" (job {holder.job})" if holder.job else "")
         if age_s < STALE_S:
-            return f"running: {since}"
+            return f"waiting in line, {holder.waits_for}; {since}" if holder.waits_for else f"running: {since}"
         return f"no sign of life for {render_duration(age_s)}: {since}; submit the same run name again to continue"
     if folder.report.exists() and _final_step(folder) >= int(train.get("max_steps", 0)):
         return "finished"

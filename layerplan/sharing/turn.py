@@ -27,20 +27,23 @@ MOST_FAILURES = 5
 
 
 @contextmanager
-def holding_turn(config: ClusterConfig, name: str, demands: Sequence[Demand]) -> Iterator[None]:
+def holding_turn(
+    config: ClusterConfig, name: str, demands: Sequence[Demand], *, tell: Callable[[str], None] | None = None
+) -> Iterator[None]:
     """Waits for a run's turn; it is in the line until the block ends. Ray must be connected.
 
     Args:
         config: Priority, and whether there is a line.
         name: Of the run, for others to see.
         demands: What it will hold at once.
+        tell: Takes each line about its place, and an empty one when its turn has come.
     """
     if not config.queue:
         yield
         return
     me = _introduce(config, name, demands)
     try:
-        _wait(me)
+        _wait(me, tell or _tell_nobody)
         yield
     finally:
         with suppress(Exception):  # the cluster may be gone, and the line with it
@@ -62,23 +65,30 @@ def _introduce(config: ClusterConfig, name: str, demands: Sequence[Demand]) -> T
     )
 
 
-def _wait(me: Turn) -> None:
+def _tell_nobody(line: str) -> None:
+    """For runs whose folder says nothing of a line."""
+
+
+def _wait(me: Turn, tell: Callable[[str], None]) -> None:
     said, failures = SaidPlace(), 0
     while True:
         try:
             if _try_to_start(me):
                 if line := said.end(time.monotonic()):
                     logger.info(line)
+                tell("")
                 return
             line, failures = said.observe(lambda: _describe(me), time.monotonic()), 0
         except Exception as error:  # the line is a courtesy: no run ends for it
             failures += 1
             if failures == MOST_FAILURES:
                 logger.warning("the cluster's line of runs cannot be read (%s); starting out of turn", error)
+                tell("")
                 return
             line = ""
         if line:
             logger.info(line)
+            tell(line)
         time.sleep(LOOK_EVERY_S * random.uniform(0.8, 1.2))  # of two that gave way to each other one is first next time
 
 

@@ -88,6 +88,8 @@ def test_runs_take_their_turn_by_priority_and_a_killed_one_leaves_the_line(clust
         line = next(line for line in late.said().splitlines() if "[queue] 2nd" in line)
         assert "and holds 4 CPU" in line and "(test_sharing.py, pid" in line and "has 2 CPU;" in line, line
         assert line.endswith("2 x thing of 2 CPU with kind=large"), line
+        assert f"told: {line.partition('[queue] ')[2]}" in late.said().splitlines()
+        assert "told: \n" in first.said(), "nothing is waited for once the turn has come"
         shown = show_queue(cluster.address)
         assert [name for word in shown.split() for name in jobs if word == name] == [
             "first",
@@ -172,7 +174,7 @@ def hold(name: str, priority: str, count: str, cpus: str, kind: str) -> None:
     config = ClusterConfig(priority=int(priority))
     connect(config, min_cpus=1)
     wanted = Demand(what="thing", field="x", count=int(count), resources={"CPU": float(cpus)}, labels={"kind": kind})
-    with holding_turn(config, name, [wanted]):
+    with holding_turn(config, name, [wanted], tell=lambda line: print(f"told: {line}", flush=True)):
         made = ray.remote(num_cpus=float(cpus), label_selector={"kind": kind})(Thing)
         things = [made.remote() for _ in range(int(count))]
         ray.get([thing.ready.remote() for thing in things])

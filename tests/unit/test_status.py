@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -76,6 +77,27 @@ def test_a_run_that_somebody_holds_runs_until_it_gives_no_sign_of_life(tmp_path:
         silent = read_status(str(tmp_path / "mine"), now + timedelta(minutes=10))
     assert held.is_running and dict(held.rows)["state"].startswith("running: process ")
     assert not silent.is_running and dict(silent.rows)["state"].startswith("no sign of life for 10 min: process ")
+
+
+def test_a_run_that_waits_for_its_turn_says_its_place(tmp_path: Path):
+    make_run(tmp_path / "mine")
+
+    def read_state_until(is_there: str) -> str:
+        deadline = time.monotonic() + 30
+        while True:
+            state = dict(read_status(str(tmp_path / "mine"), datetime.now(UTC)).rows)["state"]
+            if state.startswith(is_there) or time.monotonic() > deadline:
+                return state
+            time.sleep(0.05)
+
+    with hold_run(tmp_path / "mine", "mine", beat_s=0.05) as lease:
+        lease.tell("2nd of 2, behind other (priority 5); 12 s for 2 x worker of 1 GPU")
+        expected = "waiting in line, 2nd of 2, behind other (priority 5); 12 s for 2 x worker of 1 GPU; process "
+        assert read_state_until("waiting").startswith(expected)
+        lease.tell("")
+        assert read_state_until("running").startswith("running: process ")
+        (left,) = (tmp_path / "mine").glob("lease-*.json")
+        assert "waits_for" not in json.loads(left.read_text())
 
 
 def test_a_terminal_follows_the_run_and_is_left_when_it_ends(tmp_path: Path):
