@@ -42,6 +42,8 @@ STAGES = {
     "layerplan.waiting": "wait",
 }
 """Which part of a run speaks, by the logger's name; a record's own `stage` wins."""
+WIDTH = 100
+"""Columns of printed tables; a job's log is not a terminal whose width could be asked."""
 SEVERITIES = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
 
 

@@ -11,8 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from layerplan.checkpoint.layout import promises_seal, read_train_state
-from layerplan.checkpoint.metadata import METADATA_NAME, check_shards
+from layerplan.checkpoint.layout import METADATA_NAME, promises_seal, read_train_state
 from layerplan.checkpoint.seal import Seal, check_files, read_seal
 from layerplan.errors import CheckpointError
 from layerplan.run_folder import (
@@ -118,11 +117,17 @@ def choose_checkpoint(candidates: Sequence[Candidate], prove: Callable[[Candidat
     return Choice(None, tuple(passed_over))
 
 
+def _check_shards(path: StoredPath) -> None:
+    from layerplan.checkpoint.metadata import check_shards  # with PyTorch, which who lists checkpoints need not load
+
+    check_shards(path)
+
+
 def prove_candidate(candidate: Candidate) -> str:
     """Reads every file in one process; returns the fault, or nothing."""
     try:
         if candidate.seal is None:
-            check_shards(candidate.path)
+            _check_shards(candidate.path)
         else:
             check_files(candidate.path, candidate.seal)
     except CheckpointError as error:
@@ -146,7 +151,7 @@ def prove_checkpoint(path: StoredPath, plan_sha256: str) -> str:
         return ""
     if (path / STATE_NAME).exists() and promises_seal(path):
         raise CheckpointError(f"{path}: no {SEAL_NAME}; the checkpoint was never finished")
-    check_shards(path)
+    _check_shards(path)
     return f"{path}: has no seal, as checkpoints of older versions: it cannot be proved undamaged"
 
 

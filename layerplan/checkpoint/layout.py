@@ -10,6 +10,8 @@ from layerplan.errors import CheckpointError
 from layerplan.run_folder import STATE_NAME
 from layerplan.storage.paths import StoredPath, write_whole
 
+METADATA_NAME = ".metadata"
+"""PyTorch's own record of a distributed checkpoint."""
 FORMAT = 1
 """Of checkpoints that end with a seal; a state file without a number is from before there were seals."""
 _FORMAT_KEY = "checkpoint_format"

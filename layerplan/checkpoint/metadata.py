@@ -25,11 +25,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from layerplan.checkpoint.layout import METADATA_NAME
 from layerplan.errors import CheckpointError
 from layerplan.inside import is_plain_name
 from layerplan.storage.paths import StoredPath, explain, reaching
-
-METADATA_NAME = ".metadata"
 
 _METADATA_CLASSES = (
     BytesStorageMetadata,

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from layerplan.artifacts import read_lines
 from layerplan.checkpoint.index import list_checkpoints
+from layerplan.durations import render_duration
 from layerplan.errors import CheckpointError, ConfigError, PlanError
 from layerplan.pipeline.lease_files import LeaseFiles
 from layerplan.pipeline.run_folder import fetch_run
@@ -40,7 +41,6 @@ from layerplan.run_folder import (
 from layerplan.storage.working import find_home
 from layerplan.train import metrics
 from layerplan.train.request import load_result
-from layerplan.train.throughput import render_duration
 
 STAGES = {
     "trace": (PROFILE_NAME,),

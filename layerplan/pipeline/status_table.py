@@ -11,8 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from layerplan.log import WIDTH
 from layerplan.pipeline.status import RunStatus, read_status
-from layerplan.pipeline.summary import WIDTH
 from layerplan.storage.working import is_remote
 
 FOLDER_S = 2.0

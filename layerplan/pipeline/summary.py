@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from eval.significance import Verdict
+from layerplan.log import WIDTH
 from layerplan.plan.explain import render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import ModelSource
@@ -22,9 +23,6 @@ from layerplan.report.answer_tables import (
 )
 from layerplan.report.answers import Answers
 from layerplan.train.trainer import TrainResult
-
-WIDTH = 100
-"""Columns of the printed tables; a job's log is not a terminal whose width could be asked."""
 
 
 def print_summary(

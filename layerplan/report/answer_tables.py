@@ -6,8 +6,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from layerplan.durations import render_duration
 from layerplan.report.answers import Answers, Cost, HeldOutText, ValidationLoss, Work
-from layerplan.train.throughput import render_duration
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Headings and rows."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
+from layerplan.durations import render_duration
 from layerplan.sharing.demand import Demand, sum_up
 from layerplan.sharing.rule import Turn, find_ahead
 from layerplan.waiting import render_resources
@@ -82,7 +83,7 @@ def render_line(
         has, since = _count(held.get(turn.job, {})), turn.since if turn.started is None else turn.started
         asked = "\n".join(map(describe_demand, turn.demands))
         cells = (place, turn.name, str(turn.priority), asked, render_resources(has) if has else "nothing")
-        table.add_row(*map(Text, (*cells, name_time(now - since), f"{turn.job}, pid {turn.pid} on {turn.host}")))
+        table.add_row(*map(Text, (*cells, render_duration(now - since), f"{turn.job}, pid {turn.pid} on {turn.host}")))
     return table, describe_foreign({turn.job for turn in turns}, held, jobs)
 
 
@@ -92,21 +93,16 @@ def name_place(number: int) -> str:
     return f"{number}{ending}"
 
 
-def name_time(seconds: float) -> str:
-    """`40 s`, `12 min`, `3.5 h`."""
-    if seconds < 100:
-        return f"{max(seconds, 0):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 def _describe(turn: Turn, held: Mapping[str, Resources], now: float) -> str:
     who = f"{turn.name} (priority {turn.priority})"
     if turn.started is None:
-        return f"{who}, which has waited {name_time(now - turn.since)} for {_render_sum(turn)}"
+        return f"{who}, which has waited {render_duration(now - turn.since)} for {_render_sum(turn)}"
     has = _count(held.get(turn.job, {}))
     if has:
-        return f"{who}, which has had its turn for {name_time(now - turn.started)} and holds {render_resources(has)}"
-    return f"{who}, whose turn came {name_time(now - turn.started)} ago for {_render_sum(turn)}"
+        return (
+            f"{who}, which has had its turn for {render_duration(now - turn.started)} and holds {render_resources(has)}"
+        )
+    return f"{who}, whose turn came {render_duration(now - turn.started)} ago for {_render_sum(turn)}"
 
 
 def _render_sum(turn: Turn) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from layerplan.config.train import TrainConfig
+from layerplan.durations import render_duration
 from layerplan.plan.cluster_rates import KNOWN_PEAK_TFLOPS
 from layerplan.plan.cost import GIB
 
@@ -111,10 +112,3 @@ def render_progress(
     if config.usd_per_worker_hour:
         line += f"  {left_s / 3600 * num_workers * config.usd_per_worker_hour:,.2f} USD to go"
     return line
-
-
-def render_duration(seconds: float) -> str:
-    """A duration as a person says it: `45 s`, `12 min`, `3.4 h`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -53,15 +53,16 @@ def test_the_reference_names_what_exists() -> None:
     )
 
 
-def test_importing_the_config_imports_no_engine() -> None:
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "layerplan.config.run",
+        "layerplan.pipeline.chain, layerplan.pipeline.dry_run",
+        "layerplan.pipeline.status_table",
+    ],
+)
+def test_configs_dry_runs_and_a_runs_status_import_no_engine(modules: str) -> None:
     engines = ("torch", "ray", "transformers", "vllm", "mlflow", "datasets")
-    code = f"import sys, layerplan.config.run; print([name for name in {engines!r} if name in sys.modules])"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
-
-
-def test_a_dry_run_imports_no_engine() -> None:
-    engines = ("torch", "ray", "transformers", "vllm", "mlflow", "datasets")
-    modules = "layerplan.pipeline.chain, layerplan.pipeline.dry_run"
     code = f"import sys, {modules}; print([name for name in {engines!r} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
 

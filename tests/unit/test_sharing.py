@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from layerplan.config.train import TrainConfig
 from layerplan.errors import ClusterError
 from layerplan.sharing.demand import Demand, count_room, suits, sum_up
-from layerplan.sharing.describe import describe_place, name_place, name_time, render_line
+from layerplan.sharing.describe import describe_place, name_place, render_line
 from layerplan.sharing.fit import check_fit
 from layerplan.sharing.rule import Node, Turn, choose_group_nodes, find_ahead, find_missing, may_start
 from layerplan.sharing.turn import SaidPlace
@@ -156,11 +156,10 @@ def test_the_place_names_who_is_ahead_what_they_hold_and_who_stands_outside() ->
     assert foreign == "outside the queue: job 0500 has 2 GPU"
 
 
-def test_places_and_times_have_the_words_people_use() -> None:
+def test_places_have_the_words_people_use() -> None:
     assert [name_place(number) for number in (1, 2, 3, 4, 11, 12, 13, 21, 102, 111)] == [
         *("1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "102nd", "111th")
     ]
-    assert [name_time(seconds) for seconds in (40, 720, 12600)] == ["40 s", "12 min", "3.5 h"]
 
 
 def test_a_place_is_said_after_a_moment_and_every_minute_and_its_end_only_then() -> None:
