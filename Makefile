@@ -39,7 +39,16 @@ $(STAMP): $(LOCK) pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or set PYTHON=/path/to/it"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing $(LOCK) into $(VENV) (once, a few minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
+	@log=$(VENV)/install.log; total=$$(grep -c '==' $(LOCK)); seconds=0; \
+	$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-deps -r $(LOCK) > $$log 2>&1 & pid=$$!; \
+	while kill -0 $$pid 2>/dev/null; do \
+	  sleep 1; seconds=$$((seconds + 1)); \
+	  if [ $$((seconds % 15)) = 0 ]; then \
+	    if grep -q '^Installing' $$log; then echo "  $$seconds s: unpacking $$total packages"; \
+	    else echo "  $$seconds s: $$(grep -c '^Collecting' $$log) of $$total packages fetched"; fi; \
+	  fi; \
+	done; \
+	wait $$pid || { tail -n 20 $$log; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@$(BIN)/python -c "import torch, ray, transformers, vllm" >/dev/null 2>&1 || { echo "error: the environment is broken; see requirements/README.md on where torch must come from"; exit 1; }
 	@rm -f $(VENV)/.stamp-*
