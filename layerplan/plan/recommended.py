@@ -57,41 +57,64 @@ def recommend(
         PlanError: When no study is finished, or the limit pays for none of its plans.
     """
     studies = (evidence or load_study_evidence()).studies
-    study = _find_study(studies, num_layers)
-    rated = _rate(study, config.prefer)
-    priced = [(plan, score, price(_carry_over(plan, study, num_layers))) for plan, score in rated]
-    paid = [item for item in priced if config.max_flops_share is None or item[2] <= config.max_flops_share + 1e-9]
+    finished = sorted((each for each in studies if each.is_finished), key=lambda each: _rank_study(each, num_layers))
+    if not finished:
+        raise PlanError("plan.type=recommended: no study is finished; name layers with another plan type")
+    study = finished[0]
+    paid = _list_paid(study, config, num_layers, price)
     if not paid:
-        cheapest = min(priced, key=lambda item: item[2])
+        cheapest = min(price(_carry_over(plan, study, num_layers)) for plan in study.plans)
         raise PlanError(
             f"plan.max_flops_share={config.max_flops_share}: the cheapest plan of study {study.name} costs"
-            f" {cheapest[2]:.3f} of training everything here; raise it"
+            f" {cheapest:.3f} of training everything here; raise it"
         )
-    best, score, share = min(paid, key=lambda item: (item[1], item[2]))
-    alike = [item for item in paid if item[0] is not best and item[1] - score < _noise(study, config.prefer)]
+    best, alike = paid[0], [each for each in paid[1:] if each.score - paid[0].score < _noise(study, config.prefer)]
+    others = [(each, found[0]) for each in finished[1:] if (found := _list_paid(each, config, num_layers, price))]
     kept = {
         "prefer": config.prefer,
         "max_flops_share": config.max_flops_share,
         "study": study.model_dump(mode="json", exclude={"plans", "rivals"}),
-        "plan": best.model_dump(mode="json"),
-        "flops_share": share,
-        "not_told_from_it": [{**item[0].model_dump(mode="json"), "flops_share_here": item[2]} for item in alike],
-        "better_measured": [each.model_dump(mode="json") for each in _find_better_rivals(study, config, score)],
+        "plan": best.plan.model_dump(mode="json"),
+        "flops_share": best.share,
+        "not_told_from_it": [{**each.plan.model_dump(mode="json"), "flops_share_here": each.share} for each in alike],
+        "better_measured": [each.model_dump(mode="json") for each in _find_better_rivals(study, config, best.score)],
+        "other_studies": {each.name: found.plan.model_dump(mode="json") for each, found in others},
     }
     told = [
-        _say_choice(config, study, best, share, num_layers),
-        _say_alike(alike, study, num_layers),
+        _say_choice(config, study, best, num_layers),
+        _say_alike(alike),
+        *(f"Study {each.name}, {_say_base(each)}, would take {_name(found)}." for each, found in others),
         _say_limits(study, studies),
     ]
-    return Recommendation(_carry_over(best, study, num_layers), " ".join(filter(None, told)), {"recommended": kept})
+    return Recommendation(best.layers, " ".join(filter(None, told)), {"recommended": kept})
 
 
-def _find_study(studies: Sequence[Study], num_layers: int) -> Study:
-    """The finished study whose base is nearest in depth."""
-    finished = [study for study in studies if study.is_finished]
-    if not finished:
-        raise PlanError("plan.type=recommended: no study is finished; name layers with another plan type")
-    return min(finished, key=lambda study: abs(log(study.num_layers / num_layers)))
+@dataclass(frozen=True)
+class _Priced:
+    """A plan of a study, carried over to the model at hand."""
+
+    plan: StudiedPlan
+    score: float
+    layers: tuple[int, ...] | None
+    share: float
+
+
+def _rank_study(study: Study, num_layers: int) -> tuple[float, int]:
+    """The study whose base is nearest in depth first; of those alike the one that trained the most plans."""
+    return abs(log(study.num_layers / num_layers)), -len(study.plans)
+
+
+def _list_paid(
+    study: Study, config: RecommendedPlanConfig, num_layers: int, price: Callable[[tuple[int, ...] | None], float]
+) -> list[_Priced]:
+    """What the limit pays for, the best first, the cheaper one of those alike."""
+    found = []
+    for plan in study.plans:
+        layers = _carry_over(plan, study, num_layers)
+        share = price(layers)
+        if config.max_flops_share is None or share <= config.max_flops_share + 1e-9:
+            found.append(_Priced(plan, _score(plan, study, config.prefer), layers, share))
+    return sorted(found, key=lambda each: (each.score, each.share))
 
 
 def _carry_over(plan: StudiedPlan, study: Study, num_layers: int) -> tuple[int, ...] | None:
@@ -100,11 +123,6 @@ def _carry_over(plan: StudiedPlan, study: Study, num_layers: int) -> tuple[int, 
         return None
     count = min(num_layers - 1, max(1, int(plan.num_trained / study.num_layers * num_layers + 0.5)))
     return tuple(range(count)) if plan.trains == "shallow" else tuple(range(num_layers - count, num_layers))
-
-
-def _rate(study: Study, prefer: str) -> list[tuple[StudiedPlan, float]]:
-    """Every plan with its score, low is good."""
-    return [(plan, _score(plan, study, prefer)) for plan in study.plans]
 
 
 def _score(plan: StudiedPlan, study: Study, prefer: str) -> float:
@@ -131,27 +149,37 @@ def _find_better_rivals(study: Study, config: RecommendedPlanConfig, score: floa
     return [each for each in study.rivals if each.flops_share <= limit and _score(each, study, config.prefer) < score]
 
 
-def _say_choice(config: RecommendedPlanConfig, study: Study, best: StudiedPlan, share: float, num_layers: int) -> str:
-    layers = _carry_over(best, study, num_layers)
-    what, here = "everything, the embeddings too,", "this"
-    if layers is not None:
-        what = f"the {best.trains} {best.num_trained} of {study.num_layers} layers"
-        here = f"here the {best.trains} {len(layers)} of {num_layers}, which"
+def _say_choice(config: RecommendedPlanConfig, study: Study, best: _Priced, num_layers: int) -> str:
+    plan, what, here = best.plan, "everything, the embeddings too,", "this"
+    if best.layers is not None:
+        what = f"the {plan.trains} {plan.num_trained} of {study.num_layers} layers"
+        here = f"here the {plan.trains} {len(best.layers)} of {num_layers}, which"
     limit = "" if config.max_flops_share is None else f" of those that cost at most {config.max_flops_share:.0%} here"
-    losses = ", ".join(f"{text} {best.loss[text]:.3f} (base {study.base[text]:.3f})" for text in TEXTS)
+    losses = ", ".join(f"{text} {plan.loss[text]:.3f} (base {study.base[text]:.3f})" for text in TEXTS)
     return (
         f"Study {study.name} did best on {NAMES[config.prefer]}{limit} with {what} trained: {losses} nats, at a rate of"
-        f" {best.rate:g}; {here} costs {share:.0%} of the FLOPs of training everything."
+        f" {plan.rate:g}; {here} costs {best.share:.0%} of the FLOPs of training everything."
     )
 
 
-def _say_alike(alike: Sequence[tuple[StudiedPlan, float, float]], study: Study, num_layers: int) -> str:
+def _say_alike(alike: Sequence[_Priced]) -> str:
     if not alike:
         return "No other plan of it came within the noise of its seeds."
-    cheapest, _, share = min(alike, key=lambda item: item[2])
-    layers = _carry_over(cheapest, study, num_layers)
-    where = "everything" if layers is None else f"the {cheapest.trains} {len(layers)} layers of this model"
-    return f"{len(alike)} other plans came within the noise of its seeds, the cheapest with {where} at {share:.0%}."
+    cheapest = min(alike, key=lambda each: each.share)
+    return (
+        f"{len(alike)} other plans came within the noise of its seeds, the cheapest with {_name(cheapest)}"
+        f" at {cheapest.share:.0%}."
+    )
+
+
+def _name(priced: _Priced) -> str:
+    if priced.layers is None:
+        return "everything"
+    return f"the {priced.plan.trains} {len(priced.layers)} of this model's layers"
+
+
+def _say_base(study: Study) -> str:
+    return f"of a base of {study.num_layers} layers ({study.model_type})"
 
 
 def _say_limits(study: Study, studies: Sequence[Study]) -> str:
@@ -161,7 +189,4 @@ def _say_limits(study: Study, studies: Sequence[Study]) -> str:
         "This rests on one finished study" if len(finished) == 1 else f"This is the nearest of {len(finished)} studies"
     )
     unfinished = f"; {', '.join(left)}" if left else ""
-    return (
-        f"{rests}, of a base of {study.num_layers} layers ({study.model_type}), {study.tokens:,} tokens a training,"
-        f" {len(study.seeds)} seeds{unfinished}."
-    )
+    return f"{rests}, {_say_base(study)}, {study.tokens:,} tokens a training, {len(study.seeds)} seeds{unfinished}."

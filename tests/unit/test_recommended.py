@@ -68,7 +68,7 @@ PRICES = {None: 1.0, (0, 1): 0.8, (2, 3): 0.6}
 def choose(prefer: str, share: float | None, *studies: Study) -> recommended.Recommendation:
     config = RecommendedPlanConfig(prefer=prefer, max_flops_share=share)  # type: ignore[arg-type]
     evidence = StudyEvidence(command="", studies=list(studies or (make_study(),)))
-    return recommended.recommend(config, 4, lambda layers: PRICES[layers], evidence)
+    return recommended.recommend(config, 4, lambda layers: PRICES.get(layers, 0.7), evidence)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,21 @@ def test_the_study_nearest_in_depth_speaks_and_unfinished_ones_are_counted() -> 
     found = choose("adaptation", 0.9, far, near, make_study("begun", done=3))
     assert found.evidence["recommended"]["study"]["name"] == "near"
     assert "nearest of 2 studies" in found.reason and "begun has 3 of 8 trainings" in found.reason
+    assert "Study far, of a base of 40 layers (llama), would take the deep 1 of this model's layers." in found.reason
+    assert found.evidence["recommended"]["other_studies"]["far"]["trains"] == "deep"
     with pytest.raises(PlanError, match="no study is finished"):
         choose("adaptation", None, make_study(done=3))
+
+
+def test_of_two_studies_of_one_depth_the_one_with_more_plans_speaks() -> None:
+    whole = make_study("whole")
+    coarse = whole.model_copy(update={"name": "coarse", "plans": whole.plans[:2]})
+    for order in ((coarse, whole), (whole, coarse)):
+        found = choose("retention", None, *order)
+        assert found.evidence["recommended"]["study"]["name"] == "whole" and found.layers == (0, 1)
+        assert (
+            "Study coarse, of a base of 4 layers (llama), would take the deep 2 of this model's layers." in found.reason
+        )
 
 
 def test_a_limit_that_pays_for_nothing_names_the_cheapest() -> None:
@@ -108,11 +121,14 @@ def test_the_packages_evidence_is_what_the_command_makes_of_the_packed_arms(monk
     assert render_json(collect().model_dump(mode="json")) == FILE.read_text(encoding="utf-8")
 
 
-def test_the_evidence_has_the_numbers_of_the_published_tables() -> None:
-    """Rows of `study_scratch_zh.md`, which other code made of the same arms."""
-    text = (ROOT / "benchmarks/results/study_scratch_zh.md").read_text(encoding="utf-8")
+FINISHED = [each for each in load_study_evidence().studies if each.is_finished]
+
+
+@pytest.mark.parametrize("study", FINISHED, ids=lambda study: study.name)
+def test_the_evidence_has_the_numbers_of_the_published_tables(study: Study) -> None:
+    """Rows of the study's page, which other code made of the same arms."""
+    text = (ROOT / f"benchmarks/results/study_{study.name}.md").read_text(encoding="utf-8")
     sections = dict(re.findall(r"## Held-out (\w+) text: \w+\n(.*?)(?=\n## )", text, re.DOTALL))
-    (study,) = (each for each in load_study_evidence().studies if each.name == "scratch_zh")
     for name, section in sections.items():
         rows = {
             row[0]: row[1:] for row in re.findall(r"\| ([^|]+) \| (\d+) \| (\d+)% \| [\d.]+ \| ([\d.]+) \|", section)
