@@ -16,7 +16,7 @@ from layerplan.artifacts import compute_sha256
 from layerplan.config.base import StrictModel
 from layerplan.config.corpus import SourceConfig
 from layerplan.config.measure import MeasureConfig
-from layerplan.config.plan import ExplicitPlanConfig, FullPlanConfig, PlanConfig, RandomPlanConfig
+from layerplan.config.plan import ExplicitPlanConfig, FullPlanConfig, PlanConfig, RandomPlanConfig, SpreadPlanConfig
 from layerplan.errors import ConfigError, PlanError
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_measurement import LayerMeasurement, LayerMeasurements
@@ -63,6 +63,8 @@ class StudyConfig(StrictModel):
     """Train the layers that each measurement speaks for, those of the tracer among them."""
     controls: list[Literal["full", "random"]] = ["full", "random"]
     """Plans without a measurement; `random` draws as many layers as half of the model, one draw for each seed."""
+    spread_counts: list[int] = []
+    """Numbers of evenly spaced layers that train, which no measurement chose."""
     flops_shares: list[float] = [0.6, 0.8]
     """Rivals train as many layers as cost at most this share of training everything: pairs of equal FLOPs."""
     layer_counts: list[int] = []
@@ -120,9 +122,10 @@ def check_study(study: StudyConfig, num_layers: int) -> None:
     wrong = [size for size in study.rate_sizes if not 1 <= size <= num_layers]
     if wrong:
         raise ConfigError(f"rate_sizes={wrong}: must lie in 1..{num_layers}")
-    wrong = [count for count in study.layer_counts if not 1 <= count < num_layers]
-    if wrong:
-        raise ConfigError(f"layer_counts={wrong}: must lie in 1..{num_layers - 1}")
+    for name in ("layer_counts", "spread_counts"):
+        wrong = [count for count in getattr(study, name) if not 1 <= count < num_layers]
+        if wrong:
+            raise ConfigError(f"{name}={wrong}: must lie in 1..{num_layers - 1}")
 
 
 def list_boundaries(study: StudyConfig, num_layers: int) -> list[int]:
@@ -168,6 +171,10 @@ def list_arms(
             ("rival", label, _explicit(model, shape, layers, study))
             for label, layers in choose_layers(measurement, study, lambda layers: _price(model, shape, layers, study))
         ]
+    grid += [
+        ("control", f"spread, {count} layers", _plan(SpreadPlanConfig(k=count), model, shape, study))
+        for count in study.spread_counts
+    ]
     arms: list[Arm] = []
     for seed in study.seeds:
         controls = [("control", name, _control(name, model, shape, study, seed)) for name in study.controls]

@@ -127,6 +127,14 @@ class RandomPlanConfig(LayerPlanOptions):
     """Seed of the draw."""
 
 
+class SpreadPlanConfig(LayerPlanOptions):
+    """k layers evenly spaced over the depth, none of the ends among them: no measurement, no draw."""
+
+    type: Literal["spread"] = "spread"
+    k: int = Field(ge=1)
+    """How many layers train."""
+
+
 class ReversePlanConfig(BoundaryOptions, LayerPlanOptions):
     """Control: as many layers as `from_profile` would train, taken from the other end."""
 
@@ -260,6 +268,7 @@ _FixedPlanConfig = (
     | ExplicitPlanConfig
     | TopKSensitivityPlanConfig
     | RandomPlanConfig
+    | SpreadPlanConfig
     | ReversePlanConfig
     | MidpointPlanConfig
     | StitchedPlanConfig

@@ -20,6 +20,7 @@ from layerplan.config.plan import (
     RecommendedPlanConfig,
     ReversePlanConfig,
     SemanticPlanConfig,
+    SpreadPlanConfig,
     TopKSensitivityPlanConfig,
 )
 from layerplan.errors import PlanError
@@ -34,7 +35,7 @@ from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.modules import choose_modules
 from layerplan.plan.plan_cost import PredictedCost
 from layerplan.plan.recommended import recommend
-from layerplan.plan.selectors import select
+from layerplan.plan.selectors import select, space_layers
 
 DEFAULT_SEQ_LEN = 4096
 """Row length the cost is predicted at when no run gives one."""
@@ -272,6 +273,9 @@ def _choose(
         case RandomPlanConfig():
             layers = tuple(sorted(random.Random(config.seed).sample(range(num_layers), _check_k(config.k, num_layers))))
             return layers, f"{config.k} layers drawn with seed {config.seed}: a control of equal cost.", {}
+        case SpreadPlanConfig():
+            layers = space_layers(_check_k(config.k, num_layers), num_layers)
+            return layers, f"{config.k} layers evenly spaced, without a measurement.", {}
     return _choose_by_profile(config, shape, _require(profile, config.type))
 
 

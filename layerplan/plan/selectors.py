@@ -51,6 +51,16 @@ def select(selectors: Sequence[str | int], shape: ModelShape, profile: LayerProf
     return Selection(layers, frozenset(item for item in chosen if isinstance(item, str)))
 
 
+def space_layers(count: int, num_layers: int) -> tuple[int, ...]:
+    """The middles of `count` equal stretches of the depth.
+
+    Example:
+        >>> space_layers(3, 12)
+        (2, 6, 10)
+    """
+    return tuple((2 * place + 1) * num_layers // (2 * count) for place in range(count))
+
+
 def name_parameters(shape: ModelShape) -> dict[str, int | str]:
     """Names a pattern is matched against, as most families have them, to the layer or part they belong to."""
     layers: dict[str, int | str] = {f"model.layers.{layer}.": layer for layer in range(shape.num_layers)}
