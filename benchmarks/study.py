@@ -34,6 +34,7 @@ from study_tables import (
     render_equal_flops,
     render_opposites,
     render_regret,
+    render_spread,
 )
 
 from layerplan.artifacts import compute_sha256, write_json
@@ -206,10 +207,12 @@ def render(study: Study) -> str:
         parts += [f"## Held-out {text} text: {what}", _render_base(study, text), render_regret(compared, text)]
         parts.append(describe_seed_noise(compared, text))
     parts += ["## At equal FLOPs, target text", render_equal_flops(compared, "target", study.config.flops_shares)]
-    if opposites := [
-        f"{text.capitalize()} text:\n\n{table}" for text in TEXTS if (table := render_opposites(compared, text))
-    ]:
-        parts += ["## What a measurement chose, and what it spoke against", *opposites]
+    for title, show in (
+        ("What a measurement chose, and what it spoke against", render_opposites),
+        ("Evenly spaced layers, beside as many chosen otherwise", render_spread),
+    ):
+        if tables := [f"{text.capitalize()} text:\n\n{table}" for text in TEXTS if (table := show(compared, text))]:
+            parts += [f"## {title}", *tables]
     parts += ["## Does a measurement rank plans as training does?", _render_correlations(study, compared)]
     found = study.measurements()
     if found is not None and is_grid_whole(study, compared):

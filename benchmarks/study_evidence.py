@@ -17,6 +17,7 @@ from study_plan import StudyConfig, find_rate, list_boundaries, load_study
 
 from layerplan.artifacts import render_json
 from layerplan.plan.layer_measurement import LayerMeasurement
+from layerplan.plan.selectors import space_layers
 from layerplan.plan.study_evidence import StudiedPlan, Study, StudyEvidence
 from layerplan.run_folder import MEASUREMENTS_NAME
 
@@ -61,12 +62,14 @@ class Packed:
         ]
 
     def list_plans(self) -> Iterator[tuple[str, Layers]]:
-        """Everything, and both sides of every boundary of the grid."""
+        """Everything, both sides of every boundary of the grid, and evenly spaced layers."""
         yield "full", tuple(range(self.num_layers))
         for boundary in list_boundaries(self.config, self.num_layers):
             for side in self.config.sides:
                 shallow, deep = tuple(range(boundary)), tuple(range(boundary, self.num_layers))
                 yield side, shallow if side == "shallow" else deep
+        for count in self.config.spread_counts:
+            yield "spread", space_layers(count, self.num_layers)
 
     def list_rivals(self) -> Iterator[tuple[str, Layers]]:
         """What each measurement chose at equal numbers of layers."""

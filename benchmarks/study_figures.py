@@ -49,6 +49,9 @@ def draw_study(arms: Sequence[Mapping[str, Any]], base: Mapping[str, Sequence[fl
         _scatter(
             axes, _collect(arms, text, seeds, "control", "random"), marker="s", colour="#bbbbbb", label="random layers"
         )
+        _scatter(
+            axes, _collect(arms, text, seeds, "control", "spread"), marker="D", colour="#7b3294", label="evenly spaced"
+        )
         _scatter(axes, _collect(arms, text, seeds, "control", "full"), marker="*", colour="#000000", label="everything")
         axes.set(xlabel="layers that train", ylabel="nats per token", title=TITLES[text])
     panels[0].legend(frameon=False, fontsize=9)

@@ -163,13 +163,39 @@ def render_opposites(arms: Sequence[Mapping[str, Any]], text: str) -> str:
     """Table of what each measurement chose beside as many layers that it speaks against, corrected over its rows."""
     losses = collect(arms, text)
     pairs = [(label, f"against {label}") for label in losses if f"against {label}" in losses]
+    heads = [(label.replace("_", " "),) for label, _ in pairs]
+    return _render_pairs(losses, pairs, ("chosen by", "loss", "of the opposite"), heads)
+
+
+def render_spread(arms: Sequence[Mapping[str, Any]], text: str) -> str:
+    """Table of evenly spaced layers beside every other choice of as many, corrected over its rows."""
+    losses = collect(arms, text)
+    first = {arm["label"]: arm for arm in reversed(arms) if arm["label"] in losses}
+    pairs = [
+        (spread, label)
+        for spread in first
+        if spread.startswith("spread, ")
+        for label in sorted(losses, key=lambda label: float(losses[label].mean()))
+        if len(first[label]["layers"]) == len(first[spread]["layers"])
+        and not label.startswith(("against ", "spread, "))
+    ]
+    heads = [(str(len(first[label]["layers"])), f"{label.replace('_', ' ')}") for _, label in pairs]
+    return _render_pairs(losses, pairs, ("layers", "beside", "loss, evenly spaced", "loss, beside"), heads)
+
+
+def _render_pairs(
+    losses: Mapping[str, Array], pairs: Sequence[tuple[str, str]], titles: Sequence[str], heads: Sequence[Sequence[str]]
+) -> str:
+    """One row for each pair: its heads, both losses, their paired difference, interval and p; nothing without pairs."""
     if not pairs:
         return ""
-    compared = [compare(losses[chosen], losses[other]) for chosen, other in pairs]
+    compared = [compare(losses[one], losses[other]) for one, other in pairs]
     p_values = correct_holm([each[3] for each in compared])
-    lines = ["| chosen by | loss | of the opposite | difference | 95 % | p |", "|---|---:|---:|---:|---|---:|"]
-    for (chosen, other), (gap, low, high, _), p in zip(pairs, compared, p_values, strict=True):
-        means = float(losses[chosen].mean()), float(losses[other].mean())
-        name = chosen.replace("_", " ")
-        lines.append(f"| {name} | {means[0]:.4f} | {means[1]:.4f} | {gap:+.4f} | {low:+.4f} to {high:+.4f} | {p:.2g} |")
+    lines = [
+        f"| {' | '.join(titles)} | difference | 95 % | p |",
+        f"|{'---|' * len(heads[0])}{'---:|' * (len(titles) - len(heads[0]))}---:|---|---:|",
+    ]
+    for (one, other), head, (gap, low, high, _), p in zip(pairs, heads, compared, p_values, strict=True):
+        means = f"{losses[one].mean():.4f} | {losses[other].mean():.4f}"
+        lines.append(f"| {' | '.join(head)} | {means} | {gap:+.4f} | {low:+.4f} to {high:+.4f} | {p:.2g} |")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """The plan that a finished study found best for what is wanted and paid for; the study speaks, nothing here is tuned.
 
-Plans of the study are carried over by their share of trained layers and the side they lie on, and priced on the model at
+Plans of the study are carried over by their share of trained layers and where they lie, and priced on the model at
 hand, where the same share may cost another share of the FLOPs.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from layerplan.config.plan import RecommendedPlanConfig
 from layerplan.errors import PlanError
+from layerplan.plan.selectors import space_layers
 from layerplan.plan.study_evidence import StudiedPlan, Study, StudyEvidence, Text, load_study_evidence
 
 TEXTS: tuple[Text, ...] = ("target", "source")
@@ -83,6 +84,7 @@ def recommend(
     told = [
         _say_choice(config, study, best, num_layers),
         _say_alike(alike),
+        _say_measured(study, config, best),
         *(f"Study {each.name}, {_say_base(each)}, would take {_name(found)}." for each, found in others),
         _say_limits(study, studies),
     ]
@@ -118,10 +120,12 @@ def _list_paid(
 
 
 def _carry_over(plan: StudiedPlan, study: Study, num_layers: int) -> tuple[int, ...] | None:
-    """The same share of layers of the same side."""
+    """The same share of layers of the same side, or evenly spaced."""
     if plan.trains == "full":
         return None
     count = min(num_layers - 1, max(1, int(plan.num_trained / study.num_layers * num_layers + 0.5)))
+    if plan.trains == "spread":
+        return space_layers(count, num_layers)
     return tuple(range(count)) if plan.trains == "shallow" else tuple(range(num_layers - count, num_layers))
 
 
@@ -152,8 +156,8 @@ def _find_better_rivals(study: Study, config: RecommendedPlanConfig, score: floa
 def _say_choice(config: RecommendedPlanConfig, study: Study, best: _Priced, num_layers: int) -> str:
     plan, what, here = best.plan, "everything, the embeddings too,", "this"
     if best.layers is not None:
-        what = f"the {plan.trains} {plan.num_trained} of {study.num_layers} layers"
-        here = f"here the {plan.trains} {len(best.layers)} of {num_layers}, which"
+        what = f"{_name_layers(plan.trains, plan.num_trained)} of {study.num_layers} layers"
+        here = f"here {_name_layers(plan.trains, len(best.layers))} of {num_layers}, which"
     limit = "" if config.max_flops_share is None else f" of those that cost at most {config.max_flops_share:.0%} here"
     losses = ", ".join(f"{text} {plan.loss[text]:.3f} (base {study.base[text]:.3f})" for text in TEXTS)
     return (
@@ -172,10 +176,30 @@ def _say_alike(alike: Sequence[_Priced]) -> str:
     )
 
 
+def _say_measured(study: Study, config: RecommendedPlanConfig, best: _Priced) -> str:
+    """Measurements whose layers did better than the choice, beyond what seeds do."""
+    noise = _noise(study, config.prefer)
+    found = [
+        each
+        for each in _find_better_rivals(study, config, best.score)
+        if best.score - _score(each, study, config.prefer) > noise
+    ]
+    if not found:
+        return ""
+    names = ", ".join(f"{each.trains} ({each.num_trained} layers, {each.flops_share:.0%})" for each in found)
+    return (
+        f"Layers that a measurement chose did better still there: {names}; `layerplan measure` measures this model's."
+    )
+
+
 def _name(priced: _Priced) -> str:
     if priced.layers is None:
         return "everything"
-    return f"the {priced.plan.trains} {len(priced.layers)} of this model's layers"
+    return f"{_name_layers(priced.plan.trains, len(priced.layers))} of this model's layers"
+
+
+def _name_layers(trains: str, count: int) -> str:
+    return f"{count} evenly spaced" if trains == "spread" else f"the {trains} {count}"
 
 
 def _say_base(study: Study) -> str:

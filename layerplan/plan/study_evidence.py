@@ -17,7 +17,7 @@ class StudiedPlan(StrictModel):
     """A plan that was trained on every seed of a study."""
 
     trains: str
-    """`full`, `deep` or `shallow` for a side of a boundary, or the measurement that chose the layers."""
+    """`full`, `deep` or `shallow` for a side of a boundary, `spread` for evenly spaced layers, or the measurement that chose."""
     num_trained: int = Field(ge=1)
     """Decoder layers that trained."""
     flops_share: float = Field(gt=0)
@@ -60,7 +60,7 @@ class Study(StrictModel):
     noise: dict[Text, float]
     """What a seed moves a plan's loss by beyond what it moves all plans: one standard deviation, nats."""
     plans: list[StudiedPlan]
-    """Everything, and sides of boundaries."""
+    """Everything, sides of boundaries, evenly spaced layers."""
     rivals: list[StudiedPlan]
     """What measurements chose."""
 

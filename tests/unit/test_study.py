@@ -18,7 +18,15 @@ import study as machine
 import study_pack
 from study_plan import choose_layers, find_rate, load_study
 from study_replay import Grid
-from study_tables import collect, compare, correlate_measurement, render_early, render_opposites, render_regret
+from study_tables import (
+    collect,
+    compare,
+    correlate_measurement,
+    render_early,
+    render_opposites,
+    render_regret,
+    render_spread,
+)
 
 from layerplan.errors import ConfigError
 from layerplan.plan.layer_measurement import LayerMeasurement, MeasuringCost
@@ -197,6 +205,20 @@ def test_a_choice_is_compared_with_what_it_was_made_against():
     row = render_opposites([*arms, make_arm("deep of 3", (3, 4), 2.0)], "target").splitlines()[-1]
     assert "-0.3000" in row and row.startswith("| wise, 2 layers |")
     assert render_opposites(arms[:1], "target") == ""
+
+
+def test_evenly_spaced_layers_are_compared_with_as_many_others():
+    arms = [
+        make_arm("spread, 2 layers", (1, 4), 2.0),
+        make_arm("deep of 3", (3, 4), 2.4),
+        make_arm("wise, 2 layers", (2, 4), 1.9),
+        make_arm("against wise, 2 layers", (0, 1), 2.3),
+        make_arm("shallow of 3", (0, 1, 2), 2.2),
+    ]
+    rows = render_spread(arms, "target").splitlines()[2:]
+    told = [row.split(" | ") for row in rows]
+    assert [(row[1], row[4]) for row in told] == [("wise, 2 layers", "+0.1000"), ("deep of 3", "-0.4000")]
+    assert render_spread(arms[1:], "target") == ""
 
 
 def test_early_ranks_are_compared_with_final_ones():
