@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from layerplan.config.plan import (
     RandomPlanConfig,
     ReversePlanConfig,
     SemanticPlanConfig,
+    SpreadPlanConfig,
     TopKSensitivityPlanConfig,
 )
 from layerplan.errors import PlanError
@@ -58,6 +60,16 @@ def test_each_policy_trains_the_layers_it_names(profile: LayerProfile):
     assert layers_of(ReversePlanConfig(), profile) == tuple(range(23, 28))
     assert layers_of(SemanticPlanConfig(), profile) == tuple(range(20, 28))
     assert layers_of(TopKSensitivityPlanConfig(k=3), profile) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8, 15, 27, 28])
+def test_spread_layers_are_k_with_equal_gaps_and_equal_ends(k: int) -> None:
+    layers = layers_of(SpreadPlanConfig(k=k))
+    gaps = {after - before for before, after in pairwise(layers)}
+    assert len(layers) == k and (not gaps or max(gaps) - min(gaps) <= 1)
+    assert abs(layers[0] - (28 - 1 - layers[-1])) <= 1  # as much frozen below the lowest as above the highest
+    with pytest.raises(PlanError, match=r"plan.k=29: must lie in 1..28"):
+        layers_of(SpreadPlanConfig(k=29))
 
 
 def test_a_random_plan_is_a_function_of_its_seed():
