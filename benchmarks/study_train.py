@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -134,7 +136,7 @@ class Benches:
         self._pool = None
         if processes > 1:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(processes, context, _open_bench, self._arguments)
+            self._pool = ProcessPoolExecutor(processes, context, _open_worker, self._arguments)
         else:
             _open_bench(*self._arguments)
 
@@ -169,6 +171,19 @@ class Rows:
 
 _opened: list[tuple[Bench, StudyConfig, Rows]] = []
 """The bench of this process, and what it works on."""
+
+
+def _open_worker(*arguments: Any) -> None:
+    """Opens the bench of a process of its own, which ends with the one that started it, however that ends."""
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    _open_bench(*arguments)
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _open_bench(model: str, study: StudyConfig, rows: Rows, device: str) -> None:
