@@ -25,7 +25,16 @@ from typing import Any
 import numpy as np
 from machine import describe_torch, find_command
 from study_pack import hide_folders, pack, unpack
-from study_plan import Arm, StudyConfig, check_study, list_arms, list_boundaries, list_rate_arms, load_study
+from study_plan import (
+    Arm,
+    StudyConfig,
+    check_study,
+    choose_rates,
+    list_arms,
+    list_boundaries,
+    list_rate_arms,
+    load_study,
+)
 from study_replay import render_replay
 from study_tables import (
     correlate_measurement,
@@ -121,14 +130,15 @@ class Study:
         return LayerMeasurements.load(path) if path.exists() else None
 
     def tune(self) -> dict[int, float]:
-        """Best rate by size, of the sizes whose arms are all done, by the mean loss on held-out target text."""
-        found: dict[int, dict[float, float]] = {}
-        for arm in list_rate_arms(self.config, self.identity, self.shape):
-            result = self.load(arm)
-            if result is not None:
-                found.setdefault(len(arm.layers), {})[arm.rate] = sum(result["final"]["target"])
-        whole = {size: rates for size, rates in found.items() if len(rates) == len(self.config.rates)}
-        return {size: min(rates, key=lambda rate: rates[rate]) for size, rates in whole.items()}
+        """Best rate by size, of the sizes whose arms are all done, by the loss on held-out target text."""
+        arms = list_rate_arms(self.config, self.identity, self.shape)
+        results = [(arm, self.load(arm)) for arm in arms]
+        left = {len(arm.layers) for arm, result in results if result is None}
+        return choose_rates(
+            (len(arm.layers), arm.rate, sum(result["final"]["target"]))
+            for arm, result in results
+            if result is not None and len(arm.layers) not in left
+        )
 
     def list_arms(self) -> list[Arm]:
         """What is to be trained, as far as it is known: after the rate is tuned and the rivals measured, everything."""

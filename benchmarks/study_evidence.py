@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from study_pack import PACKED
-from study_plan import StudyConfig, find_rate, list_boundaries, load_study
+from study_plan import StudyConfig, choose_rates, find_rate, list_boundaries, load_study
 
 from layerplan.artifacts import render_json
 from layerplan.plan.layer_measurement import LayerMeasurement
@@ -42,15 +42,15 @@ class Packed:
 
     def _tune(self) -> dict[int, float]:
         """Best rate by size, as `study.py` tunes it: on the first seed, over both sides, by held-out target text."""
-        found: dict[int, dict[float, float]] = {}
-        for arm in self.arms:
-            size, layers = len(arm["layers"]), tuple(arm["layers"])
-            is_side = layers in (tuple(range(size)), tuple(range(self.num_layers - size, self.num_layers)))
-            is_tried = size in self.config.rate_sizes and arm["rate"] in self.config.rates
-            if is_side and is_tried and arm["seed"] == self.config.seeds[0] and not arm["trains_everything"]:
-                by_rate = found.setdefault(size, {})
-                by_rate[arm["rate"]] = by_rate.get(arm["rate"], 0.0) + sum(arm["final"]["target"])
-        return {size: min(rates, key=lambda rate: rates[rate]) for size, rates in found.items()}
+        return choose_rates(
+            (len(arm["layers"]), arm["rate"], sum(arm["final"]["target"])) for arm in self.arms if self._tunes(arm)
+        )
+
+    def _tunes(self, arm: Mapping[str, Any]) -> bool:
+        size, layers = len(arm["layers"]), tuple(arm["layers"])
+        is_side = layers in (tuple(range(size)), tuple(range(self.num_layers - size, self.num_layers)))
+        is_tried = size in self.config.rate_sizes and arm["rate"] in self.config.rates
+        return is_side and is_tried and arm["seed"] == self.config.seeds[0] and not arm["trains_everything"]
 
     def find(self, layers: Sequence[int], *, trains_everything: bool = False) -> list[dict[str, Any]]:
         """The arms of these layers at their tuned rate, one for each seed that is done."""

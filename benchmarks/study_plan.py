@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
@@ -198,6 +198,19 @@ def choose_layers(
         chosen.append((f"{name}, {count} layers", sorted(order[:count])))
         chosen.append((f"against {name}, {count} layers", sorted(measurement.rank(from_worst=True)[:count])))
     return chosen
+
+
+def choose_rates(tried: Iterable[tuple[int, float, float]]) -> dict[int, float]:
+    """Best rate by number of trained layers: that of the lowest sum over both sides.
+
+    Args:
+        tried: Number of layers, rate and loss of every arm that the rate was tuned with.
+    """
+    sums: dict[int, dict[float, float]] = {}
+    for size, rate, loss in tried:
+        by_rate = sums.setdefault(size, {})
+        by_rate[rate] = by_rate.get(rate, 0.0) + loss
+    return {size: min(by_rate, key=lambda rate: by_rate[rate]) for size, by_rate in sums.items()}
 
 
 def find_rate(rates: dict[int, float], num_layers: int) -> float:

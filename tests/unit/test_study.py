@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import study as machine
 import study_pack
-from study_plan import choose_layers, find_rate, load_study
+from study_plan import choose_layers, choose_rates, find_rate, load_study
 from study_replay import Grid
 from study_tables import (
     collect,
@@ -205,6 +205,15 @@ def test_a_choice_is_compared_with_what_it_was_made_against():
     row = render_opposites([*arms, make_arm("deep of 3", (3, 4), 2.0)], "target").splitlines()[-1]
     assert "-0.3000" in row and row.startswith("| wise, 2 layers |")
     assert render_opposites(arms[:1], "target") == ""
+
+
+def test_a_rate_is_tuned_over_both_sides():
+    shallow, deep = {1e-4: 2.3, 5e-4: 2.2, 1e-3: 2.6}, {1e-4: 2.3, 5e-4: 2.1, 1e-3: 2.0}
+    tried = [(3, rate, loss) for side in (shallow, deep) for rate, loss in side.items()]
+    assert choose_rates([*tried, (30, 1e-4, 1.9), (30, 5e-4, 2.0)]) == {
+        3: 5e-4,
+        30: 1e-4,
+    }  # 1e-3 is best for deep alone
 
 
 def test_evenly_spaced_layers_are_compared_with_as_many_others():
