@@ -85,6 +85,7 @@ def describe(packed: Packed) -> Study:
         (name, layers, packed.find(layers, trains_everything=name == "full")) for name, layers in packed.list_plans()
     ]
     rivals = [(name, layers, packed.find(layers)) for name, layers in packed.list_rivals()]
+    sides = [arms for name, _, arms in plans if name in config.sides]
     wanted = len(config.seeds)
     done = sum(min(wanted, len(arms)) for _, _, arms in (*plans, *rivals))
     planned = wanted * (len(plans) + len(packed.measured) * len(config.layer_counts))
@@ -103,7 +104,7 @@ def describe(packed: Packed) -> Study:
         planned=planned,
         done=done,
         base={text: float(np.mean(packed.base[text])) for text in TEXTS},
-        noise={text: _measure_noise([arms for _, _, arms in plans[1:]], text) for text in TEXTS} if is_finished else {},
+        noise={text: _measure_noise(sides, text) for text in TEXTS} if is_finished else {},
         plans=[_describe_plan(*plan) for plan in plans] if is_finished else [],
         rivals=[_describe_plan(*plan) for plan in rivals] if is_finished else [],
     )

@@ -170,10 +170,8 @@ def _say_alike(alike: Sequence[_Priced]) -> str:
     if not alike:
         return "No other plan of it came within the noise of its seeds."
     cheapest = min(alike, key=lambda each: each.share)
-    return (
-        f"{len(alike)} other plans came within the noise of its seeds, the cheapest with {_name(cheapest)}"
-        f" at {cheapest.share:.0%}."
-    )
+    count = "1 other plan" if len(alike) == 1 else f"{len(alike)} other plans"
+    return f"{count} came within the noise of its seeds, the cheapest with {_name(cheapest)} at {cheapest.share:.0%}."
 
 
 def _say_measured(study: Study, config: RecommendedPlanConfig, best: _Priced) -> str:
