@@ -191,14 +191,13 @@ def measure(study: Study) -> None:
     from layerplan.config.run import RunConfig
     from layerplan.pipeline.measure_layers import measure_layers
 
-    rates = sorted(study.config.rates)
     values = {
         "name": "measured",
         "storage_path": str(study.folder),
         "model": {"type": "pretrained", "name": study.config.model},
         "corpus": {"sources": [study.config.target.model_dump()]},
         "measure": study.config.measure.model_dump(),
-        "train": {"max_steps": study.config.steps, "optimizer": {"learning_rate": rates[len(rates) // 2]}},
+        "train": {"max_steps": study.config.steps, "optimizer": {"learning_rate": study.config.middle_rate}},
     }
     measure_layers(RunConfig.model_validate(values), ())
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from study_pack import PACKED
 from study_plan import StudyConfig, choose_rates, find_rate, list_boundaries, load_study
+from study_tables import measure_seed_noise
 
 from layerplan.artifacts import render_json
 from layerplan.plan.layer_measurement import LayerMeasurement
@@ -121,12 +122,9 @@ def _describe_plan(name: str, layers: Layers, arms: Sequence[Mapping[str, Any]])
 
 
 def _measure_noise(plans: Sequence[Sequence[Mapping[str, Any]]], text: str) -> float:
-    """What a seed moves a plan's loss by beyond what it moves all of them: one standard deviation."""
-    losses = np.array(
-        [[np.mean(arm["final"][text]) for arm in sorted(arms, key=lambda arm: arm["seed"])] for arms in plans]
+    return measure_seed_noise(
+        np.array([[np.mean(arm["final"][text]) for arm in sorted(arms, key=lambda arm: arm["seed"])] for arms in plans])
     )
-    left = losses - losses.mean(1, keepdims=True) - losses.mean(0, keepdims=True) + losses.mean()
-    return float(np.sqrt((left**2).sum() / ((losses.shape[0] - 1) * (losses.shape[1] - 1))))
 
 
 def collect() -> StudyEvidence:

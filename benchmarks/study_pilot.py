@@ -35,12 +35,10 @@ def measure(study: Study) -> dict[int, NDArray[np.float64]]:
     """Nats that each layer saved, (steps, layers), by seed."""
     config = study.config
     rows = torch.as_tensor(study.read_rows()["target"], dtype=torch.int64)
-    rate = sorted(config.rates)[len(config.rates) // 2]
-    per_seed, found = config.steps * config.rows_per_step, {}
+    optimizer, found = OptimizerConfig(learning_rate=config.middle_rate), {}
     for seed in config.seeds:
-        first = config.held_out_rows + seed * per_seed
-        steps = tqdm(rows[first : first + per_seed].split(config.rows_per_step), desc=f"pilot, seed {seed}")
-        found[seed] = np.array(run_pilot(study.model.load(), steps, OptimizerConfig(learning_rate=rate)))
+        steps = tqdm(rows[config.find_rows(seed)].split(config.rows_per_step), desc=f"pilot, seed {seed}")
+        found[seed] = np.array(run_pilot(study.model.load(), steps, optimizer))
     return found
 
 

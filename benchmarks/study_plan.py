@@ -78,6 +78,17 @@ class StudyConfig(StrictModel):
     measure: MeasureConfig = MeasureConfig()
     """How rivals measure."""
 
+    @property
+    def middle_rate(self) -> float:
+        """At which rivals measure."""
+        return sorted(self.rates)[len(self.rates) // 2]
+
+    def find_rows(self, seed: int) -> slice:
+        """A seed's training rows among those of the target text."""
+        per_seed = self.steps * self.rows_per_step
+        first = self.held_out_rows + seed * per_seed
+        return slice(first, first + per_seed)
+
 
 @dataclass(frozen=True)
 class Arm:

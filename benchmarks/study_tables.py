@@ -92,12 +92,20 @@ def describe_seed_noise(arms: Sequence[Mapping[str, Any]], text: str) -> str:
     losses = np.array([[found[seed] for seed in seeds] for found in by_label.values() if set(found) == set(seeds)])
     if losses.size == 0 or min(losses.shape) < 2:
         return ""
-    left = losses - losses.mean(1, keepdims=True) - losses.mean(0, keepdims=True) + losses.mean()
-    freedom = (losses.shape[0] - 1) * (losses.shape[1] - 1)
-    noise = float(np.sqrt((left**2).sum() / freedom))
+    noise = measure_seed_noise(losses)
     return (
         f"From seed to seed a plan's loss moves by {noise:.4f} nats (standard deviation, beyond what all plans share)."
     )
+
+
+def measure_seed_noise(losses: Array) -> float:
+    """What a seed moves a plan's loss by beyond what it moves all of them: one standard deviation.
+
+    Args:
+        losses: By plan and seed, at least two of each.
+    """
+    left = losses - losses.mean(1, keepdims=True) - losses.mean(0, keepdims=True) + losses.mean()
+    return float(np.sqrt((left**2).sum() / ((losses.shape[0] - 1) * (losses.shape[1] - 1))))
 
 
 def render_equal_flops(arms: Sequence[Mapping[str, Any]], text: str, shares: Sequence[float]) -> str:
@@ -179,7 +187,7 @@ def render_spread(arms: Sequence[Mapping[str, Any]], text: str) -> str:
         if len(first[label]["layers"]) == len(first[spread]["layers"])
         and not label.startswith(("against ", "spread, "))
     ]
-    heads = [(str(len(first[label]["layers"])), f"{label.replace('_', ' ')}") for _, label in pairs]
+    heads = [(str(len(first[label]["layers"])), label.replace("_", " ")) for _, label in pairs]
     return _render_pairs(losses, pairs, ("layers", "beside", "loss, evenly spaced", "loss, beside"), heads)
 
 

@@ -199,9 +199,7 @@ def _score_base() -> dict[str, list[float]]:
 
 def _train_arm(arm: Arm) -> dict[str, Any]:
     bench, study, rows = _opened[0]
-    per_seed = study.steps * study.rows_per_step
-    first = study.held_out_rows + arm.seed * per_seed
-    return bench.train(arm, study, rows.target[first : first + per_seed], _hold_out(study, rows))
+    return bench.train(arm, study, rows.target[study.find_rows(arm.seed)], _hold_out(study, rows))
 
 
 def _hold_out(study: StudyConfig, rows: Rows) -> dict[str, Tensor]:

@@ -128,7 +128,7 @@ class RandomPlanConfig(LayerPlanOptions):
 
 
 class SpreadPlanConfig(LayerPlanOptions):
-    """k layers evenly spaced over the depth, none of the ends among them: no measurement, no draw."""
+    """k layers evenly spaced over the depth, the middles of k equal stretches: no measurement, no draw."""
 
     type: Literal["spread"] = "spread"
     k: int = Field(ge=1)

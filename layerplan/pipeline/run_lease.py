@@ -70,16 +70,17 @@ class Holder(StrictModel):
 class Lease:
     """A run that this process holds."""
 
-    def __init__(self) -> None:
-        self._waits_for = ""
+    def __init__(self, holder: Holder) -> None:
+        self.owner = holder.owner
+        self._holder, self._waits_for = holder, ""
 
     def tell(self, waits_for: str) -> None:
         """Lets the next sign of life say what the run waits for; nothing once it goes on."""
         self._waits_for = waits_for
 
-    def renew(self, me: Holder) -> str:
+    def renew(self) -> str:
         """What a sign of life of this moment writes."""
-        now = me.model_copy(update={"beat": _now(), "waits_for": self._waits_for})
+        now = self._holder.model_copy(update={"beat": _now(), "waits_for": self._waits_for})
         return now.model_dump_json(exclude_defaults=True)  # who knows no such field reads a run that waits for nothing
 
 
@@ -105,14 +106,14 @@ def hold_run(
         RunBusyError: When somebody holds it, or has taken it over meanwhile.
         ConfigError: When the folder cannot be written.
     """
-    me, lease = _introduce_self(), Lease()
+    lease = Lease(_introduce_self())
     try:
         files = LeaseFiles(root)
-        _claim(files, me, lease, name, stale_s, report)
+        _claim(files, lease, name, stale_s, report)
     except OSError as error:
         raise ConfigError(f"storage_path: {root} cannot be written ({error})") from None
     ended = threading.Event()
-    beating = threading.Thread(target=_beat, args=(files, me, lease, beat_s, ended), daemon=True)
+    beating = threading.Thread(target=_beat, args=(files, lease, beat_s, ended), daemon=True)
     try:
         with _interruptible():
             beating.start()
@@ -122,10 +123,10 @@ def hold_run(
                 ended.set()
                 beating.join()
     except _LeaseLost:
-        raise RunBusyError(f"name: run {name!r}: {_describe_others(files, me)}; this process stops") from None
+        raise RunBusyError(f"name: run {name!r}: {_describe_others(files, lease)}; this process stops") from None
     finally:
         with suppress(OSError):
-            files.remove(me.owner)
+            files.remove(lease.owner)
 
 
 def _introduce_self() -> Holder:
@@ -142,18 +143,16 @@ def _introduce_self() -> Holder:
     )
 
 
-def _claim(
-    files: LeaseFiles, me: Holder, lease: Lease, name: str, stale_s: float, report: Callable[[str], None]
-) -> None:
+def _claim(files: LeaseFiles, lease: Lease, name: str, stale_s: float, report: Callable[[str], None]) -> None:
     for _ in range(_ATTEMPTS):
         for owner in files.list_owners():
             _clear(files, owner, name, stale_s, report)
-        files.write(me.owner, lease.renew(me))
-        if files.list_owners() == [me.owner]:
+        files.write(lease.owner, lease.renew())
+        if files.list_owners() == [lease.owner]:
             return
-        files.remove(me.owner)
+        files.remove(lease.owner)
         time.sleep(random.uniform(0.1, 1.0))
-    raise RunBusyError(f"name: run {name!r}: {_describe_others(files, me)}; wait for it, or choose another name")
+    raise RunBusyError(f"name: run {name!r}: {_describe_others(files, lease)}; wait for it, or choose another name")
 
 
 def _clear(files: LeaseFiles, owner: str, name: str, stale_s: float, report: Callable[[str], None]) -> None:
@@ -216,18 +215,18 @@ def _raise_lost(signum: int, frame: FrameType | None) -> None:
     raise _LeaseLost
 
 
-def _beat(files: LeaseFiles, me: Holder, lease: Lease, beat_s: float, ended: threading.Event) -> None:
+def _beat(files: LeaseFiles, lease: Lease, beat_s: float, ended: threading.Event) -> None:
     while not ended.wait(beat_s):
         with suppress(OSError):  # a storage that does not answer now may answer the next time
-            if files.read(me.owner) is None:
+            if files.read(lease.owner) is None:
                 if signal.getsignal(signal.SIGUSR2) is _raise_lost:
                     os.kill(os.getpid(), signal.SIGUSR2)  # wakes the main thread from whatever it waits for
                 return
-            files.write(me.owner, lease.renew(me))
+            files.write(lease.owner, lease.renew())
 
 
-def _describe_others(files: LeaseFiles, me: Holder) -> str:
-    texts = [files.read(owner) for owner in files.list_owners() if owner != me.owner]
+def _describe_others(files: LeaseFiles, lease: Lease) -> str:
+    texts = [files.read(owner) for owner in files.list_owners() if owner != lease.owner]
     holders = [Holder.model_validate_json(text).describe() for text in texts if text is not None]
     return f"is being run by {holders[0]}" if holders else "its lease was removed by another submission"
 

@@ -71,6 +71,7 @@ def recommend(
         )
     best, alike = paid[0], [each for each in paid[1:] if each.score - paid[0].score < _noise(study, config.prefer)]
     others = [(each, found[0]) for each in finished[1:] if (found := _list_paid(each, config, num_layers, price))]
+    better = _find_better_rivals(study, config, best.score)
     kept = {
         "prefer": config.prefer,
         "max_flops_share": config.max_flops_share,
@@ -78,13 +79,13 @@ def recommend(
         "plan": best.plan.model_dump(mode="json"),
         "flops_share": best.share,
         "not_told_from_it": [{**each.plan.model_dump(mode="json"), "flops_share_here": each.share} for each in alike],
-        "better_measured": [each.model_dump(mode="json") for each in _find_better_rivals(study, config, best.score)],
+        "better_measured": [each.model_dump(mode="json") for each in better],
         "other_studies": {each.name: found.plan.model_dump(mode="json") for each, found in others},
     }
     told = [
         _say_choice(config, study, best, num_layers),
         _say_alike(alike),
-        _say_measured(study, config, best),
+        _say_measured(better, study, config, best),
         *(f"Study {each.name}, {_say_base(each)}, would take {_name(found)}." for each, found in others),
         _say_limits(study, studies),
     ]
@@ -174,14 +175,10 @@ def _say_alike(alike: Sequence[_Priced]) -> str:
     return f"{count} came within the noise of its seeds, the cheapest with {_name(cheapest)} at {cheapest.share:.0%}."
 
 
-def _say_measured(study: Study, config: RecommendedPlanConfig, best: _Priced) -> str:
-    """Measurements whose layers did better than the choice, beyond what seeds do."""
+def _say_measured(better: Sequence[StudiedPlan], study: Study, config: RecommendedPlanConfig, best: _Priced) -> str:
+    """Those that did better beyond what seeds do."""
     noise = _noise(study, config.prefer)
-    found = [
-        each
-        for each in _find_better_rivals(study, config, best.score)
-        if best.score - _score(each, study, config.prefer) > noise
-    ]
+    found = [each for each in better if best.score - _score(each, study, config.prefer) > noise]
     if not found:
         return ""
     names = ", ".join(f"{each.trains} ({each.num_trained} layers, {each.flops_share:.0%})" for each in found)

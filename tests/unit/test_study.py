@@ -210,10 +210,8 @@ def test_a_choice_is_compared_with_what_it_was_made_against():
 def test_a_rate_is_tuned_over_both_sides():
     shallow, deep = {1e-4: 2.3, 5e-4: 2.2, 1e-3: 2.6}, {1e-4: 2.3, 5e-4: 2.1, 1e-3: 2.0}
     tried = [(3, rate, loss) for side in (shallow, deep) for rate, loss in side.items()]
-    assert choose_rates([*tried, (30, 1e-4, 1.9), (30, 5e-4, 2.0)]) == {
-        3: 5e-4,
-        30: 1e-4,
-    }  # 1e-3 is best for deep alone
+    chosen = choose_rates([*tried, (30, 1e-4, 1.9), (30, 5e-4, 2.0)])
+    assert chosen == {3: 5e-4, 30: 1e-4}, "1e-3 is best for the deep side alone"
 
 
 def test_evenly_spaced_layers_are_compared_with_as_many_others():
