@@ -97,16 +97,25 @@ def write_manifest(folder: Path) -> None:
 
 
 def list_small_files(folder: Path) -> Work:
-    """A hundred folders of a thousand files."""
-    for number in range(100):
+    """A thousand folders of a thousand files: listed, hashed and joined to items for the tokenizing processes."""
+    for number in range(1000):
         (folder / "text" / f"{number:03d}").mkdir(parents=True)
         for name in range(1000):
             (folder / "text" / f"{number:03d}" / f"document_{name:06d}.txt").touch()
     from layerplan.config.corpus import CorpusConfig
+    from layerplan.corpus.build import hash_units, join_units
     from layerplan.corpus.sources import list_units
 
     config = CorpusConfig.model_validate({"sources": [{"path": str(folder / "text")}]})
-    return lambda: list_units(config)
+
+    def hand_out() -> None:
+        units = list_units(config)
+        hash_units(units)
+        units.sum_bytes()
+        for _ in join_units(units, num_workers=64):
+            pass
+
+    return hand_out
 
 
 def remember_documents(folder: Path) -> Work:
@@ -196,7 +205,7 @@ def read_trials(folder: Path) -> Work:
 PIECES = {
     "manifest": Piece("a store of 64 M rows in 10,000 shards is opened", load_manifest),
     "schedule": Piece("rows of four steps of 4,096 are found among 64 M", ask_schedule),
-    "small files": Piece("100 M files of text are listed", list_small_files, share=1e-3),
+    "small files": Piece("100 M files of text are listed and handed out", list_small_files, share=1e-2),
     "documents": Piece("100 M documents are told from those seen before", remember_documents, share=1e-2),
     "ledger": Piece("a run of 100,000 steps of 1,024 rows goes on", resume_ledger),
     "ledger line": Piece("a step of 512 workers, 4,096 rows, is written down", gather_ledger_line),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ from layerplan.aside import writing_aside
 from layerplan.config.base import StrictModel, describe_fault
 from layerplan.errors import PlanError
 
+HASHED_TOGETHER = 4096
+"""Values of a list that are encoded at a time."""
 SealedT = TypeVar("SealedT", bound=StrictModel)
 
 
@@ -91,8 +94,21 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 def compute_sha256(value: Any) -> str:
     """Sha256 over a value's canonical JSON (sorted keys, no spaces, UTF-8): equal values, equal hashes on every machine."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hash_bytes(text.encode("utf-8"))
+    return hash_bytes(_encode_canonical(value))
+
+
+def compute_list_sha256(values: Iterable[Any]) -> str:
+    """What `compute_sha256` gives for the list of the values, of which only some are held at a time."""
+    digest, rest, comma = hashlib.sha256(b"["), iter(values), b""
+    while batch := list(islice(rest, HASHED_TOGETHER)):
+        digest.update(comma + _encode_canonical(batch)[1:-1])
+        comma = b","
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
+def _encode_canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def write_sealed(path: Path, value: StrictModel) -> None:

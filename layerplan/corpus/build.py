@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
-from itertools import groupby
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from layerplan.actor_pool import ActorPool, map_over_actors
-from layerplan.artifacts import compute_sha256
+from layerplan.artifacts import compute_list_sha256, compute_sha256
 from layerplan.aside import writing_aside
 from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.decontamination import BenchmarkText, fold_question, hash_held_out
@@ -31,7 +30,7 @@ from layerplan.corpus.outcome import KEPT, QUARANTINED
 from layerplan.corpus.progress import BuildProgress
 from layerplan.corpus.sources import UNIT_BYTES, list_units
 from layerplan.corpus.tokenize import Record, UnitTokenizer
-from layerplan.corpus.unit import Unit
+from layerplan.corpus.unit import Unit, UnitTable
 from layerplan.corpus.upload import StoreUpload
 from layerplan.corpus.writer import StoreWriter, check_shards, explain_disk_faults, move_shards
 from layerplan.errors import CorpusError
@@ -44,6 +43,8 @@ WORKERS_PER_INPUT_BYTES = 32 * 2**20
 """One actor per so much input at most; more would wait longer for their start than they work."""
 ITEMS_PER_PIPELINE = 1024
 """Items of up to `UNIT_BYTES` each that one Ray Data pipeline takes; a build is a row of pipelines."""
+UNITS_PER_ITEM = 8192
+"""However small they are."""
 NOT_CONTENT = {
     "store",
     "upload_to",
@@ -141,9 +142,9 @@ def hash_config(config: CorpusConfig, questions: Sequence[BenchmarkText], seed: 
     return compute_sha256([config.model_dump(mode="json", exclude=NOT_CONTENT | JOINING), asked, seed])
 
 
-def hash_units(units: Sequence[Unit]) -> str:
+def hash_units(units: Iterable[Unit]) -> str:
     """Hash of the input's files and sizes: a build may only go on where it stopped while they are the same."""
-    return compute_sha256([list(asdict(unit).values()) for unit in units])
+    return compute_list_sha256(unit.list_fields() for unit in units)
 
 
 def _is_uploaded(upload: StoreUpload) -> bool:
@@ -191,20 +192,18 @@ def warn_of_held_out(
 
 def _consume(
     config: CorpusConfig,
-    units: list[Unit],
+    units: UnitTable,
     writer: StoreWriter,
-    iter_rest: Callable[[list[tuple[int, Unit]]], Generator[Record]],
+    iter_rest: Callable[[UnitTable], Generator[Record]],
     report: Callable[[str], None],
 ) -> None:
     """Feeds the writer source by source, each up to its limit, from where the writer stopped."""
     with closing(BuildProgress(units, writer, report)) as progress:
-        for source, members in groupby(enumerate(units), key=lambda pair: pair[1].source):
-            mine = list(members)
-            last = mine[-1][0]
+        for source, mine in units.split_by_source():
+            last = mine.first + len(mine) - 1
             if writer.state.unit > last:
                 continue
-            rest = [(number, unit) for number, unit in mine if number >= writer.state.unit]
-            rest[0] = (rest[0][0], replace(rest[0][1], skip=writer.state.skip))
+            rest = mine.resume(writer.state.unit, writer.state.skip)
             limit = config.sources[source].max_documents
             taken = writer.state.sources[source]
             if limit is None or taken.num_documents < limit:
@@ -220,9 +219,9 @@ def _consume(
 
 
 def iter_records(
-    config: CorpusConfig, units: list[tuple[int, Unit]], tokenizer_json: str, questions: Sequence[BenchmarkText]
+    config: CorpusConfig, units: UnitTable, tokenizer_json: str, questions: Sequence[BenchmarkText]
 ) -> Generator[Record]:
-    """Records of numbered units, in order.
+    """Records of units, in order, with the units' numbers.
 
     Raises:
         CorpusError: When the tokenizer libraries disagree.
@@ -232,38 +231,35 @@ def iter_records(
     arguments = (config, tokenizer_json, list(questions))
     if not ray.is_initialized():
         tokenizer = UnitTokenizer(*arguments)
-        for number, unit in units:
+        for number, unit in units.number():
             for records in tokenizer.read(number, unit):
                 yield from records
         return
     num_workers = config.num_workers or choose_num_workers(units, ray.cluster_resources().get("CPU", 1))
-    items = list(_group(units, num_workers))
+    items = join_units(units, num_workers)
     pool = ActorPool(num_workers, config.num_cpus_per_worker, what="a tokenizing process", error=CorpusError)
-    for start in range(0, len(items), ITEMS_PER_PIPELINE):
-        part = [{"units": item} for item in items[start : start + ITEMS_PER_PIPELINE]]
+    while part := [{"units": item} for item in islice(items, ITEMS_PER_PIPELINE)]:
         tables = map_over_actors(pool, UnitTokenizer, arguments, part, take="tables", is_ordered=True)
         with closing(tables):
             for table in tables:
                 yield from (Record(**fields) for fields in table.to_pylist())
 
 
-def choose_num_workers(units: Sequence[tuple[int, Unit]], num_cpus: float) -> int:
+def choose_num_workers(units: UnitTable, num_cpus: float) -> int:
     """One actor per CPU, but at most one per 32 MiB of input."""
-    total = sum(unit.num_bytes for _, unit in units)
-    return max(1, min(int(num_cpus), -(-total // WORKERS_PER_INPUT_BYTES)))
+    return max(1, min(int(num_cpus), -(-units.num_bytes // WORKERS_PER_INPUT_BYTES)))
 
 
-def _group(units: list[tuple[int, Unit]], num_workers: int) -> Iterator[str]:
+def join_units(units: UnitTable, num_workers: int) -> Iterator[str]:
     """Joins consecutive small units into items, so that each is worth a task; few enough for all actors to have some."""
-    total = sum(unit.num_bytes for _, unit in units)
-    target = min(UNIT_BYTES, total // (4 * num_workers))
+    target = min(UNIT_BYTES, units.num_bytes // (4 * num_workers))
     pending: list[Any] = []
     size = 0
-    for number, unit in units:
-        if pending and size + unit.num_bytes > target:
+    for number, unit in units.number():
+        if pending and (size + unit.num_bytes > target or len(pending) == UNITS_PER_ITEM):
             yield json.dumps(pending)
             pending, size = [], 0
-        pending.append((number, asdict(unit)))
+        pending.append((number, unit.list_fields()))
         size += unit.num_bytes
     yield json.dumps(pending)
 

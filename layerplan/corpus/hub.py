@@ -6,17 +6,19 @@ our readers then stream those files with byte ranges, so that a bad line costs o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from layerplan.config.corpus import SourceConfig
-from layerplan.corpus.location import FileEntry, list_files
+from layerplan.corpus.file_table import FileTable
+from layerplan.corpus.location import list_files
 from layerplan.errors import CorpusError
 from layerplan.storage.address import open_filesystem
 
 HUB = "hub://"
 
 
-def list_hub_files(source: SourceConfig) -> list[FileEntry]:
+def list_hub_files(source: SourceConfig) -> FileTable:
     """Files of the data set's split, in the data set's order.
 
     `hub://` with an absolute path reads a folder in the hub's layout, such as a snapshot on disk.
@@ -39,18 +41,20 @@ def list_hub_files(source: SourceConfig) -> list[FileEntry]:
     if source.split not in splits:
         have = ", ".join(map(str, splits)) or "none that is made of files"
         raise CorpusError(f"{source.path}: has no split {source.split!r}; it has {have}")
-    return [file for path in splits[source.split] for file in _find_size(str(path))]
+    return FileTable.collect(file for path in splits[source.split] for file in _find_size(str(path)))
 
 
 def _is_local(name: str) -> bool:
     return Path(name).is_dir()
 
 
-def _find_size(path: str) -> list[FileEntry]:
-    if not path.startswith("hf://"):
-        return list_files(path)
-    filesystem, inner = open_filesystem(path)
-    return [FileEntry(path, filesystem.get_file_info(inner).size or 0)]
+def _find_size(path: str) -> Iterator[tuple[str, int]]:
+    if path.startswith("hf://"):
+        filesystem, inner = open_filesystem(path)
+        yield path, filesystem.get_file_info(inner).size or 0
+    else:
+        files = list_files(path)
+        yield from zip(files.iter_paths(), files.sizes.tolist(), strict=True)
 
 
 def _shorten(error: Exception) -> str:

@@ -5,26 +5,21 @@ from __future__ import annotations
 import gzip
 import io
 import os
-from dataclasses import dataclass
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from layerplan.corpus.file_table import FileTable
 from layerplan.errors import CorpusError
 from layerplan.storage.address import BUCKETS, HADOOP, hide_keys, is_address, open_filesystem, split_options
 
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """A file: its address and size in bytes."""
-
-    path: str
-    size: int
-
-
 COMPRESSIONS = (".gz", ".zst")
+HIDDEN = (".", "_")
+"""How names begin that are no documents."""
 
 
 def is_compressed(path: str) -> bool:
@@ -32,11 +27,11 @@ def is_compressed(path: str) -> bool:
     return split_options(path)[0].lower().endswith(COMPRESSIONS)
 
 
-def list_files(path: str) -> list[FileEntry]:
+def list_files(path: str) -> FileTable:
     """The files at or below a path, sorted by name; hidden ones (`.name`, `_name`) below it are left out.
 
     Raises:
-        CorpusError: When there is no such path or it cannot be opened.
+        CorpusError: When there is no such path or it cannot be opened, or a link or a name in it is broken.
     """
     try:
         filesystem, root = open_filesystem(path)
@@ -44,33 +39,46 @@ def list_files(path: str) -> list[FileEntry]:
         if info.type == pafs.FileType.NotFound:
             raise CorpusError(f"{hide_keys(path)}: no such file or folder")
         if info.type == pafs.FileType.File:
-            return [FileEntry(path if is_address(path) else root, info.size or 0)]
-        infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+            name, options = split_options(path) if is_address(path) else (root, "")
+            return FileTable.collect([(name, info.size or 0)], after=options)
+        folder = root.rstrip("/") + "/"
         if isinstance(filesystem, pafs.LocalFileSystem):
-            _check_links(root)
+            return FileTable.collect(_walk(folder), _find_prefix(path) + folder).sort()
+        found = _list_remote(filesystem, folder, path)
+        return FileTable.collect(found, _find_prefix(path), split_options(path)[1]).sort()
     except (pa.ArrowException, ValueError, OSError, ImportError) as error:
         raise CorpusError(f"{hide_keys(path)}: cannot be opened ({' '.join(str(error).split())[:300]})") from None
-    prefix, options = _find_prefix(path), split_options(path)[1]
-    start = len(root.rstrip("/")) + 1
-    if path.partition("://")[0] in BUCKETS:
-        for item in infos:
-            if "?" in item.path:
-                raise CorpusError(
-                    f"{path}: {item.path!r} cannot be told from an address with options; rename it without `?`"
-                )
-    return [
-        FileEntry(prefix + item.path + options, item.size or 0)
-        for item in sorted(infos, key=lambda item: str(item.path))
-        if item.type == pafs.FileType.File and not _is_hidden(item.path[start:])
-    ]
 
 
-def _check_links(root: str) -> None:
-    """A link to nothing is passed over by pyarrow; a cache that lost a file must not become a smaller corpus."""
-    for folder, _, names in os.walk(root):
-        for path in (Path(folder, name) for name in names):
-            if path.is_symlink() and not path.exists() and not _is_hidden(str(path.relative_to(root))):
-                raise CorpusError(f"{path}: is a link to {path.readlink()}, which is not there; fetch it again")
+def _walk(root: str) -> Iterator[tuple[str, int]]:
+    """Names below a folder of this machine, and sizes; no folder is held in memory."""
+    pending = [""]
+    while pending:
+        inner = pending.pop()
+        with os.scandir(root + inner) as entries:
+            for entry in entries:
+                if entry.name.startswith(HIDDEN):
+                    continue
+                if entry.is_dir():
+                    pending.append(f"{inner}{entry.name}/")
+                elif entry.is_symlink() and not (link := Path(entry.path)).exists():
+                    # a cache that lost a file must not become a smaller corpus
+                    raise CorpusError(f"{link}: is a link to {link.readlink()}, which is not there; fetch it again")
+                elif stat.S_ISREG((facts := entry.stat()).st_mode):
+                    yield inner + entry.name, facts.st_size
+
+
+def _list_remote(filesystem: pafs.FileSystem, root: str, path: str) -> Iterator[tuple[str, int]]:
+    """Paths below a folder at an address, and sizes: in one listing, since each takes a request."""
+    is_bucket, start = path.partition("://")[0] in BUCKETS, len(root.removeprefix("/"))
+    for item in filesystem.get_file_info(pafs.FileSelector(root, recursive=True)):
+        name = item.path.removeprefix("/")[start:]
+        if is_bucket and "?" in item.path:
+            raise CorpusError(
+                f"{path}: {item.path!r} cannot be told from an address with options; rename it without `?`"
+            )
+        if item.type == pafs.FileType.File and not any(part.startswith(HIDDEN) for part in name.split("/")):
+            yield item.path, item.size or 0
 
 
 def _find_prefix(path: str) -> str:
@@ -104,7 +112,3 @@ def open_stream(path: str) -> IO[bytes]:
         # a .zst made by parallel compressors has many frames; by default only the first would be read
         return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
     return io.BufferedReader(raw, buffer_size=1 << 20)
-
-
-def _is_hidden(relative: str) -> bool:
-    return any(part.startswith((".", "_")) for part in relative.split("/"))

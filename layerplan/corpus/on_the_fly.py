@@ -68,7 +68,7 @@ def write_stream(
         "begin_ids": joining.begin_ids,
         "num_ids": joining.num_ids,
         "questions": [asdict(question) for question in questions],
-        "chunks": [[list(asdict(unit).values()) for unit in chunk] for chunk in chunks],
+        "chunks": [[unit.list_fields() for unit in chunk] for chunk in chunks],
         "seed": seed,
     }
     held_out_sha256 = hash_held_out(questions, config.decontamination)
@@ -117,7 +117,7 @@ def _no_rows(path: str) -> SourceRows:
 
 def list_chunks(config: CorpusConfig, report: Callable[[str], None] | None = None) -> list[list[Unit]]:
     """Consecutive units of the input, joined to chunks: some 4,096 of them, between 64 KiB and 8 MiB each."""
-    total = sum(unit.num_bytes for unit in list_units(config))
+    total = list_units(config).num_bytes
     size = min(UNIT_BYTES, max(MIN_CHUNK_BYTES, total // CHUNKS_WANTED))
     chunks: list[list[Unit]] = []
     room = 0

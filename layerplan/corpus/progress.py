@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
-from itertools import accumulate
 
 from layerplan.corpus.outcome import KEPT
-from layerplan.corpus.unit import Unit
+from layerplan.corpus.unit import UnitTable
 from layerplan.corpus.writer import StoreWriter
 from layerplan.progress import Pace
 from layerplan.progress_line import ProgressLine
@@ -17,10 +16,10 @@ from layerplan.progress_line import ProgressLine
 class BuildProgress:
     """Says from time to time how far a build is; the share done is by bytes of input."""
 
-    def __init__(self, units: Sequence[Unit], writer: StoreWriter, report: Callable[[str], None]) -> None:
+    def __init__(self, units: UnitTable, writer: StoreWriter, report: Callable[[str], None]) -> None:
         self._writer = writer
         self._report = report
-        self._bytes_before = [0, *accumulate(unit.num_bytes for unit in units)]
+        self._bytes_before = units.sum_bytes()
         self._line = ProgressLine(report)
         self._started = time.monotonic()
         self._first = self._now()
@@ -29,11 +28,11 @@ class BuildProgress:
     @property
     def total_bytes(self) -> int:
         """Bytes of the whole input."""
-        return self._bytes_before[-1]
+        return int(self._bytes_before[-1])
 
     def update(self) -> None:
         """Says it when it is time."""
-        self._pace.note(self._bytes_before[self._writer.state.unit])
+        self._pace.note(self._count_bytes())
         self._line.show(self._describe)
 
     def finish(self) -> None:
@@ -45,12 +44,15 @@ class BuildProgress:
         """Ends the display."""
         self._line.close()
 
+    def _count_bytes(self) -> int:
+        return int(self._bytes_before[self._writer.state.unit])
+
     def _now(self) -> tuple[int, int, int]:
         """Bytes, documents, tokens."""
         state = self._writer.state
         documents = sum(progress.counts["in"] for progress in state.sources)
         tokens = sum(progress.num_tokens + progress.num_validation_tokens for progress in state.sources)
-        return self._bytes_before[state.unit], documents, tokens
+        return self._count_bytes(), documents, tokens
 
     def _describe(self) -> str:
         elapsed_s = max(time.monotonic() - self._started, 1e-9)

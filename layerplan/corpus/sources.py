@@ -7,18 +7,22 @@ belongs to the stretch its first byte lies in. Other files are units as a whole.
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Callable, Iterator
-from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from layerplan.config.corpus import CorpusConfig, SourceConfig
+from layerplan.corpus.file_table import FileTable
 from layerplan.corpus.hub import HUB, list_hub_files
-from layerplan.corpus.layout import Layout, choose_files
-from layerplan.corpus.location import COMPRESSIONS, FileEntry, is_compressed, list_files
+from layerplan.corpus.layout import choose_files
+from layerplan.corpus.location import COMPRESSIONS, is_compressed, list_files
 from layerplan.corpus.machine_docs import is_machine_source, iter_machine_units
 from layerplan.corpus.readers import Document, is_apart, read_unit
-from layerplan.corpus.unit import Unit
+from layerplan.corpus.unit import READERS, SourceUnits, UnitTable
 from layerplan.errors import CorpusError
-from layerplan.storage.address import hide_keys, split_options
+from layerplan.storage.address import hide_keys
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -30,7 +34,6 @@ FORMATS = {
     ".md": "text",
     ".rst": "text",
 }
-MACHINE = "machine"
 UNIT_BYTES = 8 * 2**20
 MACHINE_UNIT_BYTES = 16 * 2**10
 """Assumed size of a module's documentation, for progress and for grouping."""
@@ -38,7 +41,7 @@ MACHINE_UNIT_BYTES = 16 * 2**10
 
 def list_units(
     config: CorpusConfig, *, unit_bytes: int | None = None, report: Callable[[str], None] | None = None
-) -> list[Unit]:
+) -> UnitTable:
     """Lists what the sources name, in a fixed order, cut into stretches of `unit_bytes` or `UNIT_BYTES`.
 
     Args:
@@ -49,7 +52,7 @@ def list_units(
     Raises:
         CorpusError: When a source does not exist, cannot be reached or holds no readable file.
     """
-    units: list[Unit] = []
+    parts: list[SourceUnits] = []
     for index, source in enumerate(config.sources):
         try:
             found, note = _list_source(index, source, unit_bytes or UNIT_BYTES)
@@ -57,13 +60,13 @@ def list_units(
             raise CorpusError(f"corpus.sources.{index}.path={error}") from None
         if note is not None and report is not None:
             report(f"corpus.sources.{index}.path={hide_keys(source.path)}: {note}")
-        if not found:
+        if not len(found):
             raise CorpusError(
                 f"corpus.sources.{index}.path={source.path}: no readable file;"
                 f" expected {', '.join(sorted(FORMATS))}, plain or with {', '.join(COMPRESSIONS)}"
             )
-        units += found
-    return units
+        parts.append(found)
+    return UnitTable(parts)
 
 
 def iter_documents(config: CorpusConfig) -> Iterator[Document]:
@@ -81,42 +84,53 @@ def iter_documents(config: CorpusConfig) -> Iterator[Document]:
                 break
 
 
-def _list_source(index: int, source: SourceConfig, unit_bytes: int) -> tuple[list[Unit], str | None]:
+def _list_source(index: int, source: SourceConfig, unit_bytes: int) -> tuple[SourceUnits, str | None]:
     """A source's units, and a line about the files that are not among them."""
     if is_machine_source(source.path):
-        return [Unit(index, name, MACHINE, 0, MACHINE_UNIT_BYTES) for name in iter_machine_units(source.path)], None
-    layout = _lay_out(source)
-    units = [
-        unit
-        for file in layout.files
-        if (format_name := _find_format(source, file)) is not None
-        for unit in _cut(index, file, format_name, unit_bytes)
-    ]
-    return units, layout.explain()
-
-
-def _lay_out(source: SourceConfig) -> Layout:
+        names = FileTable.collect((name, MACHINE_UNIT_BYTES) for name in iter_machine_units(source.path))
+        code = READERS.index("machine")
+        return _cut(index, names, np.arange(len(names)), np.full(len(names), code, np.int8), unit_bytes), None
     if source.path.startswith(HUB):
-        return Layout(list_hub_files(source))
+        files = list_hub_files(source)
+        formats = _find_formats(source, files)
+        return _cut(index, files, np.flatnonzero(formats >= 0), formats, unit_bytes), None
     files = list_files(source.path)
-    return choose_files(source, files, [_find_format(source, file) for file in files])
+    formats = _find_formats(source, files)
+    layout = choose_files(source, files, formats)
+    order = layout.order[formats[layout.order] >= 0]  # one file that is named by itself may be of no format
+    return _cut(index, files, order, formats, unit_bytes), layout.explain()
 
 
-def _find_format(source: SourceConfig, file: FileEntry) -> str | None:
-    return source.format if source.format != "auto" else _guess_format(file.path)
+def _find_formats(source: SourceConfig, files: FileTable) -> NDArray[np.int8]:
+    """(n,): the place in `READERS` of each file's reader, below 0 where there is none."""
+    if source.format != "auto":
+        return np.full(len(files), READERS.index(source.format), np.int8)
+    return np.fromiter(map(_guess_format, files.iter_names()), np.int8, len(files))
 
 
-def _cut(index: int, file: FileEntry, format_name: str, unit_bytes: int) -> Iterator[Unit]:
-    is_whole = format_name not in ("jsonl", "parquet") or is_compressed(file.path)
-    if is_whole or (format_name == "jsonl" and file.size > unit_bytes and is_apart(file.path)):
-        yield Unit(index, file.path, format_name, 0, file.size)
-        return
-    for start in range(0, max(file.size, 1), unit_bytes):
-        yield Unit(index, file.path, format_name, start, min(start + unit_bytes, file.size))
+def _cut(
+    index: int, files: FileTable, order: NDArray[np.int64], formats: NDArray[np.int8], unit_bytes: int
+) -> SourceUnits:
+    """Files in an order, those that can be cut in stretches of `unit_bytes`."""
+    sizes, codes = files.sizes[order], formats[order]
+    counts = np.ones(len(order), np.int64)
+    is_cut = np.isin(codes, [READERS.index("jsonl"), READERS.index("parquet")]) & (sizes > unit_bytes)
+    for place in np.flatnonzero(is_cut).tolist():
+        path = files.make_path(files.name_at(order[place]))
+        is_apart_json = READERS[codes[place]] == "jsonl" and is_apart(path)
+        if not is_compressed(path) and not is_apart_json:
+            counts[place] = -(-sizes[place] // unit_bytes)
+    of_file = np.repeat(np.arange(len(order)), counts)
+    starts = (np.arange(len(of_file)) - np.repeat(counts.cumsum() - counts, counts)) * unit_bytes
+    ends = sizes[of_file]
+    is_last = starts + unit_bytes >= ends
+    stops = np.where(is_last | (counts[of_file] == 1), ends, starts + unit_bytes)
+    return SourceUnits(index, files, order[of_file], codes[of_file], starts, stops)
 
 
-def _guess_format(path: str) -> str | None:
-    name = split_options(path)[0].lower()
+def _guess_format(name: str) -> int:
+    name = name.lower()
     for ending in COMPRESSIONS:
         name = name.removesuffix(ending)
-    return FORMATS.get(Path(name).suffix)
+    format_name = FORMATS.get(posixpath.splitext(name)[1])
+    return -1 if format_name is None else READERS.index(format_name)

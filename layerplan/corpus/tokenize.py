@@ -92,7 +92,7 @@ class UnitTokenizer:
         """Yields record tables of bounded size for the units of each item."""
         for item in batch["units"]:
             for number, fields in json.loads(str(item)):
-                for records in self.read(number, Unit(**fields)):
+                for records in self.read(number, Unit(*fields)):
                     yield _make_table(records)
 
     def read(self, number: int, unit: Unit) -> Iterator[list[Record]]:

@@ -110,9 +110,8 @@ def count_hours(flops: float, config: RunConfig, rate: float) -> float:
 
 def _print_sources(corpus: CorpusConfig) -> None:
     units = list_units(corpus, report=lambda line: print(f"note   {line}"))
-    for index, source in enumerate(corpus.sources):
-        mine = [unit for unit in units if unit.source == index]
-        files, size = len({unit.path for unit in mine}), sum(unit.num_bytes for unit in mine)
+    for index, mine in units.split_by_source():
+        source, files, size = corpus.sources[index], mine.count_files(), mine.num_bytes
         stored = f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size:,} bytes"
         print(f"source {source.path}: {files:,} files, {stored} as stored")
 
