@@ -10,7 +10,7 @@ from layerplan.config.base import StrictModel
 from layerplan.config.plan import PlanOptions
 from layerplan.config.search import GridSearchConfig, SearchConfig
 
-Side = Literal["deep", "shallow"]
+Side = Literal["deep", "shallow", "spread"]
 VALIDATION_LOSS = "validation_loss"
 
 
@@ -26,7 +26,8 @@ class SweepConfig(StrictModel):
     split_ratios: list[float] | None = None
     """Or shallow shares to try."""
     freeze: Annotated[list[Side], BeforeValidator(_as_list)] = Field(default=["deep"], min_length=1)
-    """Which sides of each boundary freeze; one side may be given by itself."""
+    """Which sides of each boundary freeze; `spread` freezes neither, but trains as many layers as lie above the boundary,
+    evenly spaced over the depth. One may be given by itself."""
     ends: list[PlanOptions] | None = Field(default=None, min_length=1)
     """Choices for embeddings, final norm and head to try; left out, what `plan` says of them, else all three frozen."""
     learning_rates: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(default=None, min_length=1)

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig, PlanOptions
+from layerplan.config.plan import (
+    FreezeDeepPlanConfig,
+    FreezeShallowPlanConfig,
+    PlanConfig,
+    PlanOptions,
+    SpreadPlanConfig,
+)
 from layerplan.config.run import RunConfig
 from layerplan.config.sweep import SweepConfig
 from layerplan.errors import ConfigError, PlanError
@@ -45,10 +52,9 @@ def make_candidates(config: RunConfig, sweep: SweepConfig, model: ModelIdentity,
     modules = getattr(config.plan, "modules", None)
     found = []
     for point in list_points(sweep, boundaries, find_own_values(config)):
-        kind = FreezeDeepPlanConfig if point.freeze == "deep" else FreezeShallowPlanConfig
         ends = point.ends.model_dump(include=set(PlanOptions.model_fields))
         try:
-            chosen = kind(boundary=point.boundary, modules=modules, **ends)
+            chosen = choose_plan(point, shape.num_layers, modules=modules, **ends)
             plan = make_plan(chosen, model=model, shape=shape, seq_len=config.corpus.seq_len)
         except PlanError as error:
             where = "plan" if sweep.ends is None or "plan.modules" in str(error) else "sweep.ends"
@@ -58,6 +64,14 @@ def make_candidates(config: RunConfig, sweep: SweepConfig, model: ModelIdentity,
         steps = count_steps(sweep, cost, tokens)
         found.append(Candidate(point, plan, cost, steps, compute_flops(cost, steps, tokens)))
     return found
+
+
+def choose_plan(point: Point, num_layers: int, **options: Any) -> PlanConfig:
+    """What a trial's plan would be called in a config."""
+    if point.freeze == "spread":
+        return SpreadPlanConfig(k=num_layers - point.boundary, **options)
+    kind = FreezeDeepPlanConfig if point.freeze == "deep" else FreezeShallowPlanConfig
+    return kind(boundary=point.boundary, **options)
 
 
 def list_boundaries(sweep: SweepConfig, num_layers: int) -> Sequence[int]:

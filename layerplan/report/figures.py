@@ -19,6 +19,7 @@ from layerplan.plan.layer_profile import LayerProfile
 
 Deviations = NDArray[np.float64]
 PARTICLE, SENSITIVE, SCORE, MUTED, FROZEN = "#b45309", "#1d4ed8", "#15803d", "#6b7280", "#dbeafe"
+EVEN = "#7e22ce"
 DEVIATIONS = {"cosine": "cosine distance", "ce": "cross-entropy", "rank": "rank"}
 matplotlib.rcParams.update(
     {

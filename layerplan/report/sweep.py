@@ -92,7 +92,7 @@ def _show(difference: Difference) -> str:
 
 def _caption(name: str) -> str:
     if name.startswith("sweep_boundary_"):
-        return "Loss over boundary for both sides; below 0 is better than the base."
+        return "Loss over boundary for what was tried at it; below 0 is better than the base."
     if name.startswith("sweep_pareto_"):
         return (
             "Adaptation against forgetting; numbers are boundaries, the line joins what no other trial beats on both."

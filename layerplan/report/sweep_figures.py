@@ -1,4 +1,4 @@
-"""Figures of a sweep: loss over boundary for both sides, adaptation against forgetting, cost against score."""
+"""Figures of a sweep: loss over boundary, adaptation against forgetting, cost against score."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from layerplan.report.figures import MUTED, PARTICLE, SCORE, SENSITIVE
+from layerplan.report.figures import EVEN, MUTED, PARTICLE, SCORE, SENSITIVE
 from layerplan.report.sweep_arms import Arm, Difference, SweepReading, find_front
 from layerplan.train.judge import VALIDATION
 
-SIDES = {"deep": ("o", PARTICLE, "trains shallow"), "shallow": ("s", SENSITIVE, "trains deep")}
-"""Marker, colour and name by the side that freezes."""
+SIDES = {
+    "deep": ("o", PARTICLE, "trains shallow"),
+    "shallow": ("s", SENSITIVE, "trains deep"),
+    "spread": ("^", EVEN, "trains as many as above, evenly spaced"),
+}
+"""Marker, colour and name by the side that freezes, or of layers that are evenly spaced and as many as above the boundary."""
 STYLES = ("-", "--", ":", "-.")
 
 

@@ -15,15 +15,16 @@ from layerplan.sweep.space import Point
 
 def rate_by_profile(profile: LayerProfile) -> Callable[[Point], float]:
     """The standardised alignment score S(k) sqrt(k (L - k)) / L (Eq. 7) of freezing the deep side, and its negative for the
-    shallow side; the outermost boundary, which has no score, comes last.
+    shallow side; what has no score comes last: the outermost boundary, and evenly spaced layers.
     """
     num_layers = profile.model.num_layers
     scores = compute_alignment_scores(profile.task_particle, get_sensitivity(profile, find_sensitivity(profile)))
 
     def rate(point: Point) -> float:
-        if point.boundary > len(scores):
+        if point.boundary > len(scores) or point.freeze == "spread":
             return -np.inf
-        return _turn(point, float(scores[point.boundary - 1]) * _weigh(point.boundary, num_layers))
+        rating = float(scores[point.boundary - 1]) * _weigh(point.boundary, num_layers)
+        return rating if point.freeze == "deep" else -rating
 
     return rate
 
@@ -33,16 +34,12 @@ def rate_by_measurement(measurement: LayerMeasurement) -> Callable[[Point], floa
     values = np.asarray(measurement.turned_values, dtype=np.float64)
 
     def rate(point: Point) -> float:
-        step = values[: point.boundary].mean() - values[point.boundary :].mean()
-        return _turn(point, float(step) * _weigh(point.boundary, len(values)))
+        trains = np.zeros(len(values), dtype=bool)
+        trains[list(point.list_trained(len(values)))] = True
+        return float(values[trains].mean() - values[~trains].mean()) * _weigh(point.boundary, len(values))
 
     return rate
 
 
 def _weigh(boundary: int, num_layers: int) -> float:
     return float(np.sqrt(boundary * (num_layers - boundary)) / num_layers)
-
-
-def _turn(point: Point, rating: float) -> float:
-    """A step down from the shallow to the deep side speaks for training the shallow one."""
-    return rating if point.freeze == "deep" else -rating

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from layerplan.config.plan import PlanOptions
 from layerplan.config.sweep import Side, SweepConfig
+from layerplan.plan.selectors import space_layers
 from layerplan.run_folder import BOUNDARY_PREFIX
 
 Value = TypeVar("Value")
@@ -26,6 +27,12 @@ class Point:
     name: str
     """Folder of the trial below the sweep, and its name everywhere: what differs from the run's own values is in it, so a
     trial keeps its name when the space grows."""
+
+    def list_trained(self, num_layers: int) -> tuple[int, ...]:
+        """The layers that train."""
+        if self.freeze == "spread":
+            return space_layers(num_layers - self.boundary, num_layers)
+        return tuple(range(self.boundary) if self.freeze == "deep" else range(self.boundary, num_layers))
 
     @property
     def setting(self) -> tuple[object, ...]:

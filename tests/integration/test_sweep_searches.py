@@ -59,10 +59,11 @@ def test_a_profile_guided_search_measures_and_leaves_out_what_cannot_win(
     config: Path, run_here: Callable[..., Any]
 ) -> None:
     """Without a margin the second seed is for the best trial of the first alone."""
-    space = ("sweep.boundaries=[1, 3]", "sweep.seeds=[0, 1]")
+    space = ("sweep.boundaries=[1, 3]", "sweep.freeze=[deep, spread]", "sweep.seeds=[0, 1]")
     found, said = sweep(config, run_here, "guided", {"type": "profile", "by": "block_influence", "margin": 0}, *space)
     assert "measuring the layers of" in said and "block_influence" in said
     assert (config.parent / "guided" / "layer_measurements.json").exists()
     first = {name: loss for name, loss in found.items() if "seed1" not in name}
     best = min(first, key=lambda name: first[name])
+    assert {name for name in first if "spread" in name} == {"boundary_01_spread", "boundary_03_spread"}
     assert len(first) == 4 and found.keys() - first.keys() == {f"{best}_seed1"}

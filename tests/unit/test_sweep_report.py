@@ -9,6 +9,7 @@ import pytest
 
 from layerplan.report.page import write_report
 from layerplan.report.sweep_arms import compare, find_front, read_sweep
+from layerplan.report.sweep_figures import draw_boundaries, draw_cost, draw_pareto
 from layerplan.train.held_out_rows import RowLosses, save_losses
 from layerplan.train.judge import VALIDATION
 from layerplan.train.trial_record import TrialRecord
@@ -99,6 +100,18 @@ def test_the_page_says_it_and_has_its_figures(run: Path) -> None:
     for name in ("sweep_boundary_validation_loss", "sweep_boundary_english", "sweep_pareto_english", "sweep_cost"):
         assert (run / "figures" / f"{name}.png").stat().st_size > 0
     assert page.count("<svg") == 4
+
+
+def test_evenly_spaced_layers_are_a_curve_of_their_own(run: Path) -> None:
+    for boundary in (2, 3):
+        leave_trial(run / "sweep", f"boundary_0{boundary}_spread", boundary, -0.4, freeze="spread")
+    reading = read_sweep(run / "sweep")
+    assert reading is not None
+    for figure in (draw_boundaries(reading, VALIDATION), draw_pareto(reading, "english"), draw_cost(reading)):
+        told = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        assert {"trains shallow", "trains deep", "trains as many as above, evenly spaced"} <= set(told)
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "boundary_02_spread is lowest" in page or "boundary_03_spread is lowest" in page
 
 
 def test_a_run_without_a_sweep_has_no_such_section(tmp_path: Path) -> None:

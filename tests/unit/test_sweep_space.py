@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from layerplan.config.load import validate_config
@@ -14,7 +15,9 @@ from layerplan.config.sweep import SweepConfig
 from layerplan.errors import ClusterError, ConfigError
 from layerplan.pipeline.candidates import make_candidates
 from layerplan.pipeline.sweep_checks import check_sweep
+from layerplan.plan.layer_measurement import LayerMeasurement
 from layerplan.plan.model_shape import ModelShape
+from layerplan.sweep.rating import rate_by_measurement
 from layerplan.sweep.room import TrialNeeds, choose_concurrency, count_fitting
 from layerplan.sweep.schedule import compute_flops
 from layerplan.sweep.space import OwnValues, list_points
@@ -42,6 +45,48 @@ def test_a_trial_is_named_by_what_differs_from_the_run() -> None:
     assert len(set(names)) == len(names) == 16
     assert names[0] == "boundary_03" and names[1] == "boundary_03_seed8" and names[2] == "boundary_03_lr0.0003"
     assert "boundary_03_shallow_final_norm_lr0.0003_seed8" in names
+
+
+def test_evenly_spaced_layers_are_as_many_as_lie_above_the_boundary() -> None:
+    values = {"boundaries": [4, 20, 27], "freeze": ["shallow", "spread"], "ends": [{"train_final_norm": True}]}
+    sweep = SweepConfig.model_validate(values | {"max_steps": 4})
+    trials = make_candidates(make_config(), sweep, QWEN3_0P6B_IDENTITY, SHAPE)
+    assert [trial.point.name for trial in trials[:2]] == [
+        "boundary_04_shallow_final_norm",
+        "boundary_04_spread_final_norm",
+    ]
+    for deep, spread in zip(trials[::2], trials[1::2], strict=True):
+        count = SHAPE.num_layers - spread.point.boundary
+        assert spread.plan.plan_type == "spread" and spread.plan.train_final_norm
+        assert len(spread.plan.trainable_layers) == len(deep.plan.trainable_layers) == count
+        assert spread.plan.trainable_layers == spread.point.list_trained(SHAPE.num_layers)
+        assert deep.plan.trainable_layers == deep.point.list_trained(SHAPE.num_layers)
+        gaps = np.diff(spread.plan.trainable_layers)
+        assert np.ptp(gaps) <= 1 if len(gaps) else spread.plan.trainable_layers == (14,)
+        assert spread.cost.flops_share > deep.cost.flops_share
+
+
+@pytest.mark.parametrize("higher_trains", [True, False])
+def test_a_measurement_rates_what_trains_against_what_freezes(higher_trains: bool) -> None:
+    """By hand: the difference of the means in units of what a random choice of as many layers would scatter."""
+    values = [3.0, -1.0, 4.0, 1.0, -5.0, 9.0, 2.0, 6.0]
+    kinds = {"higher_trains": higher_trains, "values": values}
+    measurement = LayerMeasurement.model_construct(name="gradient_norm", **kinds)
+    rate = rate_by_measurement(measurement)
+    sweep = SweepConfig(boundaries=[2, 6, 7], freeze=["deep", "shallow", "spread"])
+    trained = {
+        "boundary_02": [0, 1],
+        "boundary_02_shallow": [2, 3, 4, 5, 6, 7],
+        "boundary_02_spread": [0, 2, 3, 4, 6, 7],
+    }
+    trained |= {"boundary_06": [0, 1, 2, 3, 4, 5], "boundary_06_shallow": [6, 7], "boundary_06_spread": [2, 6]}
+    trained |= {"boundary_07": [0, 1, 2, 3, 4, 5, 6], "boundary_07_shallow": [7], "boundary_07_spread": [4]}
+    for point in list_points(sweep, [2, 6, 7], OWN):
+        inside = [values[layer] for layer in trained[point.name]]
+        outside = [values[layer] for layer in range(8) if layer not in trained[point.name]]
+        step = sum(inside) / len(inside) - sum(outside) / len(outside)
+        expected = step * math.sqrt(len(inside) * len(outside)) / 8 * (1 if higher_trains else -1)
+        assert rate(point) == pytest.approx(expected, rel=1e-12), point.name
 
 
 def test_a_trial_keeps_its_name_when_the_space_grows() -> None:
