@@ -97,25 +97,29 @@ def write_manifest(folder: Path) -> None:
 
 
 def list_small_files(folder: Path) -> Work:
-    """A thousand folders of a thousand files: listed, hashed and joined to items for the tokenizing processes."""
+    """A thousand folders of a thousand files: listed, hashed and joined to items for the tokenizing processes.
+
+    A tenth of them is handed out before, so that what is imported and what is held of some at a time is not counted.
+    """
+    text = folder / "text"
     for number in range(1000):
-        (folder / "text" / f"{number:03d}").mkdir(parents=True)
+        inner = text / str(number // 100) / f"{number:03d}"
+        inner.mkdir(parents=True)
         for name in range(1000):
-            (folder / "text" / f"{number:03d}" / f"document_{name:06d}.txt").touch()
+            (inner / f"document_{name:06d}.txt").touch()
     from layerplan.config.corpus import CorpusConfig
     from layerplan.corpus.build import hash_units, join_units
     from layerplan.corpus.sources import list_units
 
-    config = CorpusConfig.model_validate({"sources": [{"path": str(folder / "text")}]})
-
-    def hand_out() -> None:
-        units = list_units(config)
+    def hand_out(path: Path) -> None:
+        units = list_units(CorpusConfig.model_validate({"sources": [{"path": str(path)}]}))
         hash_units(units)
         units.sum_bytes()
         for _ in join_units(units, num_workers=64):
             pass
 
-    return hand_out
+    hand_out(text / "0")
+    return lambda: hand_out(text)
 
 
 def remember_documents(folder: Path) -> Work:

@@ -120,6 +120,8 @@ def _cut(
         is_apart_json = READERS[codes[place]] == "jsonl" and is_apart(path)
         if not is_compressed(path) and not is_apart_json:
             counts[place] = -(-sizes[place] // unit_bytes)
+    if not is_cut.any():
+        return SourceUnits(index, files, order, codes, np.zeros(len(order), np.int64), sizes)
     of_file = np.repeat(np.arange(len(order)), counts)
     starts = (np.arange(len(of_file)) - np.repeat(counts.cumsum() - counts, counts)) * unit_bytes
     ends = sizes[of_file]

@@ -30,6 +30,8 @@ _ACTIVATION = {
     ("float32", True): (24.0, 16.25, 8.0, 16.0),
     ("float32", False): (8.0, 12.25, 6.0, 12.0),
 }
+# bytes of a gradient on its way into shards, beside the one that backward gives: in float32, and gloo sums in two more copies
+_REDUCED = {"cuda": 4, "cpu": 12}
 _WIDTH = {"bfloat16": 2, "float32": 4}
 # hidden states kept per expert that a token is sent to, of a trained layer and of a frozen one
 _COPIES = {True: 2, False: 1}
@@ -111,6 +113,7 @@ def estimate_memory(
     """
     width = _WIDTH[config.compute_dtype]
     trained = adapter_params or count_trainable_params(plan, shape)
+    reduced = 0 if adapter_params or placement.parallelism == "replicate" else _largest_trained_unit(plan, shape)
     frozen = shape.total_params - (0 if adapter_params else trained)
     tokens = config.micro_rows * seq_len
     checkpointed, whole = set(placement.checkpointed_layers), _path_bytes(plan, shape, config.compute_dtype)
@@ -121,7 +124,8 @@ def estimate_memory(
     loss = chunk_rows * shape.vocab_size * (width + 8) + 3 * tokens * shape.hidden_size * width
     loss += shape.head_matrix_params * 4 if trains_head else 0
     return MemoryEstimate(
-        parameters=_parameter_bytes(trained, frozen, width, shape, config, placement, world_size, device_type),
+        parameters=_parameter_bytes(trained, frozen, width, shape, config, placement, world_size, device_type)
+        + reduced * (width + _REDUCED[device_type]),
         activations=stored,
         loss=loss,
         baseline=BASELINE_BYTES.get(device_type, 0.0),
@@ -239,6 +243,13 @@ def _path_bytes(plan: FreezePlan, shape: ModelShape, dtype: str) -> dict[int, fl
         layer: layer_activation_bytes(shape, dtype, trained=layer in trained, layer=layer)
         for layer in gradient_path(plan)
     }
+
+
+def _largest_trained_unit(plan: FreezePlan, shape: ModelShape) -> int:
+    """Parameters of the largest FSDP unit that has gradients: a decoder layer, or the root with its embeddings and head."""
+    ends = plan.train_embeddings or plan.train_lm_head or plan.tied in ("trained", "head_only")
+    root = shape.embedding_params + shape.head_params + shape.other_params if ends else 0
+    return max([root, *map(shape.layer_params, plan.trainable_layers)])
 
 
 def _parameter_bytes(

@@ -63,10 +63,28 @@ def find_limit(pulses: Mapping[int, Pulse], timeout_s: float | None) -> float:
     return max(SHORTEST_LIMIT_S, SLOWEST_TIMES * slowest)
 
 
-def find_pause(pulses: Mapping[int, Pulse]) -> tuple[float, Beat] | None:
-    """For how long all ranks have been still, and the one that is behind, when that is long beside what was usual there."""
+@dataclass(frozen=True)
+class Pause:
+    """A time for which nothing went on, that may yet end by itself."""
+
+    seconds: float
+    beat: Beat
+    """Of the rank that is behind, or that nothing is heard of."""
+    is_silent: bool
+    """Whether nothing is heard of it: its host, its process or the network between is away."""
+
+
+def find_pause(pulses: Mapping[int, Pulse]) -> Pause | None:
+    """The rank that nothing is heard of, or the one that is behind when all have been still for long beside what is usual there.
+
+    A rank beats wherever it is, so that its silence says something in a first save or a compilation too, of which nobody
+    knows how long they take.
+    """
     if not pulses:
         return None
+    silent = max(pulses.values(), key=lambda pulse: pulse.silent_s)
+    if silent.silent_s >= SHORTEST_PAUSE_S:
+        return Pause(silent.silent_s, silent.beat, is_silent=True)
     seconds = min(pulse.still_s for pulse in pulses.values())
     slowest = find_slowest(pulses)
     if slowest.beat.place.part in (*IN_STEP, LOGGING):
@@ -75,7 +93,7 @@ def find_pause(pulses: Mapping[int, Pulse]) -> tuple[float, Beat] | None:
     else:  # whoever validates or saves takes what that takes, which is known from the second time on
         usual, is_known = slowest.beat.before_s, slowest.beat.before_s > 0
     is_long = seconds >= max(SHORTEST_PAUSE_S, PAUSE_TIMES * usual)
-    return (seconds, slowest.beat) if is_known and is_long else None
+    return Pause(seconds, slowest.beat, is_silent=False) if is_known and is_long else None
 
 
 def find_slowdown(pulses: Mapping[int, Pulse]) -> Beat | None:

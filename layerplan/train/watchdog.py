@@ -26,6 +26,7 @@ from layerplan.storage.mirror import fetch_file
 from layerplan.train.heartbeat import BEAT_EVERY_S, Board, name_stacks
 from layerplan.train.place import Beat
 from layerplan.train.stall import (
+    Pause,
     Pulse,
     Stall,
     find_limit,
@@ -88,8 +89,8 @@ class Watchdog:
     _noted_s: float = 0.0
     _slow_for: int | None = None
     """Pid of the first rank, of whose slower steps it was told."""
-    _paused: tuple[float, Beat] | None = None
-    """(seconds, rank that was behind) for which all ranks have been where they are in a step."""
+    _paused: Pause | None = None
+    """What is said of once it is over."""
 
     def look(self, elapsed_s: float, now: float) -> None:
         """One look at the beats, `elapsed_s` after the last."""
@@ -124,14 +125,16 @@ class Watchdog:
             )
 
     def _note_pause(self) -> None:
-        """Says, once it is over, when a step took much longer than the ones before; a network that was away is one cause."""
-        pause = find_pause(self.pulses)
-        if self._paused is not None and (pause is None or pause[1].pid != self._paused[1].pid):
-            seconds, beat = self._paused
-            if self.pulses and any(pulse.beat.pid == beat.pid for pulse in self.pulses.values()):
-                self.say(
-                    f"training stood still for {seconds:.0f} s and goes on; {_name(beat)} was behind, at: {beat.place}"
-                )
+        """Says, once it is over, when a step took much longer than the ones before, or a rank was not heard of for long."""
+        pause, past = find_pause(self.pulses), self._paused
+        if past is not None and pause is not None and past.is_silent:
+            # whoever is heard of again is still where it was for a moment: that it was away says more than that
+            if pause.is_silent and pause.seconds > past.seconds:
+                self._paused = pause
+            return
+        is_over = past is not None and (pause is None or pause.beat.pid != past.beat.pid)
+        if past is not None and is_over and any(pulse.beat.pid == past.beat.pid for pulse in self.pulses.values()):
+            self.say(_describe_pause(past))
         self._paused = pause
 
     def _note(self) -> None:
@@ -208,6 +211,16 @@ def _read_status(pid: int) -> str:
     except psutil.NoSuchProcess:
         return GONE
     return GONE if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else status
+
+
+def _describe_pause(pause: Pause) -> str:
+    who, seconds = _name(pause.beat), f"{pause.seconds:.0f} s"
+    if pause.is_silent:
+        return (
+            f"nothing was heard of {who} for {seconds}, last at: {pause.beat.place}; it is back, and training goes on: its"
+            " host, its process or the network between was away"
+        )
+    return f"training stood still for {seconds} and goes on; {who} was behind, at: {pause.beat.place}"
 
 
 def _name(beat: Beat) -> str:

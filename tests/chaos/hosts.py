@@ -28,7 +28,7 @@ from tests.network_hosts import START_S, Host, Network, running_hosts, why_not
 from tests.tiny_store import make_inputs
 
 LOST = "after a worker was lost"
-PAUSED = "training stood still for"
+PAUSED, AWAY = "training stood still for", "nothing was heard of"
 CUT_S = 20
 STEPS = 60
 """Of half a second and more: a lost raylet's workers go on for some seconds, and must not have reached the end by then."""
@@ -83,7 +83,7 @@ FAULTS = (
     Fault("worker killed", kill_worker, (LOST,)),
     Fault("raylet killed", kill_raylet, (LOST,), ends_host=True),
     Fault("host killed", kill_host, (LOST,), ends_host=True),
-    Fault("link cut for 20 s", cut_for_a_while, (PAUSED, LOST)),
+    Fault("link cut for 20 s", cut_for_a_while, (PAUSED, AWAY, LOST)),
     Fault("link cut for good", cut_for_good, (LOST,), ends_host=True),
     Fault("link of 20 Mb/s", slow_link, (), ends_host=True),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,10 +103,11 @@ def test_how_long_it_took_to_go_on_is_said_once_at_the_first_step_of_the_new_att
 
 def test_a_step_that_took_much_longer_is_told_once_it_is_over(tmp_path: Path) -> None:
     said: list[str] = []
-    dog = Watchdog(None, tmp_path, None, said.append)
+    dog, counts = Watchdog(None, tmp_path, None, said.append), itertools.count()
 
     def look(*beats: Beat) -> None:
-        dog.pulses = update_pulses(dog.pulses, {each.rank: each for each in beats}, 6.0)
+        beating = {each.rank: replace(each, count=next(counts)) for each in beats}
+        dog.pulses = update_pulses(dog.pulses, beating, 6.0)
         dog._note_pause()
 
     for _ in range(4):  # the first shows where they are; then 6, 12 and 18 s without a change
@@ -130,6 +132,52 @@ def test_a_step_that_took_much_longer_is_told_once_it_is_over(tmp_path: Path) ->
         look(beat(0, 11, "logging"), beat(1, 12, FORWARD))
     look(beat(0, 12, FORWARD), beat(1, 12, FORWARD))
     assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    ("part", "is_first"), [("saving", False), ("validating", False), (FORWARD, True), (FORWARD, False)]
+)
+def test_a_rank_that_was_not_heard_of_is_told_of_wherever_it_was(tmp_path: Path, part: str, is_first: bool) -> None:
+    """In a first save and a first step too, of which nobody knows how long they take; once, when it is back."""
+    said: list[str] = []
+    dog, count = Watchdog(None, tmp_path, None, said.append), itertools.count(1)
+
+    def look(step: int, part: str, *, heard: bool, is_first: bool = False) -> None:
+        last = 1 if not heard else next(count)
+        beats = {
+            rank: beat(rank, step, part, count=last if rank else next(count), is_first=is_first) for rank in range(2)
+        }
+        dog.pulses = update_pulses(dog.pulses, beats, 2.0)
+        dog._note_pause()
+
+    look(7, part, heard=False, is_first=is_first)
+    for _ in range(9):
+        look(7, part, heard=False, is_first=is_first)
+    assert said == []
+    look(7, part, heard=True, is_first=is_first)  # its beats come again before it has moved on
+    look(8, ROWS, heard=True)
+    assert said == [
+        f"nothing was heard of rank 1 (pid 101 on host) for 18 s, last at: {part}, step 7; it is back, and training goes on:"
+        " its host, its process or the network between was away"
+    ]
+    for _ in range(4):  # 8 s without a beat are none
+        look(9, part, heard=False)
+    look(9, part, heard=True)
+    assert len(said) == 1
+
+
+def test_a_rank_that_never_comes_back_is_not_said_to_be_back(tmp_path: Path) -> None:
+    said: list[str] = []
+    dog = Watchdog(None, tmp_path, None, said.append)
+    for count in range(9):
+        dog.pulses = update_pulses(
+            dog.pulses, {rank: beat(rank, 7, FORWARD, count=count * (1 - rank)) for rank in (0, 1)}, 2.0
+        )
+        dog._note_pause()
+    fresh = {rank: replace(beat(rank, 6, "starting", is_first=True), pid=200 + rank) for rank in (0, 1)}
+    dog.pulses = update_pulses(dog.pulses, fresh, 2.0)
+    dog._note_pause()
+    assert said == []
 
 
 def test_steps_that_became_slow_are_told_once_and_their_end_too(tmp_path: Path) -> None:
