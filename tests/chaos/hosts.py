@@ -159,7 +159,7 @@ def train(network: Network, folder: Path, run: str, fault: Fault | None, rng: ra
     lost = find_loss(folder, run, text)
     if fault is not None and fault.said and not line:
         lost = lost or "nothing was said"
-    return Outcome(fault.name if fault else "", step, seconds, submissions, line[-160:], lost)
+    return Outcome(fault.name if fault else "", step, seconds, submissions, line[-200:], lost)
 
 
 def find_loss(folder: Path, run: str, text: str) -> str:

@@ -135,6 +135,8 @@ def make_request(folder: Path, run: str) -> Any:
     sinks = RunSinkFactory(run_dir / "metrics.jsonl", "train", NoopTracker())
     workers = WorkerRange(min=1, max=2, resize_every=1) if run == "elastic" else 1
     update = {"num_workers": workers, "num_cpus_per_worker": 1.0, "global_batch_size": BATCH, "max_steps": MAX_STEPS}
+    if run == "elastic":
+        update["micro_batch_size"] = "auto"
     config = request.config.model_copy(update=update)
     waiting = (lambda start: WaitingSink(run_dir, sinks(start))) if run == "elastic" else sinks
     return replace(request, run_dir=run_dir, config=config, sink_factory=waiting)

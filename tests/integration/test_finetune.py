@@ -48,7 +48,7 @@ def config(seed_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "finetune": {"task": task, "method": "salf"},
         "train": {
             "global_batch_size": 4,
-            "micro_batch_size": 2,
+            "micro_batch_size": "auto",
             "num_workers": 2,
             "num_cpus_per_worker": 0.25,
             "parallelism": "replicate",

@@ -50,7 +50,8 @@ def sweep(
 
 @pytest.mark.long
 def test_optuna_suggests_as_many_trials_as_it_may(config: Path, run_here: Callable[..., Any]) -> None:
-    found, said = sweep(config, run_here, "optuna", {"type": "optuna", "num_trials": 3})
+    auto = "train.micro_batch_size=auto"
+    found, said = sweep(config, run_here, "optuna", {"type": "optuna", "num_trials": 3}, auto)
     assert len(found) == 3 and found.keys() < SPACE and "optuna search of 6 trials" in said
 
 

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.corpus import encoders
-from layerplan.corpus.build import build_token_store
+from layerplan.corpus.build import build_token_store, join_units
 from layerplan.corpus.encoders import (
     FastokensEncoder,
     TokenizersEncoder,
@@ -151,9 +150,8 @@ def test_the_first_text_and_a_sample_are_checked(tmp_path: Path):
 
 def test_a_worker_tells_of_a_disagreement(tmp_path: Path):
     disagreement = make_disagreement(tmp_path)
-    (unit,) = list_units(disagreement)
     content = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
-    batch = {"units": [json.dumps([(0, asdict(unit))])]}
+    batch = {"units": list(join_units(list_units(disagreement), num_workers=1))}
     tables = UnitTokenizer(disagreement, content, ())(batch)
     assert next(tables).num_rows == 256
     with pytest.raises(
