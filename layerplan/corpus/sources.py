@@ -111,15 +111,14 @@ def _find_formats(source: SourceConfig, files: FileTable) -> NDArray[np.int8]:
 def _cut(
     index: int, files: FileTable, order: NDArray[np.int64], formats: NDArray[np.int8], unit_bytes: int
 ) -> SourceUnits:
-    """Files in an order, those that can be cut in stretches of `unit_bytes`."""
+    """Files in an order; those that can be cut in stretches of `unit_bytes`."""
     sizes, codes = files.sizes[order], formats[order]
     counts = np.ones(len(order), np.int64)
     is_cut = np.isin(codes, [READERS.index("jsonl"), READERS.index("parquet")]) & (sizes > unit_bytes)
     for place in np.flatnonzero(is_cut).tolist():
         path = files.make_path(files.name_at(order[place]))
-        is_apart_json = READERS[codes[place]] == "jsonl" and is_apart(path)
-        if not is_compressed(path) and not is_apart_json:
-            counts[place] = -(-sizes[place] // unit_bytes)
+        is_whole = is_compressed(path) or (READERS[codes[place]] == "jsonl" and is_apart(path))
+        counts[place] = 1 if is_whole else -(-sizes[place] // unit_bytes)
     if not is_cut.any():
         return SourceUnits(index, files, order, codes, np.zeros(len(order), np.int64), sizes)
     of_file = np.repeat(np.arange(len(order)), counts)

@@ -29,6 +29,7 @@ from tests.tiny_store import make_inputs
 
 LOST = "after a worker was lost"
 PAUSED, AWAY = "training stood still for", "nothing was heard of"
+SLOWED = "times as long as at first"
 CUT_S = 20
 STEPS = 60
 """Of half a second and more: a lost raylet's workers go on for some seconds, and must not have reached the end by then."""
@@ -42,7 +43,9 @@ class Fault:
     name: str
     inflict: Callable[[Network, Host, random.Random], None]
     said: tuple[str, ...]
-    """One of these is said; nothing where training only takes longer."""
+    """One of these is said."""
+    steps: range = range(3, 12)
+    """In one of which it falls."""
     ends_host: bool = False
     """Whether another host has to take its place for the next run."""
 
@@ -85,7 +88,7 @@ FAULTS = (
     Fault("host killed", kill_host, (LOST,), ends_host=True),
     Fault("link cut for 20 s", cut_for_a_while, (PAUSED, AWAY, LOST)),
     Fault("link cut for good", cut_for_good, (LOST,), ends_host=True),
-    Fault("link of 20 Mb/s", slow_link, (), ends_host=True),
+    Fault("link of 20 Mb/s", slow_link, (SLOWED,), range(24, 40), ends_host=True),
 )
 
 
@@ -140,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(network: Network, folder: Path, run: str, fault: Fault | None, rng: random.Random) -> Outcome:
     """Trains a run, hurts it once, submits it again for as long as it does not end well, and compares it."""
     head, said = network.hosts[0], folder / f"{run}.txt"
-    step = rng.randrange(3, 12)
+    step = rng.choice(fault.steps) if fault is not None else 0
     training, text, submissions, began = start_training(head, folder, run, STEPS), "", 1, time.monotonic()
     if fault is not None:
         wait_for(lambda: find_step(folder / run) >= step, training, said)
@@ -157,7 +160,7 @@ def train(network: Network, folder: Path, run: str, fault: Fault | None, rng: ra
     if fault is not None and fault.ends_host:
         network.replace(network.hosts.index(host)).start_ray(head=head.address, num_cpus=2)
     lost = find_loss(folder, run, text)
-    if fault is not None and fault.said and not line:
+    if fault is not None and not line:
         lost = lost or "nothing was said"
     return Outcome(fault.name if fault else "", step, seconds, submissions, line[-200:], lost)
 
