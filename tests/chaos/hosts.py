@@ -33,7 +33,7 @@ SLOWED = "times as long as at first"
 CUT_S = 20
 STEPS = 60
 """Of half a second and more: a lost raylet's workers go on for some seconds, and must not have reached the end by then."""
-SLOW_MBITS = 20
+SLOW_MBITS = 3
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def cut_for_good(network: Network, host: Host, rng: random.Random) -> None:
 
 
 def slow_link(network: Network, host: Host, rng: random.Random) -> None:
-    """20 Mb/s from now on."""
+    """A tenth of what training sends, from now on."""
     host.limit(SLOW_MBITS)
 
 
@@ -88,7 +88,7 @@ FAULTS = (
     Fault("host killed", kill_host, (LOST,), ends_host=True),
     Fault("link cut for 20 s", cut_for_a_while, (PAUSED, AWAY, LOST)),
     Fault("link cut for good", cut_for_good, (LOST,), ends_host=True),
-    Fault("link of 20 Mb/s", slow_link, (SLOWED,), range(24, 40), ends_host=True),
+    Fault(f"link of {SLOW_MBITS} Mb/s", slow_link, (SLOWED,), range(24, 40), ends_host=True),
 )
 
 
