@@ -33,7 +33,7 @@ SLOWED = "times as long as at first"
 CUT_S = 20
 STEPS = 60
 """Of half a second and more: a lost raylet's workers go on for some seconds, and must not have reached the end by then."""
-SLOW_MBITS = 3
+SLOW_MBITS = 1
 
 
 @dataclass(frozen=True)
