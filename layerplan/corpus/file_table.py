@@ -77,14 +77,5 @@ class FileTable:
 def _make_names(names: list[str], before: str) -> pa.Array:
     try:
         return pa.array(names, type=pa.large_string())
-    except UnicodeEncodeError:
-        bad = next(name for name in names if not _is_unicode(name))
-        raise CorpusError(f"{before}{bad!a}: the file's name is not valid UTF-8; rename it") from None
-
-
-def _is_unicode(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    except UnicodeEncodeError as error:
+        raise CorpusError(f"{before}{error.object!a}: the file's name is not valid UTF-8; rename it") from None

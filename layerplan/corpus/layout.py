@@ -154,8 +154,8 @@ def _take_split(layout: Layout, source: SourceConfig, record: int) -> None:
 
 def _order_saved(layout: Layout, state: int) -> None:
     """The Arrow files of one saved data set in the order its state names; nothing else of its folder."""
-    files, folder = layout.files, _folder(layout.files.name_at(state))
-    path = files.make_path(files.name_at(state))
+    files, name = layout.files, layout.files.name_at(state)
+    folder, path = _folder(name), files.make_path(name)
     values = _read_json(path)
     named = values.get("_data_files")
     if not isinstance(named, list):

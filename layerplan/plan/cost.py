@@ -66,7 +66,7 @@ def predict_cost(
         total_params=shape.total_params,
         forward_flops=forward + head + other,
         backward_activation_flops=backward_activations + (head if reaches_below_head else 0.0),
-        backward_weight_flops=backward_weights + (head if _trains_head(plan) else 0.0),
+        backward_weight_flops=backward_weights + (head if trains_head(plan) else 0.0),
         optimizer_flops_per_step=OPTIMIZER_FLOPS_PER_PARAM * trainable,
         first_gradient_layer=first,
         weight_and_optimizer_bytes=BYTES_PER_TRAINED_PARAM * trainable
@@ -156,7 +156,8 @@ def _first_gradient_layer(plan: FreezePlan, shape: ModelShape) -> int:
     return min(plan.trainable_layers, default=shape.num_layers)
 
 
-def _trains_head(plan: FreezePlan) -> bool:
+def trains_head(plan: FreezePlan) -> bool:
+    """Whether the matrix that gives the logits trains, of its own or tied to the embeddings."""
     return plan.train_lm_head or plan.tied in ("trained", "head_only")
 
 

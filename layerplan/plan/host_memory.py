@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from layerplan.config.train import TrainConfig
-from layerplan.plan.cost import count_trainable_params
+from layerplan.plan.cost import count_trainable_params, trains_head
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
@@ -51,7 +51,7 @@ def estimate_host_memory(
     kept = 0.0 if device_type == "cuda" else shard + moments
     ends = shape.embedding_params + shape.head_params + shape.final_norm_params + shape.other_params
     running = _FLOAT32 * (ends + shape.largest_layer_params)
-    trains_ends = plan.train_embeddings or plan.train_lm_head or plan.tied in ("trained", "head_only")
+    trains_ends = plan.train_embeddings or trains_head(plan)
     largest = max(shape.head_matrix_params if trains_ends else 0, shape.largest_layer_params)
     return HostEstimate(
         shard=shard,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerplan.config.train import TrainConfig
-from layerplan.plan.cost import GIB, count_trainable_params
+from layerplan.plan.cost import GIB, count_trainable_params, trains_head
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement, choose_layers, gradient_path
@@ -119,10 +119,9 @@ def estimate_memory(
     checkpointed, whole = set(placement.checkpointed_layers), _path_bytes(plan, shape, config.compute_dtype)
     kept = {layer: float(width * shape.hidden_size) if layer in checkpointed else whole[layer] for layer in whole}
     stored = tokens * (sum(kept.values()) + max((whole[layer] for layer in checkpointed), default=0.0))
-    trains_head = plan.train_lm_head or plan.tied in ("trained", "head_only")
     chunk_rows = min(choose_chunk_rows(device_type, shape.vocab_size), tokens)
     loss = chunk_rows * shape.vocab_size * (width + 8) + 3 * tokens * shape.hidden_size * width
-    loss += shape.head_matrix_params * 4 if trains_head else 0
+    loss += shape.head_matrix_params * 4 if trains_head(plan) else 0
     return MemoryEstimate(
         parameters=_parameter_bytes(trained, frozen, width, shape, config, placement, world_size, device_type)
         + reduced * (width + _REDUCED[device_type]),
@@ -247,9 +246,13 @@ def _path_bytes(plan: FreezePlan, shape: ModelShape, dtype: str) -> dict[int, fl
 
 def _largest_trained_unit(plan: FreezePlan, shape: ModelShape) -> int:
     """Parameters of the largest FSDP unit that has gradients: a decoder layer, or the root with its embeddings and head."""
-    ends = plan.train_embeddings or plan.train_lm_head or plan.tied in ("trained", "head_only")
-    root = shape.embedding_params + shape.head_params + shape.other_params if ends else 0
+    root = _count_root(shape) if plan.train_embeddings or trains_head(plan) else 0
     return max([root, *map(shape.layer_params, plan.trainable_layers)])
+
+
+def _count_root(shape: ModelShape) -> int:
+    """Parameters of the FSDP unit that is no decoder layer."""
+    return shape.embedding_params + shape.head_params + shape.other_params
 
 
 def _parameter_bytes(
@@ -271,7 +274,7 @@ def _parameter_bytes(
     shards = world_size // config.num_replicas
     frozen_shards = shards if placement.frozen_sharding == "shard" else 1
     # two layers and the root are gathered at a time
-    root = shape.embedding_params + shape.head_params + shape.other_params
+    root = _count_root(shape)
     # gloo gathers into a copy of its own, and FSDP takes the pieces out of another
     copies = 2 * max(root, shape.largest_layer_params) if device_type == "cpu" else 0
     gathered = width * (2 * shape.largest_layer_params + root + copies)

@@ -127,14 +127,12 @@ class Watchdog:
     def _note_pause(self) -> None:
         """Says, once it is over, when a step took much longer than the ones before, or a rank was not heard of for long."""
         pause, past = find_pause(self.pulses), self._paused
-        if past is not None and pause is not None and past.is_silent:
-            # whoever is heard of again is still where it was for a moment: that it was away says more than that
-            if pause.is_silent and pause.seconds > past.seconds:
-                self._paused = pause
-            return
-        is_over = past is not None and (pause is None or pause.beat.pid != past.beat.pid)
-        if past is not None and is_over and any(pulse.beat.pid == past.beat.pid for pulse in self.pulses.values()):
-            self.say(_describe_pause(past))
+        if past is not None:
+            if past.is_silent and pause is not None and not (pause.is_silent and pause.seconds > past.seconds):
+                return  # whoever is heard of again is still where it was for a moment: that it was away says more
+            is_over = pause is None or (pause.beat.pid != past.beat.pid and not past.is_silent)
+            if is_over and any(pulse.beat.pid == past.beat.pid for pulse in self.pulses.values()):
+                self.say(_describe_pause(past))
         self._paused = pause
 
     def _note(self) -> None:
