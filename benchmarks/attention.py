@@ -1,6 +1,6 @@
 """Attention on packed rows: seconds of every backend over the length of documents.
 
-    OMP_NUM_THREADS=1 python benchmarks/attention.py --device cpu --seq-len 1024 --lengths 64 256 1024
+    OMP_NUM_THREADS=1 python benchmarks/attention.py --device cpu --seq-len 1024 --lengths 64 256 1024 --dtype bfloat16
     python benchmarks/attention.py --device cuda --batch 2 --lengths 64 256 512 1024 2048 4096
 
 Each row is cut into documents of one length. The floor is the arithmetic that documents ask for (two products forward, five
@@ -28,7 +28,7 @@ SHAPES = {
     "cuda": {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
     | {"head_dim": 128},
 }
-BACKENDS = {"cpu": ("sdpa", "segmented"), "cuda": ("sdpa", "flex", "varlen")}
+BACKENDS = {"cpu": ("sdpa", "segmented", "blocks"), "cuda": ("sdpa", "flex", "varlen")}
 
 
 def main() -> None:
@@ -37,12 +37,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--lengths", nargs="+", type=int, default=[64, 256, 1024, 4096])
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--json", type=Path, help="append the results to this file")
     args = parser.parse_args()
     if args.device == "cpu":
         torch.set_num_threads(1)
     device = torch.device(args.device)
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
     config = {
         "model_type": "qwen3",
         "num_hidden_layers": 1,

@@ -56,13 +56,22 @@ class MemoryEstimate:
         return self.parameters + self.activations + self.loss + self.baseline
 
 
-def choose_chunk_rows(device_type: str, vocab_size: int) -> int:
+def choose_chunk_rows(device_type: str, vocab_size: int, *, rows_of_sum: int = 0) -> int:
     """Positions whose logits the loss holds at once.
 
     On a CPU a matrix product of so many rows is as fast as any larger one, and their logits are the largest tensor of
-    a small model; a GPU needs larger products.
+    a small model; a GPU needs larger products. Adding up the head's gradient over chunks is dear on a CPU: as many rows
+    as take the memory of that sum (`count_rows_of_sum`) make one chunk.
     """
-    return max(1, CUDA_CHUNK_LOGITS // vocab_size) if device_type == "cuda" else CPU_CHUNK_ROWS
+    return max(1, CUDA_CHUNK_LOGITS // vocab_size) if device_type == "cuda" else max(CPU_CHUNK_ROWS, rows_of_sum)
+
+
+def count_rows_of_sum(hidden_size: int, dtype: str, *, trains_head: bool, fused: bool) -> int:
+    """Positions whose logits take no more than a float32 sum of the head's gradient.
+
+    0 where there is no such sum, since float32 gradients add up where they are, or where a chunk is held more than once.
+    """
+    return 4 * hidden_size // _WIDTH[dtype] if trains_head and fused and dtype != "float32" else 0
 
 
 def layer_activation_bytes(shape: ModelShape, dtype: str, *, trained: bool, layer: int = 0) -> float:
@@ -119,9 +128,7 @@ def estimate_memory(
     checkpointed, whole = set(placement.checkpointed_layers), _path_bytes(plan, shape, config.compute_dtype)
     kept = {layer: float(width * shape.hidden_size) if layer in checkpointed else whole[layer] for layer in whole}
     stored = tokens * (sum(kept.values()) + max((whole[layer] for layer in checkpointed), default=0.0))
-    chunk_rows = min(choose_chunk_rows(device_type, shape.vocab_size), tokens)
-    loss = chunk_rows * shape.vocab_size * (width + 8) + 3 * tokens * shape.hidden_size * width
-    loss += shape.head_matrix_params * 4 if trains_head(plan) else 0
+    loss = _chunk_bytes(plan, shape, config, tokens, device_type) + 3 * tokens * shape.hidden_size * width
     return MemoryEstimate(
         parameters=_parameter_bytes(trained, frozen, width, shape, config, placement, world_size, device_type)
         + reduced * (width + _REDUCED[device_type]),
@@ -129,6 +136,16 @@ def estimate_memory(
         loss=loss,
         baseline=BASELINE_BYTES.get(device_type, 0.0),
     )
+
+
+def _chunk_bytes(plan: FreezePlan, shape: ModelShape, config: TrainConfig, tokens: int, device_type: str) -> float:
+    """Bytes of the logits held at once, and of the sum of the head's gradient over chunks of them."""
+    width, trains = _WIDTH[config.compute_dtype], trains_head(plan)
+    summed = count_rows_of_sum(shape.hidden_size, config.compute_dtype, trains_head=trains, fused=config.compiles)
+    rows = min(choose_chunk_rows(device_type, shape.vocab_size, rows_of_sum=summed), tokens)
+    if device_type == "cpu" and summed:  # the compiler reads logits and writes their gradients in one place
+        return rows * shape.vocab_size * width + shape.head_matrix_params * (4 if rows < tokens else width)
+    return rows * shape.vocab_size * (width + 8) + (shape.head_matrix_params * 4 if trains else 0)
 
 
 def estimate_inference_memory(num_params: int, dtype: str, *, num_logits: int, cache_bytes: float = 0.0) -> float:

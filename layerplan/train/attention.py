@@ -3,9 +3,11 @@
 `varlen` (GPU) and `segmented` (CPU) read each document alone, at a cost of the sum of their squared lengths, and take no
 mask (`layerplan/train/document_attention.py`). For the others masks are made by `transformers`, as each layer means them,
 from positions that restart: `sdpa` takes a boolean one, `flex` (FlexAttention, GPU) a block mask whose empty blocks are
-skipped. A row made of one document needs none: the plain causal kernel runs. `eager` spells the products out for the
-compiler: on a CPU, over rows of 512, a whole training step took 0.89 of the step with PyTorch's CPU flash kernel. A model
-whose own attention does more than those kernels, such as capping its scores, gets `eager` from its loss recipe.
+skipped. A row made of one document needs none: the plain causal kernel runs. `eager` and `blocks`
+(`layerplan/train/block_attention.py`) spell the products out for the compiler, which on a CPU beats PyTorch's flash kernel
+for rows of up to 1,024. `blocks` leaves out what lies above the diagonal, and rounds otherwise, so that it is chosen in
+bfloat16 alone. A model whose own attention does more than those kernels, such as capping its scores, gets `eager` from its
+loss recipe.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from layerplan.config.train import TrainConfig
 from layerplan.errors import TrainingError, first_line
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.model_shape import ModelShape
+from layerplan.train.block_attention import BLOCKS, attend_blocks
 from layerplan.train.document_attention import (
     OFFSETS,
     SEGMENTED,
@@ -45,6 +48,7 @@ IMPLEMENTATIONS = {
     "eager": "eager",
     "varlen": VARLEN,
     "segmented": SEGMENTED,
+    "blocks": BLOCKS,
 }
 """Our name to transformers' name."""
 BY_DOCUMENT = {"varlen": "cuda", "segmented": "cpu"}
@@ -80,7 +84,9 @@ def choose_attention(
     if config.attention != "auto":
         return config.attention
     if device.type != "cuda":
-        return "eager" if config.compiles and seq_len <= CPU_EAGER_TOKENS else "sdpa"
+        if not config.compiles or seq_len > CPU_EAGER_TOKENS:
+            return "sdpa"
+        return "eager" if config.compute_dtype == "float32" else "blocks"
     if recipe.rows == "whole":
         return "sdpa"
     return _choose_fastest(config, shape, seq_len, device, find_fault)
@@ -165,6 +171,10 @@ def _make_attend(name: str, document_ids_BT: Tensor) -> Callable[[Tensor, Tensor
         offsets = torch.from_numpy(find_offsets(starts)).to(document_ids_BT.device)
         attend = attend_varlen if name == "varlen" else attend_segmented
         return lambda query, key, value: attend(nn.Module(), query, key, value, None, **{OFFSETS: offsets})[0]
+    if name == "blocks":
+        seen, compiled = _make_mask(document_ids_BT, name), torch.compile(attend_blocks, dynamic=False)
+        added = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, torch.finfo(torch.float32).min)
+        return lambda query, key, value: compiled(nn.Module(), query, key, value, added.to(query.dtype))[0]
     if name == "causal":
         return lambda query, key, value: scaled_dot_product_attention(
             query, key, value, is_causal=True, enable_gqa=True

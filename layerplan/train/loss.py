@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from layerplan.plan.memory import choose_chunk_rows
+from layerplan.plan.memory import choose_chunk_rows, count_rows_of_sum
 
 IGNORED = -100
+PRODUCT_ELEMENTS = 2**21
+"""On a CPU products are added to a sum in pieces of so many elements, which stay in its caches and are not allocated anew."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and needs_bias else None
         total = hidden_ND.new_zeros((), dtype=torch.float32)
-        num_rows, size = len(hidden_ND), choose_chunk_rows(hidden_ND.device.type, len(weight_VD))
+        num_rows, size = len(hidden_ND), _choose_rows(hidden_ND, weight_VD, needs_weight, options)
         buffer_CV = hidden_ND.new_empty(min(size, num_rows), len(weight_VD))
         for start in range(0, num_rows, size):
             piece = slice(start, min(start + size, num_rows))
@@ -77,7 +80,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients already carry `scale`; only what the caller asks beyond it is left to multiply."""
         grads = list(ctx.saved_tensors)
-        if grad_output.device.type != "cpu" or float(grad_output.numpy()) != ctx.scale:
+        if grad_output.device.type != "cpu" or float(grad_output.numpy()) != float(np.float32(ctx.scale)):
             rest = grad_output / ctx.scale
             grads = [None if grad is None else grad * rest.to(grad.dtype) for grad in grads]
         grads = [None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes)]
@@ -123,13 +126,26 @@ def make_labels(input_ids_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
     return labels
 
 
+def _choose_rows(hidden_ND: Tensor, weight_VD: Tensor, needs_weight: bool, options: LossOptions) -> int:
+    """Positions of a chunk: as many as are allowed, or equal parts of all of them where they do not fit into one."""
+    num_rows, (vocab_size, width) = len(hidden_ND), weight_VD.shape
+    dtype = str(weight_VD.dtype).removeprefix("torch.")
+    summed = count_rows_of_sum(width, dtype, trains_head=needs_weight, fused=options.compiled)
+    most = choose_chunk_rows(hidden_ND.device.type, vocab_size, rows_of_sum=summed)
+    return -(-num_rows // -(-num_rows // most)) if summed else most  # each size is compiled once
+
+
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """`total + left @ right`, summed in float32; one product alone keeps its dtype."""
     if total is None:
         return left @ right
     if total.dtype == left.dtype == torch.float32:
         return total.addmm_(left, right)
-    return total.float().add_(left @ right)
+    total = total.float()
+    size = max(1, PRODUCT_ELEMENTS // right.shape[1]) if total.device.type == "cpu" else len(left)
+    for part, rows in zip(total.split(size), left.split(size)):
+        part.add_(rows @ right)
+    return total
 
 
 def _chunk(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3ForCausalLM
 
 from layerplan.corpus.rows import PackedRows
 from layerplan.plan.loss_recipe import HeadForm, LossRecipe
+from layerplan.plan.memory import choose_chunk_rows, count_rows_of_sum
 from layerplan.train import loss as loss_module
 from layerplan.train.loss import IGNORED, LossOptions, compute_loss_sum, make_labels
 from layerplan.train.self_test import confirm_recipe
@@ -58,7 +61,7 @@ def plain_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
 def test_chunked_loss_and_gradients_equal_the_plain_ones(
     options: LossOptions, core: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_module, "choose_chunk_rows", lambda device_type, vocab_size: 3)
+    monkeypatch.setattr(loss_module, "choose_chunk_rows", lambda *sizes, **rest: 3)
     monkeypatch.setattr(loss_module, "_chunk", getattr(loss_module, core))
     torch.manual_seed(1)
     hidden = torch.randn(10, 8, requires_grad=True)
@@ -76,7 +79,7 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(
 
 
 def test_bfloat16_losses_and_gradients_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "choose_chunk_rows", lambda device_type, vocab_size: 16)
+    monkeypatch.setattr(loss_module, "choose_chunk_rows", lambda *sizes, **rest: 16)
     torch.manual_seed(1)
     hidden = torch.randn(4096, 8, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(VOCAB, 8, dtype=torch.bfloat16)
@@ -95,6 +98,59 @@ def test_bfloat16_losses_and_gradients_are_summed_in_float32(monkeypatch: pytest
     assert trained.grad is not None and exact.grad is not None
     error = (trained.grad.float() - exact.grad).norm() / exact.grad.norm()
     assert error < 1e-2, "256 chunks whose products were summed in bfloat16 would lose more"
+
+
+@pytest.mark.parametrize("num_rows", [700, 1500])
+def test_one_chunk_or_equal_ones_give_a_bfloat16_head_its_gradient(num_rows: int) -> None:
+    """700 rows of width 512 are one chunk, 1,500 two of 750, whose products are summed in pieces; each is compiled once."""
+    torch.manual_seed(1)
+    hidden = torch.randn(num_rows, 512).mul_(0.3).bfloat16().requires_grad_()
+    weight = torch.randn(5000, 512).mul_(0.3).bfloat16().requires_grad_()
+    labels = torch.randint(0, 5000, (num_rows,))
+    found = compute_loss_sum(hidden, weight, labels, scale=1 / 1022, options=LossOptions(compiled=True))
+    grads = torch.autograd.grad(found / 1022, (hidden, weight))
+    wide = [each.detach().float().requires_grad_() for each in (hidden, weight)]
+    expected = F.cross_entropy(wide[0] @ wide[1].T, labels, reduction="sum")
+    wanted = torch.autograd.grad(expected / 1022, wide)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-3)
+    for ours, theirs in zip(grads, wanted):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.float() - theirs).norm() < 1e-2 * theirs.norm()
+
+
+def test_a_chunk_takes_the_memory_of_the_sum_it_stands_for() -> None:
+    """Of 1,024 positions: logits and the gradient of the head in bfloat16, 6 bytes an entry of the head; a sum takes 4 of them
+    and pieces beside. In float32 and where the head is frozen chunks are what they were.
+    """
+    assert (
+        choose_chunk_rows("cpu", 5000, rows_of_sum=count_rows_of_sum(512, "bfloat16", trains_head=True, fused=True))
+        == 1024
+    )
+    others: list[dict[str, Any]] = [
+        {"dtype": "float32", "trains_head": True, "fused": True},
+        {"dtype": "bfloat16", "trains_head": False, "fused": True},
+        {"dtype": "bfloat16", "trains_head": True, "fused": False},
+    ]
+    assert [count_rows_of_sum(512, **other) for other in others] == [0, 0, 0]
+    hidden = torch.randn(1024, 512).bfloat16().requires_grad_()
+    weight = torch.randn(5000, 512).bfloat16().requires_grad_()
+    labels = torch.randint(0, 5000, (1024,))
+    options = LossOptions(compiled=True)
+    compute_loss_sum(hidden, weight, labels, options=options)
+    peak = count_peak_bytes(lambda: compute_loss_sum(hidden, weight, labels, options=options).backward())
+    assert peak < 6 * 5000 * 512 + 3 * 2 * 1024 * 512, f"{peak:,} bytes: as predicted, with three copies of the states"
+
+
+def test_gradients_that_carry_the_scale_are_not_multiplied_again() -> None:
+    """A scale that float32 does not hold exactly, as most are, is still the one that backward is given."""
+    hidden = torch.randn(10, 8, requires_grad=True)
+    weight = torch.randn(VOCAB, 8, requires_grad=True)
+    loss = compute_loss_sum(hidden, weight, torch.randint(0, VOCAB, (10,)), scale=1 / 1022)
+    scaled = loss * (1 / 1022)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        scaled.backward()
+    sizes = [event.input_shapes for event in seen.events() if event.name in ("aten::mul", "aten::mul_", "aten::div")]
+    assert len(sizes) == 1, "the multiplication by the scale alone"
 
 
 @pytest.mark.parametrize("is_compiled", [True, False])

@@ -1,0 +1,127 @@
+"""Attention in blocks against PyTorch's own under the same mask, and in the models of eight families."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+from layerplan.config.train import TrainConfig
+from layerplan.corpus.rows import PackedRows
+from layerplan.plan.loss_recipe import LossRecipe
+from layerplan.plan.model_shape import ModelShape
+from layerplan.train import block_attention
+from layerplan.train.attention import choose_attention
+from layerplan.train.block_attention import BLOCKS, attend_blocks
+from layerplan.train.step import LossModel, make_batch
+from tests.qwen3 import TINY_QWEN3
+from tests.small_families import WINDOWED, build_family
+
+LENGTHS = [[200, 70, 30], [300], [1, 2, 297]]
+TOKENS = 300
+
+
+def make_seen(window: int | None) -> Tensor:
+    """What a query may see, spelled out: its own document, no later token, no further back than the window."""
+    documents = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in LENGTHS])
+    distance = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)[None, :]
+    seen = (documents[:, :, None] == documents[:, None, :]) & (distance >= 0)
+    return (seen if window is None else seen & (distance < window))[:, None]
+
+
+def draw(dtype: torch.dtype, num_heads: int = 4) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(3, count, TOKENS, 16).to(dtype).requires_grad_() for count in (num_heads, 2, 2)]
+
+
+def add_up(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_blocks_give_what_a_mask_gives_forward_and_backward(
+    window: int | None, dtype: torch.dtype, bound: float
+) -> None:
+    """Three blocks, the last of 44 queries; against float32 products under the mask."""
+    inputs, seen = draw(dtype), make_seen(window)
+    weight = torch.randn(3, 4, TOKENS, 16)
+    wanted = scaled_dot_product_attention(
+        *(each.float() for each in inputs), attn_mask=seen, scale=0.3, enable_gqa=True
+    )
+    expected = torch.autograd.grad((wanted * weight).sum(), inputs)
+    found, _ = attend_blocks(nn.Module(), *inputs, add_up(seen, dtype), scaling=0.3)
+    grads = torch.autograd.grad((found.transpose(1, 2).float() * weight).sum(), inputs)
+    for ours, theirs in [(found.transpose(1, 2), wanted), *zip(grads, expected)]:
+        assert (ours.float() - theirs.float()).norm() <= bound * theirs.float().norm()
+
+
+def test_compiled_it_gives_the_same() -> None:
+    inputs = draw(torch.float32)
+    mask = add_up(make_seen(None), torch.float32)
+    expected = torch.autograd.grad(attend_blocks(nn.Module(), *inputs, mask)[0].square().sum(), inputs)
+    compiled = torch.compile(attend_blocks, dynamic=False)
+    found = torch.autograd.grad(compiled(nn.Module(), *inputs, mask)[0].square().sum(), inputs)
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("asked", [{"is_causal": False}, {"position_bias": torch.randn(1, 4, TOKENS, TOKENS)}])
+def test_what_a_layer_asks_beyond_a_mask_is_left_to_pytorch(asked: dict[str, object]) -> None:
+    """A mask that shows later tokens, and a bias beside the mask: no block may be left out, nothing ignored."""
+    inputs = draw(torch.float32)
+    seen = torch.ones(3, 1, TOKENS, TOKENS, dtype=torch.bool)
+    bias = asked.get("position_bias", torch.zeros(1, 1, 1, 1))
+    assert isinstance(bias, Tensor)
+    module = nn.Module()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    found, _ = attend_blocks(module, *inputs, add_up(seen, torch.float32), scaling=0.25, **asked)
+    wanted = scaled_dot_product_attention(*inputs, attn_mask=bias, scale=0.25, enable_gqa=True)
+    torch.testing.assert_close(found.transpose(1, 2), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*WINDOWED, "qwen3"])
+def test_a_packed_row_gives_what_its_documents_give_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and every gradient in blocks of 16, against the model's own logits of one document at a time."""
+    monkeypatch.setattr(block_attention, "BLOCK_TOKENS", 16)
+    model = build_family(family, **({"attn_logit_softcapping": None} if family == "gemma2" else {}))
+    lengths = [20, 30, 14]
+    ids = np.random.default_rng(0).integers(3, 128, (1, sum(lengths)), dtype=np.int32)
+    documents = np.repeat(np.arange(len(lengths)), lengths)[None].astype(np.int32)
+    positions = np.concatenate([np.arange(length) for length in lengths])[None].astype(np.int32)
+    model.set_attn_implementation("eager")
+    expected = torch.zeros(())
+    for piece in np.split(ids, np.cumsum(lengths)[:-1], axis=1):
+        tokens = torch.from_numpy(piece.astype(np.int64))
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+        expected = expected + cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    names = dict(model.named_parameters())
+    wanted = torch.autograd.grad(expected, list(names.values()))
+    model.set_attn_implementation(BLOCKS)
+    batch = make_batch(PackedRows(np.arange(1), ids, documents, positions), torch.device("cpu"))
+    found = LossModel(model)(batch, naive=True)
+    grads = torch.autograd.grad(found, list(names.values()))
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    for name, ours, theirs in zip(names, grads, wanted):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compile_layers", "seq_len", "recipe", "expected"),
+    [
+        ("bfloat16", True, 1024, LossRecipe(), "blocks"),
+        ("bfloat16", True, 1025, LossRecipe(), "sdpa"),
+        ("bfloat16", False, 1024, LossRecipe(), "sdpa"),
+        ("float32", True, 1024, LossRecipe(), "eager"),
+        ("bfloat16", True, 1024, LossRecipe(attention="eager"), "eager"),
+    ],
+)
+def test_a_cpu_takes_blocks_where_layers_are_compiled_in_bfloat16(
+    dtype: str, compile_layers: bool, seq_len: int, recipe: LossRecipe, expected: str
+) -> None:
+    """Float32 keeps the sums it had; a model that needs its own attention gets it."""
+    config = TrainConfig(max_steps=1, global_batch_size=1, compute_dtype=dtype, compile=compile_layers)
+    shape = ModelShape.from_hf_config(TINY_QWEN3 | {"model_type": "qwen3"})
+    assert choose_attention(config, shape, seq_len, torch.device("cpu"), recipe) == expected
