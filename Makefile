@@ -87,7 +87,7 @@ ui: env
 	@test -f $(RUNS)/mlflow.db || { echo "error: $(RUNS)/mlflow.db does not exist; run make demo first"; exit 1; }
 	@$(BIN)/python cluster/local/ports.py check UI_PORT=$(UI_PORT)
 	@$(BIN)/python -m layerplan.tracking.address $(RUNS) $(UI_PORT)
-	$(QUIET) $(BIN)/mlflow ui --host 127.0.0.1 --port $(UI_PORT) --backend-store-uri sqlite:///$(RUNS)/mlflow.db
+	$(QUIET) $(BIN)/mlflow ui --host 127.0.0.1 --port $(UI_PORT) --workers 1 --backend-store-uri sqlite:///$(RUNS)/mlflow.db
 
 docs: $(DOCS_STAMP)
 	$(DOCS_VENV)/bin/python docs/site/stage.py build/docs

@@ -153,6 +153,8 @@ class Case:
     steps: int
     device: torch.device
     dtype: str
+    peak: float
+    """FLOP/s, one number for all cases of a run."""
 
     @property
     def seq_len(self) -> int:
@@ -290,7 +292,7 @@ def compare_on_gpu(case: Case, peers: list[str], warmup: int) -> dict[str, Any]:
     """Runs peers one after another, from the same weights over the same rows; what they end with gives the same loss."""
     results: dict[str, Any] = {}
     flops = predict_cost(case.plan, case.shape, seq_len=case.seq_len).total_flops
-    tokens, peak = case.batch * case.seq_len, find_peak(case.device, case.dtype)
+    tokens = case.batch * case.seq_len
     for name in peers:
         gc.collect()
         torch._dynamo.reset()
@@ -313,7 +315,7 @@ def compare_on_gpu(case: Case, peers: list[str], warmup: int) -> dict[str, Any]:
             "step_s": median,
             "quartiles_s": statistics.quantiles(seconds, n=4)[::2],
             "tokens_per_s": tokens / median,
-            "mfu": tokens / median * flops / peak,
+            "mfu": tokens / median * flops / case.peak,
             "peak_memory_gib": peak_memory,
             "loss_after": loss,
         }
@@ -356,7 +358,6 @@ def compare(case: Case, peers: list[str], warmup: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     flops = predict_cost(case.plan, case.shape, seq_len=case.seq_len).total_flops
     tokens = case.batch * case.seq_len
-    peak = find_peak(case.device, case.dtype)
     for name, turn in turns.items():
         kept = turn.seconds[warmup:]
         median = statistics.median(kept)
@@ -364,7 +365,8 @@ def compare(case: Case, peers: list[str], warmup: int) -> dict[str, Any]:
             "step_s": median,
             "quartiles_s": statistics.quantiles(kept, n=4)[::2] if len(kept) > 1 else kept,
             "tokens_per_s": tokens / median,
-            "mfu": tokens / median * flops / peak,
+            "mfu": tokens / median * flops / case.peak,
+            "first_step_s": turn.seconds[0],
             "losses": turn.losses,
         }
     for name in peers[1:]:
@@ -377,7 +379,7 @@ def compare(case: Case, peers: list[str], warmup: int) -> dict[str, Any]:
     return results
 
 
-def build_case(args: argparse.Namespace, plan_type: str, split_ratio: Fraction) -> Case:
+def build_case(args: argparse.Namespace, plan_type: str, split_ratio: Fraction, peak: float) -> Case:
     base = load_causal_lm(str(args.model), dtype=torch.float32) if args.model else build_random_model(args)
     shape = ModelShape.from_hf_config(base.config.to_dict())
     identity = ModelIdentity(
@@ -394,7 +396,7 @@ def build_case(args: argparse.Namespace, plan_type: str, split_ratio: Fraction) 
     plan = make_plan(plan_config, model=identity, shape=shape, profile=None)
     size = (args.steps, args.batch, args.seq_len)
     rows = read_rows(args.model, size) if args.model else draw_rows(shape.vocab_size, size)
-    return Case(base, plan, shape, rows, args.batch, args.steps, torch.device(args.device), args.dtype)
+    return Case(base, plan, shape, rows, args.batch, args.steps, torch.device(args.device), args.dtype, peak)
 
 
 def build_random_model(args: argparse.Namespace) -> Any:
@@ -421,10 +423,10 @@ def read_rows(model: Path, size: tuple[int, int, int]) -> np.ndarray:
 
 
 def find_peak(device: torch.device, dtype: str) -> float:
-    """Peak FLOP/s: of the data sheet on a known GPU, else measured by the same clock as the steps."""
+    """Peak FLOP/s: of the data sheet on a known GPU, else the best measured in two seconds by the same clock as the steps."""
     if device.type == "cuda":
         return find_peak_flops(TrainConfig(), device)
-    return measure_matmul_flops(device, getattr(torch, dtype), clock=time.process_time)
+    return max(measure_matmul_flops(device, getattr(torch, dtype), clock=time.process_time) for _ in range(10))
 
 
 def main() -> None:
@@ -450,13 +452,13 @@ def main() -> None:
     except ImportError:
         print("accelerate is not installed: Trainer and Accelerate are left out", flush=True)
         args.peers = [peer for peer in args.peers if peer == "ours"]
-    matmul_tflops = find_peak(torch.device(args.device), args.dtype) / 1e12
-    machine = {**describe_torch(args.device), "dtype": args.dtype, "matmul_tflops": matmul_tflops}
+    peak = find_peak(torch.device(args.device), args.dtype)
+    machine = {**describe_torch(args.device), "dtype": args.dtype, "matmul_tflops": peak / 1e12}
     report: dict[str, Any] = {"machine": machine, "cases": {}}
     print(json.dumps(report["machine"], indent=2), flush=True)
     for plan_type in args.plans:
         for ratio in args.split_ratios if plan_type != "full" else args.split_ratios[:1]:
-            case = build_case(args, plan_type, ratio)
+            case = build_case(args, plan_type, ratio, peak)
             name = f"{plan_type} {ratio} vocab {case.shape.vocab_size} seq {args.seq_len} batch {args.batch}"
             print(f"== {name}", flush=True)
             torch._dynamo.reset()

@@ -28,13 +28,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 MAKES_THE_FINISHED_RUN = "test_chain"
+LONG_FILES = ("test_train_exactness", "test_jobs_on_clusters")
+"""Each as long as several others together."""
 SHARED_CPUS = 4
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts long files first, since files are given out in order: one that started last would leave a core idle.
 
-    The file that makes the finished run begins, files of clusters follow, then those that wait for that run, then quick tests.
+    The file that makes the finished run begins; the longest follow, then other files of clusters, those that wait for that run,
+    and quick tests.
     """
     waiting = {item.path for item in items if "finished_run" in getattr(item, "fixturenames", ())}
 
@@ -42,8 +45,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.stem == MAKES_THE_FINISHED_RUN:
             return 0
         if "integration" not in item.path.parts:
-            return 3
-        return 2 if item.path in waiting else 1
+            return 4
+        if item.path.stem in LONG_FILES:
+            return 1
+        return 3 if item.path in waiting else 2
 
     items.sort(key=rank)  # stable: the order within a file stays
 

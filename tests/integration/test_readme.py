@@ -19,9 +19,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_ELSEWHERE = {
-    "make demo": "test_jobs.py::test_a_job_is_submitted_to_a_cluster_made_for_it",
+    "make demo": "test_jobs_on_clusters.py::test_a_job_is_submitted_to_a_cluster_made_for_it",
     "make test": "it runs this test",
-    "ray job submit": "test_jobs.py::test_a_job_is_submitted_to_a_cluster_made_for_it",
+    "ray job submit": "test_jobs_on_clusters.py::test_a_job_is_submitted_to_a_cluster_made_for_it",
 }
 RunJob = Callable[..., Any]
 
