@@ -9,7 +9,6 @@ DOCS_STAMP := $(DOCS_VENV)/.stamp-$(shell cksum < requirements/docs.txt | cut -d
 STAMP := $(VENV)/.stamp-$(shell cksum < $(LOCK) | cut -d' ' -f1)
 RUNS ?= $(CURDIR)/runs
 UI_PORT ?= 5000
-TEST_PROCESSES ?= 1
 UNIT_PROCESSES ?= $(shell getconf _NPROCESSORS_ONLN)
 side_by_side = $(if $(filter-out 1,$(1)),-n $(1) --dist loadfile --no-loadscope-reorder)
 QUICK := tests/unit tests/gpu tests/test_architecture.py
@@ -58,10 +57,10 @@ demo: env
 	@VENV=$(VENV) RUNS=$(RUNS) bash cluster/local/demo.sh
 
 test: test-unit
-	$(TESTS) tests $(addprefix --ignore ,$(QUICK)) $(call side_by_side,$(TEST_PROCESSES)) --durations=15 -m "not long and not real_model"
+	$(TESTS) tests $(addprefix --ignore ,$(QUICK)) $(call side_by_side,$(or $(TEST_PROCESSES),2)) --durations=15 -m "not long and not real_model"
 
 test-all: test-unit
-	$(TESTS) tests $(addprefix --ignore ,$(QUICK)) $(call side_by_side,$(TEST_PROCESSES)) --durations=25
+	$(TESTS) tests $(addprefix --ignore ,$(QUICK)) $(call side_by_side,$(or $(TEST_PROCESSES),1)) --durations=25
 
 test-unit: env
 	$(TESTS) $(QUICK) $(call side_by_side,$(UNIT_PROCESSES))
