@@ -1,0 +1,228 @@
+"""Who trains in `training.py`, a step at a time or in one go: our loop, `transformers.Trainer`, a plain Accelerate loop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from training_case import Case
+
+from layerplan.config.train import OptimizerConfig, ScheduleConfig, TrainConfig
+from layerplan.corpus.rows import PackedRows
+from layerplan.models.freezing import apply_plan
+from layerplan.plan.loss_recipe import LossRecipe
+from layerplan.plan.placement import Placement
+from layerplan.train.attention import IMPLEMENTATIONS, choose_attention
+from layerplan.train.loop import run_loop
+from layerplan.train.loop_setup import LoopHooks, LoopSetup
+from layerplan.train.optim import build_optimizer
+from layerplan.train.place import LOGGING
+from layerplan.train.sharding import place_model
+from layerplan.train.state import TrainState
+
+LEARNING_RATE = 3e-4
+BETAS = (0.9, 0.999)
+
+
+@dataclass
+class Turn:
+    """Lets one peer take one step at a time and notes what each cost."""
+
+    device: torch.device
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    failure: BaseException | None = None
+    finished: bool = False
+    _go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    _done: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    _ready: threading.Event = field(default_factory=threading.Event)
+    _started: float = 0.0
+    takes_turns = True
+
+    def wait(self) -> None:
+        """Called by the peer before a step."""
+        self._ready.set()
+        self._go.acquire()
+        self._started = self.now()
+
+    def end(self) -> None:
+        """Called by the peer after a step."""
+        self.seconds.append(self.now() - self._started)
+        self._done.release()
+
+    def take(self) -> None:
+        """Called by the benchmark: lets the peer run one step."""
+        if not self.finished:
+            self._go.release()
+            self._done.acquire()
+        if self.failure is not None:
+            raise self.failure
+
+    def start(self, peer: Callable[[Turn], None]) -> None:
+        """Starts the peer's thread and waits until it is ready for its first step; libraries share global state."""
+
+        def run() -> None:
+            try:
+                peer(self)
+            except BaseException as error:
+                self.failure = error
+            self.finished = True
+            self._ready.set()
+            self._done.release()
+
+        threading.Thread(target=run, daemon=True).start()
+        self._ready.wait()
+
+    def now(self) -> float:
+        return time.process_time()
+
+
+@dataclass
+class Watch:
+    """On a GPU a peer runs its steps in one go; events in the stream say when each of them ended."""
+
+    losses: list[float] = field(default_factory=list)
+    events: list[Any] = field(default_factory=list)
+    takes_turns = False
+
+    def wait(self) -> None:
+        """The peer goes on."""
+
+    def end(self) -> None:
+        """Called by the peer when a step has been launched; waits for nothing."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.events.append(event)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Between the ends of steps."""
+        torch.cuda.synchronize()
+        return [first.elapsed_time(second) / 1e3 for first, second in zip(self.events, self.events[1:])]
+
+
+def run_ours(case: Case, turn: Turn | Watch) -> nn.Module:
+    """Our loop, with compiled layers, one worker."""
+    config = TrainConfig(
+        max_steps=case.steps,
+        global_batch_size=case.batch,
+        micro_batch_size=case.batch,
+        compute_dtype=case.dtype,
+        compile=True,
+        log_every_steps=10**6,
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, betas=BETAS, weight_decay=0.0),
+        schedule=ScheduleConfig(type="constant", warmup_ratio=0.0),
+    )
+    model = case.fresh_model()
+    applied = apply_plan(model, case.plan)
+    attention = choose_attention(config, case.shape, case.seq_len, case.device, LossRecipe())
+    model.set_attn_implementation(IMPLEMENTATIONS[attention])
+    placement = Placement("replicate", "replicate", attention)
+    placed = place_model(model, case.plan, config, placement, world_size=1, device=case.device)
+    optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters, compiled=True)
+    placed.masters.clear()
+    setup = LoopSetup(placed, optimizer, applied, config, case.device, 0, 1)
+    position_ids = np.tile(np.arange(case.seq_len, dtype=np.int32), (case.batch, 1))
+    document_ids = np.zeros_like(position_ids)
+
+    def iter_steps(start: int, stop: int) -> Iterator[PackedRows]:
+        for step in range(start, stop):
+            ids = np.arange(step * case.batch, (step + 1) * case.batch)
+            yield PackedRows(ids, case.rows[step].astype(np.int32), document_ids, position_ids)
+
+    def mark(part: str, step: int) -> None:
+        if part == LOGGING:  # its update has been launched
+            turn.end()
+
+    hooks = LoopHooks(iter_steps, lambda state: None, lambda: False, None, None, mark=mark, say=lambda line: None)
+    state = TrainState()
+    for stop in range(1, case.steps + 1) if turn.takes_turns else [case.steps]:
+        turn.wait()
+        state = run_loop(setup, state, hooks, stop_step=stop)
+        turn.losses.append(float(state.last_loss or 0.0))
+    return model
+
+
+def run_trainer(case: Case, turn: Turn | Watch, **flags: Any) -> nn.Module:
+    """transformers.Trainer as people call it: bf16=True (or not), everything else as it comes, and flags beside."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            turn.wait()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            turn.end()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                turn.losses.append(float(logs["loss"]))
+
+    flat = torch.from_numpy(case.rows.reshape(-1, case.seq_len).astype(np.int64))
+    arguments = TrainingArguments(
+        output_dir="/tmp/layerplan-benchmark",
+        per_device_train_batch_size=case.batch,
+        max_steps=case.steps,
+        learning_rate=LEARNING_RATE,
+        adam_beta2=BETAS[1],
+        lr_scheduler_type="constant",
+        bf16=case.dtype == "bfloat16",
+        use_cpu=case.device.type == "cpu",
+        logging_steps=1 if turn.takes_turns else 10**6,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=case.device.type == "cuda",
+        **flags,
+    )
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            return torch.utils.data.SequentialSampler(flat)
+
+    dataset = [{"input_ids": row, "labels": row} for row in flat]
+    model = case.fresh_model().to(case.device)
+    InOrder(model, arguments, train_dataset=dataset, callbacks=[Steps()]).train()
+    return model
+
+
+def run_accelerate(case: Case, turn: Turn | Watch) -> nn.Module:
+    """A plain Accelerate loop with autocast and fused AdamW."""
+    from accelerate import Accelerator
+
+    precision = "bf16" if case.dtype == "bfloat16" else "no"
+    accelerator = Accelerator(mixed_precision=precision, cpu=case.device.type == "cpu")
+    model = case.fresh_model()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0, fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    for step in range(case.steps):
+        turn.wait()
+        ids = torch.from_numpy(case.rows[step].astype(np.int64)).to(accelerator.device)
+        loss = model(input_ids=ids, labels=ids).loss
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if turn.takes_turns:
+            turn.losses.append(float(loss.detach()))
+        turn.end()
+    return accelerator.unwrap_model(model)
+
+
+PEERS: dict[str, Callable[[Case, Any], nn.Module]] = {
+    "ours": run_ours,
+    "trainer": run_trainer,
+    "trainer_liger": partial(run_trainer, use_liger_kernel=True),
+    "trainer_compile": partial(run_trainer, torch_compile=True),
+    "trainer_recompute": partial(run_trainer, gradient_checkpointing=True),
+    "accelerate": run_accelerate,
+}
+"""`trainer_...` are the flags people turn on for speed or memory; a peer that lacks what it needs is left out, and said to be."""
