@@ -66,12 +66,12 @@ def choose_chunk_rows(device_type: str, vocab_size: int, *, rows_of_sum: int = 0
     return max(1, CUDA_CHUNK_LOGITS // vocab_size) if device_type == "cuda" else max(CPU_CHUNK_ROWS, rows_of_sum)
 
 
-def count_rows_of_sum(hidden_size: int, dtype: str, *, trains_head: bool, fused: bool) -> int:
-    """Positions whose logits take no more than a float32 sum of the head's gradient.
+def count_rows_of_sum(hidden_size: int, dtype_bytes: int, *, trains_head: bool, fused: bool) -> int:
+    """Positions whose logits, of so many bytes each, take no more than a float32 sum of the head's gradient.
 
     0 where there is no such sum, since float32 gradients add up where they are, or where a chunk is held more than once.
     """
-    return 4 * hidden_size // _WIDTH[dtype] if trains_head and fused and dtype != "float32" else 0
+    return 4 * hidden_size // dtype_bytes if trains_head and fused and dtype_bytes < 4 else 0
 
 
 def layer_activation_bytes(shape: ModelShape, dtype: str, *, trained: bool, layer: int = 0) -> float:
@@ -141,7 +141,7 @@ def estimate_memory(
 def _chunk_bytes(plan: FreezePlan, shape: ModelShape, config: TrainConfig, tokens: int, device_type: str) -> float:
     """Bytes of the logits held at once, and of the sum of the head's gradient over chunks of them."""
     width, trains = _WIDTH[config.compute_dtype], trains_head(plan)
-    summed = count_rows_of_sum(shape.hidden_size, config.compute_dtype, trains_head=trains, fused=config.compiles)
+    summed = count_rows_of_sum(shape.hidden_size, width, trains_head=trains, fused=config.compiles)
     rows = min(choose_chunk_rows(device_type, shape.vocab_size, rows_of_sum=summed), tokens)
     if device_type == "cpu" and summed:  # the compiler reads logits and writes their gradients in one place
         return rows * shape.vocab_size * width + shape.head_matrix_params * (4 if rows < tokens else width)

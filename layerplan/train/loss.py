@@ -129,8 +129,7 @@ def make_labels(input_ids_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
 def _choose_rows(hidden_ND: Tensor, weight_VD: Tensor, needs_weight: bool, options: LossOptions) -> int:
     """Positions of a chunk: as many as are allowed, or equal parts of all of them where they do not fit into one."""
     num_rows, (vocab_size, width) = len(hidden_ND), weight_VD.shape
-    dtype = str(weight_VD.dtype).removeprefix("torch.")
-    summed = count_rows_of_sum(width, dtype, trains_head=needs_weight, fused=options.compiled)
+    summed = count_rows_of_sum(width, weight_VD.element_size(), trains_head=needs_weight, fused=options.compiled)
     most = choose_chunk_rows(hidden_ND.device.type, vocab_size, rows_of_sum=summed)
     return -(-num_rows // -(-num_rows // most)) if summed else most  # each size is compiled once
 
