@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -189,7 +190,10 @@ def run_trainer(case: Case, turn: Turn | Watch, **flags: Any) -> nn.Module:
 
     dataset = [{"input_ids": row, "labels": row} for row in flat]
     model = case.fresh_model().to(case.device)
-    InOrder(model, arguments, train_dataset=dataset, callbacks=[Steps()]).train()
+    trainer = InOrder(model, arguments, train_dataset=dataset, callbacks=[Steps()])
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
+        del os.environ[name]  # set by `torch_compile`; an Accelerate loop beside it would be compiled too
+    trainer.train()
     return model
 
 
