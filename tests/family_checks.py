@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
 from layerplan.tracer.model_runner import LayerRunner
+from layerplan.train import block_attention
+from layerplan.train.loss_proof import find_blocks_fault
 from layerplan.train.optim import build_optimizer
 from layerplan.train.self_test import ask_model
 from layerplan.train.step import LossModel, make_batches
@@ -175,7 +178,29 @@ def _check_loss(family: Family) -> str:
     if abs(found - expected) > TOLERANCE * abs(expected):
         return f"WRONG: a loss of {found:.6g}, the documents alone give {expected:.6g}"
     family.recipe = report.recipe
-    return _compare(gradients, family.gradients) or _name_remedy(report.recipe)
+    return _compare(gradients, family.gradients) or _check_blocks(family, expected) or _name_remedy(report.recipe)
+
+
+def _check_blocks(family: Family, expected: float) -> str:
+    """What is wrong with attention in blocks of four queries, where the model may be given any attention, or nothing."""
+    assert family.recipe is not None
+    if family.recipe.attention != "any":
+        return ""
+    if find_blocks_fault(ModelRef(str(family.folder)).skeleton().model, family.recipe) is not None:
+        return ""
+    before = getattr(family.model.config, "_attn_implementation", None)
+    family.model.set_attn_implementation(block_attention.BLOCKS)
+    try:
+        with mock.patch.object(block_attention, "BLOCK_TOKENS", 4):
+            found = _backward(family, family.recipe)
+        gradients = {name: value.grad for name, value in family.model.named_parameters() if value.grad is not None}
+    finally:
+        family.model.zero_grad(set_to_none=True)
+        if before is not None:
+            family.model.set_attn_implementation(before)
+    if abs(found - expected) > TOLERANCE * abs(expected):
+        return f"WRONG: a loss of {found:.6g} in blocks, the documents alone give {expected:.6g}"
+    return _compare(gradients, family.gradients).replace("WRONG:", "WRONG: in blocks,")
 
 
 def _backward(family: Family, recipe: LossRecipe) -> float:

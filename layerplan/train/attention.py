@@ -62,6 +62,7 @@ def choose_attention(
     device: torch.device,
     recipe: LossRecipe,
     find_fault: Callable[[], str | None] = lambda: None,
+    find_blocks_fault: Callable[[], str | None] = lambda: None,
 ) -> str:
     """Returns a name of `IMPLEMENTATIONS`: what the model needs, what the config says, or the fastest one on a GPU.
 
@@ -72,6 +73,7 @@ def choose_attention(
         device: Where training runs.
         recipe: How the model's loss is computed.
         find_fault: Asks the model why its documents cannot be read one by one; None when they can.
+        find_blocks_fault: Asks the model why its attention cannot be computed in blocks; None when it can.
 
     Raises:
         TrainingError: When the config names one that the device or the model does not have.
@@ -81,12 +83,19 @@ def choose_attention(
         return config.attention
     if recipe.attention == "eager":
         return "eager"
+    if config.attention == "blocks" and (fault := find_blocks_fault()) is not None:
+        raise TrainingError(f"train.attention=blocks: {fault}; train.attention=auto takes another")
     if config.attention != "auto":
         return config.attention
     if device.type != "cuda":
         if not config.compiles or seq_len > CPU_EAGER_TOKENS:
             return "sdpa"
-        return "eager" if config.compute_dtype == "float32" else "blocks"
+        if config.compute_dtype == "float32":
+            return "eager"
+        fault = find_blocks_fault()
+        if fault is not None:
+            logger.info("attention blocks does not serve this model: %s", fault)
+        return "blocks" if fault is None else "eager"
     if recipe.rows == "whole":
         return "sdpa"
     return _choose_fastest(config, shape, seq_len, device, find_fault)

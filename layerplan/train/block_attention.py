@@ -2,7 +2,8 @@
 
 The products are those of `eager` less what lies above the diagonal, up to half of them, and heads that share keys and
 values are one product. Masks are those that `transformers` makes for `eager`; a model that looks at later tokens does not
-get here (`layerplan/train/self_test.py`). What a layer asks beyond a mask is left to PyTorch's own attention.
+get here (`layerplan/train/self_test.py`). What a layer asks beyond a mask is left to PyTorch's own attention, or refused
+where that ignores it too: a model is asked beforehand (`find_blocks_fault` in `layerplan/train/loss_proof.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from layerplan.train.document_attention import refuse_more
 
 BLOCKS = "layerplan_blocks"
 BLOCK_TOKENS = 128
@@ -29,7 +32,12 @@ def register() -> None:
 def attend_blocks(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **asked: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention of (B, H, T, D) queries under an added mask (B or 1, 1 or H, T, T); returns (B, T, H, D)."""
+    """Causal attention of (B, H, T, D) queries under an added mask (B or 1, 1 or H, T, T); returns (B, T, H, D).
+
+    Raises:
+        UnservedAttentionError: When the layer hands over more than PyTorch's attention would read.
+    """
+    refuse_more(module, asked, "position_bias")
     if not _serves(module, query, key, attention_mask, asked):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -30,7 +30,7 @@ from layerplan.train.allocator import keep_memory_low, return_large_blocks
 from layerplan.train.attention import IMPLEMENTATIONS, asks_for_documents, choose_attention, try_set_attention
 from layerplan.train.compiling import settle_compile
 from layerplan.train.label_step import LabelLossModel
-from layerplan.train.loss_proof import agree_on_document_fault, agree_on_recipe
+from layerplan.train.loss_proof import agree_on_document_fault, agree_on_recipe, find_blocks_fault
 from layerplan.train.materialize import ParameterSource
 from layerplan.train.optim import build_optimizer
 from layerplan.train.request import TrainRequest
@@ -120,7 +120,7 @@ def build_model(
     torch.manual_seed(request.seed)
     compiling = settle_compile(request, plan, shape, device, seq_len=seq_len, world_size=world_size)
     recipe, config, attention = ask_whole_model(
-        request, shape, device, compiling, seq_len=seq_len, rank=rank, world_size=world_size
+        request, shape, device, compiling, causal_lm, seq_len=seq_len, rank=rank, world_size=world_size
     )
     placement = replace(placement, attention=attention)
     try_set_attention(causal_lm, IMPLEMENTATIONS[placement.attention])
@@ -156,6 +156,7 @@ def ask_whole_model(
     shape: ModelShape,
     device: torch.device,
     settle: Callable[[LossRecipe], TrainConfig],
+    skeleton: nn.Module,
     *,
     seq_len: int,
     rank: int,
@@ -163,7 +164,7 @@ def ask_whole_model(
 ) -> tuple[LossRecipe, TrainConfig, str]:
     """How the loss is computed, the config that `settle` makes of that, and the attention.
 
-    What only a whole model can tell is asked by rank 0 of one of its own.
+    What only a whole model can tell is asked by rank 0 of one of its own; the skeleton tells what layers ask of attention.
 
     Raises:
         ModelError: When the loss cannot be computed exactly.
@@ -180,7 +181,10 @@ def ask_whole_model(
     load.cache_clear()
     gc.collect()  # the whole model is gone before anybody reads a part of it
     config = settle(recipe)
-    return recipe, config, choose_attention(config, shape, seq_len, device, recipe, lambda: fault)
+    attention = choose_attention(
+        config, shape, seq_len, device, recipe, lambda: fault, lambda: find_blocks_fault(skeleton, recipe)
+    )
+    return recipe, config, attention
 
 
 def choose_loss_model(request: TrainRequest, placement: Placement) -> Callable[..., LossModel]:

@@ -103,6 +103,13 @@ def _attend_whole(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     return output.transpose(1, 2).contiguous()
 
 
+def refuse_more(module: nn.Module, asked: dict[str, Any], *served: str) -> None:
+    """Raises `UnservedAttentionError` when a layer hands over a tensor that would be ignored, such as which keys it chose."""
+    for name, value in asked.items():
+        if isinstance(value, Tensor) and name not in ("position_ids", "cache_position", *served):
+            raise UnservedAttentionError(f"{type(module).__name__} asks for {name}")
+
+
 def _read_request(
     module: nn.Module, query: Tensor, attention_mask: Tensor | None, asked: dict[str, Any]
 ) -> tuple[Tensor | None, float, int | None]:
@@ -116,7 +123,8 @@ def _read_request(
         raise UnservedAttentionError(f"{type(module).__name__} brings a mask of its own")
     if asked.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise UnservedAttentionError(f"{type(module).__name__} also looks at later tokens")
-    for name in ("softcap", "s_aux", "dropout", "position_bias", "head_mask"):
+    refuse_more(module, asked, OFFSETS)
+    for name in ("softcap", "dropout"):
         if asked.get(name) is not None and not (name == "dropout" and asked[name] == 0.0):
             raise UnservedAttentionError(f"{type(module).__name__} asks for {name}")
     scale = asked.get("scaling")

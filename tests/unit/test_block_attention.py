@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,17 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from layerplan.config.train import TrainConfig
 from layerplan.corpus.rows import PackedRows
+from layerplan.errors import TrainingError
+from layerplan.models.ref import ModelRef
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.model_shape import ModelShape
 from layerplan.train import block_attention
 from layerplan.train.attention import choose_attention
 from layerplan.train.block_attention import BLOCKS, attend_blocks
+from layerplan.train.document_attention import UnservedAttentionError
+from layerplan.train.loss_proof import find_blocks_fault
 from layerplan.train.step import LossModel, make_batch
+from tests.families import make_model
 from tests.qwen3 import TINY_QWEN3
 from tests.small_families import WINDOWED, build_family
 
@@ -106,6 +113,29 @@ def test_a_packed_row_gives_what_its_documents_give_alone(family: str, monkeypat
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     for name, ours, theirs in zip(names, grads, wanted):
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-5, name
+
+
+def test_the_skeleton_says_whether_its_layers_ask_for_more_than_a_mask(tmp_path: Path) -> None:
+    """DeepSeek V3.2 hands its attention the keys that it chose, by the name of the implementation; no weight is read."""
+    folder = tmp_path / "deepseek"
+    make_model("deepseek_v32").save_pretrained(folder)
+    skeleton = ModelRef(str(folder)).skeleton().model
+    before = skeleton.config._attn_implementation
+    assert find_blocks_fault(skeleton, LossRecipe()) == "DeepseekV32Attention asks for indices"
+    assert skeleton.config._attn_implementation == before
+    assert next(skeleton.parameters()).is_meta
+    assert find_blocks_fault(build_family("qwen3"), LossRecipe()) is None
+    with pytest.raises(UnservedAttentionError, match="asks for indices"):
+        attend_blocks(nn.Module(), *draw(torch.float32), None, indices=torch.zeros(1))
+
+
+def test_a_model_that_asks_for_more_gets_its_own_attention_or_an_error_where_blocks_were_wanted() -> None:
+    shape = ModelShape.from_hf_config(TINY_QWEN3 | {"model_type": "qwen3"})
+    config = TrainConfig(max_steps=1, global_batch_size=1, compute_dtype="bfloat16", compile=True)
+    asked = {"recipe": LossRecipe(), "find_blocks_fault": lambda: "Some asks for indices"}
+    assert choose_attention(config, shape, 64, torch.device("cpu"), **asked) == "eager"
+    with pytest.raises(TrainingError, match=r"train.attention=blocks: Some asks for indices; train.attention=auto"):
+        choose_attention(config.model_copy(update={"attention": "blocks"}), shape, 64, torch.device("cpu"), **asked)
 
 
 @pytest.mark.parametrize(

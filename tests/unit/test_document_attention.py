@@ -93,6 +93,7 @@ def test_the_compiler_takes_it_as_it_is() -> None:
     [
         ({"softcap": 50.0}, "asks for softcap"),
         ({"s_aux": torch.zeros(4)}, "asks for s_aux"),
+        ({"indices": torch.zeros(4)}, "asks for indices"),
         ({"dropout": 0.1}, "asks for dropout"),
         ({"is_causal": False}, "also looks at later tokens"),
         ({OFFSETS: None}, "does not hand down where documents start"),
