@@ -21,6 +21,7 @@ from typing import IO, Any
 
 NOISE = (
     "core_worker\\.cc:[0-9]+: Actor with class name: .* has constructor arguments in the object store",
+    "Task MapWorker\\(.*\\)\\.submit failed\\..* killed by `ray\\.kill`",  # by Ray Data itself, when no more rows are wanted
     "PYTHON worker processes have been started",
     "NUMA binding",
     "Triton is installed",

@@ -29,6 +29,12 @@ RAYS_ADVICE = (
     " and ID: 'af542549742096b34c0e76cc01000000' has constructor arguments in the object store and max_restarts > 0."
 )
 
+RAY_DATAS_END = (
+    "Task MapWorker(MapBatches(UnitTokenizer)).submit failed. There are 2 retries remaining, so the task will be retried."
+    " Error: The actor is dead because it was killed by `ray.kill`."
+)
+CRASH = RAY_DATAS_END.replace("it was killed by `ray.kill`", "its worker process has died")
+
 
 @pytest.fixture(autouse=True)
 def no_trace() -> Iterator[None]:
@@ -200,11 +206,13 @@ def test_advice_that_nobody_can_follow_is_kept_back() -> None:
         "\n",
         f"{RAYS_ADVICE}\n",
         f"{mark}{RAYS_ADVICE}\n",
+        f"\x1b[33m(raylet)\x1b[0m {RAY_DATAS_END}\n",
+        f"{CRASH}\n",
         "core_worker.cc:99: disk full\n",
         "\rbar",
     ):
         stream.write(text)
-    assert out.getvalue() == "first\ncore_worker.cc:99: disk full\n"
+    assert out.getvalue() == f"first\n{CRASH}\ncore_worker.cc:99: disk full\n"
     stream.flush()
     assert out.getvalue().endswith("disk full\n\rbar")
 
