@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from layerplan.config.cluster import ClusterConfig
 from layerplan.errors import ClusterError, first_line
@@ -36,6 +37,9 @@ come back, so nobody waits a minute for it; 20 s are twice what it takes to say 
 
 DASHBOARD_TIMEOUT_S = 180
 """How long the dashboard may take to start on a machine that has other work; Ray gives up after 60 s."""
+
+PORTS = range(20_000, 32_768)
+"""Above those of Ray's workers, below those that Linux gives to whoever asks for any."""
 
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "PYTHONPATH")
 """Variables of the submitting process that its workers need too, and that everybody may see."""
@@ -122,7 +126,7 @@ def _init(address: str | None, config: ClusterConfig) -> None:
         hook = {"worker_process_setup_hook": secrets} if secrets else {}
         ray.init(address=address, runtime_env={"env_vars": variables, **hook}, logging_level=logging.WARNING)
         return
-    port = _find_free_port()
+    port = find_free_port()
     constants = ray._private.ray_constants
     constants.RAY_DASHBOARD_STARTUP_TIMEOUT_S = max(constants.RAY_DASHBOARD_STARTUP_TIMEOUT_S, DASHBOARD_TIMEOUT_S)
     variables["RAY_API_SERVER_ADDRESS"] = f"http://{LOOPBACK}:{port}"
@@ -144,11 +148,22 @@ def find_reason(error: Exception) -> str:
     return f"{first} {last}" if first.endswith(":") and last != first else first
 
 
-def _find_free_port() -> int:
-    """Not Ray's usual 8265: two runs started at once would both find it free, and Ray does not look for another then."""
-    with socket.socket() as listener:
-        listener.bind((LOOPBACK, 0))
-        return int(listener.getsockname()[1])
+def find_free_port() -> int:
+    """A drawn port of `PORTS` that nobody listens on.
+
+    Not Ray's usual 8265: two runs started at once would both find it free, and Ray does not look for another then. Nor one
+    that the system gives out: the seconds until the dashboard takes it are enough for any connection to be given the same.
+
+    Raises:
+        ClusterError: When a hundred of them are taken.
+    """
+    draw = random.SystemRandom()  # whatever seed the process has set
+    for _ in range(100):
+        port = draw.choice(PORTS)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind((LOOPBACK, port))
+            return port
+    raise ClusterError(f"a local Ray cluster: no free port among {PORTS.start} to {PORTS.stop - 1} of {LOOPBACK}")
 
 
 def _check_size(resources: dict[str, float], min_cpus: float, min_gpus: float) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from layerplan.ray_session import find_free_port
 from tests.planted import MARK, PLANTED, find_files_with
 from tests.sockets import find_open, watch_listening
 from tests.worker_zygote import forked_workers
@@ -33,9 +33,7 @@ def two_nodes() -> Iterator[dict[str, str]]:
     from ray.cluster_utils import Cluster
 
     ray.shutdown()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_free_port()
     cluster = Cluster()
     try:
         with forked_workers():

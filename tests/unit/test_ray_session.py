@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from layerplan.ray_session import OWN_CLUSTER, find_reason
+import socket
+
+import pytest
+
+from layerplan import ray_session
+from layerplan.errors import ClusterError
+from layerplan.ray_session import OWN_CLUSTER, PORTS, find_free_port, find_reason
 from layerplan.waiting import FAILURES_SAID, LOOK_EVERY_S, START_SAID_S
 
 
@@ -20,3 +26,15 @@ def test_a_lost_head_is_told_before_ray_ends_the_driver_for_it() -> None:
     """Ray does so in its C++ part, after which nothing can be said."""
     limit_s = float(OWN_CLUSTER["RAY_gcs_rpc_server_reconnect_timeout_s"])
     assert max(FAILURES_SAID * LOOK_EVERY_S, START_SAID_S) <= limit_s / 2
+
+
+def test_a_port_is_drawn_and_none_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {find_free_port() for _ in range(50)}
+    assert len(found) > 40 and found <= set(PORTS), "drawn, so that two runs that start at once do not meet"
+    with socket.socket() as holder:
+        port = found.pop()
+        holder.bind(("127.0.0.1", port))
+        holder.listen()
+        monkeypatch.setattr(ray_session, "PORTS", range(port, port + 1))
+        with pytest.raises(ClusterError, match=f"no free port among {port} to {port} of 127.0.0.1"):
+            find_free_port()
