@@ -8,10 +8,10 @@ from layerplan.config.train import TrainConfig
 
 CPU_FLOPS_PER_S = 200e9
 """What a core with bfloat16 units reaches: on slower ones steps take longer and compiling pays sooner."""
-CPU_SAVED_SHARE = 0.15
+CPU_SAVED_SHARE = 0.2
 """Of an eager step in bfloat16 on a CPU, what compiling saves at least of the plans that were measured (docs/log.md)."""
-CPU_COMPILE_S = 10.0
-"""Seconds a first step takes longer where C++ is compiled anew."""
+CPU_COMPILE_S = 15.0
+"""Seconds a first step takes longer where C++ is compiled anew: 4 to 17, by how many kinds of layers there are."""
 WORTH = 2.0
 """How many times over what compiling takes has to be saved."""
 
