@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from layerplan.config.train import TrainConfig
-from layerplan.corpus.rows import PackedRows
 from layerplan.errors import TrainingError
 from layerplan.models.ref import ModelRef
 from layerplan.plan.loss_recipe import LossRecipe
@@ -22,6 +20,7 @@ from layerplan.train.block_attention import BLOCKS, attend_blocks
 from layerplan.train.document_attention import UnservedAttentionError
 from layerplan.train.loss_proof import find_blocks_fault
 from layerplan.train.step import LossModel, make_batch
+from tests.documents_alone import ask_alone, pack
 from tests.families import make_model
 from tests.qwen3 import TINY_QWEN3
 from tests.small_families import WINDOWED, build_family
@@ -95,19 +94,10 @@ def test_a_packed_row_gives_what_its_documents_give_alone(family: str, monkeypat
     monkeypatch.setattr(block_attention, "BLOCK_TOKENS", 16)
     model = build_family(family, **({"attn_logit_softcapping": None} if family == "gemma2" else {}))
     lengths = [20, 30, 14]
-    ids = np.random.default_rng(0).integers(3, 128, (1, sum(lengths)), dtype=np.int32)
-    documents = np.repeat(np.arange(len(lengths)), lengths)[None].astype(np.int32)
-    positions = np.concatenate([np.arange(length) for length in lengths])[None].astype(np.int32)
-    model.set_attn_implementation("eager")
-    expected = torch.zeros(())
-    for piece in np.split(ids, np.cumsum(lengths)[:-1], axis=1):
-        tokens = torch.from_numpy(piece.astype(np.int64))
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-        expected = expected + cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    expected, wanted = ask_alone(model, lengths)
     names = dict(model.named_parameters())
-    wanted = torch.autograd.grad(expected, list(names.values()))
     model.set_attn_implementation(BLOCKS)
-    batch = make_batch(PackedRows(np.arange(1), ids, documents, positions), torch.device("cpu"))
+    batch = make_batch(pack(lengths), torch.device("cpu"))
     found = LossModel(model)(batch, naive=True)
     grads = torch.autograd.grad(found, list(names.values()))
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)

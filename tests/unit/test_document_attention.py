@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from layerplan.config.train import TrainConfig
-from layerplan.corpus.rows import PackedRows
 from layerplan.errors import TrainingError
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.model_shape import ModelShape
@@ -23,6 +22,7 @@ from layerplan.train.document_attention import (
 )
 from layerplan.train.loss_proof import find_document_fault
 from layerplan.train.step import LossModel, make_batch
+from tests.documents_alone import ask_alone, pack
 from tests.qwen3 import TINY_QWEN3
 from tests.small_families import build_family
 from tests.tiny_loop import make_rows
@@ -113,19 +113,10 @@ def test_a_packed_row_costs_its_documents_and_gives_what_they_give_alone(family:
     """Loss and every gradient, against the model's own logits of one document at a time."""
     model = build_family(family)
     lengths = LENGTHS[0]
-    ids = np.random.default_rng(0).integers(3, 128, (1, sum(lengths)), dtype=np.int32)
-    documents = np.repeat(np.arange(len(lengths)), lengths)[None].astype(np.int32)
-    positions = np.concatenate([np.arange(length) for length in lengths])[None].astype(np.int32)
-    model.set_attn_implementation("eager")
-    expected = torch.zeros(())
-    for piece in np.split(ids, np.cumsum(lengths)[:-1], axis=1):
-        tokens = torch.from_numpy(piece.astype(np.int64))
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-        expected = expected + cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    expected, wanted = ask_alone(model, lengths)
     names = dict(model.named_parameters())
-    wanted = torch.autograd.grad(expected, list(names.values()))
     model.set_attn_implementation(SEGMENTED)
-    batch = make_batch(PackedRows(np.arange(1), ids, documents, positions), torch.device("cpu"))
+    batch = make_batch(pack(lengths), torch.device("cpu"))
     found = LossModel(model)(batch, naive=True)
     grads = torch.autograd.grad(found, list(names.values()))
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
