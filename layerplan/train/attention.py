@@ -83,8 +83,8 @@ def choose_attention(
         return config.attention
     if recipe.attention == "eager":
         return "eager"
-    if config.attention == "blocks" and (fault := find_blocks_fault()) is not None:
-        raise TrainingError(f"train.attention=blocks: {fault}; train.attention=auto takes another")
+    if config.attention == "blocks":
+        _refuse(config, find_blocks_fault())
     if config.attention != "auto":
         return config.attention
     if device.type != "cuda":
@@ -120,7 +120,10 @@ def _check_by_document(
         fault = "its kernel has no float32; use train.compute_dtype=bfloat16"
     elif recipe.attention == "eager":
         fault = "the model needs its own attention"
-    fault = fault or find_fault()
+    _refuse(config, fault or find_fault())
+
+
+def _refuse(config: TrainConfig, fault: str | None) -> None:
     if fault is not None:
         raise TrainingError(f"train.attention={config.attention}: {fault}; train.attention=auto takes another")
 
@@ -163,7 +166,7 @@ def time_attention(
     query, key, value = (
         random(count) for count in (shape.num_attention_heads, shape.num_key_value_heads, shape.num_key_value_heads)
     )
-    attend = _make_attend(name, document_ids)
+    attend = _make_attend(name, document_ids, dtype)
     best = float("inf")
     for _ in range(6):
         started = time.perf_counter()
@@ -174,7 +177,7 @@ def time_attention(
     return best
 
 
-def _make_attend(name: str, document_ids_BT: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _make_attend(name: str, document_ids_BT: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if name in BY_DOCUMENT:
         starts = np.diff(document_ids_BT.cpu().numpy(), prepend=-1) != 0
         offsets = torch.from_numpy(find_offsets(starts)).to(document_ids_BT.device)
@@ -182,8 +185,8 @@ def _make_attend(name: str, document_ids_BT: Tensor) -> Callable[[Tensor, Tensor
         return lambda query, key, value: attend(nn.Module(), query, key, value, None, **{OFFSETS: offsets})[0]
     if name == "blocks":
         seen, compiled = _make_mask(document_ids_BT, name), torch.compile(attend_blocks, dynamic=False)
-        added = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, torch.finfo(torch.float32).min)
-        return lambda query, key, value: compiled(nn.Module(), query, key, value, added.to(query.dtype))[0]
+        added = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+        return lambda query, key, value: compiled(nn.Module(), query, key, value, added)[0]
     if name == "causal":
         return lambda query, key, value: scaled_dot_product_attention(
             query, key, value, is_causal=True, enable_gqa=True

@@ -237,6 +237,14 @@ def _finish_batch(
     return TensorBatch(input_ids, position_ids, labels, num_labels, offsets=offsets)
 
 
+def seed_device(seed: int, device: torch.device) -> None:
+    """As `torch.manual_seed`, which on a CPU would also note for cards that are not there who asked: 1.6 ms a step."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 def accumulate_gradients(
     model: nn.Module, batches: Sequence[TensorBatch], scale: float, set_sync: Callable[[bool], None] | None = None
 ) -> Tensor:

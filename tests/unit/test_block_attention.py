@@ -19,8 +19,7 @@ from layerplan.train.attention import choose_attention
 from layerplan.train.block_attention import BLOCKS, attend_blocks
 from layerplan.train.document_attention import UnservedAttentionError
 from layerplan.train.loss_proof import find_blocks_fault
-from layerplan.train.step import LossModel, make_batch
-from tests.documents_alone import ask_alone, pack
+from tests.documents_alone import check_packed
 from tests.families import make_model
 from tests.qwen3 import TINY_QWEN3
 from tests.small_families import WINDOWED, build_family
@@ -93,16 +92,7 @@ def test_a_packed_row_gives_what_its_documents_give_alone(family: str, monkeypat
     """Loss and every gradient in blocks of 16, against the model's own logits of one document at a time."""
     monkeypatch.setattr(block_attention, "BLOCK_TOKENS", 16)
     model = build_family(family, **({"attn_logit_softcapping": None} if family == "gemma2" else {}))
-    lengths = [20, 30, 14]
-    expected, wanted = ask_alone(model, lengths)
-    names = dict(model.named_parameters())
-    model.set_attn_implementation(BLOCKS)
-    batch = make_batch(pack(lengths), torch.device("cpu"))
-    found = LossModel(model)(batch, naive=True)
-    grads = torch.autograd.grad(found, list(names.values()))
-    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-    for name, ours, theirs in zip(names, grads, wanted):
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-5, name
+    check_packed(model, BLOCKS, [20, 30, 14])
 
 
 def test_the_skeleton_says_whether_its_layers_ask_for_more_than_a_mask(tmp_path: Path) -> None:

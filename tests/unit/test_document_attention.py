@@ -21,8 +21,8 @@ from layerplan.train.document_attention import (
     find_offsets,
 )
 from layerplan.train.loss_proof import find_document_fault
-from layerplan.train.step import LossModel, make_batch
-from tests.documents_alone import ask_alone, pack
+from layerplan.train.step import make_batch
+from tests.documents_alone import check_packed
 from tests.qwen3 import TINY_QWEN3
 from tests.small_families import build_family
 from tests.tiny_loop import make_rows
@@ -112,16 +112,7 @@ def test_what_a_layer_asks_beyond_documents_and_windows_is_refused(asked: dict[s
 def test_a_packed_row_costs_its_documents_and_gives_what_they_give_alone(family: str) -> None:
     """Loss and every gradient, against the model's own logits of one document at a time."""
     model = build_family(family)
-    lengths = LENGTHS[0]
-    expected, wanted = ask_alone(model, lengths)
-    names = dict(model.named_parameters())
-    model.set_attn_implementation(SEGMENTED)
-    batch = make_batch(pack(lengths), torch.device("cpu"))
-    found = LossModel(model)(batch, naive=True)
-    grads = torch.autograd.grad(found, list(names.values()))
-    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-    for name, ours, theirs in zip(names, grads, wanted):
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-5, name
+    check_packed(model, SEGMENTED, LENGTHS[0])
 
 
 @pytest.mark.parametrize(
