@@ -239,6 +239,29 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory, corpus_source: dict[st
 
 
 @pytest.fixture(scope="session")
+def write_pretrained_config(
+    tiny_config: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str | Path], Path]:
+    """Writes the tiny config on an existing model, with a plan that needs no measurement."""
+
+    def write(model: str | Path) -> Path:
+        values = yaml.safe_load(tiny_config.read_text(encoding="utf-8"))
+        values |= {"model": {"type": "pretrained", "name": str(model)}}
+        values |= {"plan": {"type": "freeze_deep", "boundary": 1}}
+        values["train"] |= {
+            "max_steps": 6,
+            "validate_every_steps": 6,
+            "checkpoint_every_steps": 6,
+            "log_every_steps": 2,
+        }
+        path = tmp_path_factory.mktemp("config") / "pretrained.yaml"
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def finished_run(
     request: pytest.FixtureRequest,
     corpus_source: dict[str, object],

@@ -32,15 +32,9 @@ def model_folder(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def config(tiny_config: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny config on an existing model, with a plan that needs no measurement."""
-    values = yaml.safe_load(tiny_config.read_text(encoding="utf-8"))
-    values |= {"model": {"type": "pretrained", "name": str(model_folder)}}
-    values |= {"plan": {"type": "freeze_deep", "boundary": 1}}
-    values["train"] |= {"max_steps": 6, "validate_every_steps": 6, "checkpoint_every_steps": 6, "log_every_steps": 2}
-    path = tmp_path_factory.mktemp("config") / "pretrained.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
+def config(model_folder: Path, write_pretrained_config: Callable[..., Path]) -> Path:
+    """The tiny config on an existing model."""
+    return write_pretrained_config(model_folder)
 
 
 def settings(**values: object) -> list[str]:

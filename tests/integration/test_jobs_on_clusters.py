@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from layerplan.ray_session import find_free_port
 from tests.planted import MARK, PLANTED, find_files_with
@@ -52,15 +51,9 @@ def two_nodes() -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture
-def config(tiny_config: Path, seed_model: str, tmp_path: Path) -> Path:
-    """The tiny config on an existing model, with a plan that needs no measurement."""
-    values = yaml.safe_load(tiny_config.read_text(encoding="utf-8"))
-    values |= {"model": {"type": "pretrained", "name": seed_model}}
-    values |= {"plan": {"type": "freeze_deep", "boundary": 1}}
-    values["train"] |= {"max_steps": 6, "validate_every_steps": 6, "checkpoint_every_steps": 6, "log_every_steps": 2}
-    path = tmp_path / "pretrained.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
+def config(seed_model: str, write_pretrained_config: Callable[..., Path]) -> Path:
+    """The tiny config on an existing model."""
+    return write_pretrained_config(seed_model)
 
 
 def settings(**values: object) -> list[str]:
