@@ -24,6 +24,7 @@ from layerplan.models.tokenizer_facts import describe_tokenizer
 from layerplan.pipeline.model_options import find_base, read_origins
 from layerplan.pipeline.predicted_settings import predict_settings
 from layerplan.pipeline.run_folder import locate_run_folder
+from layerplan.plan.attention import CAUSAL
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, explain_cost, predict_cost, render_cost_table
 from layerplan.plan.decide import PlanContext, list_measurements, resolve_plan, wants_profile
@@ -230,8 +231,8 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
     device_type = "cuda" if train.use_gpu else "cpu"
     place: dict[str, Any] = {"seq_len": seq_len, "world_size": train.fewest_workers, "device_type": device_type}
     place |= {"available_bytes": available}
-    train, settings = predict_settings(config, plan, shape, cost, flops_per_s=rate, **place)
-    chosen = choose_placements(plan, shape, train, **place)
+    train, attention, settings = predict_settings(config, plan, shape, cost, flops_per_s=rate, **place)
+    chosen = choose_placements(plan, shape, train, attention=attention, **place)
     placement, memory = chosen.placement, chosen.estimate
     phase = plan.at_step(chosen.start_step)
     sent = predict_communication(phase, shape, train, placement, world_size=train.fewest_workers)
@@ -244,7 +245,8 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
         f" activations {memory.activations / GIB:.2f}, loss {memory.loss / GIB:.2f}, the rest {memory.baseline / GIB:.2f}"
     )
     print(
-        f"       parallelism {placement.parallelism}, {len(placement.checkpointed_layers)} layers recomputed; each worker"
+        f"       parallelism {placement.parallelism}, attention {'sdpa' if attention == CAUSAL else attention} (expected),"
+        f" {len(placement.checkpointed_layers)} layers recomputed; each worker"
         f" sends {sent.total / GIB:.2f} GiB per step ({sent.reduced / GIB:.2f} gradients)"
     )
     for line in settings:

@@ -16,6 +16,7 @@ from layerplan.config.plan import (
 )
 from layerplan.config.train import TrainConfig
 from layerplan.errors import PlanError
+from layerplan.plan.attention import expect_attention
 from layerplan.plan.boundary import compute_alignment_scores, list_candidates, rate_boundaries
 from layerplan.plan.boundary_choice import (
     DEFAULT_PAIR,
@@ -255,6 +256,7 @@ def _predict_memory(
         world_size=train.fewest_workers,
         device_type=device_type,
         available_bytes=available,
+        attention=expect_attention(train, seq_len=seq_len, device_type=device_type),
     )
     return estimate.total / GIB
 

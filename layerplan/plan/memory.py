@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerplan.config.train import TrainConfig
+from layerplan.plan.attention import count_square_bytes
 from layerplan.plan.cost import GIB, count_trainable_params, trains_head
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape
@@ -75,7 +76,7 @@ def count_rows_of_sum(hidden_size: int, dtype_bytes: int, *, trains_head: bool, 
 
 
 def layer_activation_bytes(shape: ModelShape, dtype: str, *, trained: bool, layer: int = 0) -> float:
-    """Bytes per token a layer on the gradient path stores.
+    """Bytes per token a layer on the gradient path stores, less what grows with the square of a row (`count_square_bytes`).
 
     A layer with experts also keeps what they were given and what they gave back, once for each that a token is sent to;
     a mixer without attention is taken for a feed-forward part of twice its width where the layer was not measured.
@@ -125,7 +126,8 @@ def estimate_memory(
     reduced = 0 if adapter_params or placement.parallelism == "replicate" else _largest_trained_unit(plan, shape)
     frozen = shape.total_params - (0 if adapter_params else trained)
     tokens = config.micro_rows * seq_len
-    checkpointed, whole = set(placement.checkpointed_layers), _path_bytes(plan, shape, config.compute_dtype)
+    checkpointed = set(placement.checkpointed_layers)
+    whole = _path_bytes(plan, shape, config, placement.attention, seq_len)
     kept = {layer: float(width * shape.hidden_size) if layer in checkpointed else whole[layer] for layer in whole}
     stored = tokens * (sum(kept.values()) + max((whole[layer] for layer in checkpointed), default=0.0))
     loss = _chunk_bytes(plan, shape, config, tokens, device_type) + 3 * tokens * shape.hidden_size * width
@@ -175,7 +177,8 @@ def choose_placement(
 ) -> tuple[Placement, MemoryEstimate]:
     """Settles every `auto`: the placement that communicates and recomputes least and still fits.
 
-    Adapters are trained whole on every worker: with any, `auto` never shards. Arguments as for `estimate_memory`.
+    Adapters are trained whole on every worker: with any, `auto` never shards. Arguments as for `estimate_memory`, and the
+    attention, as `expect_attention` names it.
 
     Returns:
         The placement and its estimate. When nothing fits, the leanest one: the caller compares and refuses.
@@ -199,7 +202,7 @@ def choose_placement(
             tokens = config.micro_rows * seq_len
             # a recomputed layer still keeps its input
             kept = _WIDTH[config.compute_dtype] * shape.hidden_size
-            whole = _path_bytes(plan, shape, config.compute_dtype)
+            whole = _path_bytes(plan, shape, config, attention, seq_len)
             layers = choose_layers(
                 plan,
                 mode if mode != "auto" or excess > 0 else "none",
@@ -252,11 +255,17 @@ def explain_shortage(estimate: MemoryEstimate, available_bytes: float, config: T
     )
 
 
-def _path_bytes(plan: FreezePlan, shape: ModelShape, dtype: str) -> dict[int, float]:
+def _path_bytes(
+    plan: FreezePlan, shape: ModelShape, config: TrainConfig, attention: str, seq_len: int
+) -> dict[int, float]:
     """Bytes per token that each layer on the gradient path stores when it is not recomputed."""
-    trained = set(plan.trainable_layers)
+    trained, dtype = set(plan.trainable_layers), config.compute_dtype
+    squares = count_square_bytes(
+        attention, dtype, compiled=config.compiles, num_heads=shape.num_attention_heads, seq_len=seq_len
+    )
     return {
         layer: layer_activation_bytes(shape, dtype, trained=layer in trained, layer=layer)
+        + (squares if shape.layers[layer].attention_width else 0)
         for layer in gradient_path(plan)
     }
 

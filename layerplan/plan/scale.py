@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerplan.config.train import TrainConfig
+from layerplan.plan.attention import expect_attention
 from layerplan.plan.cluster_rates import CORE_TOKENS_PER_S, DATA_CORES, ClusterRates
 from layerplan.plan.communication import GRADIENT_BYTES, predict_communication
 from layerplan.plan.cost import count_trainable_params, predict_cost
@@ -104,6 +105,7 @@ def _settle_micro_batch(
 ) -> TrainConfig:
     workers, device_type = config.most_workers, "cuda" if rates.hides else "cpu"
     limits: dict[str, Any] = {"world_size": workers, "device_type": device_type, "available_bytes": rates.memory}
+    limits["attention"] = expect_attention(config, seq_len=seq_len, device_type=device_type)
     return settle_micro_rows(config, choose_micro_rows(plan, shape, config, seq_len=seq_len, **limits))
 
 
@@ -132,15 +134,16 @@ def _predict_point(
     seq_len: int,
     nodes: int,
 ) -> ScalePoint:
-    workers = config.most_workers
+    workers, device_type = config.most_workers, "cuda" if rates.hides else "cpu"
     placement, memory = choose_placement(
         plan,
         shape,
         config,
         seq_len=seq_len,
         world_size=workers,
-        device_type="cuda" if rates.hides else "cpu",
+        device_type=device_type,
         available_bytes=rates.memory,
+        attention=expect_attention(config, seq_len=seq_len, device_type=device_type),
     )
     sent = predict_communication(plan, shape, config, placement, world_size=workers)
     worker_bytes, node_bytes = _split_links(sent.total, plan, shape, config, placement, nodes=nodes)

@@ -26,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from layerplan.config.train import TrainConfig
 from layerplan.errors import TrainingError, first_line
+from layerplan.plan.attention import CAUSAL, expect_attention
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.model_shape import ModelShape
 from layerplan.train.block_attention import BLOCKS, attend_blocks
@@ -40,8 +41,6 @@ from layerplan.train.document_attention import (
 
 logger = logging.getLogger(__name__)
 
-CPU_EAGER_TOKENS = 1024
-"""Longest rows for which the compiled plain attention is chosen on a CPU."""
 IMPLEMENTATIONS = {
     "sdpa": "sdpa",
     "flex": "flex_attention",
@@ -88,10 +87,9 @@ def choose_attention(
     if config.attention != "auto":
         return config.attention
     if device.type != "cuda":
-        if not config.compiles or seq_len > CPU_EAGER_TOKENS:
-            return "sdpa"
-        if config.compute_dtype == "float32":
-            return "eager"
+        expected = expect_attention(config, seq_len=seq_len, device_type=device.type, recipe=recipe)
+        if expected != "blocks":
+            return "sdpa" if expected == CAUSAL else expected
         fault = find_blocks_fault()
         if fault is not None:
             logger.info("attention blocks does not serve this model: %s", fault)

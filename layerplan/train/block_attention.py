@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerplan.plan.attention import BLOCK_TOKENS
 from layerplan.train.document_attention import refuse_more
 
 BLOCKS = "layerplan_blocks"
-BLOCK_TOKENS = 128
-"""Queries of a block: fewer waste the matrix products, more compute what nobody sees."""
 
 
 def register() -> None:
@@ -47,6 +46,8 @@ def attend_blocks(
     scale = asked.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     shared = query.shape[1] // key.shape[1]
+    # of several rows, each block's product would keep a copy of the keys before it
+    key, value = key.contiguous(), value.contiguous()
     outputs = []
     for start in range(0, query.shape[2], BLOCK_TOKENS):
         block = query[:, :, start : start + BLOCK_TOKENS]

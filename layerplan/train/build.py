@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -21,19 +20,17 @@ from layerplan.models.skeleton import Skeleton
 from layerplan.plan.cost import GIB
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.loss_recipe import LossRecipe
-from layerplan.plan.memory import MemoryEstimate, choose_placement, choose_placements, explain_shortage
-from layerplan.plan.micro_batch import choose_micro_rows, settle_micro_rows
+from layerplan.plan.memory import MemoryEstimate
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.storage.paths import StoredPath
-from layerplan.train.allocator import keep_memory_low, return_large_blocks
-from layerplan.train.attention import IMPLEMENTATIONS, asks_for_documents, choose_attention, try_set_attention
-from layerplan.train.compiling import settle_compile
+from layerplan.train.allocator import keep_memory_low
+from layerplan.train.attention import IMPLEMENTATIONS, try_set_attention
 from layerplan.train.label_step import LabelLossModel
-from layerplan.train.loss_proof import agree_on_document_fault, agree_on_recipe, find_blocks_fault
 from layerplan.train.materialize import ParameterSource
 from layerplan.train.optim import build_optimizer
 from layerplan.train.request import TrainRequest
+from layerplan.train.settle import settle
 from layerplan.train.sharding import PlacedModel, place_model
 from layerplan.train.step import LossModel
 
@@ -104,25 +101,8 @@ def build_model(
     adapters = 0 if lora is None else count_adapter_params(causal_lm, plan.trainable_layers, lora)
     limits = {"seq_len": seq_len, "world_size": world_size, "device_type": device.type}
     limits |= {"available_bytes": available, "adapter_params": adapters}
-    if config.micro_batch_size == "auto":
-        config = settle_micro_rows(config, choose_micro_rows(request.plan, shape, config, most=most_rows, **limits))
-        request = replace(request, config=config)
-    largest = choose_placements(request.plan, shape, config, **limits)
-    needed = largest.estimate.total + (largest.parked_bytes if device.type == "cpu" else 0)
-    if needed > available:
-        where = f" in the phase from step {largest.start_step}" if request.plan.phases else ""
-        raise TrainingError(
-            f"the run does not fit into memory{where}. {explain_shortage(largest.estimate, available, config)}"
-        )
-    placement, estimate = choose_placement(plan, shape, config, **limits)
-    if device.type == "cpu" and placement.parallelism == "shard":
-        return_large_blocks()
-    torch.manual_seed(request.seed)
-    compiling = settle_compile(request, plan, shape, device, seq_len=seq_len, world_size=world_size)
-    recipe, config, attention = ask_whole_model(
-        request, shape, device, compiling, causal_lm, seq_len=seq_len, rank=rank, world_size=world_size
-    )
-    placement = replace(placement, attention=attention)
+    settled = settle(request, plan, shape, device, causal_lm, rank=rank, most_rows=most_rows, **limits)
+    recipe, config, placement = settled.recipe, settled.config, settled.placement
     try_set_attention(causal_lm, IMPLEMENTATIONS[placement.attention])
     parked, source = park_other_phases(skeleton, request.plan, plan, checkpoint)
     applied = apply_plan(causal_lm, plan)
@@ -146,45 +126,9 @@ def build_model(
     if device.type == "cpu" and placement.parallelism == "shard":
         keep_memory_low(placed.model)
     if rank == 0:
-        logger.info(render_placement(placement, estimate, available, applied))
+        logger.info(render_placement(placement, settled.estimate, available, applied))
     facts = {"config": config, "device": device, "plan": plan, "has_labels": request.labels is not None}
-    return BuiltModel(placed, applied, optimizer, placement, estimate, available, parked, recipe, **facts)
-
-
-def ask_whole_model(
-    request: TrainRequest,
-    shape: ModelShape,
-    device: torch.device,
-    settle: Callable[[LossRecipe], TrainConfig],
-    skeleton: nn.Module,
-    *,
-    seq_len: int,
-    rank: int,
-    world_size: int,
-) -> tuple[LossRecipe, TrainConfig, str]:
-    """How the loss is computed, the config that `settle` makes of that, and the attention.
-
-    What only a whole model can tell is asked by rank 0 of one of its own; the skeleton tells what layers ask of attention.
-
-    Raises:
-        ModelError: When the loss cannot be computed exactly.
-        TrainingError: When the config names an attention that the device or the model does not have.
-    """
-    load = lru_cache(maxsize=1)(request.model.load)
-    workers = {"seq_len": seq_len, "rank": rank, "world_size": world_size}
-    recipe = request.recipe or agree_on_recipe(load, **workers)
-    if not request.document_mask:
-        recipe = replace(recipe, rows="whole")
-    fault = None
-    if asks_for_documents(request.config, device, recipe):
-        fault = agree_on_document_fault(load, recipe, **workers)
-    load.cache_clear()
-    gc.collect()  # the whole model is gone before anybody reads a part of it
-    config = settle(recipe)
-    attention = choose_attention(
-        config, shape, seq_len, device, recipe, lambda: fault, lambda: find_blocks_fault(skeleton, recipe)
-    )
-    return recipe, config, attention
+    return BuiltModel(placed, applied, optimizer, placement, settled.estimate, available, parked, recipe, **facts)
 
 
 def choose_loss_model(request: TrainRequest, placement: Placement) -> Callable[..., LossModel]:

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from layerplan.config.train import TrainConfig
 from layerplan.errors import TrainingError
 from layerplan.models.ref import ModelRef
+from layerplan.plan.attention import count_square_bytes
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.model_shape import ModelShape
 from layerplan.train import block_attention
@@ -63,12 +64,27 @@ def test_blocks_give_what_a_mask_gives_forward_and_backward(
         assert (ours.float() - theirs.float()).norm() <= bound * theirs.float().norm()
 
 
-def test_compiled_it_gives_the_same() -> None:
-    inputs = draw(torch.float32)
+def test_compiled_it_gives_the_same_and_keeps_what_is_predicted() -> None:
+    """Laid out by token, as layers hand them over; kept are the weights of pairs that blocks see, and no keys anew."""
+    inputs = [
+        each.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for each in draw(torch.float32)
+    ]
     mask = add_up(make_seen(None), torch.float32)
     expected = torch.autograd.grad(attend_blocks(nn.Module(), *inputs, mask)[0].square().sum(), inputs)
     compiled = torch.compile(attend_blocks, dynamic=False)
-    found = torch.autograd.grad(compiled(nn.Module(), *inputs, mask)[0].square().sum(), inputs)
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = compiled(nn.Module(), *inputs, mask)[0]
+    found = torch.autograd.grad(output.square().sum(), inputs)
+    predicted = 3 * TOKENS * count_square_bytes("blocks", "float32", compiled=True, num_heads=4, seq_len=TOKENS)
+    beside = sum(each.untyped_storage().nbytes() for each in kept.values()) - predicted
+    given = sum(each.untyped_storage().nbytes() for each in inputs)
+    assert -0.03 * predicted < beside < given, "beside them less than the inputs once more"
     for ours, theirs in zip(found, expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 

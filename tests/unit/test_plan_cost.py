@@ -16,15 +16,17 @@ from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig,
 from layerplan.config.train import TrainConfig
 from layerplan.models.freezing import apply_plan
 from layerplan.models.model_sizes import make_model_shape
+from layerplan.plan.attention import count_square_bytes
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.host_memory import PROCESS_BYTES, READING_BYTES, estimate_host_memory
 from layerplan.plan.layer_profile import ModelIdentity
-from layerplan.plan.memory import layer_activation_bytes
+from layerplan.plan.memory import estimate_memory, layer_activation_bytes
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement, gradient_path
 from layerplan.plan.policies import make_plan
+from layerplan.train.attention import IMPLEMENTATIONS, set_attention
 from layerplan.train.step import LossModel, TensorBatch
 from tests.qwen3 import QWEN3_0P6B, QWEN3_8B, QWEN3_14B
 
@@ -195,9 +197,18 @@ def test_parameters_are_counted_as_the_family_has_them(family: str) -> None:
         assert predicted == pytest.approx(count_flops(values, plan, 128), rel=1e-3)
 
 
-def saved_bytes(values: dict[str, Any], plan: FreezePlan, dtype: torch.dtype) -> int:
-    """Bytes autograd keeps for the backward pass of two rows of 128, parameters not counted."""
+def saved_bytes(
+    values: dict[str, Any],
+    plan: FreezePlan,
+    dtype: torch.dtype,
+    *,
+    attention: str = "sdpa",
+    num_documents: int = 1,
+    seq_len: int = 128,
+) -> int:
+    """Bytes autograd keeps for the backward pass of two rows of equal documents, parameters not counted."""
     model = build(values, "cpu").to(dtype)
+    set_attention(model, IMPLEMENTATIONS[attention])
     apply_plan(model, plan)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, tuple[int, torch.Tensor]] = {}
@@ -208,10 +219,10 @@ def saved_bytes(values: dict[str, Any], plan: FreezePlan, dtype: torch.dtype) ->
             saved[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no address is used twice
         return tensor
 
-    ids = torch.arange(256).reshape(2, 128)
-    positions = torch.arange(128)[None].expand(2, 128)
+    ids = torch.arange(2 * seq_len).reshape(2, seq_len) % 256
+    positions = (torch.arange(seq_len) % (seq_len // num_documents))[None].expand(2, seq_len)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        LossModel(model)(TensorBatch(ids, positions, ids, 256))
+        LossModel(model)(TensorBatch(ids, positions, ids, 2 * seq_len))
     return sum(size for size, _ in saved.values())
 
 
@@ -232,6 +243,42 @@ def test_saved_activations_keep_their_ratios(dtype: torch.dtype) -> None:
         plan, _ = plan_of(config, values)
         ratio = saved_bytes(values, plan, dtype) / measured
         assert predict(plan) / predict(full) == pytest.approx(ratio, rel=0.05)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "blocks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_attention_keeps_grows_with_the_square_of_a_row(attention: str, dtype: torch.dtype) -> None:
+    """Saved tensors of two layers, one of them frozen, at two lengths of rows: what is not in proportion to the tokens."""
+    values = QWEN3_0P6B | {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 384, "vocab_size": 256}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 1024}
+    plan, _ = plan_of(DEEP(boundary=1), values)
+    options = {"attention": attention, "num_documents": 2}
+    once, twice = (saved_bytes(values, plan, dtype, seq_len=length, **options) for length in (256, 512))
+
+    def predict(seq_len: int) -> float:
+        name = str(dtype).removeprefix("torch.")
+        each = count_square_bytes(attention, name, compiled=False, num_heads=4, seq_len=seq_len)
+        return 2 * 2 * seq_len * each
+
+    assert predict(512) - 2 * predict(256) == pytest.approx(twice - 2 * once, rel=0.06)
+    assert count_square_bytes("varlen", "bfloat16", compiled=True, num_heads=4, seq_len=512) == 0
+
+
+def test_a_run_counts_what_its_attention_keeps() -> None:
+    """Two layers of three lie on the path: what `eager` adds is theirs, and less of it where they are recomputed."""
+    values = QWEN3_0P6B | {"num_hidden_layers": 3}
+    plan, shape = plan_of(SHALLOW(boundary=1), values)
+    config = TrainConfig(compute_dtype="bfloat16", micro_batch_size=2)
+    place = {"seq_len": 512, "world_size": 1, "device_type": "cpu"}
+
+    def predict(attention: str, *recomputed: int) -> float:
+        placement = Placement("replicate", "replicate", attention, recomputed)
+        return estimate_memory(plan, shape, config, placement, **place).activations
+
+    square = 2 * 16 * 512 * 512 * 6
+    assert predict("eager") - predict("causal") == 2 * square
+    assert predict("eager", 1, 2) - predict("causal", 1, 2) == square, "one layer is recomputed at a time"
+    assert predict("sdpa") - predict("causal") == 2 * (2 * 512 * 512 * 2), "a mask for all heads"
 
 
 def test_communication_counts_rings_and_only_what_trains() -> None:

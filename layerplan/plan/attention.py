@@ -1,0 +1,61 @@
+"""Which attention a run is expected to take, and what it keeps for backward that grows with the square of a row.
+
+Measured on transformers' Qwen3 layer with saved-tensor hooks, eager and compiled. Kernels that read documents alone, or whole
+rows under the causal rule, keep nothing of the kind; under a mask PyTorch's attention keeps a copy of it for every layer.
+"""
+
+from __future__ import annotations
+
+from layerplan.config.train import TrainConfig
+from layerplan.plan.loss_recipe import LossRecipe
+
+CAUSAL = "causal"
+"""PyTorch's attention where every row is one text: no mask is made."""
+CPU_EAGER_TOKENS = 1024
+"""Longest rows for which the compiled plain attention is chosen on a CPU."""
+BLOCK_TOKENS = 128
+"""Queries of a block of `blocks`: fewer waste the matrix products, more compute what nobody sees."""
+
+# bytes for each pair of a query and a key of one head, by (dtype, compiled): softmax in float32, and in the dtype
+_SCORE_BYTES = {("bfloat16", False): 6, ("bfloat16", True): 4, ("float32", False): 4, ("float32", True): 4}
+_MASK_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+def expect_attention(config: TrainConfig, *, seq_len: int, device_type: str, recipe: LossRecipe | None = None) -> str:
+    """The attention as far as it is known before a model is asked what it can do; `CAUSAL` where `sdpa` needs no mask.
+
+    Args:
+        config: Training section; `compile: auto` that is not settled counts as off.
+        seq_len: Tokens per row.
+        device_type: `cuda` or `cpu`.
+        recipe: How the loss is computed; None while that is not known.
+    """
+    if recipe is not None and recipe.attention == "eager":
+        return "eager"
+    if config.attention != "auto":
+        return strip_mask(config.attention, recipe)
+    if device_type == "cuda":
+        is_told_apart = strip_mask("sdpa", recipe) != CAUSAL
+        return "varlen" if is_told_apart and config.compute_dtype != "float32" else strip_mask("sdpa", recipe)
+    if not config.compiles or seq_len > CPU_EAGER_TOKENS:
+        return strip_mask("sdpa", recipe)
+    return "eager" if config.compute_dtype == "float32" else "blocks"
+
+
+def strip_mask(attention: str, recipe: LossRecipe | None) -> str:
+    """`CAUSAL` for `sdpa` over rows of one text each; any other name as it is."""
+    is_whole = recipe is not None and recipe.rows in ("alone", "whole")
+    return CAUSAL if attention == "sdpa" and is_whole else attention
+
+
+def count_square_bytes(attention: str, dtype: str, *, compiled: bool, num_heads: int, seq_len: int) -> float:
+    """Bytes per token that a layer which attends keeps beside what `layer_activation_bytes` counts.
+
+    Models that cap scores keep more than that: each further step between scores and weights is another square.
+    """
+    pairs = num_heads * seq_len * _SCORE_BYTES[dtype, compiled]
+    if attention == "eager":
+        return pairs
+    if attention == "blocks":
+        return pairs * min(1.0, (1 + BLOCK_TOKENS / seq_len) / 2)
+    return _MASK_BYTES[dtype] * seq_len if attention == "sdpa" else 0
