@@ -204,6 +204,12 @@ class TrainConfig(StrictModel):
         """Whether it was settled that layers are compiled."""
         return self.compile is True
 
+    def assume_compile(self) -> TrainConfig:
+        """The same with compiling as `auto` settles it where a run is long enough: everywhere but in float32 on CPUs."""
+        if self.compile != "auto":
+            return self
+        return self.model_copy(update={"compile": self.use_gpu or self.compute_dtype != "float32"})
+
     def assume_dtype(self) -> TrainConfig:
         """The same with the dtype that can be told without measuring: bfloat16 on GPUs, float32, the larger, on CPUs."""
         if self.compute_dtype != "auto":

@@ -51,7 +51,7 @@ def print_scale(
     rates = find_rates(config.train, device, constants, workers_per_node)
     model, shape = describe_model(config)
     plan, note = find_plan(config, model, shape)
-    train = config.train.assume_dtype()
+    train = config.train.assume_dtype().assume_compile()
     print(f"plan   {plan.plan_type}: {note}")
     print(
         f"batch  {train.global_batch_size} rows of {config.corpus.seq_len:,} tokens a step, {train.max_steps:,} steps"

@@ -246,7 +246,7 @@ def _list_ends(shape: ModelShape) -> list[tuple[str, dict[str, Any]]]:
 def _predict_memory(
     plan: FreezePlan, shape: ModelShape, config: BudgetPlanConfig, train: TrainConfig, seq_len: int
 ) -> float:
-    device_type = "cuda" if train.use_gpu else "cpu"
+    device_type, train = "cuda" if train.use_gpu else "cpu", train.assume_compile()
     available = config.max_memory_gib * GIB if config.max_memory_gib is not None else float("inf")
     _, estimate = choose_placement(
         plan,

@@ -2,7 +2,8 @@
 
 Activation bytes were measured on transformers' Qwen3 layer with saved-tensor hooks: per token and layer, so many bytes
 for every element of the residual stream, of the queries, of keys and values, and of the feed-forward layer. A trained
-layer also keeps the inputs of its matrices; a frozen one on the gradient path does not.
+layer also keeps the inputs of its matrices; a frozen one on the gradient path does not. A compiled layer keeps a third less,
+since norms and activations are computed again; on an H100 its bytes are within 1.5 % of these (docs/log.md).
 """
 
 from __future__ import annotations
@@ -24,12 +25,18 @@ CUDA_CHUNK_LOGITS = 640 * 2**20
 BASELINE_BYTES = {"cuda": 1.5 * GIB, "cpu": 0.5 * GIB}
 """Libraries, contexts, workspaces."""
 
-# bytes per token for each element of (residual, queries, keys and values, feed-forward)
+# bytes per token for each element of (residual, queries, keys and values, feed-forward), by (dtype, trained)
 _ACTIVATION = {
     ("bfloat16", True): (16.0, 10.25, 5.0, 8.0),
     ("bfloat16", False): (8.0, 8.25, 4.0, 6.0),
     ("float32", True): (24.0, 16.25, 8.0, 16.0),
     ("float32", False): (8.0, 12.25, 6.0, 12.0),
+}
+_COMPILED_ACTIVATION = {
+    ("bfloat16", True): (8.0, 6.25, 3.0625, 6.0),
+    ("bfloat16", False): (4.0, 6.25, 3.0625, 4.0),
+    ("float32", True): (16.0, 12.25, 6.0625, 12.0),
+    ("float32", False): (8.0, 12.25, 6.0625, 8.0),
 }
 # bytes of a gradient on its way into shards, beside the one that backward gives: in float32, and gloo sums in two more copies
 _REDUCED = {"cuda": 4, "cpu": 12}
@@ -75,7 +82,9 @@ def count_rows_of_sum(hidden_size: int, dtype_bytes: int, *, trains_head: bool, 
     return 4 * hidden_size // dtype_bytes if trains_head and fused and dtype_bytes < 4 else 0
 
 
-def layer_activation_bytes(shape: ModelShape, dtype: str, *, trained: bool, layer: int = 0) -> float:
+def layer_activation_bytes(
+    shape: ModelShape, dtype: str, *, trained: bool, layer: int = 0, compiled: bool = False
+) -> float:
     """Bytes per token a layer on the gradient path stores, less what grows with the square of a row (`count_square_bytes`).
 
     A layer with experts also keeps what they were given and what they gave back, once for each that a token is sent to;
@@ -84,7 +93,8 @@ def layer_activation_bytes(shape: ModelShape, dtype: str, *, trained: bool, laye
     measured = shape.layers[layer].saved_bytes.get(dtype)
     if measured is not None:
         return measured[trained]
-    residual, queries, keys_values, feed_forward = _ACTIVATION[(dtype, trained)]
+    per_element = _COMPILED_ACTIVATION if compiled else _ACTIVATION
+    residual, queries, keys_values, feed_forward = per_element[dtype, trained]
     sizes = shape.layers[layer]
     has_both = sizes.kind in ("decoder", "recurrent_decoder")
     routed = _COPIES[trained] * sizes.routed_copies + (1 if trained and sizes.routed_copies else 0)
@@ -147,7 +157,9 @@ def _chunk_bytes(plan: FreezePlan, shape: ModelShape, config: TrainConfig, token
     rows = min(choose_chunk_rows(device_type, shape.vocab_size, rows_of_sum=summed), tokens)
     if device_type == "cpu" and summed:  # the compiler reads logits and writes their gradients in one place
         return rows * shape.vocab_size * width + shape.head_matrix_params * (4 if rows < tokens else width)
-    return rows * shape.vocab_size * (width + 8) + (shape.head_matrix_params * 4 if trains else 0)
+    # logits and their gradients, uncompiled in float32 besides; compiled, 4.9 bytes a logit on an H100 in bfloat16
+    per_logit = 2 * width + 1 if config.compiles and device_type == "cuda" else width + 8
+    return rows * shape.vocab_size * per_logit + (shape.head_matrix_params * 4 if trains else 0)
 
 
 def estimate_inference_memory(num_params: int, dtype: str, *, num_logits: int, cache_bytes: float = 0.0) -> float:
@@ -264,7 +276,7 @@ def _path_bytes(
         attention, dtype, compiled=config.compiles, num_heads=shape.num_attention_heads, seq_len=seq_len
     )
     return {
-        layer: layer_activation_bytes(shape, dtype, trained=layer in trained, layer=layer)
+        layer: layer_activation_bytes(shape, dtype, trained=layer in trained, layer=layer, compiled=config.compiles)
         + (squares if shape.layers[layer].attention_width else 0)
         for layer in gradient_path(plan)
     }

@@ -1,7 +1,7 @@
 """What a worker settles before its model is built: rows, compiling, how the loss is computed, attention, placement.
 
-Memory is predicted twice. Before anything is asked of a model that may have to be read as a whole, by what every attention
-keeps; and once the attention is known, by what that one keeps.
+Memory is predicted twice. Before anything is asked of a model that may have to be read as a whole, by what is kept at least;
+and once attention and compiling are known, by what they keep.
 """
 
 from __future__ import annotations
@@ -75,10 +75,11 @@ def settle(
     """
     workers = {"seq_len": limits["seq_len"], "world_size": limits["world_size"]}
     limits |= {"most_rows": most_rows}
-    config, placement, _ = fit_into_memory(request, request.config, plan, shape, attention=CAUSAL, **limits)
+    lean = request.config.assume_compile()
+    config, placement, _ = fit_into_memory(request, lean, plan, shape, attention=CAUSAL, **limits)
     _keep_heaps_small(placement, device)
     torch.manual_seed(request.seed)
-    asked = replace(request, config=config)
+    asked = replace(request, config=settle_micro_rows(request.config, config.micro_rows))
     settle_compiling = settle_compile(asked, plan, shape, device, **workers)
     recipe, config, attention = ask_whole_model(asked, shape, device, settle_compiling, skeleton, rank=rank, **workers)
     config = config.model_copy(update={"micro_batch_size": request.config.micro_batch_size})

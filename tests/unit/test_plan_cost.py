@@ -16,7 +16,7 @@ from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig,
 from layerplan.config.train import TrainConfig
 from layerplan.models.freezing import apply_plan
 from layerplan.models.model_sizes import make_model_shape
-from layerplan.plan.attention import count_square_bytes
+from layerplan.plan.attention import CAUSAL, count_square_bytes
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.freeze_plan import FreezePlan
@@ -203,6 +203,7 @@ def saved_bytes(
     dtype: torch.dtype,
     *,
     attention: str = "sdpa",
+    compiled: bool = False,
     num_documents: int = 1,
     seq_len: int = 128,
 ) -> int:
@@ -210,6 +211,8 @@ def saved_bytes(
     model = build(values, "cpu").to(dtype)
     set_attention(model, IMPLEMENTATIONS[attention])
     apply_plan(model, plan)
+    for layer in model.model.layers if compiled else ():
+        layer.compile(dynamic=False)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, tuple[int, torch.Tensor]] = {}
 
@@ -243,6 +246,38 @@ def test_saved_activations_keep_their_ratios(dtype: torch.dtype) -> None:
         plan, _ = plan_of(config, values)
         ratio = saved_bytes(values, plan, dtype) / measured
         assert predict(plan) / predict(full) == pytest.approx(ratio, rel=0.05)
+
+
+def test_compiled_layers_keep_less() -> None:
+    """One trained and one frozen, in bfloat16."""
+    values = QWEN3_0P6B | {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 384, "vocab_size": 256}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    plan, shape = plan_of(DEEP(boundary=1), values)
+    each = [layer_activation_bytes(shape, "bfloat16", trained=trained, compiled=True) for trained in (True, False)]
+    beside_layers = 3 * 128 * 2  # the states that enter the head
+    measured = saved_bytes(values, plan, torch.bfloat16, compiled=True)
+    assert 256 * (sum(each) + beside_layers) == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("plan_config", "rows", "measured_gib"),
+    [
+        (FullPlanConfig(), 8, 51.4),
+        (FullPlanConfig(), 2, 22.2),
+        (DEEP(boundary=14), 8, 41.6),
+        (DEEP(boundary=14), 2, 15.7),
+        (SHALLOW(boundary=14), 8, 26.7),
+    ],
+)
+def test_a_steps_memory_on_an_h100(plan_config: Any, rows: int, measured_gib: float) -> None:
+    """Peaks that PyTorch's allocator counted of a Qwen3-0.6B, compiled, one text a row (benchmarks/results/training_gpu.md)."""
+    plan, shape = plan_of(plan_config, QWEN3_0P6B)
+    config = TrainConfig(
+        global_batch_size=rows, micro_batch_size=rows, use_gpu=True, compute_dtype="bfloat16", compile=True
+    )
+    placement = Placement("replicate", "replicate", CAUSAL)
+    found = estimate_memory(plan, shape, config, placement, seq_len=4096, world_size=1, device_type="cuda")
+    assert (found.total - found.baseline) / 2**30 == pytest.approx(measured_gib, rel=0.02)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "blocks"])
