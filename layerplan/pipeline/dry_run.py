@@ -24,7 +24,7 @@ from layerplan.models.tokenizer_facts import describe_tokenizer
 from layerplan.pipeline.model_options import find_base, read_origins
 from layerplan.pipeline.predicted_settings import predict_settings
 from layerplan.pipeline.run_folder import locate_run_folder
-from layerplan.plan.attention import CAUSAL
+from layerplan.plan.attention import CAUSAL, OWN
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, explain_cost, predict_cost, render_cost_table
 from layerplan.plan.decide import PlanContext, list_measurements, resolve_plan, wants_profile
@@ -42,6 +42,7 @@ from layerplan.storage.address import is_address
 from layerplan.storage.mirror import fetch_file
 from layerplan.train.request import load_result
 
+_ATTENTION_NAMES = {CAUSAL: "sdpa", OWN: "eager"}
 ASSUMED_GPU_BYTES = 139 * GIB
 """Memory of one H200."""
 
@@ -245,7 +246,7 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
         f" activations {memory.activations / GIB:.2f}, loss {memory.loss / GIB:.2f}, the rest {memory.baseline / GIB:.2f}"
     )
     print(
-        f"       parallelism {placement.parallelism}, attention {'sdpa' if attention == CAUSAL else attention} (expected),"
+        f"       parallelism {placement.parallelism}, attention {_ATTENTION_NAMES.get(attention, attention)} (expected),"
         f" {len(placement.checkpointed_layers)} layers recomputed; each worker"
         f" sends {sent.total / GIB:.2f} GiB per step ({sent.reduced / GIB:.2f} gradients)"
     )

@@ -11,6 +11,8 @@ from layerplan.plan.loss_recipe import LossRecipe
 
 CAUSAL = "causal"
 """PyTorch's attention where every row is one text: no mask is made."""
+OWN = "own"
+"""`eager` of a model that needs its own code, for a step between scores and weights that no other attention takes."""
 CPU_EAGER_TOKENS = 1024
 """Longest rows for which the compiled plain attention is chosen on a CPU."""
 BLOCK_TOKENS = 128
@@ -18,11 +20,13 @@ BLOCK_TOKENS = 128
 
 # bytes for each pair of a query and a key of one head, by (dtype, compiled): softmax in float32, and in the dtype
 _SCORE_BYTES = {("bfloat16", False): 6, ("bfloat16", True): 4, ("float32", False): 4, ("float32", True): 4}
+# Gemma 2's, which caps its scores
+_OWN_SCORE_BYTES = {("bfloat16", False): 8, ("bfloat16", True): 4.25, ("float32", False): 8, ("float32", True): 8}
 _MASK_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 def expect_attention(config: TrainConfig, *, seq_len: int, device_type: str, recipe: LossRecipe | None = None) -> str:
-    """The attention as far as it is known before a model is asked what it can do; `CAUSAL` where `sdpa` needs no mask.
+    """The attention as far as it is known before a model is asked what it can do, as `name_kept` names it.
 
     Args:
         config: Training section; `compile: auto` that is not settled counts as off.
@@ -31,30 +35,29 @@ def expect_attention(config: TrainConfig, *, seq_len: int, device_type: str, rec
         recipe: How the loss is computed; None while that is not known.
     """
     if recipe is not None and recipe.attention == "eager":
-        return "eager"
+        return OWN
     if config.attention != "auto":
-        return strip_mask(config.attention, recipe)
+        return name_kept(config.attention, recipe)
+    plain = name_kept("sdpa", recipe)
     if device_type == "cuda":
-        is_told_apart = strip_mask("sdpa", recipe) != CAUSAL
-        return "varlen" if is_told_apart and config.compute_dtype != "float32" else strip_mask("sdpa", recipe)
+        return "varlen" if plain != CAUSAL and config.compute_dtype != "float32" else plain
     if not config.compiles or seq_len > CPU_EAGER_TOKENS:
-        return strip_mask("sdpa", recipe)
+        return plain
     return "eager" if config.compute_dtype == "float32" else "blocks"
 
 
-def strip_mask(attention: str, recipe: LossRecipe | None) -> str:
-    """`CAUSAL` for `sdpa` over rows of one text each; any other name as it is."""
+def name_kept(attention: str, recipe: LossRecipe | None) -> str:
+    """The name by what is kept: `CAUSAL` for `sdpa` over rows of one text each, `OWN` for `eager` that a model needs."""
+    if attention == "eager" and recipe is not None and recipe.attention == "eager":
+        return OWN
     is_whole = recipe is not None and recipe.rows in ("alone", "whole")
     return CAUSAL if attention == "sdpa" and is_whole else attention
 
 
 def count_square_bytes(attention: str, dtype: str, *, compiled: bool, num_heads: int, seq_len: int) -> float:
-    """Bytes per token that a layer which attends keeps beside what `layer_activation_bytes` counts.
-
-    Models that cap scores keep more than that: each further step between scores and weights is another square.
-    """
-    pairs = num_heads * seq_len * _SCORE_BYTES[dtype, compiled]
-    if attention == "eager":
+    """Bytes per token that a layer which attends keeps beside what `layer_activation_bytes` counts."""
+    pairs = num_heads * seq_len * (_OWN_SCORE_BYTES if attention == OWN else _SCORE_BYTES)[dtype, compiled]
+    if attention in ("eager", OWN):
         return pairs
     if attention == "blocks":
         return pairs * min(1.0, (1 + BLOCK_TOKENS / seq_len) / 2)

@@ -22,7 +22,7 @@ class Placement:
     frozen_sharding: str
     """`replicate` or `shard`; means something under `shard` only."""
     attention: str = "sdpa"
-    """As `train.attention` names it; `CAUSAL` (`layerplan/plan/attention.py`) for `sdpa` without a mask."""
+    """As `train.attention` names it; or by what it keeps (`name_kept` in `layerplan/plan/attention.py`)."""
     checkpointed_layers: tuple[int, ...] = ()
     """Decoder layers whose activations are recomputed."""
 

@@ -88,7 +88,7 @@ def choose_attention(
         return config.attention
     if device.type != "cuda":
         expected = expect_attention(config, seq_len=seq_len, device_type=device.type, recipe=recipe)
-        if expected != "blocks":
+        if expected != "blocks":  # neither is it a model's own, which was told above
             return "sdpa" if expected == CAUSAL else expected
         fault = find_blocks_fault()
         if fault is not None:

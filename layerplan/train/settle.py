@@ -18,7 +18,7 @@ from torch import nn
 
 from layerplan.config.train import TrainConfig
 from layerplan.errors import TrainingError
-from layerplan.plan.attention import CAUSAL, strip_mask
+from layerplan.plan.attention import CAUSAL, name_kept
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.memory import MemoryEstimate, choose_placement, choose_placements, explain_shortage
@@ -83,8 +83,9 @@ def settle(
     settle_compiling = settle_compile(asked, plan, shape, device, **workers)
     recipe, config, attention = ask_whole_model(asked, shape, device, settle_compiling, skeleton, rank=rank, **workers)
     config = config.model_copy(update={"micro_batch_size": request.config.micro_batch_size})
-    kept = strip_mask(attention, recipe)
-    config, placement, estimate = fit_into_memory(request, config, plan, shape, attention=kept, **limits)
+    config, placement, estimate = fit_into_memory(
+        request, config, plan, shape, attention=name_kept(attention, recipe), **limits
+    )
     _keep_heaps_small(placement, device)
     return Settled(recipe, config, replace(placement, attention=attention), estimate)
 

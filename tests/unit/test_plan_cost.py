@@ -16,7 +16,7 @@ from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig,
 from layerplan.config.train import TrainConfig
 from layerplan.models.freezing import apply_plan
 from layerplan.models.model_sizes import make_model_shape
-from layerplan.plan.attention import CAUSAL, count_square_bytes
+from layerplan.plan.attention import CAUSAL, OWN, count_square_bytes
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.freeze_plan import FreezePlan
@@ -280,14 +280,16 @@ def test_a_steps_memory_on_an_h100(plan_config: Any, rows: int, measured_gib: fl
     assert (found.total - found.baseline) / 2**30 == pytest.approx(measured_gib, rel=0.02)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "blocks"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "blocks", OWN])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_attention_keeps_grows_with_the_square_of_a_row(attention: str, dtype: torch.dtype) -> None:
     """Saved tensors of two layers, one of them frozen, at two lengths of rows: what is not in proportion to the tokens."""
     values = QWEN3_0P6B | {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 384, "vocab_size": 256}
     values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 1024}
     plan, _ = plan_of(DEEP(boundary=1), values)
-    options = {"attention": attention, "num_documents": 2}
+    if attention == OWN:
+        values |= {"model_type": "gemma2", "query_pre_attn_scalar": 32}
+    options = {"attention": "eager" if attention == OWN else attention, "num_documents": 2}
     once, twice = (saved_bytes(values, plan, dtype, seq_len=length, **options) for length in (256, 512))
 
     def predict(seq_len: int) -> float:
