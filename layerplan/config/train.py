@@ -22,7 +22,7 @@ class OptimizerConfig(StrictModel):
     eps: float = Field(default=1e-8, gt=0)
     """Added to the denominator of the update."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay on matrices; norms and biases have none."""
+    """Decoupled weight decay on matrices; norms, biases and the vectors of a state-space model have none."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradient clipping threshold (global L2 norm)."""
 
@@ -46,9 +46,10 @@ class StabilityConfig(StrictModel):
     on_nonfinite: Literal["skip", "rollback", "stop"] = "skip"
     """Non-finite loss or gradient: leave the weights as they are and go on, return to the last checkpoint, or stop."""
     max_nonfinite: int = Field(default=5, ge=0)
-    """Stop after so many skipped steps."""
+    """Stop after so many steps that were left out as not finite."""
     on_spike: Literal["off", "log", "skip", "rollback", "stop"] = "log"
-    """Loss far above its recent mean: only note it, leave out the update, return to the last checkpoint, or stop."""
+    """Loss far above its recent mean: only note it, leave out the update, return to the last checkpoint, or stop. After
+    `spike_window` such steps in a row it is taken for the loss's level."""
     spike_sigmas: float = Field(default=6.0, gt=0)
     """A spike is a loss this many recent standard deviations above the recent mean."""
     spike_window: int = Field(default=50, ge=5)

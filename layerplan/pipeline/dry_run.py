@@ -225,9 +225,7 @@ def list_beside(plan: FreezePlan, model: ModelIdentity, shape: ModelShape) -> di
 def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: PlanCost) -> None:
     train, seq_len = config.train, config.corpus.seq_len
     tokens = train.max_steps * train.global_batch_size * seq_len
-    flops = tokens * cost.total_flops + train.max_steps * cost.optimizer_flops_per_step
     rate, source = find_rate(config)
-    hours = count_hours(flops, config, rate)
     available = ASSUMED_GPU_BYTES if train.use_gpu else psutil.virtual_memory().available / train.most_workers
     device_type = "cuda" if train.use_gpu else "cpu"
     place: dict[str, Any] = {"seq_len": seq_len, "world_size": train.fewest_workers, "device_type": device_type}
@@ -237,10 +235,14 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
     placement, memory = chosen.placement, chosen.estimate
     phase = plan.at_step(chosen.start_step)
     sent = predict_communication(phase, shape, train, placement, world_size=train.fewest_workers)
+    again = len(placement.checkpointed_layers) / shape.num_layers * cost.forward_flops
+    flops = tokens * (cost.total_flops + again) + train.max_steps * cost.optimizer_flops_per_step
+    hours = count_hours(flops, config, rate)
     estimated = "\nnote   FLOPs and activations of this model are estimated from its sizes; parameters are counted"
     approximate = "" if shape.is_exact else estimated
     print(f"tokens {tokens:,} in {train.max_steps:,} steps of {train.global_batch_size} x {seq_len:,}")
-    print(f"FLOPs  {flops:.3g}; about {hours:.2g} hours on {train.most_workers} x {source}")
+    recomputed = f", {tokens * again / flops:.0%} of them recomputed" if again else ""
+    print(f"FLOPs  {flops:.3g}{recomputed}; about {hours:.2g} hours on {train.most_workers} x {source}")
     print(
         f"memory {memory.total / GIB:.2f} GiB of {available / GIB:.0f} per worker: parameters {memory.parameters / GIB:.2f},"
         f" activations {memory.activations / GIB:.2f}, loss {memory.loss / GIB:.2f}, the rest {memory.baseline / GIB:.2f}"

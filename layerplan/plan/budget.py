@@ -207,8 +207,9 @@ def _list_candidates(
                 choice = kind(boundary=boundary, train_final_norm=config.train_final_norm, **options)
                 plan = make_plan(choice, model=model, shape=shape, profile=profile, seq_len=seq_len)
                 cost = predict_cost(plan, shape, seq_len=seq_len)
-                memory = _predict_memory(plan, shape, config, train, seq_len)
-                hours = tokens * cost.total_flops / rate / 3600
+                memory, num_recomputed = _predict_memory(plan, shape, config, train, seq_len)
+                again = cost.forward_flops * num_recomputed / shape.num_layers
+                hours = tokens * (cost.total_flops + again) / rate / 3600
                 candidate = Candidate(
                     side=f"freeze_{side}",
                     boundary=boundary,
@@ -245,10 +246,11 @@ def _list_ends(shape: ModelShape) -> list[tuple[str, dict[str, Any]]]:
 
 def _predict_memory(
     plan: FreezePlan, shape: ModelShape, config: BudgetPlanConfig, train: TrainConfig, seq_len: int
-) -> float:
+) -> tuple[float, int]:
+    """GiB of a worker, and how many layers are recomputed for it to fit."""
     device_type, train = "cuda" if train.use_gpu else "cpu", train.assume_compile()
     available = config.max_memory_gib * GIB if config.max_memory_gib is not None else float("inf")
-    _, estimate = choose_placement(
+    placement, estimate = choose_placement(
         plan,
         shape,
         train,
@@ -258,7 +260,7 @@ def _predict_memory(
         available_bytes=available,
         attention=expect_attention(train, seq_len=seq_len, device_type=device_type),
     )
-    return estimate.total / GIB
+    return estimate.total / GIB, len(placement.checkpointed_layers)
 
 
 def _keeps(limit: float | None, value: float) -> bool:

@@ -64,6 +64,8 @@ def predict_communication(
         gathered += max(0, shape.total_params - layers - trained_ends)
     scattered = (1 if config.use_gpu else GLOO_SCATTER) * _ring(shards) * trained
     reduced = scattered + 2 * _ring(config.num_replicas) * trained / shards
+    if placement.reduces_each:
+        reduced *= micro_steps
     return CommunicationCost(_ring(shards) * width * gathered * micro_steps, GRADIENT_BYTES * reduced)
 
 

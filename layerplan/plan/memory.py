@@ -8,7 +8,7 @@ since norms and activations are computed again; on an H100 its bytes are within 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from layerplan.config.train import TrainConfig
@@ -117,6 +117,7 @@ def estimate_memory(
     world_size: int,
     device_type: str,
     adapter_params: int = 0,
+    adds_up: bool = False,
 ) -> MemoryEstimate:
     """Predicts one worker's memory under a placement.
 
@@ -130,11 +131,13 @@ def estimate_memory(
         device_type: `cuda` or `cpu`.
         adapter_params: Parameters of adapters that train in place of the plan's layers, which are then all frozen; what
             the layers store for backward stays, as adapters need the same inputs.
+        adds_up: Whether a step is several micro-batches even where its rows would be one.
     """
     width = _WIDTH[config.compute_dtype]
     trained = adapter_params or count_trainable_params(plan, shape)
     reduced = 0 if adapter_params or placement.parallelism == "replicate" else _largest_trained_unit(plan, shape)
     frozen = shape.total_params - (0 if adapter_params else trained)
+    adds_up = adds_up or _adds_up(config, world_size)
     tokens = config.micro_rows * seq_len
     checkpointed = set(placement.checkpointed_layers)
     whole = _path_bytes(plan, shape, config, placement.attention, seq_len)
@@ -142,7 +145,7 @@ def estimate_memory(
     stored = tokens * (sum(kept.values()) + max((whole[layer] for layer in checkpointed), default=0.0))
     loss = _chunk_bytes(plan, shape, config, tokens, device_type) + 3 * tokens * shape.hidden_size * width
     return MemoryEstimate(
-        parameters=_parameter_bytes(trained, frozen, width, shape, config, placement, world_size, device_type)
+        parameters=_parameter_bytes(trained, frozen, width, shape, config, placement, world_size, device_type, adds_up)
         + reduced * (width + _REDUCED[device_type]),
         activations=stored,
         loss=loss,
@@ -186,6 +189,7 @@ def choose_placement(
     available_bytes: float,
     attention: str = "sdpa",
     adapter_params: int = 0,
+    adds_up: bool = False,
 ) -> tuple[Placement, MemoryEstimate]:
     """Settles every `auto`: the placement that communicates and recomputes least and still fits.
 
@@ -207,9 +211,14 @@ def choose_placement(
 
             def estimate(placement: Placement) -> MemoryEstimate:
                 limits = {"seq_len": seq_len, "world_size": world_size, "adapter_params": adapter_params}
-                return estimate_memory(plan, shape, config, placement, device_type=device_type, **limits)
+                return estimate_memory(
+                    plan, shape, config, placement, device_type=device_type, adds_up=adds_up, **limits
+                )
 
             excess = estimate(bare).total - limit
+            if excess > 0 and parallelism == "shard" and (adds_up or _adds_up(config, world_size)):
+                bare = replace(bare, reduces_each=True)
+                excess = estimate(bare).total - limit
             mode = config.activation_checkpointing
             tokens = config.micro_rows * seq_len
             # a recomputed layer still keeps its input
@@ -221,7 +230,7 @@ def choose_placement(
                 bytes_to_save=excess + tokens * max(whole.values(), default=0.0),
                 layer_bytes={layer: tokens * (stored - kept) for layer, stored in whole.items()},
             )
-            placement = Placement(parallelism, frozen_sharding, attention, layers)
+            placement = replace(bare, checkpointed_layers=layers)
             best = placement, estimate(placement)
             if best[1].total <= limit:
                 return best
@@ -282,6 +291,11 @@ def _path_bytes(
     }
 
 
+def _adds_up(config: TrainConfig, world_size: int) -> bool:
+    """Whether a worker's rows of a step are several micro-batches."""
+    return config.global_batch_size > world_size * config.micro_rows
+
+
 def _largest_trained_unit(plan: FreezePlan, shape: ModelShape) -> int:
     """Parameters of the largest FSDP unit that has gradients: a decoder layer, or the root with its embeddings and head."""
     root = _count_root(shape) if plan.train_embeddings or trains_head(plan) else 0
@@ -302,11 +316,11 @@ def _parameter_bytes(
     placement: Placement,
     world_size: int,
     device_type: str,
+    adds_up: bool,
 ) -> float:
     moments = 8 if config.optimizer.type == "adamw" else 0.1
     if placement.parallelism == "replicate":
-        accumulates = config.global_batch_size > world_size * config.micro_rows
-        gradient = 4 if width == 4 or accumulates else width
+        gradient = 4 if width == 4 or adds_up else width
         master = 4 if width != 4 else 0
         return trained * (width + gradient + master + moments) + frozen * width
     shards = world_size // config.num_replicas
@@ -316,4 +330,6 @@ def _parameter_bytes(
     # gloo gathers into a copy of its own, and FSDP takes the pieces out of another
     copies = 2 * max(root, shape.largest_layer_params) if device_type == "cpu" else 0
     gathered = width * (2 * shape.largest_layer_params + root + copies)
-    return trained * (4 + 4 + moments) / shards + frozen * width / frozen_shards + gathered
+    # until a step's last micro-batch FSDP holds gradients that add up whole, in float32
+    gradients = 4 * trained if adds_up and not placement.reduces_each else 4 * trained / shards
+    return trained * (4 + moments) / shards + gradients + frozen * width / frozen_shards + gathered

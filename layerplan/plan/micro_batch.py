@@ -6,6 +6,7 @@ where memory is short one row with everything kept is quicker than several that 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from layerplan.config.train import TrainConfig
@@ -67,7 +68,8 @@ def settle_micro_rows(config: TrainConfig, rows: int) -> TrainConfig:
 
 
 def _fits(plan: FreezePlan, shape: ModelShape, config: TrainConfig, size: int, limits: dict[str, Any]) -> bool:
-    """Whether a size fits under the placement that one row has, with no more layers recomputed."""
+    """Whether a size fits under the placement that one row has, with no more layers recomputed and gradients sent no oftener."""
     one, _ = choose_placement(plan, shape, settle_micro_rows(config, 1), **limits)
     placement, estimate = choose_placement(plan, shape, settle_micro_rows(config, size), **limits)
-    return placement == one and estimate.total <= HEADROOM * limits["available_bytes"]
+    is_same = replace(placement, reduces_each=one.reduces_each) == one and placement.reduces_each <= one.reduces_each
+    return is_same and estimate.total <= HEADROOM * limits["available_bytes"]

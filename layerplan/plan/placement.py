@@ -25,6 +25,8 @@ class Placement:
     """As `train.attention` names it; or by what it keeps (`name_kept` in `layerplan/plan/attention.py`)."""
     checkpointed_layers: tuple[int, ...] = ()
     """Decoder layers whose activations are recomputed."""
+    reduces_each: bool = False
+    """Whether shards take their part of the gradients after every micro-batch: sent more often, and never held whole."""
 
 
 def choose_layers(

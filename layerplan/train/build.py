@@ -226,6 +226,7 @@ def render_placement(placement: Placement, estimate: MemoryEstimate, available: 
         f"{len(applied.trainable)} parameters train, {len(applied.frozen)} are frozen;"
         f" parallelism {placement.parallelism}"
         + (f", frozen parameters {_PLACED[placement.frozen_sharding]}" if placement.parallelism == "shard" else "")
-        + f", attention {placement.attention}, {len(placement.checkpointed_layers)} layers recomputed;"
-        f" memory predicted {estimate.total / GIB:.2f} GiB of {available / GIB:.2f} GiB per worker"
+        + f", attention {placement.attention}, {len(placement.checkpointed_layers)} layers recomputed"
+        + (", gradients sent after every micro-batch" if placement.reduces_each else "")
+        + f"; memory predicted {estimate.total / GIB:.2f} GiB of {available / GIB:.2f} GiB per worker"
     )

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from layerplan.config.train import TrainConfig
 from layerplan.corpus.rows import PackedRows
 from layerplan.errors import TrainingError
 from layerplan.models.causal_lm import find_decoder_parts
@@ -65,6 +66,10 @@ class LabelLossModel(LossModel):
             self._propagated[batch.start_layer] += batch.num_labels
         with self._starting_at(batch.start_layer):
             return self._compute(batch, scale)
+
+    def makes_several(self, config: TrainConfig, world_size: int) -> bool:
+        """Prompts with different start layers are never one micro-batch."""
+        return True
 
     def make_batches(self, rows: PackedRows, size: int, device: torch.device) -> list[TensorBatch]:
         """Micro-batches of one start layer each."""

@@ -152,7 +152,7 @@ class Books:
             return False
         if self.hooks.write_ledger is not None:
             self.hooks.write_ledger(launched.step, launched.prepared.rows)
-        self._advance(launched, is_skipped=verdict.action != "apply")
+        self._advance(launched, verdict)
         return True
 
     def report(self, launched: LaunchedStep) -> None:
@@ -196,14 +196,16 @@ class Books:
             self._verdict = launched.step, self._monitor.judge(launched.step, *launched.read(), **counts)
         return self._verdict[1]
 
-    def _advance(self, launched: LaunchedStep, *, is_skipped: bool) -> None:
+    def _advance(self, launched: LaunchedStep, verdict: StepDecision) -> None:
         now = time.perf_counter()
         seconds, self._since, self._verdict = now - self._since, now, None
+        is_left_out, is_spike = verdict.action != "apply", verdict.event == "loss_spike"
         update = {
             "step": launched.step,
             "tokens_seen": self.state.tokens_seen + launched.counts.tokens,
             "train_s": self.state.train_s + seconds,
-            "skipped_steps": self.state.skipped_steps + int(is_skipped),
+            "skipped_steps": self.state.skipped_steps + int(is_left_out and not is_spike),
+            "skipped_spikes": self.state.skipped_spikes + int(is_left_out and is_spike),
             "recent_losses": tuple(self._monitor.recent),
             "window_losses": (*self.state.window_losses, launched.read()[0]),
             "peak_flops": self.setup.peak_flops,
@@ -322,7 +324,7 @@ def _collect_values(setup: LoopSetup, state: TrainState, launched: LaunchedStep,
         metrics.GRAD_NORM: launched.read()[1],
         metrics.LEARNING_RATE: setup.optimizer.param_groups[0]["lr"],
         metrics.TOKENS_SEEN: float(state.tokens_seen),
-        metrics.SKIPPED_STEPS: float(state.skipped_steps),
+        metrics.SKIPPED_STEPS: float(state.skipped_steps + state.skipped_spikes),
         metrics.ROLLBACKS: float(state.rollbacks),
         metrics.TOKENS_PER_S: window.tokens_per_s,
         metrics.STEP_S: window.step_s,

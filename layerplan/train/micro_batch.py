@@ -131,6 +131,8 @@ def try_step(built: BuiltModel, seq_len: int) -> BaseException | None:
     try:
         rows = make_trial_rows(built, seq_len)
         batches = placed.model.make_batches(rows, built.config.micro_rows, device)
+        if is_sharded and placed.model.makes_several(built.config, dist.get_world_size()):
+            batches = batches * 2  # the first leaves its gradients whole
         # replicas must not wait for each other here: one may have no room for what another has
         set_sync = placed.set_sync if is_sharded else None if placed.set_sync is None else _never(placed.set_sync)
         accumulate_gradients(placed.model, batches, 1.0, set_sync)

@@ -19,6 +19,10 @@ from layerplan.config.train import OptimizerConfig
 from layerplan.errors import TrainingError
 from layerplan.train.adamw import State, UpdateTerms, choose_adamw, local_tensor
 
+STATE_VECTORS = ("A_log", "D")
+"""Names that state-space models give the decay of their state and what passes by it: a number per channel, or per channel
+and state."""
+
 
 class UpdateRule(Protocol):
     """How parameters change by their gradients."""
@@ -112,7 +116,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Builds the optimizer over the parameters that require gradients; build it after sharding.
 
-    Matrices decay, vectors do not.
+    Matrices decay, vectors do not (`is_matrix`).
 
     Args:
         model: Placed, so that its parameters are the final ones.
@@ -123,11 +127,12 @@ def build_optimizer(
     Raises:
         TrainingError: When nothing trains, or the memory-lean optimizer meets sharded parameters.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = [parameter for _, parameter in named]
     if not trained:
         raise TrainingError("the plan trains no parameter of this model")
-    decays = [parameter for parameter in trained if parameter.ndim >= 2]
-    others = [parameter for parameter in trained if parameter.ndim < 2]
+    decays = [parameter for name, parameter in named if is_matrix(name, parameter)]
+    others = [parameter for name, parameter in named if not is_matrix(name, parameter)]
     groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if config.type == "adamw":
@@ -138,6 +143,12 @@ def build_optimizer(
             " use train.parallelism=replicate or train.optimizer.type=adamw"
         )
     return MasterOptimizer(groups, config, masters or {}, Adafactor(config))
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether something is multiplied by it: not biases of several experts or heads, nor a state's decay, kept as one."""
+    last = name.rpartition(".")[2]
+    return parameter.ndim >= 2 and "bias" not in last and last not in STATE_VECTORS
 
 
 def iter_parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:

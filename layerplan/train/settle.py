@@ -83,6 +83,7 @@ def settle(
     settle_compiling = settle_compile(asked, plan, shape, device, **workers)
     recipe, config, attention = ask_whole_model(asked, shape, device, settle_compiling, skeleton, rank=rank, **workers)
     config = config.model_copy(update={"micro_batch_size": request.config.micro_batch_size})
+    limits["adds_up"] = request.labels is not None or recipe.rows in ("alone", "reset")
     config, placement, estimate = fit_into_memory(
         request, config, plan, shape, attention=name_kept(attention, recipe), **limits
     )

@@ -37,7 +37,7 @@ class PlacedModel:
     masters: dict[int, Tensor] = field(default_factory=dict)
     """id of a low-precision trained parameter to its float32 original."""
     set_sync: Callable[[bool], None] | None = None
-    """Told before each backward pass whether it is the step's last."""
+    """Told before each backward pass whether it is the step's last; None where that makes no difference."""
     finish_sync: Callable[[], None] | None = None
     """Called after the last backward pass."""
     reduce_square: Callable[[Tensor], Tensor] | None = None
@@ -94,7 +94,7 @@ def place_model(
     model = loss_model(causal_lm, recipe, z_weight=config.z_loss, compiled=config.compiles)
     if placement.parallelism == "replicate":
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if config.global_batch_size > world_size * config.micro_rows:
+        if model.makes_several(config, world_size):
             _accumulate_in_float32(trained)
         if world_size == 1:
             return PlacedModel(model, masters)
@@ -110,7 +110,8 @@ def place_model(
         dist.all_reduce(square, group=shards)
         return square
 
-    return PlacedModel(model, masters, model.set_requires_gradient_sync, reduce_square=reduce_square)
+    set_sync = None if placement.reduces_each else model.set_requires_gradient_sync
+    return PlacedModel(model, masters, set_sync, reduce_square=reduce_square)
 
 
 def cast_for_training(causal_lm: nn.Module, config: TrainConfig, placement: Placement) -> dict[int, Tensor]:

@@ -28,6 +28,8 @@ class StabilityMonitor:
 
     config: StabilityConfig
     recent: deque[float] = field(default_factory=deque)
+    spikes_in_a_row: int = 0
+    """After a window full of them the loss has another level, not a spike."""
 
     @property
     def looks_first(self) -> bool:
@@ -41,25 +43,36 @@ class StabilityMonitor:
             step: 1-based number of the step.
             loss: Global mean loss.
             grad_norm: Norm before clipping.
-            skipped: Steps left out so far.
+            skipped: Steps left out so far because they were not finite.
             rollbacks: Returns to a checkpoint so far.
         """
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             event, policy = "nonfinite", str(self.config.on_nonfinite)
             message = f"step {step}: loss {loss:.4g} or gradient norm {grad_norm:.4g} is not finite"
         elif self._is_spike(loss):
+            self.spikes_in_a_row += 1
+            if self.spikes_in_a_row >= self.config.spike_window:
+                return self._accept_level(step, loss)
             event, policy = "loss_spike", self.config.on_spike
             message = (
                 f"step {step}: loss {loss:.4f} is over {self.config.spike_sigmas:g} deviations above its recent mean"
             )
         else:
+            self.spikes_in_a_row = 0
             self._remember(loss)
             return StepDecision("apply")
         return self._apply_policy(event, policy, message, skipped, rollbacks)
 
     def forget(self) -> None:
-        """Starts over after a return to a checkpoint."""
+        """Starts over after a return to a checkpoint, or at another level of the loss."""
         self.recent.clear()
+        self.spikes_in_a_row = 0
+
+    def _accept_level(self, step: int, loss: float) -> StepDecision:
+        message = f"step {step}: loss {loss:.4f} ends {self.spikes_in_a_row} steps in a row above their recent mean"
+        self.forget()
+        self._remember(loss)
+        return StepDecision("apply", "loss_level", f"{message}; it is taken for the loss's level from here on")
 
     def _apply_policy(self, event: str, policy: str, message: str, skipped: int, rollbacks: int) -> StepDecision:
         if policy in ("log", "off"):
@@ -71,7 +84,8 @@ class StabilityMonitor:
             policy = "stop"
             message += f"; max_rollbacks={self.config.max_rollbacks} are used up"
         if policy == "skip":
-            return StepDecision("skip", event, f"{message}; its update is left out ({skipped + 1} so far)")
+            count = f" ({skipped + 1} so far)" if event == "nonfinite" else ""
+            return StepDecision("skip", event, f"{message}; its update is left out{count}")
         if policy == "rollback":
             return StepDecision(
                 "rollback", event, f"{message}; returning to the last checkpoint ({rollbacks + 1} so far)"

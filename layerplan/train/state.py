@@ -33,6 +33,8 @@ class TrainState(StrictModel):
     """Tokens trained on, padding left out."""
     skipped_steps: int = 0
     """Steps whose update was left out because of a non-finite loss or gradient."""
+    skipped_spikes: int = 0
+    """Steps whose update was left out because of a loss far above the recent ones, as `on_spike: skip` asks."""
     rollbacks: int = 0
     """Returns to a checkpoint because of a bad step."""
     horizons: tuple[tuple[int, int], ...] = ()

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layerplan.config.train import TrainConfig
 from layerplan.corpus.rows import PackedRows, join_documents
 from layerplan.models.causal_lm import find_decoder_parts
 from layerplan.models.document_starts import find_start_arguments, mark_starts
@@ -71,6 +72,10 @@ class LossModel(nn.Module):
     def make_batches(self, rows: PackedRows, size: int, device: torch.device) -> list[TensorBatch]:
         """Cuts a rank's rows into micro-batches of at most `size` rows."""
         return make_batches(rows, size, self.recipe, device)
+
+    def makes_several(self, config: TrainConfig, world_size: int) -> bool:
+        """Whether a worker's step may be more than one micro-batch, whose gradients add up."""
+        return makes_several(self.recipe, config, world_size)
 
     def list_starts(self, rows: PackedRows) -> tuple[int, ...]:
         """Layers that a step's micro-batches start to train at, where they differ from the plan's own."""
@@ -180,6 +185,12 @@ def make_batches(rows: PackedRows, size: int, recipe: LossRecipe, device: torch.
         batches.append(_make_alone(documents[start:stop], device))
         start = stop
     return batches or [make_blank_batch(device)]
+
+
+def makes_several(recipe: LossRecipe, config: TrainConfig, world_size: int) -> bool:
+    """Whether a worker's rows of a step may be more than one micro-batch (`make_batches`)."""
+    rows_at_once = {"alone": 0, "reset": 1}.get(recipe.rows, config.micro_rows)
+    return config.global_batch_size > world_size * rows_at_once
 
 
 def make_blank_batch(device: torch.device) -> TensorBatch:

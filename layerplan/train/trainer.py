@@ -269,7 +269,7 @@ def _summarise(
         wall_s=wall_s,
         tokens_per_s=state.tokens_seen / max(state.train_s, 1e-9),
         mfu=_overall_mfu(request, state),
-        skipped_steps=state.skipped_steps,
+        skipped_steps=state.skipped_steps + state.skipped_spikes,
         rollbacks=state.rollbacks,
         proof=state.summarise_proof(),
         stopped_early=state.step < request.config.max_steps,

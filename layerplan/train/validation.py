@@ -74,8 +74,8 @@ def compute_row_losses(
 
 
 def _equalise(batches: list[TensorBatch], model: LossModel, device: torch.device, world_size: int) -> list[TensorBatch]:
-    """As many micro-batches on every rank; packed rows are that already."""
-    if model.recipe.rows != "alone" or world_size == 1:
+    """As many micro-batches on every rank, where a row may be one or several: elsewhere they are that already."""
+    if model.recipe.rows not in ("alone", "reset") or world_size == 1:
         return batches
     most = torch.tensor([len(batches)], device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)

@@ -23,6 +23,8 @@ TIES["modules"] = (False,)
 """Plans, and whether embeddings are tied; modules inside layers know nothing of them."""
 PLACEMENTS = (("replicate", "replicate", 1), ("shard", "replicate", 1), ("shard", "shard", 1), ("shard", "shard", 2))
 """Parallelism, frozen layers, and groups that each hold all shards (HSDP)."""
+IN_PIECES = PLACEMENTS[2]
+"""Takes a step in two micro-batches, after each of which gradients are sent."""
 
 
 def test_two_workers_equal_one_process_over_fifty_steps(tmp_path: Path) -> None:
@@ -96,7 +98,7 @@ def train(plan_type, is_tied, placement, rank, world_size):  # type: ignore[no-u
     config = TrainConfig(
         max_steps=NUM_STEPS,
         global_batch_size=8,
-        micro_batch_size=4,
+        micro_batch_size=2 if placement == IN_PIECES else 4,
         num_workers=world_size,
         num_replicas=num_replicas,
         compute_dtype="float32",
@@ -105,7 +107,8 @@ def train(plan_type, is_tied, placement, rank, world_size):  # type: ignore[no-u
     )
     applied = apply_plan(model, plan)
     device = torch.device("cpu")
-    placed = place_model(model, plan, config, Placement(parallelism, frozen), world_size=world_size, device=device)
+    settled = Placement(parallelism, frozen, reduces_each=placement == IN_PIECES)
+    placed = place_model(model, plan, config, settled, world_size=world_size, device=device)
     optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters)
 
     def iter_steps(start: int, stop: int) -> Iterator[object]:
@@ -256,7 +259,7 @@ def main() -> None:
                     assert placed.reducer.bytes_sent == trained, case
                     assert sent.gathered == set() and sent.reduced_bytes == 0, case
                 else:
-                    assert sent.reduced_bytes == NUM_STEPS * trained, case
+                    assert sent.reduced_bytes == NUM_STEPS * trained * (2 if placement == IN_PIECES else 1), case
                     gathered = set(applied.trainable) if placement[1] == "replicate" else set(found)
                     # a group of one worker has nothing to gather
                     assert sent.gathered == (gathered if placement[2] == 1 else set()), case

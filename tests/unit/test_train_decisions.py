@@ -12,8 +12,11 @@ from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig
 from layerplan.config.train import ScheduleConfig, StabilityConfig, TrainConfig
 from layerplan.errors import TrainingError
 from layerplan.pipeline.summary import describe_change
+from layerplan.plan.communication import predict_communication
+from layerplan.plan.cost import count_trainable_params
 from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.plan.memory import choose_placement, estimate_memory, explain_shortage
+from layerplan.plan.memory import HEADROOM, choose_placement, estimate_memory, explain_shortage
+from layerplan.plan.micro_batch import choose_micro_rows
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement, choose_layers, gradient_path
 from layerplan.plan.policies import make_plan
@@ -69,6 +72,25 @@ def test_a_spike_is_called_only_once_the_window_is_full() -> None:
     assert judge(monitor, 2.0) == "apply"
 
 
+@pytest.mark.parametrize("policy", ["skip", "log"])
+def test_a_lasting_level_is_a_spike_for_one_window_only(policy: str) -> None:
+    """After as many steps in a row as the window has, the loss is taken as it is; spikes use up nothing of what is not finite."""
+    monitor = StabilityMonitor(StabilityConfig(on_spike=policy, spike_window=5, spike_sigmas=4, max_nonfinite=0))
+    for loss in (2.0, 2.1, 1.9, 2.0, 2.05):
+        assert judge(monitor, loss) == "apply"
+    events = [monitor.judge(step, 5.0, 1.0, skipped=0, rollbacks=0) for step in range(12)]
+    left_out = "skip" if policy == "skip" else "apply"
+    assert [each.action for each in events] == [left_out] * 4 + ["apply"] * 8
+    assert [each.event for each in events] == ["loss_spike"] * 4 + ["loss_level"] + [""] * 7
+
+
+def test_a_spike_between_others_begins_no_level() -> None:
+    monitor = StabilityMonitor(StabilityConfig(on_spike="skip", spike_window=5, spike_sigmas=4))
+    for loss in [2.0, 2.1, 1.9, 2.0, 2.05] + [5.0, 2.0] * 10:
+        judge(monitor, loss)
+    assert max(monitor.recent) < 3
+
+
 def test_gradient_path_starts_at_the_lowest_trained_layer() -> None:
     assert gradient_path(deep()) == tuple(range(28))
     assert gradient_path(shallow()) == tuple(range(14, 28))
@@ -116,6 +138,34 @@ def test_less_memory_means_recomputation_then_shards_then_a_refusal_that_helps()
     message = explain_shortage(bare, 2 * 2**30, config)
     for wanted in ("2,147,483,648 bytes", "micro_batch_size", "activation_checkpointing", "frozen_sharding"):
         assert wanted in message
+
+
+def test_gradients_that_add_up_are_whole_on_every_shard_or_sent_after_every_micro_batch() -> None:
+    """Eight rows a worker: eight micro-batches hold four bytes a trained weight until the last, or send eight times."""
+    plan, one = deep(), TrainConfig(num_workers=8, global_batch_size=64, micro_batch_size=8, parallelism="shard")
+    eight, place = one.model_copy(update={"micro_batch_size": 1}), {"seq_len": 64, "world_size": 8}
+    place |= {"device_type": "cuda"}
+    trained = count_trainable_params(plan, QWEN)
+    whole, pieces = Placement("shard", "shard"), Placement("shard", "shard", reduces_each=True)
+    parameters = [
+        estimate_memory(plan, QWEN, config, placement, **place).parameters
+        for config, placement in ((one, whole), (eight, whole), (eight, pieces))
+    ]
+    assert parameters[1] - parameters[0] == pytest.approx(4 * trained * 7 / 8)
+    assert parameters[2] == parameters[0]
+    sent = [predict_communication(plan, QWEN, eight, placement, world_size=8).reduced for placement in (whole, pieces)]
+    assert sent[1] == 8 * sent[0]
+
+    def choose(gib: float, config: TrainConfig = eight) -> Placement:
+        return choose_placement(plan, QWEN, config, available_bytes=gib * 2**30, **place)[0]
+
+    fits = estimate_memory(plan, QWEN, eight, Placement("shard", "replicate"), **place).total / 2**30 / HEADROOM
+    assert not choose(fits + 0.01).reduces_each
+    assert choose(fits - 0.01) == Placement("shard", "replicate", reduces_each=True), "before anything is recomputed"
+    assert not choose(fits - 0.01, one).reduces_each
+    free = {"available_bytes": (fits - 0.01) * 2**30}
+    auto = one.model_copy(update={"micro_batch_size": "auto"})
+    assert choose_micro_rows(plan, QWEN, auto, **place, **free) > 1, "more rows at once send no oftener"
 
 
 def test_a_frozen_prefix_stores_less_than_a_frozen_suffix() -> None:

@@ -95,6 +95,15 @@ def test_a_nonfinite_step_leaves_the_weights_and_the_optimizer_alone(log_every_s
     )
 
 
+def test_spikes_that_are_left_out_use_up_nothing_of_what_is_not_finite() -> None:
+    """A rate of a thousandth and a step a thousand times it: what comes after is a spike."""
+    stability = StabilityConfig(on_spike="skip", spike_window=5, spike_sigmas=0.01, max_nonfinite=1)
+    noisy = config_with(max_steps=16, stability=stability)
+    _, state, sink = train(noisy, rows_with_poison(15))
+    assert state.skipped_spikes > 0 and state.skipped_steps == 1
+    assert sink.metrics[16]["train/skipped_steps"] == state.skipped_spikes + 1
+
+
 def test_too_many_nonfinite_steps_stop_the_run() -> None:
     with pytest.raises(TrainingError, match=r"step 4: .* is not finite; max_nonfinite=2 steps were left out before it"):
         train(config_with(stability=StabilityConfig(max_nonfinite=2)), rows_with_poison(*range(1, 8)))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from layerplan.config.train import OptimizerConfig
 from layerplan.train import adamw
 from layerplan.train.optim import build_optimizer
+from tests import families
 
 STEPS = 5
 SCALE = 0.5
@@ -68,3 +69,20 @@ def test_a_parameter_without_a_gradient_keeps_its_weight_and_its_state() -> None
     optimizer.step()
     assert [torch.equal(a, b) for a, b in zip(before, model.parameters())] == [False, True, True, True, True]
     assert [float(optimizer.state[each]["step"]) for each in model.parameters()] == [1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mamba"])
+def test_biases_of_experts_and_vectors_of_a_state_do_not_decay(family: str) -> None:
+    """A step whose gradients are zero moves what decays alone."""
+    model = families.make_model(family).float()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=0.1, weight_decay=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    vectors = {name for name in before if "bias" in name or name.endswith(("A_log", ".D", "norm.weight"))}
+    assert any(before[name].ndim > 1 and before[name].any() for name in vectors), "the kind that was taken for matrices"
+    assert not moved & vectors
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert linear & before.keys() <= moved
