@@ -33,6 +33,7 @@ def test_two_workers_equal_one_process_over_fifty_steps(tmp_path: Path) -> None:
     assert outputs[0].count("case ok") == sum(map(len, TIES.values())) * len(PLACEMENTS)
     for output in outputs:
         assert output.count("bytes ok") == len(TIES) * len(PLACEMENTS)
+        assert output.count("validation ok") == 1
 
 
 def make_model(is_tied: bool):  # type: ignore[no-untyped-def]
@@ -229,6 +230,31 @@ def count_bytes(plan_type: str, placement, rank: int) -> None:  # type: ignore[n
     print(f"bytes ok {plan_type} {placement}: {sum(here.values()):,} of {wanted:,}", flush=True)
 
 
+def check_validation(rank: int) -> None:
+    """Seven rows of which each is a micro-batch, in pairs: one rank has a row fewer, and gathers with the other all the same."""
+    import torch
+
+    from layerplan.config.train import TrainConfig
+    from layerplan.models.freezing import apply_plan
+    from layerplan.plan.loss_recipe import LossRecipe
+    from layerplan.plan.placement import Placement
+    from layerplan.train.sharding import place_model
+    from layerplan.train.step import LossModel
+    from layerplan.train.validation import compute_validation_loss
+
+    device, rows = torch.device("cpu"), rows_of_step(0, 0, 1).take(0, 7)
+    expected = compute_validation_loss(LossModel(make_model(False)), rows, micro_batch_size=7, device=device)
+    model = make_model(False)
+    plan = make_plan_for(model, "full")
+    apply_plan(model, plan)
+    config = TrainConfig(global_batch_size=8, micro_batch_size=2, num_workers=2, compute_dtype="float32")
+    place = {"world_size": 2, "device": device, "recipe": LossRecipe(rows="reset")}
+    placed = place_model(model, plan, config, Placement("shard", "shard"), **place)
+    found = compute_validation_loss(placed.model, rows, micro_batch_size=2, device=device, rank=rank, world_size=2)
+    assert abs(found - expected) < 1e-6, (found, expected)
+    print("validation ok", flush=True)
+
+
 def main() -> None:
     import torch
     import torch.distributed as dist
@@ -272,6 +298,7 @@ def main() -> None:
     for plan_type in TIES:
         for placement in PLACEMENTS:
             count_bytes(plan_type, placement, rank)
+    check_validation(rank)
     dist.destroy_process_group()
 
 
