@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from eval.artifacts import load_continued
+from eval.held_out import name_source
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.corpus.sources import iter_documents
@@ -51,7 +52,8 @@ def cut_prompt(text: str) -> str:
 def _take_first_words(config: EvaluationConfig) -> list[str]:
     prompts: list[str] = []
     for item in config.held_out:
-        texts = (document.text for document in iter_documents(CorpusConfig(sources=[item.source])))
+        documents = iter_documents(CorpusConfig(sources=[item.source]), field=name_source(item))
+        texts = (document.text for document in documents)
         prompts += map(cut_prompt, islice((text for text in texts if text.strip()), PROMPTS_PER_TEXT))
     return list(dict.fromkeys(prompts))
 

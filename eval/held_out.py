@@ -80,11 +80,17 @@ def read_held_out(item: HeldOutConfig) -> list[Document]:
         EvaluationError: When there is none.
         CorpusError: When the source cannot be read.
     """
-    whole = (document for document in iter_documents(CorpusConfig(sources=[item.source])) if document.text)
+    read = iter_documents(CorpusConfig(sources=[item.source]), field=name_source(item))
+    whole = (document for document in read if document.text)
     documents = [replace(document, text=document.text[: item.max_chars]) for document in whole]
     if not documents:
         raise EvaluationError(f"evaluation.held_out: {item.name}: {item.source.path} holds no document")
     return documents
+
+
+def name_source(item: HeldOutConfig) -> str:
+    """What a message calls the source of a held-out text."""
+    return f"evaluation.held_out ({item.name}).source"
 
 
 def load_held_out(out_dir: Path) -> dict[str, HeldOutResult]:

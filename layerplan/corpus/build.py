@@ -131,9 +131,16 @@ def build_token_store(
             manifest = _finish(config, store, writer, joining, config_sha256, held_out_sha256, questions)
         write_manifest(store, manifest, upload)
         journal.remove()
+    except TooSmallError:
+        journal.remove()  # there is nothing to go on with, so that more text begins anew
+        raise
     finally:
         journal.close()
     return manifest
+
+
+class TooSmallError(CorpusError):
+    """All that there is to read makes no row."""
 
 
 def hash_config(config: CorpusConfig, questions: Sequence[BenchmarkText], seed: int) -> str:
@@ -283,7 +290,7 @@ def _check_counts(config: CorpusConfig, store: Path, writer: StoreWriter) -> Non
             f" malformed ({bad:.1%}); the first is {writer.state.first_fault}; all are in {store / QUARANTINE_NAME}"
         )
     if not any(progress.num_full_rows for progress in writer.state.sources):
-        raise CorpusError(
+        raise TooSmallError(
             f"corpus.sources: {counts['in']} documents in, {counts[KEPT]} kept, none fills a row of"
             f" seq_len={config.seq_len}; at least one full row of text is needed"
         )

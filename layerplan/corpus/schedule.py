@@ -29,6 +29,15 @@ PATTERN_SLOTS = 4096
 Ids = NDArray[np.int64]
 
 
+def check_enough(num_rows: int, global_batch_size: int) -> None:
+    """Raises `CorpusError` when a store has fewer rows than a step takes."""
+    if num_rows < global_batch_size:
+        raise CorpusError(
+            f"token store: has {num_rows} rows, a step takes train.global_batch_size={global_batch_size}; give more text,"
+            " a shorter corpus.seq_len or a smaller batch"
+        )
+
+
 @dataclass(frozen=True)
 class RowRange:
     """Consecutive rows of one source; row groups start anew with it."""
@@ -54,11 +63,7 @@ class LaneSchedule:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.num_rows < self.num_lanes:
-            raise CorpusError(
-                f"token store: {self.num_rows} rows cannot fill train.global_batch_size={self.num_lanes} lanes;"
-                " give more text, a shorter corpus.seq_len or a smaller batch"
-            )
+        check_enough(self.num_rows, self.num_lanes)
         if self.is_weighted and any(source.num_rows == 0 for source in self.sources):
             index = [source.num_rows for source in self.sources].index(0)
             raise CorpusError(f"corpus.sources.{index}: has a weight but no rows; every document of it was dropped")

@@ -39,8 +39,16 @@ MACHINE_UNIT_BYTES = 16 * 2**10
 """Assumed size of a module's documentation, for progress and for grouping."""
 
 
+SOURCE_FIELD = "corpus.sources.{index}"
+"""Where a config names a source, for messages."""
+
+
 def list_units(
-    config: CorpusConfig, *, unit_bytes: int | None = None, report: Callable[[str], None] | None = None
+    config: CorpusConfig,
+    *,
+    unit_bytes: int | None = None,
+    report: Callable[[str], None] | None = None,
+    field: str = SOURCE_FIELD,
 ) -> UnitTable:
     """Lists what the sources name, in a fixed order, cut into stretches of `unit_bytes` or `UNIT_BYTES`.
 
@@ -48,31 +56,33 @@ def list_units(
         config: The sources.
         unit_bytes: Bytes of a stretch.
         report: Receives one line for each source that has files which are not read.
+        field: What a message calls a source.
 
     Raises:
         CorpusError: When a source does not exist, cannot be reached or holds no readable file.
     """
     parts: list[SourceUnits] = []
     for index, source in enumerate(config.sources):
+        name = field.format(index=index)
         try:
             found, note = _list_source(index, source, unit_bytes or UNIT_BYTES)
         except CorpusError as error:
-            raise CorpusError(f"corpus.sources.{index}.path={error}") from None
+            raise CorpusError(f"{name}.path={error}") from None
         if note is not None and report is not None:
-            report(f"corpus.sources.{index}.path={hide_keys(source.path)}: {note}")
+            report(f"{name}.path={hide_keys(source.path)}: {note}")
         if not len(found):
             raise CorpusError(
-                f"corpus.sources.{index}.path={source.path}: no readable file;"
+                f"{name}.path={hide_keys(source.path)}: no readable file;"
                 f" expected {', '.join(sorted(FORMATS))}, plain or with {', '.join(COMPRESSIONS)}"
             )
         parts.append(found)
     return UnitTable(parts)
 
 
-def iter_documents(config: CorpusConfig) -> Iterator[Document]:
-    """Yields every readable document in order, in plain Python and bounded memory."""
+def iter_documents(config: CorpusConfig, *, field: str = SOURCE_FIELD) -> Iterator[Document]:
+    """Yields every readable document in order, in plain Python and bounded memory; `field` as for `list_units`."""
     taken = [0] * len(config.sources)
-    for unit in list_units(config):
+    for unit in list_units(config, field=field):
         source = config.sources[unit.source]
         if source.max_documents is not None and taken[unit.source] >= source.max_documents:
             continue

@@ -11,7 +11,7 @@ from layerplan.config.model import ScratchModelConfig
 from layerplan.config.stitch import StitchedModelConfig
 from layerplan.config.train import TrainConfig
 from layerplan.corpus.build import build_token_store
-from layerplan.corpus.sources import iter_documents
+from layerplan.corpus.sources import SOURCE_FIELD, iter_documents
 from layerplan.models.ref import ModelRef
 from layerplan.models.scratch import build_scratch_model, train_tokenizer
 from layerplan.models.weight_files import WEIGHTS_NAME
@@ -24,6 +24,7 @@ from layerplan.storage.mirror import carry_folder
 from layerplan.tracking.tracker import RunSinkFactory
 from layerplan.train.trainer import TrainRequest, load_result, run_training
 
+PRETRAIN_FIELD = "model.pretrain_sources.{index}"
 TOKENIZER_SAMPLE_CHARS = 8_000_000
 """Text the tokenizer is trained on; more changes the merges little."""
 
@@ -92,12 +93,12 @@ def _make_untrained(context: RunContext, model: ScratchModelConfig) -> Path:
 
 def _sample_texts(context: RunContext, model: ScratchModelConfig) -> Iterator[str]:
     """Text of the pre-training and of the run itself, so that the tokenizer serves both."""
-    corpora = [_pretrain_corpus(context, model)]
+    corpora = {SOURCE_FIELD: context.config.corpus}
     if model.pretrain_sources is not None:
-        corpora.append(context.config.corpus)
-    for corpus in corpora:
+        corpora = {PRETRAIN_FIELD: _pretrain_corpus(context, model)} | corpora
+    for field, corpus in corpora.items():
         left = TOKENIZER_SAMPLE_CHARS // len(corpora)
-        for document in iter_documents(corpus):
+        for document in iter_documents(corpus, field=field):
             if left <= 0:
                 break
             left -= len(document.text)

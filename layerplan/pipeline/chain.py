@@ -13,7 +13,14 @@ from layerplan.run_folder import BASE, name_step
 def continue_pretraining(config: RunConfig) -> None:
     """Runs every stage that is not done yet."""
     from layerplan.pipeline.base_model import prepare_model
-    from layerplan.pipeline.checks import check_benchmarks, check_corpus, check_model, check_probes
+    from layerplan.pipeline.checks import (
+        check_benchmarks,
+        check_corpus,
+        check_model,
+        check_probes,
+        check_rows,
+        check_store,
+    )
     from layerplan.pipeline.demands import ask_around_training, ask_for_training
     from layerplan.pipeline.measure_layers import find_measurements
     from layerplan.pipeline.publish import publish_card, publish_report
@@ -32,12 +39,13 @@ def continue_pretraining(config: RunConfig) -> None:
     )
     from layerplan.pipeline.summary import print_summary
 
-    for check in (check_model, check_corpus, check_probes, check_benchmarks):
+    for check in (check_model, check_rows, check_corpus, check_probes, check_benchmarks):
         check(config)
     with open_run(config, ask_for_training, ask_around_training) as context:
         model = prepare_model(context)
         recipe = ask_loss(context, model)
         store = build_store(context, model)
+        check_store(config, store)
         profile = trace(context, model)
         plan = decide_plan(context, model, profile, find_measurements(context, model))
         check_guardrail(context)

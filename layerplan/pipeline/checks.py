@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
+from eval.held_out import name_source
 from eval.items import load_benchmark
+from layerplan.config.corpus import CorpusConfig
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.run import RunConfig
 from layerplan.config.stitch import StitchedModelConfig
 from layerplan.corpus.joining import read_joining
+from layerplan.corpus.manifest import Manifest
+from layerplan.corpus.schedule import check_enough
 from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
 from layerplan.pipeline.donors import check_donors
@@ -53,9 +58,28 @@ def _check_kernels(config: RunConfig) -> None:
 
 
 def check_corpus(config: RunConfig) -> None:
-    """Raises `CorpusError` when a source is missing or holds no readable file."""
+    """Raises `CorpusError` when a source is missing or holds no readable file, of the corpus or of a held-out text."""
     if config.corpus.store is None:
         list_units(config.corpus)
+    for item in config.evaluation.held_out:
+        list_units(CorpusConfig(sources=[item.source]), field=name_source(item))
+
+
+def check_rows(config: RunConfig) -> None:
+    """Raises `PlanError` when rows are longer than an existing model's positions; of a new one the config itself says so."""
+    if isinstance(config.model, ScratchModelConfig):
+        return
+    if isinstance(config.model, StitchedModelConfig):
+        _, shape = check_donors(config, config.model)
+    else:
+        shape = find_base(config).shape()
+    shape.check_seq_len(config.corpus.seq_len)
+
+
+def check_store(config: RunConfig, store: Path | str) -> None:
+    """Raises `CorpusError` when a store that was built holds less than a step takes, before anything is measured."""
+    if config.corpus.mode != "on_the_fly":
+        check_enough(Manifest.load(store).num_rows, config.train.global_batch_size)
 
 
 def check_probes(config: RunConfig) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 
 import psutil
 
+from eval.held_out import name_source
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.load import dump_config
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig, LayerPlanOptions
 from layerplan.config.run import RunConfig
 from layerplan.config.stitch import StitchedModelConfig
+from layerplan.config.train import TrainConfig
 from layerplan.corpus.joining import read_joining
 from layerplan.corpus.sources import list_units
 from layerplan.errors import CorpusError, ModelError
@@ -33,13 +35,14 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.host_memory import estimate_host_memory
 from layerplan.plan.layer_measurement import LayerMeasurements
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
-from layerplan.plan.memory import choose_placements
+from layerplan.plan.memory import choose_placements, explain_shortage
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.plan_cost import PlanCost
 from layerplan.plan.policies import make_full_plan, make_plan
 from layerplan.plan.stitch_report import LayerOrigin
 from layerplan.storage.address import is_address
 from layerplan.storage.mirror import fetch_file
+from layerplan.train.compute_dtype import settle_dtype
 from layerplan.train.request import load_result
 
 _ATTENTION_NAMES = {CAUSAL: "sdpa", OWN: "eager"}
@@ -51,11 +54,12 @@ def print_dry_run(config: RunConfig) -> None:
     """Prints the resolved config, the plan's layer map and its predicted cost.
 
     Raises:
-        LayerplanError: When model, plan or profile do not fit together.
+        LayerplanError: When model, plan, rows or profile do not fit together.
     """
     print(dump_config(config))
-    config = config.model_copy(update={"train": config.train.assume_dtype()})
+    config = config.model_copy(update={"train": _expect_dtype(config)})
     model, shape = describe_model(config)
+    shape.check_seq_len(config.corpus.seq_len)
     plan, note = find_plan(config, model, shape)
     print("text   " + "\n       ".join(_describe_text(config)))
     print(f"plan   {plan.plan_type}: {note}")
@@ -97,6 +101,15 @@ def print_corpus_dry_run(config: RunConfig) -> None:
     _print_sources(config.corpus)
 
 
+def _expect_dtype(config: RunConfig) -> TrainConfig:
+    """The training section with the compute dtype that a run of this name has measured, or that can be told without."""
+    path = locate_run_folder(config).compute_dtype
+    fetch_file(path)
+    if config.train.compute_dtype != "auto" or config.train.use_gpu or not path.exists():
+        return config.train.assume_dtype()
+    return settle_dtype(config.train, path)[0]
+
+
 def describe_model(config: RunConfig) -> tuple[ModelIdentity, ModelShape]:
     """Prints which model it is, and gives its identity and sizes."""
     shape, model_type = _shape(config)
@@ -127,6 +140,13 @@ def _print_sources_here(config: RunConfig) -> None:
             _print_sources(config.corpus.model_copy(update={"sources": [source]}))
         except CorpusError as error:
             print(f"note   {str(error).replace('sources.0.', f'sources.{index}.')}; a run would stop here")
+    for item in config.evaluation.held_out:
+        if is_address(item.source.path):
+            continue
+        try:
+            list_units(CorpusConfig(sources=[item.source]), field=name_source(item))
+        except CorpusError as error:
+            print(f"note   {error}; a run would stop here")
 
 
 def _shape(config: RunConfig) -> tuple[ModelShape, str]:
@@ -254,6 +274,8 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
     )
     for line in settings:
         print(f"       {line}")
+    if memory.total > available:
+        print(f"note   a run would stop on this machine. {explain_shortage(memory, available, train)}")
     host = estimate_host_memory(
         phase,
         shape,

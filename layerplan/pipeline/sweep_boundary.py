@@ -16,7 +16,7 @@ from layerplan.errors import ConfigError, TrainingError
 from layerplan.models.ref import ModelRef
 from layerplan.pipeline.base_model import prepare_model
 from layerplan.pipeline.candidates import Candidate, make_candidates
-from layerplan.pipeline.checks import check_corpus, check_model
+from layerplan.pipeline.checks import check_corpus, check_model, check_rows
 from layerplan.pipeline.held_out_texts import pack_texts
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.pipeline.session import open_run
@@ -62,7 +62,7 @@ def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:
     home = find_home(locate_run_folder(config).root)
     if not isinstance(home, Path):
         raise ConfigError(f"storage_path={home.parent}: a sweep keeps its trials in a local or shared folder; set one")
-    for check in (check_model, check_corpus):
+    for check in (check_model, check_rows, check_corpus):
         check(config)
     check_sweep(config, sweep)
     check_search(sweep, locate_run_folder(config).sweep)

@@ -200,6 +200,11 @@ class ModelShape(StrictModel):
         """What the layer is made of."""
         return self.layers[layer].kind
 
+    def check_seq_len(self, seq_len: int) -> None:
+        """Raises `PlanError` when rows are longer than the model's positions."""
+        if seq_len > self.max_position_embeddings:
+            raise PlanError(f"corpus.seq_len={seq_len}: the model has {self.max_position_embeddings} positions")
+
     def layer_params(self, layer: int) -> int:
         """All parameters of a decoder layer."""
         return self.layers[layer].params

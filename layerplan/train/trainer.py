@@ -109,16 +109,13 @@ def check_training_fits(request: TrainRequest) -> None:
     """Refuses, before anything is launched, what cannot be trained.
 
     Raises:
-        TrainingError: Rows longer than the model's positions, or a tokenizer larger than its embedding.
-        PlanError: A plan for another model.
+        TrainingError: A tokenizer larger than the model's embedding.
+        PlanError: A plan for another model, or rows longer than the model's positions.
     """
     request.plan.check_model(request.model.identity())
     manifest = Manifest.load(request.store)
     shape = request.model.shape()
-    if manifest.seq_len > shape.max_position_embeddings:
-        raise TrainingError(
-            f"corpus.seq_len={manifest.seq_len}: the model has {shape.max_position_embeddings} positions"
-        )
+    shape.check_seq_len(manifest.seq_len)
     if manifest.vocab_size > shape.vocab_size:
         raise TrainingError(
             f"corpus: its documents may hold token {manifest.vocab_size - 1} of their tokenizer, the model's embedding has"

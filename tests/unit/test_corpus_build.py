@@ -369,3 +369,17 @@ def test_an_upload_that_cannot_start_is_one_clear_error(tmp_path: Path):
     config = CorpusConfig(sources=[SourceConfig(path=str(tmp_path / "raw.jsonl"))], upload_to="nowhere://bucket/store")
     with pytest.raises(CorpusError, match=r"^corpus.upload_to=nowhere://bucket/store: cannot be opened \(.*nowhere"):
         build_token_store(config, make_byte_tokenizer(tmp_path), tmp_path / "store")
+
+
+def test_a_corpus_that_is_too_small_leaves_nothing_in_the_way_of_more(tokenizer: Path, tmp_path: Path) -> None:
+    raw, store = tmp_path / "raw", tmp_path / "store"
+    raw.mkdir()
+    write_jsonl(raw / "a.jsonl", {"text": make_text(99, 30)})
+    with pytest.raises(CorpusError, match=r"1 documents in, 0 kept, none fills a row of seq_len=64"):
+        build_token_store(make_config(raw), tokenizer, store)
+    write_jsonl(raw / "b.jsonl", *({"text": make_text(seed)} for seed in range(20)))
+    manifest = build_token_store(make_config(raw), tokenizer, store)
+    assert manifest.counts["in"] == 21 and manifest.num_rows > 10
+    alone = build_token_store(make_config(raw), tokenizer, tmp_path / "alone")
+    assert alone.content_sha256 == manifest.content_sha256
+    assert read_store(store) == read_store(tmp_path / "alone")

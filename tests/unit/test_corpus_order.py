@@ -112,5 +112,5 @@ def test_epochs_and_seeds_have_their_own_permutations():
 
 
 def test_a_store_too_small_for_one_batch_is_refused():
-    with pytest.raises(CorpusError, match=r"3 rows cannot fill train\.global_batch_size=8 lanes"):
+    with pytest.raises(CorpusError, match=r"has 3 rows, a step takes train\.global_batch_size=8"):
         make(3, rows_per_group=4, num_lanes=8)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import save_model
 
+from eval.held_out import read_held_out
+from layerplan.config.corpus import SourceConfig
+from layerplan.config.evaluation import HeldOutConfig
 from layerplan.config.load import dump_config
 from layerplan.config.run import RunConfig
-from layerplan.errors import ConfigError, ModelError
+from layerplan.errors import ConfigError, CorpusError, ModelError, PlanError
 from layerplan.pipeline.candidates import DEFAULT_SWEEP
-from layerplan.pipeline.checks import check_model
+from layerplan.pipeline.checks import check_corpus, check_model, check_rows
 from layerplan.pipeline.dry_run import print_corpus_dry_run, print_dry_run
 from layerplan.pipeline.run_folder import open_run_folder
 from layerplan.pipeline.sweep_dry_run import print_sweep_dry_run
@@ -33,7 +37,7 @@ def make_model(folder: Path, *, control: tuple[str, ...], ordinary: tuple[str, .
 
 def make_config(folder: Path, **corpus: Any) -> RunConfig:
     model = {"type": "pretrained", "name": str(folder / "model")}
-    values = {"name": "run", "storage_path": str(folder / "runs"), "model": model, "corpus": corpus}
+    values = {"name": "run", "storage_path": str(folder / "runs"), "model": model, "corpus": {"seq_len": 64} | corpus}
     return RunConfig.model_validate(values | {"plan": {"type": "full"}})
 
 
@@ -59,6 +63,29 @@ def test_a_dry_run_shows_what_is_known_of_the_tokenizer(tmp_path: Path, capsys: 
     (tmp_path / "model" / "tokenizer.json").unlink()
     print_dry_run(config)
     assert "text   not known yet: model.name=" in capsys.readouterr().out
+
+
+def test_rows_longer_than_the_models_positions_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    """By a run before its cluster starts, and by a dry run."""
+    make_model(tmp_path, control=("<eos>",))
+    config = make_config(tmp_path, seq_len=65)
+    for check in (check_rows, print_dry_run):
+        with pytest.raises(PlanError, match=r"corpus\.seq_len=65: the model has 64 positions"):
+            check(config)
+
+
+def test_a_held_out_text_that_is_missing_is_named_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("a text", encoding="utf-8")
+    make_model(tmp_path, control=("<eos>",))
+    config = make_config(tmp_path, sources=[{"path": str(tmp_path / "text.txt")}])
+    held_out = [HeldOutConfig(name="target", source=SourceConfig(path=str(tmp_path / "none")))]
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"held_out": held_out})})
+    words = f"evaluation.held_out (target).source.path={tmp_path / 'none'}: no such file or folder"
+    for read in (check_corpus, lambda config: read_held_out(config.evaluation.held_out[0])):
+        with pytest.raises(CorpusError, match=re.escape(words)):
+            read(config)
+    print_dry_run(config)
+    assert f"note   {words}; a run would stop here" in capsys.readouterr().out
 
 
 def test_the_dry_run_of_a_corpus_says_what_there_is_to_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
