@@ -46,6 +46,7 @@ EVALUATION_NAME = "evaluation"
 GUARDRAIL_NAME = "guardrail.json"
 VERDICTS_NAME = "verdicts.json"
 REPORT_NAME = "report.html"
+FAILURE_NAME = "failure.json"
 SAMPLES_NAME = "label_samples"
 LABEL_SCORES_NAME = "label_scores.json"
 LABEL_COST_NAME = "label_cost.json"
@@ -150,6 +151,11 @@ class RunFolder:
         """Brings what is complete to the bucket; a stage counts as done after that."""
         if self.mirror is not None:
             self.mirror.carry()
+
+    @property
+    def failure(self) -> Path:
+        """What the run last ended with, while nobody has taken it up again."""
+        return self.root / FAILURE_NAME
 
     @property
     def config(self) -> Path:

@@ -37,9 +37,9 @@ def execute(args: argparse.Namespace) -> None:
     """
     config = read_config_or_model(args)
     if args.dry_run:
-        from layerplan.pipeline.dry_run import print_dry_run
+        from layerplan.pipeline.measure_dry_run import print_measure_dry_run
 
-        print_dry_run(config)
+        print_measure_dry_run(config, args.only)
     else:
         from layerplan.pipeline.measure_layers import measure_layers
 

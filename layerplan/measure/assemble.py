@@ -80,7 +80,7 @@ def assemble(
             continue
         assert text is not None, "every other measurement reads text"
         num_tokens = sum(len(piece.rows) for piece in measured.of(name)) * config.seq_len
-        flops = predict_flops(name, shape, model, config, num_tokens)
+        flops = predict_flops(name, shape, model.identity(), config, num_tokens)
         cost = MeasuringCost(seconds=measured.count_seconds(name), flops=flops, tokens=num_tokens)
         found.append(_from_text(name, measured, config, train, text, cost))
     return found

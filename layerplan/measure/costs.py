@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from layerplan.config.measure import MeasureConfig, Measurement
-from layerplan.models.ref import ModelRef
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan
 
 
 def predict_flops(
-    name: Measurement, shape: ModelShape, model: ModelRef, config: MeasureConfig, num_tokens: int
+    name: Measurement, shape: ModelShape, model: ModelIdentity, config: MeasureConfig, num_tokens: int
 ) -> float:
     """FLOPs of a measurement that reads text.
 
@@ -22,7 +22,7 @@ def predict_flops(
         config: Rows and positions.
         num_tokens: Tokens that pass the model.
     """
-    full = make_full_plan(model.identity(), shape)
+    full = make_full_plan(model, shape)
     if name == "pilot":
         return predict_cost(full, shape, seq_len=config.seq_len).total_flops * num_tokens
     cost = predict_cost(_train_layers(full), shape, seq_len=config.seq_len)

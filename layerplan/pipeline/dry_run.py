@@ -42,7 +42,6 @@ from layerplan.plan.policies import make_full_plan, make_plan
 from layerplan.plan.stitch_report import LayerOrigin
 from layerplan.storage.address import is_address
 from layerplan.storage.mirror import fetch_file
-from layerplan.train.compute_dtype import settle_dtype
 from layerplan.train.request import load_result
 
 _ATTENTION_NAMES = {CAUSAL: "sdpa", OWN: "eager"}
@@ -65,7 +64,7 @@ def print_dry_run(config: RunConfig) -> None:
     print(f"plan   {plan.plan_type}: {note}")
     print(f"       {render_layer_map(plan)}")
     print("".join(f"       {line}\n" for line in explain_changes(plan)))
-    _print_sources_here(config)
+    print_sources_here(config)
     costs = _compare(config, plan, model, shape)
     print(render_cost_table({"full": costs["full"], **costs}))
     print(f"\nwhy    {explain_cost(plan, shape, costs['this plan'], costs['full'])}")
@@ -78,15 +77,20 @@ def print_trace_dry_run(config: RunConfig) -> None:
     Raises:
         LayerplanError: When the model or the probes cannot be read.
     """
-    from layerplan.tracer.pool import collect_probes
-
     print(dump_config(config))
     describe_model(config)
+    print_probes(config)
+    print("writes layer_profile.json, freeze_plan.json and report.html; trains nothing")
+
+
+def print_probes(config: RunConfig) -> None:
+    """What the tracer would ask."""
+    from layerplan.tracer.pool import collect_probes
+
     groups = Counter(probe.group for probe in collect_probes(config.trace))
     print(
         f"probes {groups.total():,} in {len(groups)} groups ({config.trace.probes}), {config.trace.num_actors} processes"
     )
-    print("writes layer_profile.json, freeze_plan.json and report.html; trains nothing")
 
 
 def print_corpus_dry_run(config: RunConfig) -> None:
@@ -107,6 +111,8 @@ def _expect_dtype(config: RunConfig) -> TrainConfig:
     fetch_file(path)
     if config.train.compute_dtype != "auto" or config.train.use_gpu or not path.exists():
         return config.train.assume_dtype()
+    from layerplan.train.compute_dtype import settle_dtype
+
     return settle_dtype(config.train, path)[0]
 
 
@@ -128,10 +134,10 @@ def _print_sources(corpus: CorpusConfig) -> None:
     for index, mine in units.split_by_source():
         source, files, size = corpus.sources[index], mine.count_files(), mine.num_bytes
         stored = f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size:,} bytes"
-        print(f"source {source.path}: {files:,} files, {stored} as stored")
+        print(f"source {source.path}: {files:,} file{'s' * (files != 1)}, {stored} as stored")
 
 
-def _print_sources_here(config: RunConfig) -> None:
+def print_sources_here(config: RunConfig) -> None:
     """What there is of sources on this machine; a run may be meant for another, so that a missing one is told, no error."""
     for index, source in enumerate(config.corpus.sources):
         if is_address(source.path):

@@ -24,6 +24,7 @@ from layerplan.run_folder import (
     CHECKPOINTS_NAME,
     CONFIG_NAME,
     EXPORT_NAME,
+    FAILURE_NAME,
     MANIFEST_NAME,
     METRICS_NAME,
     PLAN_NAME,
@@ -40,19 +41,21 @@ from layerplan.run_folder import (
 )
 from layerplan.storage.working import find_home
 from layerplan.train import metrics
-from layerplan.train.request import load_result
+from layerplan.train.request import TrainResult, load_result
 
 STAGES = {
-    "trace": (PROFILE_NAME,),
     "self-test": (SELF_TEST_NAME,),
-    "plan": (PLAN_NAME,),
     "corpus": (f"{STORE_NAME}/{MANIFEST_NAME}", f"{STORE_NAME}/{STREAM_NAME}"),
+    "trace": (PROFILE_NAME,),
+    "plan": (PLAN_NAME,),
     "training": (RESULT_NAME,),
     "export": (EXPORT_NAME,),
-    "verdict": (VERDICTS_NAME,),
+    "scores": (VERDICTS_NAME,),
     "report": (REPORT_NAME,),
 }
-"""Stages by the files of which one says that they are whole."""
+"""Stages in their order, by the files of which one says that they are whole."""
+AFTER_STEPS = ("training", "export", "scores", "report")
+"""Those whose files are of fewer steps where a finished run was given more."""
 SHOWN_EVENTS = 3
 _BAR_CELLS = 24
 
@@ -79,7 +82,7 @@ def read_status(run: str, now: datetime) -> RunStatus:
         ConfigError: When it is no run.
     """
     wanted = [name for names in STAGES.values() for name in names]
-    folder = RunFolder(fetch_run(run, CONFIG_NAME, METRICS_NAME, *wanted).expanduser().resolve())
+    folder = RunFolder(fetch_run(run, CONFIG_NAME, METRICS_NAME, FAILURE_NAME, *wanted).expanduser().resolve())
     if not folder.config.exists():
         raise ConfigError(f"{run}: is no run folder (no {CONFIG_NAME})")
     config = _read_json(folder.config)
@@ -89,7 +92,8 @@ def read_status(run: str, now: datetime) -> RunStatus:
     train = config.get("train", {})
     lines = [line for line in read_lines(folder.metrics) if line.get("run") == TRAIN]
     rows = [("run", str(find_home(folder.root))), ("state", _describe_state(folder, holder, age_s, train))]
-    rows += [("stages", _describe_stages(folder)), *_describe_plan(folder)]
+    is_whole = _final_step(folder) >= int(train.get("max_steps", 0))
+    rows += [("stages", _describe_stages(folder, is_running=is_running, is_whole=is_whole)), *_describe_plan(folder)]
     rows += _describe_training(folder, lines, train, now)
     rows += [("checkpoints", text) for text in [_describe_checkpoints(folder)] if text]
     rows += _describe_events(lines, now)
@@ -115,14 +119,26 @@ def _describe_state(folder: RunFolder, holder: Holder | None, age_s: float | Non
         return f"no sign of life for {render_duration(age_s)}: {since}; submit the same run name again to continue"
     if folder.report.exists() and _final_step(folder) >= int(train.get("max_steps", 0)):
         return "finished"
+    failure = _read_json(folder.failure) if folder.failure.exists() else None
+    if failure is not None:
+        error = str(failure.get("error", "")).removesuffix(".")
+        return f"failed: {error}; submit the same run name again to continue"
     return "not running; submit the same run name again to continue"
 
 
-def _describe_stages(folder: RunFolder) -> str:
-    return "  ".join(
-        f"{stage} {'✓' if any((folder.root / name).exists() for name in names) else '·'}"
+def _describe_stages(folder: RunFolder, *, is_running: bool, is_whole: bool) -> str:
+    """Whole ones ✓, the one at work …, those to come ·; one that is passed over has a later one behind it and is left out."""
+    done = [
+        any((folder.root / name).exists() for name in names) and (is_whole or stage not in AFTER_STEPS)
         for stage, names in STAGES.items()
-    )
+    ]
+    last = max((place for place, is_done in enumerate(done) if is_done), default=-1)
+    shown = []
+    for place, (stage, is_done) in enumerate(zip(STAGES, done)):
+        if is_done or place > last:
+            mark = "✓" if is_done else "…" if is_running and place == last + 1 else "·"
+            shown.append(f"{stage} {mark}")
+    return "  ".join(shown)
 
 
 def _describe_plan(folder: RunFolder) -> list[tuple[str, str]]:
@@ -151,7 +167,7 @@ def _describe_training(
     if _final_step(folder) < end:
         told += f", {left} left; last heard {render_duration(_age_s(newest, now))} ago"
     rows = [("training", told), ("loss", _describe_loss(logged, values))]
-    rows.append(("speed", _describe_speed(values)))
+    rows.append(("speed", _describe_speed(values, _final_result(folder, end))))
     if metrics.WORKERS in values:
         rows.append(("workers", f"{values[metrics.WORKERS]:.0f}"))
     if metrics.SLOWEST_RANK in values:
@@ -169,7 +185,9 @@ def _describe_loss(logged: list[dict[str, Any]], values: Mapping[str, float]) ->
     return text if validation is None else f"{text}, held-out rows {validation:.4f}"
 
 
-def _describe_speed(values: Mapping[str, float]) -> str:
+def _describe_speed(values: Mapping[str, float], result: TrainResult | None) -> str:
+    if result is not None:
+        return f"{result.tokens_per_s:,.0f} tokens/s, MFU {result.mfu:.1%} over all steps"
     parts = [
         f"{values.get(metrics.TOKENS_PER_S, 0.0):,.0f} tokens/s",
         f"MFU {values.get(metrics.MFU, 0.0):.1%}",
@@ -199,11 +217,21 @@ def _describe_events(lines: list[dict[str, Any]], now: datetime) -> list[tuple[s
 
 
 def _final_step(folder: RunFolder) -> int:
-    try:
-        result = load_result(folder.root)
-    except CheckpointError:
-        return 0
+    result = _read_result(folder)
     return 0 if result is None else result.final_step
+
+
+def _final_result(folder: RunFolder, steps: int) -> TrainResult | None:
+    """Of a training that has taken all its steps."""
+    result = _read_result(folder)
+    return result if result is not None and result.final_step >= steps else None
+
+
+def _read_result(folder: RunFolder) -> TrainResult | None:
+    try:
+        return load_result(folder.root)
+    except CheckpointError:
+        return None
 
 
 def _age_s(line: Mapping[str, Any], now: datetime) -> float:

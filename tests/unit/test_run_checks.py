@@ -19,6 +19,7 @@ from layerplan.errors import ConfigError, CorpusError, ModelError, PlanError
 from layerplan.pipeline.candidates import DEFAULT_SWEEP
 from layerplan.pipeline.checks import check_corpus, check_model, check_rows
 from layerplan.pipeline.dry_run import print_corpus_dry_run, print_dry_run
+from layerplan.pipeline.measure_dry_run import print_measure_dry_run
 from layerplan.pipeline.run_folder import open_run_folder
 from layerplan.pipeline.sweep_dry_run import print_sweep_dry_run
 from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
@@ -86,6 +87,17 @@ def test_a_held_out_text_that_is_missing_is_named_as_such(tmp_path: Path, capsys
             read(config)
     print_dry_run(config)
     assert f"note   {words}; a run would stop here" in capsys.readouterr().out
+
+
+def test_the_dry_run_of_measuring_says_what_is_read_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("a text", encoding="utf-8")
+    make_model(tmp_path, control=("<eos>",))
+    print_measure_dry_run(make_config(tmp_path, sources=[{"path": str(tmp_path / "text.txt")}]), ["fisher", "pilot"])
+    shown = capsys.readouterr().out.partition("\n}\n")[2]  # behind the config
+    assert f"source {tmp_path / 'text.txt'}: 1 file," in shown
+    assert "measure fisher: 4,096 tokens in rows of 256" in shown, "16 rows"
+    assert "measure pilot: 51,200 tokens in rows of 256" in shown, "50 of 1,000 steps, 4 rows each"
+    assert "tokens 262" not in shown and "probes" not in shown and "spectrum" not in shown
 
 
 def test_the_dry_run_of_a_corpus_says_what_there_is_to_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,11 +14,21 @@ from rich.console import Console
 from layerplan.artifacts import read_lines
 from layerplan.cli import main
 from layerplan.config.load import dump_config, validate_config
-from layerplan.errors import ConfigError
+from layerplan.errors import ConfigError, CorpusError
 from layerplan.pipeline.run_lease import hold_run
+from layerplan.pipeline.session import note_failure
 from layerplan.pipeline.status import read_status
 from layerplan.pipeline.status_table import show_status
-from layerplan.run_folder import CHECKPOINTS_NAME, CONFIG_NAME, METRICS_NAME
+from layerplan.run_folder import (
+    CHECKPOINTS_NAME,
+    CONFIG_NAME,
+    METRICS_NAME,
+    PLAN_NAME,
+    REPORT_NAME,
+    RESULT_NAME,
+    SELF_TEST_NAME,
+    RunFolder,
+)
 from layerplan.tracking.jsonl import JsonlSink
 from tests.tiny_checkpoint import save
 
@@ -67,6 +77,37 @@ def test_the_table_says_what_lies_in_the_folder(tmp_path: Path):
     assert rows["checkpoints"] == "2 kept, the newest of step 40"
     assert rows["event"] == "61 s ago, step 30: layers 3-5 train"
     assert "training ·" in rows["stages"] and "plan ·" in rows["stages"]
+
+
+def test_stages_are_whole_at_work_to_come_or_passed_over(tmp_path: Path):
+    """A plan that needs no trace; then a finished run that was given more steps: what was made of fewer is not whole."""
+    root = tmp_path / "mine"
+    make_run(root)
+    for name in (SELF_TEST_NAME, PLAN_NAME):
+        (root / name).write_text("{}")
+    with hold_run(root, "mine"):
+        running = dict(read_status(str(root), datetime.now(UTC)).rows)["stages"]
+    after = "  export ·  scores ·  report ·"
+    assert running == f"self-test ✓  plan ✓  training …{after}", "the corpus is given, and nothing was traced"
+    values = dict.fromkeys(("first_loss", "final_loss", "train_s", "wall_s"), 1.0) | {"tokens_per_s": 900.0, "mfu": 0.3}
+    values |= dict.fromkeys(("tokens_seen", "skipped_steps", "rollbacks"), 0) | {"proof": {}, "stopped_early": False}
+    values |= {"final_step": 40, "final_checkpoint": "x", "validation_loss": None, "hf_dir": None}
+    (root / RESULT_NAME).write_text(json.dumps(values))
+    (root / REPORT_NAME).write_text("")
+    rows = dict(read_status(str(root), datetime.now(UTC)).rows)
+    assert rows["stages"] == f"self-test ✓  plan ✓  training ·{after}"
+    assert rows["speed"].startswith("1,200 tokens/s")
+    (root / RESULT_NAME).write_text(json.dumps(values | {"final_step": 100}))
+    rows = dict(read_status(str(root), datetime.now(UTC)).rows)
+    assert rows["state"] == "finished" and rows["speed"] == "900 tokens/s, MFU 30.0% over all steps"
+
+
+def test_what_a_run_failed_with_is_said_until_it_is_taken_up_again(tmp_path: Path):
+    root = tmp_path / "mine"
+    make_run(root)
+    note_failure(RunFolder(root), CorpusError("corpus.sources.0.path=/x: no such file"))
+    state = dict(read_status(str(root), datetime.now(UTC)).rows)["state"]
+    assert state == "failed: corpus.sources.0.path=/x: no such file; submit the same run name again to continue"
 
 
 def test_a_run_that_somebody_holds_runs_until_it_gives_no_sign_of_life(tmp_path: Path):
