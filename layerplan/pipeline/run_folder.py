@@ -156,15 +156,25 @@ def _check_same_config(folder: RunFolder, config: RunConfig) -> None:
             f"name: {folder.config} of an earlier run cannot be read ({error}); choose another name"
         ) from None
     now = flatten_values(json.loads(dump_config(config)))
-    faults = [
-        f"name: run {config.name!r} exists with {key}={earlier.get(key)!r}, this config has {now.get(key)!r};"
-        " choose another name or the earlier value"
+    changed = [
+        key
         for key in sorted({*earlier, *now})
         if earlier.get(key) != now.get(key) and not _may_change(key) and key != MAX_STEPS
+    ]
+    faults = [
+        f"name: run {config.name!r} exists with {key}={earlier.get(key)!r}, this config has {now.get(key)!r};"
+        " choose another name (--set name=...) or the earlier value"
+        for key in _leave_out_options(changed)
     ]
     faults += _check_max_steps(config, earlier.get(MAX_STEPS))
     if faults:
         raise ConfigError(*faults)
+
+
+def _leave_out_options(changed: list[str]) -> list[str]:
+    """Without the options of a section whose type is another, which has others."""
+    kinds = tuple(key.removesuffix("type") for key in changed if key.endswith(".type"))
+    return [key for key in changed if key.endswith(".type") or not key.startswith(kinds)]
 
 
 def _check_max_steps(config: RunConfig, earlier: Any) -> list[str]:

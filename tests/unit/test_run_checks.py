@@ -147,3 +147,15 @@ def test_a_run_whose_address_has_credentials_is_continued_with_the_same_or_other
     assert open_run_folder(with_credentials[1]) == folder
     folder.config.write_text(json.dumps(with_credentials[0].model_dump(mode="json")), encoding="utf-8")
     assert open_run_folder(with_credentials[1]) == folder
+
+
+def test_another_kind_of_plan_under_an_old_name_is_one_fault(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    open_run_folder(config)
+    other = RunConfig.model_validate(config.model_dump() | {"plan": {"type": "freeze_deep", "boundary": 1}, "seed": 3})
+    with pytest.raises(ConfigError) as caught:
+        open_run_folder(other)
+    assert [line.partition(",")[0] for line in caught.value.args] == [
+        "name: run 'run' exists with plan.type='full'",
+        "name: run 'run' exists with seed=0",
+    ]
