@@ -150,7 +150,8 @@ def _describe_fault(fault: Any) -> str:
             kinds, kind = _list_kinds(node), str(fault["ctx"]["tag"])
             return f"{field}.type: {kind!r} is unknown; {_suggest(kind, kinds)}allowed: {', '.join(kinds)}"
         case "model_attributes_type" | "model_type" | "dict_type":
-            return f"{field}: a mapping of fields is expected{redact_text(f' (got {given!r})')}"
+            such = f", {{type: {given}}}" if given in _list_kinds(node) else ""
+            return f"{field}: a mapping of fields is expected{such}{redact_text(f' (got {given!r})')}"
     message = str(fault["msg"]).removeprefix("Value error, ")
     shown = "" if isinstance(given, Mapping | BaseModel) else redact_text(f" (got {given!r})")
     return f"{field}: {message}{shown}"

@@ -11,6 +11,7 @@ import torch
 from layerplan.errors import ConfigError, ModelError
 from layerplan.models.ref import ModelRef
 from layerplan.pipeline.model_options import find_model
+from layerplan.run_folder import CONFIG_NAME, RESULT_NAME
 from layerplan.train.request import load_result
 
 
@@ -34,8 +35,16 @@ def print_continuations(models: Sequence[ModelRef], text: str, *, tokens: int, i
 
 
 def find_trained(model: ModelRef) -> ModelRef:
-    """The trained model of a run's folder; the model of any other name."""
+    """The trained model of a run's folder; the model of any other name.
+
+    Raises:
+        ConfigError: When the run has none.
+    """
     folder = Path(model.name).expanduser()
+    if (folder / CONFIG_NAME).exists() and not (folder / RESULT_NAME).exists():
+        raise ConfigError(
+            f"{model.name}: a run's folder without a trained model yet; `layerplan status` says how far it is"
+        )
     result = load_result(folder) if folder.is_dir() and not (folder / "config.json").exists() else None
     return model.at(find_model(model.name) if result is None or result.hf_dir is None else result.hf_dir)
 

@@ -55,6 +55,9 @@ def print_difference(first: str, second: str) -> None:
         )
     for path, plan in ((first, one), (second, two)):
         print(f"{plan.sha256[:12]}  {render_layer_map(plan)}  {plan.plan_type}, {path}")
+    if one.sha256 == two.sha256:
+        print("the same plan")
+        return
     for path, mine, theirs in ((first, one, two), (second, two, one)):
         layers = sorted(set(mine.trainable_layers) - set(theirs.trainable_layers))
         print(f"only {path} trains layers {name_ranges(layers)}" if layers else f"only {path} trains: no layer")

@@ -54,6 +54,7 @@ def test_an_unknown_key_inside_a_list_names_its_index():
         ),
         ({}, "plan.type: is required; allowed: block_influence, budget, explicit,"),
         (3, "plan: a mapping of fields is expected (got 3)"),
+        ("full", "plan: a mapping of fields is expected, {type: full} (got 'full')"),
         (
             {"type": "schedule", "phases": [{"steps": 2, "plan": {"type": "freeze_deep", "boundry": 1}}]},
             "plan.phases.0.plan.boundry: unknown key; did you mean 'boundary'? allowed: boundary, modules, split_ratio,",
