@@ -330,7 +330,8 @@ def judge(context: RunContext, base: Results, trained: Results, label: str) -> l
     write_json(context.folder.verdicts, [verdict.model_dump(mode="json") for verdict in verdicts])
     for suffix, style in (("md", "markdown"), ("tex", "latex")):
         write_text(folder / f"{SCORES_STEM}.{suffix}", render_scores({BASE: base, name: trained}, style=style))
-    texts = [load_held_out(folder / scored) for scored in (BASE, label)]
+    order = [item.name for item in context.config.evaluation.held_out]
+    texts = [load_held_out(folder / scored, order) for scored in (BASE, label)]
     judged = judge_held_out([(texts[0][key], text) for key, text in texts[1].items() if key in texts[0]])
     if judged:
         write_json(context.folder.held_out_verdicts, [verdict.model_dump(mode="json") for verdict in judged])

@@ -74,25 +74,27 @@ def describe_repair(source: ModelSource) -> str:
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """Prints scores beside the base's, and one sentence each."""
+    """Prints scores beside those they are compared with, and one sentence each."""
     console = Console(width=WIDTH)
     console.print(_score_table(verdicts))
     for verdict in verdicts:
-        console.print(f"{verdict.benchmark}/{verdict.protocol}: {verdict.sentence}", highlight=False)
+        console.print(f"{verdict.benchmark}/{verdict.protocol}: {verdict.sentence}", highlight=False, markup=False)
 
 
 def _score_table(verdicts: Sequence[Verdict]) -> Table:
     table = Table(title="Accuracy, percent [95 % interval]")
-    runs = {verdict.run for verdict in verdicts}
-    for heading in ("scored by", "n", "base", "trained", "difference", "p (Holm)"):
-        table.add_column(heading)
+    is_one_pair = len({(verdict.run, verdict.reference) for verdict in verdicts}) == 1
+    arms = ("base", "trained") if is_one_pair else ("compared with", "run")
+    for heading in ("scored by", "n", *arms, "difference", "p (Holm)"):
+        table.add_column(heading, overflow="fold")
     for verdict in verdicts:
-        name = f"{verdict.benchmark}/{verdict.protocol}"
+        reference = _with_interval(verdict.reference_accuracy, verdict.reference_interval)
+        accuracy = _with_interval(verdict.accuracy, verdict.accuracy_interval)
         table.add_row(
-            f"{verdict.run} {name}" if len(runs) > 1 else name,
+            f"{verdict.benchmark}/{verdict.protocol}",
             str(verdict.num_questions),
-            _with_interval(verdict.reference_accuracy, verdict.reference_interval),
-            _with_interval(verdict.accuracy, verdict.accuracy_interval),
+            reference if is_one_pair else f"{escape(verdict.reference)}\n{reference}",
+            accuracy if is_one_pair else f"{escape(verdict.run)}\n{accuracy}",
             f"{verdict.difference:+.1f} [{verdict.difference_interval[0]:+.1f}, {verdict.difference_interval[1]:+.1f}]",
             f"{verdict.adjusted_p:.3g}",
         )

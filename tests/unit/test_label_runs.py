@@ -33,7 +33,7 @@ def test_two_runs_and_their_base_are_judged_prompt_by_prompt(tmp_path: Path, cap
     assert min(each["adjusted_p"] for each in found.values()) == pytest.approx(9 * 2 * 0.5**40), "Holm over all nine"
     assert all(each["adjusted_p"] < 0.01 for each in found.values())
     output = capsys.readouterr().out
-    assert "right, accuracy: 100.0 differs from half's 50.0 (+50.0 [" in output
+    assert "right, accuracy: 100.0 differs from half's 50.0 (+50.0 [95 %: " in output
     assert "| half | 50.0 |" in (tmp_path / "table.md").read_text()
 
 
