@@ -29,6 +29,7 @@ from layerplan.corpus.manifest import Manifest, resolve_store
 from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
 from layerplan.models.ref import ModelRef
+from layerplan.pipeline.failure import note_failure
 from layerplan.pipeline.lineage import note_corpus, note_results
 from layerplan.pipeline.model_options import read_origins
 from layerplan.plan.boundary_choice import choose_boundary, find_options
@@ -91,6 +92,8 @@ def tracked(context: RunContext, stage: str) -> Iterator[Tracker]:
     try:
         yield tracker
     except BaseException as error:
+        if isinstance(error, Exception):
+            note_failure(context.folder, error, stage)
         tracker.close(status=status_of(error))
         raise
     context.folder.carry()

@@ -13,7 +13,6 @@ from eval.significance import Verdict
 from layerplan.log import WIDTH
 from layerplan.plan.explain import render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.plan.layer_profile import ModelSource
 from layerplan.report.answer_tables import (
     describe_change,
     describe_cost,
@@ -22,6 +21,7 @@ from layerplan.report.answer_tables import (
     tabulate_texts,
 )
 from layerplan.report.answers import Answers
+from layerplan.report.headline import describe_repair, list_clauses, say_headline
 from layerplan.train.trainer import TrainResult
 
 
@@ -43,6 +43,9 @@ def print_summary(
     print_answers(answers, console)
     if verdicts:
         print_verdicts(verdicts)
+    headline = say_headline(list_clauses(answers, [verdict.model_dump() for verdict in verdicts]))
+    if headline:
+        print(f"verdict   {headline}")
     if plan.model.source is not None:
         print(f"note      {describe_repair(plan.model.source)}")
     print(f"\nreport    {report}")
@@ -63,14 +66,6 @@ def print_answers(answers: Answers, console: Console) -> None:
         console.print("\nWhat it says now:", highlight=False)
     for who, text in said:
         console.print(f"  {who:<9}{text}", highlight=False, markup=False)
-
-
-def describe_repair(source: ModelSource) -> str:
-    """What a run on de-quantised weights does not separate."""
-    return (
-        f"the base was de-quantised from {source.file}, so a part of any gain may repair rounded weights; the same run on"
-        " general text tells it apart"
-    )
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
