@@ -25,7 +25,7 @@ def name_runs(runs: Sequence[Path]) -> dict[Path, str]:
     for place, run in enumerate(runs):
         if run in runs[:place]:
             raise EvaluationError(f"{find_home(run)}: is named twice; a run is not compared with itself")
-    for depth in range(1, max(len(run.parts) for run in runs)):
+    for depth in range(1, 1 + max(len(run.parts) for run in runs)):
         names = ["/".join(run.parts[-depth:]) for run in runs]
         if len(set(names)) == len(names):
             break
@@ -33,19 +33,23 @@ def name_runs(runs: Sequence[Path]) -> dict[Path, str]:
 
 
 def list_unscored(run: Path, name: str, trained: Path) -> list[str]:
-    """A sentence for each of a run's two models that lacks scores its config asks for.
+    """A sentence for each of a run's two models that lacks scores its config asks for, or will never have them.
 
     Args:
         run: The run's folder.
         name: What it is called.
         trained: The scores of its last step.
     """
-    evaluation = read_evaluation(run)
-    lines = []
-    for who, folder in ((f"{name}'s base", RunFolder(run).scores_of(BASE)), (name, trained)):
-        missing = _list_missing(evaluation, folder)
-        if missing and (who == name or evaluation.get("evaluate_base", True)):
-            lines.append(f"not scored yet: {who} on {', '.join(missing)}; {UNTIL_THEN}")
+    evaluation, lines = read_evaluation(run), []
+    of_base, of_trained = (_list_missing(evaluation, folder) for folder in (RunFolder(run).scores_of(BASE), trained))
+    if of_base and not evaluation.get("evaluate_base", True):
+        lines.append(
+            f"not compared: {name} with a base of its own, which evaluation.evaluate_base=false leaves unscored"
+        )
+    elif of_base:
+        lines.append(f"not scored yet: {name}'s base on {', '.join(of_base)}; {UNTIL_THEN}")
+    if of_trained:
+        lines.append(f"not scored yet: {name} on {', '.join(of_trained)}; {UNTIL_THEN}")
     return lines
 
 

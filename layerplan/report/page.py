@@ -29,6 +29,7 @@ from layerplan.report.scores import render_checkpoint_scores
 from layerplan.report.style import STYLE
 from layerplan.report.sweep import render_sweep_section
 from layerplan.run_folder import TRAIN, RunFolder
+from layerplan.train.world import describe_worlds
 
 _SCORES_NOTE = (
     "Percent of questions answered rightly, of four choices. logit: the letter that is likeliest as the next token; generate:"
@@ -170,14 +171,10 @@ def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure])
             ["loss, first to last logged", f"{result['first_loss']:.3f} to {result['final_loss']:.3f}"],
             ["steps left out as not finite", str(result["skipped_steps"])],
         ]
-        rows += [["workers", _describe_workers(worlds)]] if (worlds := result.get("worlds", [])) else []
+        worlds = describe_worlds([(step, workers) for step, workers in result.get("worlds", [])])
+        rows += [["trained by", worlds]] if worlds else []
         text += render_table(["measured", ""], rows)
     return text
-
-
-def _describe_workers(worlds: Sequence[Sequence[int]]) -> str:
-    first, *later = worlds
-    return ", ".join([str(first[1]), *(f"{workers} from step {step + 1:,} on" for step, workers in later)])
 
 
 def _corpus_section(manifest: dict[str, Any] | None) -> str:

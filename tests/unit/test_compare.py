@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,19 @@ def test_a_benchmark_that_the_base_was_not_asked_yet_is_said(tmp_path: Path, cap
     assert (
         "not scored yet: run's base on ceval/generate; " in shown and "not scored yet: run on ceval/generate; " in shown
     )
+
+
+def test_a_run_that_leaves_its_base_unscored_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    first = leave_scored_run(tmp_path / "first", right=5, bits={"notes": 0.9})
+    second = leave_scored_run(tmp_path / "second", right=3, bits={"notes": 0.9})
+    shutil.rmtree(second / "evaluation" / "base")
+    config = json.loads((second / "resolved_config.json").read_text())
+    config["evaluation"]["evaluate_base"] = False
+    (second / "resolved_config.json").write_text(json.dumps(config))
+    compare([str(first), str(second)])
+    shown = capsys.readouterr().out
+    assert "second against its base" not in shown and "not scored yet" not in shown
+    assert "not compared: second with a base of its own, which evaluation.evaluate_base=false leaves unscored" in shown
 
 
 def test_a_name_that_stands_for_two_texts_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -136,11 +136,12 @@ def test_the_bound_on_the_page_is_the_one_that_ends_a_run(dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("worlds", "shown"), [([[0, 2]], "2"), ([[0, 1]], "1"), ([[0, 2], [10, 4]], "2, 4 from step 11 on")]
+    ("worlds", "shown"),
+    [([[0, 2]], "2 workers"), ([[0, 1]], "1 worker"), ([[0, 2], [10, 4]], "2 workers, 4 from step 11 on")],
 )
-def test_workers_are_a_number(run: RunFolder, worlds: list[list[int]], shown: str) -> None:
+def test_the_row_on_workers_says_their_number_once(run: RunFolder, worlds: list[list[int]], shown: str) -> None:
     write(run.training, json.loads(run.training.read_text()) | {"worlds": worlds})
-    assert f"<td>workers</td><td>{shown}</td>" in read_page(run)
+    assert f"<td>trained by</td><td>{shown}</td>" in read_page(run)
 
 
 def test_named_cells_of_the_layer_map_have_room_for_their_names(run: RunFolder) -> None:
