@@ -23,6 +23,7 @@ from layerplan.config.evaluation import EvaluationConfig, HeldOutConfig
 from layerplan.corpus.readers import Document
 from layerplan.corpus.sources import iter_documents
 from layerplan.errors import EvaluationError
+from layerplan.intervals import show_difference
 from layerplan.run_folder import HELD_OUT_NAME
 
 MIN_DOCUMENTS = 10
@@ -93,8 +94,16 @@ def name_source(item: HeldOutConfig) -> str:
     return f"evaluation.held_out ({item.name}).source"
 
 
-def load_held_out(out_dir: Path) -> dict[str, HeldOutResult]:
-    """Reads the held-out results of a scored model; empty when there is none."""
+def load_held_out(out_dir: Path, order: Sequence[str] = ()) -> dict[str, HeldOutResult]:
+    """Reads the held-out results of a scored model; empty when there is none.
+
+    Args:
+        out_dir: Its scores.
+        order: Names of texts that come first, in this order; the others follow by name.
+
+    Raises:
+        EvaluationError: When a file is malformed.
+    """
     found = {}
     for path in sorted((out_dir / HELD_OUT_NAME).glob("*.json")):
         try:
@@ -103,7 +112,8 @@ def load_held_out(out_dir: Path) -> dict[str, HeldOutResult]:
             raise EvaluationError(f"{path}: not a held-out result ({describe_fault(error)})") from None
         except (OSError, ValueError) as error:
             raise EvaluationError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
-    return found
+    first = [name for name in order if name in found]
+    return {name: found[name] for name in dict.fromkeys([*first, *found])}
 
 
 def is_held_out_scored(config: EvaluationConfig, out_dir: Path) -> bool:
@@ -163,5 +173,5 @@ def _judge_pair(base: HeldOutResult, trained: HeldOutResult, gaps: np.ndarray, p
         difference_interval=(low, high),
         adjusted_p=p,
         sentence=f"{word}: {trained.bits_per_byte:.4f} against {base.bits_per_byte:.4f} bits per byte"
-        f" ({gap:+.4f} ± {(high - low) / 2:.4f}, p = {p:.3g}, {num_documents} documents)",
+        f" ({show_difference(gap, (low, high), 4)}, p = {p:.3g}, {num_documents} documents)",
     )

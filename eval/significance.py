@@ -13,6 +13,7 @@ from eval.resampling import BOOTSTRAP_SAMPLES, bootstrap_means, estimate_pooled
 from eval.scoring import Answer, EvaluationResult
 from layerplan.config.base import StrictModel
 from layerplan.errors import EvaluationError
+from layerplan.intervals import show_difference
 from layerplan.plan.holm import correct_holm
 
 CHANCE = 0.25
@@ -200,14 +201,13 @@ def _test_better(result: EvaluationResult, share: float) -> float:
 
 def _describe(verdict: Verdict) -> str:
     p = verdict.adjusted_p
-    low, high = verdict.difference_interval
-    spread = f"± {(high - low) / 2:.1f} points"
+    gap = show_difference(verdict.difference, verdict.difference_interval, 1) + " points"
     reference = f"{verdict.reference}{_count_seeds(verdict.num_reference_seeds)}"
     if p < ALPHA:
         direction = "better" if verdict.difference > 0 else "worse"
-        text = f"{direction} than {reference} by {abs(verdict.difference):.1f} {spread} (p = {p:.3g})"
+        text = f"{direction} than {reference} ({gap}, p = {p:.3g})"
     else:
-        text = f"not distinguishable from {reference} ({verdict.difference:+.1f} {spread}, p = {p:.3g})"
+        text = f"not distinguishable from {reference} ({gap}, p = {p:.3g})"
     if verdict.chance_p >= ALPHA:
         text += "; no better than guessing"
     elif verdict.constant_letter_p >= ALPHA:

@@ -9,7 +9,7 @@ labels are compared by their predictions (`compare_labels.py`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -22,6 +22,7 @@ from layerplan.artifacts import compute_sha256, write_json, write_text
 from layerplan.config.base import StrictModel
 from layerplan.errors import EvaluationError
 from layerplan.pipeline.compare_labels import NEEDED, is_label_run, judge_label_runs, render_label_scores
+from layerplan.pipeline.compare_names import list_texts, list_unscored, name_runs, read_evaluation
 from layerplan.pipeline.run_folder import fetch_run
 from layerplan.pipeline.summary import print_verdicts
 from layerplan.run_folder import BASE, CONFIG_NAME, EVALUATION_NAME, RESULT_NAME, RunFolder, name_step
@@ -44,18 +45,20 @@ def compare(
     Raises:
         EvaluationError: When runs cannot be compared.
     """
-    runs = [fetch_run(path, EVALUATION_NAME, RESULT_NAME, CONFIG_NAME, *NEEDED) for path in paths]
+    found = [fetch_run(path, EVALUATION_NAME, RESULT_NAME, CONFIG_NAME, *NEEDED) for path in paths]
+    runs = [run.expanduser().resolve() for run in found]
+    names = name_runs(runs)
     if any(map(is_label_run, runs)):
-        comparisons = judge_label_runs(group_seeds(runs) if pool_seeds else [[run] for run in runs])
+        comparisons = judge_label_runs(group_seeds(runs) if pool_seeds else [[run] for run in runs], names)
         for comparison in comparisons:
             print(comparison.sentence)
         _write(comparisons, partial(render_label_scores, comparisons), out=out, table=table)
         return
-    verdicts = judge_runs(runs, pool_seeds=pool_seeds)
+    verdicts = judge_runs(runs, pool_seeds=pool_seeds, names=names)
     print_verdicts(verdicts)
-    for sentence in judge_texts(runs):
-        print(sentence)
-    _write(verdicts, partial(_render_scores, runs), out=out, table=table)
+    for line in (*_describe_texts(runs, names), *_list_unscored(runs, names)):
+        print(line)
+    _write(verdicts, partial(_render_scores, names), out=out, table=table)
 
 
 def _write(verdicts: Sequence[StrictModel], render: Callable[..., str], *, out: str | None, table: str | None) -> None:
@@ -69,14 +72,34 @@ def _write(verdicts: Sequence[StrictModel], render: Callable[..., str], *, out: 
         print(f"\ntable     {Path(table).resolve()}")
 
 
-def _render_scores(runs: Sequence[Path], *, style: str) -> str:
-    rows = {BASE: load_results(RunFolder(runs[0]).scores_of(BASE))}
-    rows |= {run.name: load_results(find_trained_scores(run)) for run in runs}
+def _render_scores(names: Mapping[Path, str], *, style: str) -> str:
+    rows = {BASE: load_results(RunFolder(next(iter(names))).scores_of(BASE))}
+    rows |= {name: load_results(find_trained_scores(run)) for run, name in names.items()}
     return render_scores(rows, style=style)
 
 
-def judge_runs(runs: Sequence[Path], *, pool_seeds: bool = False) -> list[Verdict]:
+def _describe_texts(runs: Sequence[Path], names: Mapping[Path, str]) -> list[str]:
+    lines = judge_texts(runs, names)
+    if len(runs) > 1 and lines:
+        lines.append(
+            f"p values of texts are corrected over these {len(lines)} comparisons, on a run's own page over that run's alone."
+        )
+    return lines + list_other_documents(runs, names)
+
+
+def _list_unscored(runs: Sequence[Path], names: Mapping[Path, str]) -> list[str]:
+    return [line for run in runs for line in list_unscored(run, names[run], find_trained_scores(run))]
+
+
+def judge_runs(
+    runs: Sequence[Path], *, pool_seeds: bool = False, names: Mapping[Path, str] | None = None
+) -> list[Verdict]:
     """Verdicts of every benchmark and protocol: runs against the first run's base, then against each other.
+
+    Args:
+        runs: Folders of finished runs.
+        pool_seeds: Whether runs that differ in the seed alone are one arm.
+        names: What each is called; by its folder where that tells them apart, when left out.
 
     Raises:
         EvaluationError: When a run has no scores, protocols differ, or a run started from another base.
@@ -87,30 +110,46 @@ def judge_runs(runs: Sequence[Path], *, pool_seeds: bool = False) -> list[Verdic
         raise EvaluationError(f"{base_dir}: has no scores; the first run must have evaluated its base")
     for run in runs[1:]:
         _check_same_base(base, base_dir, RunFolder(run).scores_of(BASE))
+    names = names or name_runs(runs)
     arms = group_seeds(runs) if pool_seeds else [[run] for run in runs]
     comparisons: list[Comparison] = []
     for key, result in base.items():
         reference = [("the base", result, load_answers(base_dir, result.benchmark, result.protocol))]
-        loaded = [[_load_arm(run, key, base) for run in arm] for arm in arms]
+        loaded = [[_load_arm(run, names[run], key, base) for run in arm] for arm in arms]
         comparisons += [(reference, arm) for arm in loaded]
         comparisons += list(combinations(loaded, 2))
     return judge_comparisons(comparisons)
 
 
-def judge_texts(runs: Sequence[Path]) -> list[str]:
+def judge_texts(runs: Sequence[Path], names: Mapping[Path, str] | None = None) -> list[str]:
     """A sentence per run and held-out text that the run's own base was scored on too, corrected over all of them.
 
     Raises:
         EvaluationError: When a base and its run were scored on different documents.
     """
-    names, pairs = [], []
+    names = names or name_runs(runs)
+    subjects, pairs = [], []
     for run in runs:
         base = load_held_out(RunFolder(run).scores_of(BASE))
-        for name, trained in load_held_out(find_trained_scores(run)).items():
-            if name in base:
-                names.append(f"{run.name}, {name}")
-                pairs.append((base[name], trained))
-    return [f"{name}: {verdict.sentence}" for name, verdict in zip(names, judge_held_out(pairs))]
+        for text, trained in load_held_out(find_trained_scores(run), list_texts(read_evaluation(run))).items():
+            if text in base:
+                subjects.append(f"{names[run]} against its base, {text}")
+                pairs.append((base[text], trained))
+    return [f"{subject}: {verdict.sentence}" for subject, verdict in zip(subjects, judge_held_out(pairs))]
+
+
+def list_other_documents(runs: Sequence[Path], names: Mapping[Path, str]) -> list[str]:
+    """A warning for each name that stands for different texts in different runs."""
+    hashes: dict[str, dict[str, list[str]]] = {}
+    for run in runs:
+        for text, result in load_held_out(find_trained_scores(run)).items():
+            hashes.setdefault(text, {}).setdefault(result.text_sha256, []).append(names[run])
+    return [
+        f"{text}: {' and '.join(', '.join(group) for group in by_hash.values())} were scored on different documents under this"
+        " name; their bits per byte are not comparable with each other."
+        for text, by_hash in hashes.items()
+        if len(by_hash) > 1
+    ]
 
 
 def group_seeds(runs: Sequence[Path]) -> list[list[Path]]:
@@ -146,13 +185,13 @@ def find_trained_scores(run: Path) -> Path:
     return folder
 
 
-def _load_arm(run: Path, key: str, base: Results) -> Arm:
+def _load_arm(run: Path, name: str, key: str, base: Results) -> Arm:
     folder = find_trained_scores(run)
     results = load_results(folder)
     if key not in results:
         raise EvaluationError(f"{folder}: has no {key}; the base has {', '.join(base)}")
     result = results[key]
-    return run.name, result, load_answers(folder, result.benchmark, result.protocol)
+    return name, result, load_answers(folder, result.benchmark, result.protocol)
 
 
 def _check_same_base(base: Results, base_dir: Path, other_dir: Path) -> None:

@@ -5,7 +5,7 @@ Runs of one task and one base are compared; p-values are corrected over all comp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -18,6 +18,7 @@ from eval.tables import render_table
 from layerplan.config.base import StrictModel
 from layerplan.corpus.manifest import Manifest
 from layerplan.errors import EvaluationError
+from layerplan.intervals import show_difference
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.holm import correct_holm
 from layerplan.run_folder import (
@@ -68,11 +69,11 @@ class LabelComparison(StrictModel):
     def sentence(self) -> str:
         """The finding in one line, in percent."""
         low, high = (100 * each for each in self.interval)
+        gap = show_difference(100 * self.difference, (low, high), 1)
         told = "differs from" if self.adjusted_p < 0.05 else "is not told from"
         return (
             f"{self.run}, {self.metric.replace('_', ' ')}: {100 * self.value:.1f} {told} {self.reference}'s"
-            f" {100 * self.reference_value:.1f} ({100 * self.difference:+.1f} [{low:+.1f}, {high:+.1f}],"
-            f" p = {self.adjusted_p:.3g})"
+            f" {100 * self.reference_value:.1f} ({gap}, p = {self.adjusted_p:.3g})"
         )
 
 
@@ -89,11 +90,12 @@ def is_label_run(run: Path) -> bool:
     return RunFolder(run).label_scores.exists()
 
 
-def judge_label_runs(groups: Sequence[Sequence[Path]]) -> list[LabelComparison]:
+def judge_label_runs(groups: Sequence[Sequence[Path]], names: Mapping[Path, str]) -> list[LabelComparison]:
     """Verdicts of every metric: arms against the first run's base, then against each other.
 
     Args:
         groups: Runs of each arm, which differ in the seed alone.
+        names: What each run is called.
 
     Raises:
         EvaluationError: When a run is not finished, or runs are of different tasks, bases or numbers of seeds.
@@ -109,7 +111,7 @@ def judge_label_runs(groups: Sequence[Sequence[Path]]) -> list[LabelComparison]:
         read = [_read(RunFolder(run), _last(RunFolder(run)), places) for run in group]
         if any(each != gold for each, _ in read):
             raise EvaluationError(f"{group[0]}: was scored on other prompts than {runs[0].root}")
-        arms.append(_Arm(group[0].name, [predicted for _, predicted in read]))
+        arms.append(_Arm(names[group[0]], [predicted for _, predicted in read]))
     found = [
         comparison
         for reference, arm in combinations(arms, 2)

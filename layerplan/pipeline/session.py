@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 
-from layerplan.artifacts import write_json
 from layerplan.config.run import RunConfig
-from layerplan.errors import LayerplanError, StorageError, find_layerplan_error, first_line
+from layerplan.errors import StorageError
 from layerplan.pipeline.demands import ask_for_training
+from layerplan.pipeline.failure import noting_failure
 from layerplan.pipeline.lineage import note_config
 from layerplan.pipeline.run_folder import locate_run_folder, open_run_folder
 from layerplan.pipeline.run_lease import hold_run
 from layerplan.pipeline.stages import RunContext, say
 from layerplan.ray_session import connect
-from layerplan.redaction import redact_text
 from layerplan.run_folder import RunFolder
 from layerplan.sharing.books import read_nodes
 from layerplan.sharing.demand import Demand, sum_up
@@ -48,7 +46,8 @@ def open_run(config: RunConfig, ask: Ask = ask_for_training, *later: Ask) -> Ite
     """
     with hold_run(find_home(locate_run_folder(config).root), config.name) as lease:
         folder = open_run_folder(config)
-        with on_cluster(config, ask(config), [demand for other in later for demand in other(config)], tell=lease.tell):
+        demands = [demand for other in later for demand in other(config)]
+        with noting_failure(folder), on_cluster(config, ask(config), demands, tell=lease.tell):
             yield from _open(config, folder)
 
 
@@ -75,7 +74,6 @@ def on_cluster(
 
 
 def _open(config: RunConfig, folder: RunFolder) -> Iterator[RunContext]:
-    folder.failure.unlink(missing_ok=True)
     train, measured = settle_dtype(config.train, folder.compute_dtype)
     if measured is not None:
         say("train", str(measured))
@@ -89,20 +87,10 @@ def _open(config: RunConfig, folder: RunFolder) -> Iterator[RunContext]:
         yield RunContext(config, folder, tracker)
     except BaseException as error:
         status = status_of(error)
-        if status == "FAILED":
-            note_failure(folder, error)
         with suppress(StorageError):  # what the run failed with is to be told
             _close(tracker, status, config, folder)
         raise
     _close(tracker, status, config, folder)
-
-
-def note_failure(folder: RunFolder, error: BaseException) -> None:
-    """Leaves word of what the run ended with, for whoever looks at its folder."""
-    fault = find_layerplan_error(error) or error
-    line = first_line(fault) if isinstance(fault, LayerplanError) else f"{type(fault).__name__}: {first_line(fault)}"
-    with suppress(OSError):  # what the run failed with is to be told
-        write_json(folder.failure, {"time": datetime.now(UTC).isoformat(), "error": redact_text(line)})
 
 
 def _close(tracker: Tracker, status: Status, config: RunConfig, folder: RunFolder) -> None:

@@ -29,6 +29,7 @@ from layerplan.corpus.manifest import Manifest, resolve_store
 from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
 from layerplan.models.ref import ModelRef
+from layerplan.pipeline.failure import note_failure
 from layerplan.pipeline.lineage import note_corpus, note_results
 from layerplan.pipeline.model_options import read_origins
 from layerplan.plan.boundary_choice import choose_boundary, find_options
@@ -91,6 +92,8 @@ def tracked(context: RunContext, stage: str) -> Iterator[Tracker]:
     try:
         yield tracker
     except BaseException as error:
+        if isinstance(error, Exception):
+            note_failure(context.folder, error, stage)
         tracker.close(status=status_of(error))
         raise
     context.folder.carry()
@@ -330,7 +333,8 @@ def judge(context: RunContext, base: Results, trained: Results, label: str) -> l
     write_json(context.folder.verdicts, [verdict.model_dump(mode="json") for verdict in verdicts])
     for suffix, style in (("md", "markdown"), ("tex", "latex")):
         write_text(folder / f"{SCORES_STEM}.{suffix}", render_scores({BASE: base, name: trained}, style=style))
-    texts = [load_held_out(folder / scored) for scored in (BASE, label)]
+    order = [item.name for item in context.config.evaluation.held_out]
+    texts = [load_held_out(folder / scored, order) for scored in (BASE, label)]
     judged = judge_held_out([(texts[0][key], text) for key, text in texts[1].items() if key in texts[0]])
     if judged:
         write_json(context.folder.held_out_verdicts, [verdict.model_dump(mode="json") for verdict in judged])

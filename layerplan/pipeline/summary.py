@@ -13,7 +13,6 @@ from eval.significance import Verdict
 from layerplan.log import WIDTH
 from layerplan.plan.explain import render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.plan.layer_profile import ModelSource
 from layerplan.report.answer_tables import (
     describe_change,
     describe_cost,
@@ -22,6 +21,7 @@ from layerplan.report.answer_tables import (
     tabulate_texts,
 )
 from layerplan.report.answers import Answers
+from layerplan.report.headline import describe_repair, list_clauses, say_headline
 from layerplan.train.trainer import TrainResult
 
 
@@ -43,6 +43,9 @@ def print_summary(
     print_answers(answers, console)
     if verdicts:
         print_verdicts(verdicts)
+    headline = say_headline(list_clauses(answers, [verdict.model_dump() for verdict in verdicts]))
+    if headline:
+        print(f"verdict   {headline}")
     if plan.model.source is not None:
         print(f"note      {describe_repair(plan.model.source)}")
     print(f"\nreport    {report}")
@@ -65,34 +68,28 @@ def print_answers(answers: Answers, console: Console) -> None:
         console.print(f"  {who:<9}{text}", highlight=False, markup=False)
 
 
-def describe_repair(source: ModelSource) -> str:
-    """What a run on de-quantised weights does not separate."""
-    return (
-        f"the base was de-quantised from {source.file}, so a part of any gain may repair rounded weights; the same run on"
-        " general text tells it apart"
-    )
-
-
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """Prints scores beside the base's, and one sentence each."""
+    """Prints scores beside those they are compared with, and one sentence each."""
     console = Console(width=WIDTH)
     console.print(_score_table(verdicts))
     for verdict in verdicts:
-        console.print(f"{verdict.benchmark}/{verdict.protocol}: {verdict.sentence}", highlight=False)
+        console.print(f"{verdict.benchmark}/{verdict.protocol}: {verdict.sentence}", highlight=False, markup=False)
 
 
 def _score_table(verdicts: Sequence[Verdict]) -> Table:
     table = Table(title="Accuracy, percent [95 % interval]")
-    runs = {verdict.run for verdict in verdicts}
-    for heading in ("scored by", "n", "base", "trained", "difference", "p (Holm)"):
-        table.add_column(heading)
+    is_one_pair = len({(verdict.run, verdict.reference) for verdict in verdicts}) == 1
+    arms = ("base", "trained") if is_one_pair else ("compared with", "run")
+    for heading in ("scored by", "n", *arms, "difference", "p (Holm)"):
+        table.add_column(heading, overflow="fold")
     for verdict in verdicts:
-        name = f"{verdict.benchmark}/{verdict.protocol}"
+        reference = _with_interval(verdict.reference_accuracy, verdict.reference_interval)
+        accuracy = _with_interval(verdict.accuracy, verdict.accuracy_interval)
         table.add_row(
-            f"{verdict.run} {name}" if len(runs) > 1 else name,
+            f"{verdict.benchmark}/{verdict.protocol}",
             str(verdict.num_questions),
-            _with_interval(verdict.reference_accuracy, verdict.reference_interval),
-            _with_interval(verdict.accuracy, verdict.accuracy_interval),
+            reference if is_one_pair else f"{escape(verdict.reference)}\n{reference}",
+            accuracy if is_one_pair else f"{escape(verdict.run)}\n{accuracy}",
             f"{verdict.difference:+.1f} [{verdict.difference_interval[0]:+.1f}, {verdict.difference_interval[1]:+.1f}]",
             f"{verdict.adjusted_p:.3g}",
         )

@@ -25,13 +25,22 @@ def tabulate_texts(answers: Answers) -> Table:
 
 def describe_texts(answers: Answers) -> list[str]:
     """A sentence per row of that table."""
-    lines = []
-    if (loss := answers.validation) is not None and loss.base is not None:
-        lines.append(
-            f"Validation loss: {loss.base:.4f} before the first step, {loss.trained:.4f} after the last"
-            f" ({describe_change(loss.base, loss.trained)})."
-        )
-    return lines + [f"{text.name}: {text.sentence.rstrip('.')}." for text in answers.held_out]
+    return [*describe_validation(answers.validation), *map(describe_held_out, answers.held_out)]
+
+
+def describe_validation(loss: ValidationLoss | None) -> list[str]:
+    """A sentence on the loss before and after; none where one of them is not known."""
+    if loss is None or loss.base is None:
+        return []
+    return [
+        f"Validation loss: {loss.base:.4f} before the first step, {loss.trained:.4f} after the last"
+        f" ({describe_change(loss.base, loss.trained)})."
+    ]
+
+
+def describe_held_out(text: HeldOutText) -> str:
+    """The verdict on a text with its name."""
+    return f"{text.name}: {text.sentence.rstrip('.')}."
 
 
 def describe_change(first: float, last: float) -> str:
@@ -117,14 +126,15 @@ def list_continuations(answers: Answers) -> list[tuple[str, str]]:
 
 
 def show_text(text: str | None) -> str:
-    """A continuation as it is shown: words for one that has none, and no more than one empty line in a row."""
+    """A continuation as it is shown: words for one that has none, no empty line at its start and no more than one in a row."""
     if text is None:
         return NOTHING
     if not text:
         return "(nothing: the model ended the text at once)"
     if not text.strip():
         return f"(white space only, {len(text):,} characters)"
-    return re.sub(r"(?:[ \t]*\n){3,}", "\n\n", text).rstrip()
+    begun = re.sub(r"\A(?:[ \t]*\n)+", "", text)
+    return re.sub(r"(?:[ \t]*\n){3,}", "\n\n", begun).rstrip()
 
 
 def _validation_row(loss: ValidationLoss) -> list[str]:

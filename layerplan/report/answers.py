@@ -6,13 +6,15 @@ One reading feeds the page, the summary on the console, the model card and the l
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from layerplan.artifacts import read_lines
 from layerplan.inside import is_plain_name
+from layerplan.intervals import show_difference
 from layerplan.plan.cost import GIB
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.plan_cost import PredictedCost
@@ -136,8 +138,30 @@ def _read_validation(run: RunFolder, training: Mapping[str, Any]) -> ValidationL
     return ValidationLoss(rows, training.get("base_validation_loss"), training["validation_loss"])
 
 
+def read_verdicts(run: RunFolder) -> list[dict[str, Any]]:
+    """Verdicts on benchmarks, as the run wrote them but for sentences of earlier versions."""
+    verdicts = read_json(run.verdicts) or []
+    return [
+        item | {"sentence": _restate(item["sentence"], item["difference"], item["difference_interval"], 1)}
+        if item.get("difference_interval")
+        else item
+        for item in verdicts
+    ]
+
+
+def _restate(sentence: str, difference: float, interval: Sequence[float], decimals: int) -> str:
+    """A sentence that gave half the width of the interval, as if it lay evenly around the difference, with both ends."""
+    low, high = interval
+    shown = show_difference(difference, (low, high), decimals)
+    sentence = re.sub(r" by [\d.]+ ± [\d.]+ points \(p", lambda _: f" ({shown} points, p", sentence, count=1)
+    return re.sub(r"\([+-][\d.]+ ± [\d.]+", lambda _: f"({shown}", sentence, count=1)
+
+
 def _read_held_out(run: RunFolder) -> list[HeldOutText]:
-    verdicts = read_json(run.held_out_verdicts) or []
+    """In the order of the config, the others after them."""
+    asked = (read_json(run.config).get("evaluation") or {}).get("held_out") or []
+    places = {item["name"]: place for place, item in enumerate(asked)}
+    verdicts = sorted(read_json(run.held_out_verdicts) or [], key=lambda item: places.get(item["name"], len(places)))
     texts = []
     for item in verdicts:
         name = f"{item['name']}.json"
@@ -145,7 +169,8 @@ def _read_held_out(run: RunFolder) -> list[HeldOutText]:
         sizes = scores.get("document_bytes")
         low, high = item["difference_interval"]
         numbers = (item["base"], item["trained"], (low, high), item["adjusted_p"])
-        texts.append(HeldOutText(item["name"], len(sizes) if sizes else None, *numbers, item["sentence"]))
+        sentence = _restate(item["sentence"], item["trained"] - item["base"], (low, high), 4)
+        texts.append(HeldOutText(item["name"], len(sizes) if sizes else None, *numbers, sentence))
     return texts
 
 

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from layerplan.intervals import show_difference
 from layerplan.report.answer_tables import tabulate_use
 from layerplan.report.answers import Cost, read_json
-from layerplan.report.html_parts import render_table
+from layerplan.report.headline import rate
+from layerplan.report.html_parts import make_wide, render_sentence, render_table
 from layerplan.run_folder import BASE, RunFolder
 
 METRICS = ("accuracy", "macro_f1", "weighted_f1")
@@ -61,7 +63,22 @@ def _render_scores(scores: Mapping[str, Any]) -> str:
     first = models[0]
     asked = f"{html.escape(first['task'])}: {first['num_asked']:,} prompts of {len(first['classes'])} classes."
     table = render_table(headings, rows)
-    return f'<h2>Does it name the labels?</h2><p>{asked}</p>{table}<p class="soft">{_SCORES_NOTE}</p>'
+    verdict = _judge(verdicts["accuracy"], first["accuracy"], models[-1]["accuracy"])
+    return f'<h2>Does it name the labels?</h2><p>{asked}</p>{verdict}{table}<p class="soft">{_SCORES_NOTE}</p>'
+
+
+def _judge(verdict: Mapping[str, Any], base: float, trained: float) -> str:
+    outcome = rate(verdict["difference"], verdict["p_value"])
+    told = {"better": "better than the base", "worse": "worse than the base"}.get(
+        outcome, "not distinguishable from the base"
+    )
+    low, high = (100 * each for each in verdict["interval"])
+    gap = show_difference(100 * verdict["difference"], (low, high), 1)
+    return render_sentence(
+        f"{told[0].upper()}{told[1:]}: {100 * trained:.1f} % of the labels named, against {100 * base:.1f} %"
+        f" ({gap} points, p = {verdict['p_value']:.3g}).",
+        outcome,
+    )
 
 
 def _with_interval(model: Mapping[str, Any], metric: str) -> str:
@@ -114,4 +131,5 @@ def _embed_png(path: Path) -> str:
         return ""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     description = "Distribution of the deviations at every layer, before and after training"
-    return f'<figure><img alt="{description}" src="data:image/png;base64,{data}" style="width:100%"></figure>'
+    picture = f'<img alt="{description}" src="data:image/png;base64,{data}">'
+    return f"<figure>{make_wide(picture)}</figure>"

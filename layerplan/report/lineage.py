@@ -11,7 +11,7 @@ from layerplan.plan.explain import summarize_plan
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.markdown import as_code
 from layerplan.report.answer_tables import list_metrics
-from layerplan.report.answers import Answers, read_json
+from layerplan.report.answers import Answers, read_json, read_verdicts
 from layerplan.report.card import render_card_rows, render_cost, render_texts
 from layerplan.run_folder import FIGURES_NAME, PLAN_NAME, RunFolder
 from layerplan.tracking.tracker import RUN_ID
@@ -30,7 +30,7 @@ def list_results(run_dir: Path, answers: Answers) -> dict[str, float]:
         "result/tokens_seen": training.get("tokens_seen"),
     }
     found = {name: float(value) for name, value in losses.items() if value is not None}
-    for verdict in _read_verdicts(run_dir):
+    for verdict in read_verdicts(RunFolder(run_dir)):
         found |= _list_accuracies(verdict)
     return found | list_metrics(answers)
 
@@ -43,7 +43,9 @@ def list_tags(run_dir: Path) -> dict[str, str]:
 
 def render_note(run_dir: Path, answers: Answers) -> str:
     """Markdown with plan, verdicts and pictures; what does not fit into a tag is left to the report, and that is said."""
-    sentences = [f"{item['benchmark']}/{item['protocol']}: {item['sentence']}" for item in _read_verdicts(run_dir)]
+    sentences = [
+        f"{item['benchmark']}/{item['protocol']}: {item['sentence']}" for item in read_verdicts(RunFolder(run_dir))
+    ]
     sections = [
         _render_plan(_read_plan(run_dir), answers),
         render_texts(answers, sentences),
@@ -125,10 +127,6 @@ def _list_accuracies(verdict: Mapping[str, Any]) -> dict[str, float]:
         low, high = verdict.get(interval, (None, None))
         found |= {f"{name}/{who}": verdict.get(value), f"{name}/{who}_low": low, f"{name}/{who}_high": high}
     return {key: float(value) for key, value in found.items() if value is not None}
-
-
-def _read_verdicts(run_dir: Path) -> list[dict[str, Any]]:
-    return list(read_json(RunFolder(run_dir).verdicts) or [])
 
 
 def _read_plan(run_dir: Path) -> FreezePlan | None:

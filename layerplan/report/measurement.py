@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from layerplan.plan.boundary_choice import choose_boundary
+from layerplan.plan.boundary_choice import BoundaryChoice, choose_boundary
 from layerplan.plan.describe import (
     PAIR_HEADINGS,
     describe_certainty,
@@ -75,7 +75,8 @@ def render_measurement(
         return ""
     choice = read_choice(plan) or choose_boundary(profile)
     text = f'<h2>What was measured of the layers</h2><p class="soft">{INTRODUCTION}</p>'
-    text += _list_sentences([*describe_measurement(profile), *describe_certainty(profile, choice)])
+    details = _list_sentences([*describe_measurement(profile), *describe_certainty(profile, choice)])
+    text += f"<p>{_sum_up(profile, choice)}</p><details><summary>In detail, as the run logged it</summary>{details}</details>"
     for name, caption in CAPTIONS.items():
         if name in figures:
             text += f'<figure>{embed_svg(figures[name])}<figcaption class="soft">{html.escape(caption)}</figcaption></figure>'
@@ -83,6 +84,18 @@ def render_measurement(
     text += render_table(PAIR_HEADINGS, list_pairs(profile, choice.min_side))
     text += "<h2>What the probes were answered</h2>" + _answer_table(profile)
     return text + "<h2>How stable the measurement is</h2>" + _stability_table(profile)
+
+
+def _sum_up(profile: LayerProfile, choice: BoundaryChoice) -> str:
+    """Two sentences for who reads no further: how well the probes were answered, and whether a boundary is supported."""
+    answered = sum(profile.answered_share.values()) / max(len(profile.answered_share), 1)
+    best = choice.best_boundary
+    found = "No boundary between shallow and deep layers stands out"
+    if choice.is_supported:
+        found = f"Layers below {best} differ from those from {best} on"
+    if best is not None:
+        found += f" (the best is {best}; layers in other orders do as well with p = {choice.p_value:.2g})"
+    return f"The model answered {answered:.0%} of {profile.num_probes:,} probes rightly. {found}."
 
 
 def _list_sentences(sentences: Sequence[str]) -> str:

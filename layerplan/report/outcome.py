@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import html
-
-from layerplan.report.answer_tables import describe_texts, show_text, tabulate_cost, tabulate_texts
+from layerplan.report.answer_tables import (
+    describe_held_out,
+    describe_validation,
+    show_text,
+    tabulate_cost,
+    tabulate_texts,
+)
 from layerplan.report.answers import Answers, Cost
-from layerplan.report.html_parts import render_table
+from layerplan.report.headline import rate_text
+from layerplan.report.html_parts import render_sentence, render_table
 
 FULL_RATE = (
     "The full rate is that of large matrix products, measured on the workers before training or taken from the GPU's data"
@@ -26,7 +31,8 @@ def _render_texts(answers: Answers) -> str:
     headings, rows = tabulate_texts(answers)
     if not rows:
         return text + "<p>Not measured: the corpus has no validation rows and there is no held-out text.</p>"
-    text += "".join(f'<p class="verdict">{html.escape(line)}</p>' for line in describe_texts(answers))
+    text += "".join(map(render_sentence, describe_validation(answers.validation)))
+    text += "".join(render_sentence(describe_held_out(item), rate_text(item)) for item in answers.held_out)
     note = "Lower is better. Intervals and p come from resampling documents; the validation loss has neither."
     return text + render_table(headings, rows) + f'<p class="soft">{note}</p>'
 
@@ -44,9 +50,12 @@ def _render_continuations(answers: Answers) -> str:
         return ""
     trained = "trained" if answers.final_step is None else f"trained, step {answers.final_step:,}"
     rows = [[item.prompt, show_text(item.base), show_text(item.trained)] for item in answers.continuations]
-    note = "Each prompt is continued greedily, by the most likely token each time; runs of empty lines are shortened."
+    note = (
+        "Each prompt is continued greedily, by the most likely token each time; empty lines at its start are left out, runs"
+        " of them shortened."
+    )
     return (
         "<h2>What it says now</h2>"
-        + render_table(["prompt", "base", trained], rows, style="cases")
+        + render_table(["prompt", "base", trained], rows, style="cases stack")
         + f'<p class="soft">{note}</p>'
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,55 +16,26 @@ from layerplan.aside import writing_aside
 from layerplan.plan.explain import describe_older_rule, list_module_layers, name_ranges
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import LayerProfile
-from layerplan.report.answers import read_answers
+from layerplan.report.answers import read_answers, read_verdicts
+from layerplan.report.ending import render_ending
 from layerplan.report.figures import build_layer_figures, draw_loss
-from layerplan.report.html_parts import embed_svg, render_table
+from layerplan.report.headline import describe_repair, list_clauses, rate_verdict, render_headline
+from layerplan.report.html_parts import embed_svg, render_sentence, render_table
 from layerplan.report.labels import render_labels
 from layerplan.report.measurement import read_deviations, render_measurement
 from layerplan.report.outcome import render_outcome
+from layerplan.report.proof import render_proof
 from layerplan.report.scores import render_checkpoint_scores
+from layerplan.report.style import STYLE
 from layerplan.report.sweep import render_sweep_section
 from layerplan.run_folder import TRAIN, RunFolder
 from layerplan.train.world import describe_worlds
-
-_PROOF_LABELS = {
-    "trainable_with_gradient": "tensors that train and have a gradient",
-    "frozen_without": "frozen tensors without a gradient",
-    "coverage_checks": "times gradients were compared with the plan",
-    "loss_recipe": "how the loss is computed, found by asking the model",
-    "self_tests": "times the placed model was asked",
-    "self_test_difference": "largest difference from the loss of documents one by one, nats per token",
-    "frozen_checksum": "checksum of the frozen tensors in training",
-    "frozen_checks": "times they were found unchanged",
-    "frozen_check_share_of_training": "share of training time that took",
-    "frozen_tensors_identical_to_base": "exported tensors identical to the base, byte for byte",
-    "trained_tensors": "exported tensors that trained",
-    "trained_tensors_changed": "of those, changed",
-    "trained_tensors_dtype": "dtype they are written in",
-    "logits_moved_by_rounding": "largest change of a logit by rounding to it, as a share of the largest logit",
-}
 
 _SCORES_NOTE = (
     "Percent of questions answered rightly, of four choices. logit: the letter that is likeliest as the next token; generate:"
     " the letter in the answer that the model writes. p is that of no difference, corrected for all comparisons made (Holm)."
 )
 _COUNTS = {"in": "documents read", "kept": "documents kept"}
-
-_STYLE = """
-:root{--ink:#111827;--soft:#4b5563;--line:#e5e7eb;--train:#b45309;--frozen:#dbeafe}
-body{font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Noto Sans CJK SC",sans-serif;color:var(--ink);
-max-width:860px;margin:3rem auto;padding:0 1.2rem}
-h1{font-size:1.7rem;margin:0 0 .2rem}h2{font-size:1.15rem;margin:2.4rem 0 .6rem;border-bottom:1px solid var(--line);
-padding-bottom:.3rem}p{margin:.5rem 0}.soft{color:var(--soft)}table{border-collapse:collapse;width:100%;font-size:.92rem}
-th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}
-th{color:var(--soft);font-weight:600}.map{display:flex;gap:3px;margin:1rem 0;flex-wrap:wrap}.cell{min-width:34px;
-flex:1;text-align:center;padding:.5rem .2rem;border-radius:4px;font-size:.8rem}.on{background:var(--train);color:#fff}
-.off{background:var(--frozen);color:#1e3a8a}.part{background:repeating-linear-gradient(45deg,var(--frozen) 0 4px,#f6c58f 4px
-8px);color:#111827}svg{width:100%;height:auto}figure{margin:1rem 0}.scroll{overflow-x:auto}
-pre{overflow-x:auto}code{font-size:.88em}
-.verdict{border-left:3px solid var(--train);padding:.2rem 0 .2rem .8rem;margin:.6rem 0}
-.cases td{white-space:pre-wrap;overflow-wrap:anywhere;vertical-align:top;width:33%}
-"""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -84,18 +55,22 @@ def write_report(run_dir: Path) -> Path:
     sweep, sweep_figures = render_sweep_section(run.sweep)
     save_figures(run.figures, figures | sweep_figures)
     answers = read_answers(run_dir)
+    verdicts = read_verdicts(run)
     labels = render_labels(run, answers.cost)
     sections = [
         _head(run_dir, plan, training),
+        render_ending(run),
+        "" if labels else render_headline(list_clauses(answers, verdicts)),
+        _note(plan, training),
         labels,
         render_outcome(replace(answers, cost=None) if labels else answers),
-        _verdict_section(_read(run.verdicts) or []),
+        _verdict_section(verdicts),
         render_checkpoint_scores(run.evaluation),
         _plan_section(plan),
         _training_section(training, figures),
         sweep,
         render_measurement(profile, figures, plan),
-        _proof_section(_read(run.export), training),
+        render_proof(run),
         _corpus_section(_read(run.manifest)),
         _config_section(run_dir),
     ]
@@ -103,7 +78,7 @@ def write_report(run_dir: Path) -> Path:
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>layerplan: {html.escape(run_dir.name)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
+        f"<title>layerplan: {html.escape(run_dir.name)}</title><style>{STYLE}</style></head><body>{body}</body></html>\n"
     )
     write_text(run.report, page)
     return run.report
@@ -125,6 +100,12 @@ def _head(run_dir: Path, plan: FreezePlan | None, result: dict[str, Any] | None)
     return f'<h1>{html.escape(run_dir.name)}</h1><p class="soft">{subtitle}</p>'
 
 
+def _note(plan: FreezePlan | None, training: dict[str, Any] | None) -> str:
+    if plan is None or plan.model.source is None or training is None:
+        return ""
+    return f'<p class="soft">Note: {html.escape(describe_repair(plan.model.source))}.</p>'
+
+
 def _plan_section(plan: FreezePlan | None) -> str:
     if plan is None:
         return ""
@@ -142,9 +123,10 @@ def _plan_section(plan: FreezePlan | None) -> str:
 
 
 def _draw_cell(name: str, trains: bool, modules: str | None) -> str:
+    kind = "cell" if name.isdigit() else "cell named"
     if modules is None:
-        return f'<div class="cell {"on" if trains else "off"}">{name}</div>'
-    return f'<div class="cell part" title="{html.escape(modules, quote=True)}">{name}</div>'
+        return f'<div class="{kind} {"on" if trains else "off"}">{name}</div>'
+    return f'<div class="{kind} part" title="{html.escape(modules, quote=True)}">{name}</div>'
 
 
 def _module_table(plan: FreezePlan) -> str:
@@ -163,16 +145,16 @@ def _verdict_section(verdicts: Sequence[dict[str, Any]]) -> str:
             str(item["num_questions"]),
             _interval(item["reference_accuracy"], item["reference_interval"]),
             _interval(item["accuracy"], item["accuracy_interval"]),
-            f"{item['difference']:+.1f}",
+            _difference(item),
             f"{item['adjusted_p']:.3g}",
         ]
         for item in verdicts
     ]
     sentences = "".join(
-        f'<p class="verdict">{html.escape(item["benchmark"] + " / " + item["protocol"] + ": " + item["sentence"])}</p>'
+        render_sentence(f"{item['benchmark']} / {item['protocol']}: {item['sentence']}", rate_verdict(item))
         for item in verdicts
     )
-    headings = ["benchmark", "questions", "base [95 %]", "trained [95 %]", "difference", "p (Holm)"]
+    headings = ["benchmark", "questions", "base [95 %]", "trained [95 %]", "difference [95 %]", "p (Holm)"]
     return f'<h2>The verdict of the benchmarks</h2>{render_table(headings, rows)}<p class="soft">{_SCORES_NOTE}</p>{sentences}'
 
 
@@ -189,26 +171,10 @@ def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure])
             ["loss, first to last logged", f"{result['first_loss']:.3f} to {result['final_loss']:.3f}"],
             ["steps left out as not finite", str(result["skipped_steps"])],
         ]
-        worlds = result.get("worlds", [])
-        rows += [["workers", describe_worlds([(step, workers) for step, workers in worlds])]] if worlds else []
+        worlds = describe_worlds([(step, workers) for step, workers in result.get("worlds", [])])
+        rows += [["trained by", worlds]] if worlds else []
         text += render_table(["measured", ""], rows)
     return text
-
-
-def _proof_section(export: dict[str, Any] | None, training: dict[str, Any] | None) -> str:
-    proof = {**(training or {}).get("proof", {}), **(export or {})}
-    if not proof:
-        return ""
-    rows = [
-        [_PROOF_LABELS.get(name, name.replace("_", " ")), _proof_value(name, value)] for name, value in proof.items()
-    ]
-    return "<h2>Proof that the plan was obeyed</h2>" + render_table(["checked", ""], rows)
-
-
-def _proof_value(name: str, value: Any) -> str:
-    if name.endswith("_share_of_training") or name == "logits_moved_by_rounding":
-        return f"{value:.3%}"
-    return str(value) if name != "frozen_checksum" else f"{value[:28]}..."
 
 
 def _corpus_section(manifest: dict[str, Any] | None) -> str:
@@ -233,6 +199,12 @@ def _config_section(run_dir: Path) -> str:
 
 def _interval(value: float, interval: Sequence[float]) -> str:
     return f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
+
+
+def _difference(verdict: Mapping[str, Any]) -> str:
+    low, high = verdict.get("difference_interval") or (None, None)
+    shown = f"{verdict['difference']:+.1f}"
+    return shown if low is None or high is None else f"{shown} [{low:+.1f}, {high:+.1f}]"
 
 
 def _read(path: Path) -> Any:

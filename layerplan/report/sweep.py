@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from layerplan.report.html_parts import embed_svg, render_table
+from layerplan.report.html_parts import embed_svg, render_sentence, render_table
 from layerplan.report.sweep_arms import MIN_ROWS, Arm, Difference, SweepReading, read_sweep
 from layerplan.report.sweep_figures import draw_boundaries, draw_cost, draw_pareto, name_text
 from layerplan.train.judge import VALIDATION
@@ -30,7 +30,7 @@ def render_sweep_section(sweep: Path) -> tuple[str, dict[str, Figure]]:
     if reading is None:
         return "", {}
     figures = build_sweep_figures(reading)
-    parts = ["<h2>The sweep</h2>", *(f'<p class="verdict">{html.escape(line)}</p>' for line in _say(reading))]
+    parts = ["<h2>The sweep</h2>", *map(render_sentence, _say(reading))]
     for name, figure in figures.items():
         parts.append(f"<figure>{embed_svg(figure)}<figcaption class='soft'>{_caption(name)}</figcaption></figure>")
     parts.append(render_table(_headings(reading), [_row(reading, arm) for arm in reading.arms[:SHOWN]]))

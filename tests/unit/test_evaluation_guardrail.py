@@ -80,7 +80,7 @@ def test_a_breach_holds_until_the_guardrail_is_raised_above_it(tmp_path: Path) -
     found = {"step": 10, "verdict": verdict.model_dump(mode="json")}
     (tmp_path / "guardrail.json").write_text(json.dumps(found), encoding="utf-8")
     assert read_breach(tmp_path, 5) == f"step 10: {verdict.sentence}"
-    assert "step_00000010 is worse than the base by 10.0 ± " in verdict.sentence
+    assert "step_00000010 is worse than the base (-10.0 [95 %: " in verdict.sentence
     assert read_breach(tmp_path, 10.5) is None
     (tmp_path / "guardrail.json").write_text("{", encoding="utf-8")
     with pytest.raises(EvaluationError, match=r"guardrail\.json: cannot be read"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import unicodedata
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from layerplan.corpus.decontamination import BenchmarkText, Hit, QuestionIndex
 from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
 from layerplan.pipeline.stages import list_benchmark_texts
-from layerplan.train.request import TrainResult
+from tests.scored_runs import finish_run
 from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
 
 
@@ -127,32 +128,10 @@ def test_the_report_shows_scores_by_step(tmp_path: Path) -> None:
         result = {"question_mean": share, "num_correct": int(share * 4), "num_asked": 400}
         (folder / "ceval.json").write_text(json.dumps({"ceval/logit": result}))
         (folder / "held_out" / "notes.json").write_text(json.dumps({"bits_per_byte": share / 10}))
-    page = render_checkpoint_scores(tmp_path)
+    page = re.sub(r' data-label="[^"]*"', "", render_checkpoint_scores(tmp_path))
     assert "<th>ceval/logit</th><th>notes, bits per byte</th>" in page
     assert "<td>base</td><td>25.0 (100 of 400)</td><td>2.5000</td>" in page
     assert page.index("step_00000010") < page.index("step_00000020")
-
-
-def finish_run(folder: Path, *, final_step: int) -> None:
-    """Leaves the `training.json` of a run that ended at this step."""
-    result = TrainResult(
-        final_step=final_step,
-        final_checkpoint=folder / "checkpoints",
-        first_loss=5.0,
-        final_loss=4.0,
-        validation_loss=None,
-        tokens_seen=100,
-        train_s=1.0,
-        wall_s=1.0,
-        tokens_per_s=100.0,
-        mfu=0.1,
-        skipped_steps=0,
-        rollbacks=0,
-        proof={},
-        stopped_early=False,
-        hf_dir=None,
-    )
-    result.save(folder)
 
 
 def test_compared_runs_get_a_sentence_per_text(tmp_path: Path) -> None:
@@ -176,9 +155,9 @@ def test_compared_runs_get_a_sentence_per_text(tmp_path: Path) -> None:
     for run in ("worse", "same"):
         finish_run(tmp_path / run, final_step=10)
     first, second = judge_texts([tmp_path / "worse", tmp_path / "same"])
-    assert first.startswith("worse, notes: worse than the base: 1.")
+    assert first.startswith("worse against its base, notes: worse than the base: 1.")
     assert second.startswith(
-        "same, notes: not distinguishable from the base: 0.7213 against 0.7213 bits per byte (+0.0000"
+        "same against its base, notes: not distinguishable from the base: 0.7213 against 0.7213 bits per byte (+0.0000 [95 %: "
     )
 
 

@@ -105,7 +105,7 @@ def test_verdicts_are_paired_corrected_and_put_into_words() -> None:
     assert first.difference == pytest.approx(15)
     assert first.p_value == pytest.approx(2 / 2**30)
     assert first.adjusted_p == pytest.approx(4 / 2**30)
-    assert first.sentence.startswith("better is better than the base by 15.0 ± ")
+    assert first.sentence.startswith("better is better than the base (+15.0 [95 %: ")
     assert second.p_value == 1.0
     assert "not distinguishable from the base" in second.sentence
     assert second.sentence.endswith("no better than guessing.")
@@ -159,7 +159,7 @@ def test_seeds_of_one_condition_are_pooled_into_one_verdict() -> None:
     assert verdict.test == "bootstrap over seeds and questions, Cochran-Cox"
     assert 1e-4 < verdict.p_value < 0.05
     assert verdict.difference_interval[0] < 15 < verdict.difference_interval[1]
-    assert verdict.sentence.startswith("deep (3 seeds) is better than the base by 15.0 ± ")
+    assert verdict.sentence.startswith("deep (3 seeds) is better than the base (+15.0 [95 %: ")
 
 
 def test_two_conditions_of_several_seeds_are_compared_with_each_other() -> None:
@@ -169,7 +169,7 @@ def test_two_conditions_of_several_seeds_are_compared_with_each_other() -> None:
     (verdict,) = judge_comparisons([(low, high)])
     assert (verdict.num_reference_seeds, verdict.num_seeds) == (3, 2)
     assert (verdict.reference_accuracy, verdict.accuracy) == pytest.approx((25.0, 60.0))
-    assert verdict.sentence.startswith("deep (2 seeds) is better than shallow (3 seeds) by 35.0 ± ")
+    assert verdict.sentence.startswith("deep (2 seeds) is better than shallow (3 seeds) (+35.0 [95 %: ")
     (back,) = judge_comparisons([(high, low)])
     assert back.difference == pytest.approx(-35.0)
     assert back.p_value == pytest.approx(verdict.p_value, rel=0.2)

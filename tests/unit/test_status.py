@@ -15,8 +15,8 @@ from layerplan.artifacts import read_lines
 from layerplan.cli import main
 from layerplan.config.load import dump_config, validate_config
 from layerplan.errors import ConfigError, CorpusError
+from layerplan.pipeline.failure import note_failure
 from layerplan.pipeline.run_lease import hold_run
-from layerplan.pipeline.session import note_failure
 from layerplan.pipeline.status import read_status
 from layerplan.pipeline.status_table import show_status
 from layerplan.run_folder import (

@@ -1,0 +1,79 @@
+"""Names that tell compared runs apart, and what of a run is not scored yet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.artifacts import load_results
+from eval.held_out import load_held_out
+from layerplan.errors import EvaluationError
+from layerplan.run_folder import BASE, RunFolder
+from layerplan.storage.working import find_home
+
+UNTIL_THEN = "p values are corrected over what is there and can only grow once the rest is"
+
+
+def name_runs(runs: Sequence[Path]) -> dict[Path, str]:
+    """The folder's name of each run, with as many of the folders above it as tell all of them apart.
+
+    Raises:
+        EvaluationError: When a run is named twice.
+    """
+    for place, run in enumerate(runs):
+        if run in runs[:place]:
+            raise EvaluationError(f"{find_home(run)}: is named twice; a run is not compared with itself")
+    for depth in range(1, 1 + max(len(run.parts) for run in runs)):
+        names = ["/".join(run.parts[-depth:]) for run in runs]
+        if len(set(names)) == len(names):
+            break
+    return dict(zip(runs, names, strict=True))
+
+
+def list_unscored(run: Path, name: str, trained: Path) -> list[str]:
+    """A sentence for each of a run's two models that lacks scores its config asks for, or will never have them.
+
+    Args:
+        run: The run's folder.
+        name: What it is called.
+        trained: The scores of its last step.
+    """
+    evaluation, lines = read_evaluation(run), []
+    of_base, of_trained = (_list_missing(evaluation, folder) for folder in (RunFolder(run).scores_of(BASE), trained))
+    if of_base and not evaluation.get("evaluate_base", True):
+        lines.append(
+            f"not compared: {name} with a base of its own, which evaluation.evaluate_base=false leaves unscored"
+        )
+    elif of_base:
+        lines.append(f"not scored yet: {name}'s base on {', '.join(of_base)}; {UNTIL_THEN}")
+    if of_trained:
+        lines.append(f"not scored yet: {name} on {', '.join(of_trained)}; {UNTIL_THEN}")
+    return lines
+
+
+def read_evaluation(run: Path) -> Mapping[str, Any]:
+    """What a run's config asks for; empty when it has none that can be read."""
+    try:
+        values = json.loads(RunFolder(run).config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    found = values.get("evaluation") if isinstance(values, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def list_texts(evaluation: Mapping[str, Any]) -> list[str]:
+    """Names of the held-out texts, in the config's order."""
+    return [item["name"] for item in evaluation.get("held_out", [])]
+
+
+def _list_missing(evaluation: Mapping[str, Any], folder: Path) -> list[str]:
+    scores, texts = load_results(folder), load_held_out(folder)
+    keys = [
+        f"{benchmark['name']}/{protocol}"
+        for benchmark in evaluation.get("benchmarks", [])
+        for protocol in evaluation.get("protocols", [])
+    ]
+    missing = [key for key in keys if key not in scores]
+    return missing + [f"the text {text}" for text in list_texts(evaluation) if text not in texts]

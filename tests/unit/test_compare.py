@@ -1,0 +1,130 @@
+"""What `layerplan compare` prints: each row names both that it compares, and what is missing is said."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from layerplan.errors import EvaluationError
+from layerplan.pipeline.compare import compare
+from tests.scored_runs import leave_scored_run
+
+
+def read_rows(shown: str) -> list[list[str]]:
+    """Cells of the table's rows; lines of one row are joined by a blank."""
+    rows: list[list[str]] = []
+    for line in shown.splitlines():
+        if not line.startswith("│"):
+            continue
+        cells = [cell.strip() for cell in line.strip("│").split("│")]
+        if cells[0]:
+            rows.append(cells)
+        else:
+            rows[-1] = [" ".join(pair).strip() for pair in zip(rows[-1], cells, strict=True)]
+    return rows
+
+
+def test_each_row_names_both_that_it_compares(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """16 questions: 4, 5 and 3 right are 25.0, 31.2 and 18.8 %; a value stands under the name it belongs to."""
+    first = leave_scored_run(tmp_path / "first", right=5, bits={"notes": 1.1})
+    second = leave_scored_run(tmp_path / "second", right=3, bits={"notes": 0.9})
+    compare([str(first), str(second)])
+    rows = [[re.sub(r" \[.*", "", cell) for cell in row] for row in read_rows(capsys.readouterr().out)]
+    assert [row[2:5] for row in rows] == [
+        ["the base 25.0", "first 31.2", "+6.2"],
+        ["the base 25.0", "second 18.8", "-6.2"],
+        ["first 31.2", "second 18.8", "-12.5"],
+    ]
+
+
+def test_one_run_against_its_base_keeps_the_short_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    compare([str(leave_scored_run(tmp_path / "run", right=5, bits={}))])
+    shown = capsys.readouterr().out
+    assert "base" in shown and "trained" in shown and "compared with" not in shown and "p values" not in shown
+    assert [row[2:5] for row in read_rows(shown)] == [["25.0 [10.2, 49.5]", "31.2 [14.2, 55.6]", "+6.2 [+0.0, +18.8]"]]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    runs = [leave_scored_run(tmp_path / where / "run", right=right, bits={}) for where, right in (("a", 5), ("b", 3))]
+    compare([str(run) for run in runs], table=str(tmp_path / "table.md"))
+    assert "b/run is not distinguishable from a/run" in " ".join(capsys.readouterr().out.split())
+    assert re.findall(r"^\| (\w+/run) ", (tmp_path / "table.md").read_text(), re.MULTILINE) == ["a/run", "b/run"]
+
+
+def test_a_run_is_not_compared_with_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = leave_scored_run(tmp_path / "run", right=5, bits={})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EvaluationError, match=r"run: is named twice"):
+        compare([str(run), "run"])
+
+
+def test_texts_stand_in_the_order_of_the_config_with_both_ends_of_the_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Every document differs by the same, so the interval is the difference."""
+    run = leave_scored_run(tmp_path / "run", right=5, bits={"target": 0.9, "general": 1.1})
+    compare([str(run)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run against its base")]
+    assert lines[0].startswith(
+        "run against its base, target: better than the base: 0.9095 against 1.0095 bits per byte"
+    )
+    assert "(-0.1000 [95 %: -0.1000, -0.1000], p = 0.002, 20 documents)" in lines[0]
+    assert lines[1].startswith("run against its base, general: worse than the base")
+
+
+def test_what_is_not_scored_yet_is_said_with_what_it_does_to_p(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The least p of a bootstrap of 2,000 is 2 / 2,001, times one text while the other run is scored, then times two."""
+    whole = leave_scored_run(tmp_path / "whole", right=5, bits={"notes": 0.9})
+    scoring = leave_scored_run(tmp_path / "scoring", right=3, bits={}, asked=["notes"])
+    compare([str(whole), str(scoring)])
+    early = capsys.readouterr().out
+    assert (
+        "not scored yet: scoring on the text notes; p values are corrected over what is there and can only grow"
+        in early
+    )
+    assert "p = 0.001, 20 documents" in early and "scoring against its base" not in early
+    leave_scored_run(scoring, right=3, bits={"notes": 1.1})
+    compare([str(whole), str(scoring)])
+    late = capsys.readouterr().out
+    assert "not scored yet" not in late and late.count("p = 0.002, 20 documents") == 2
+    assert "corrected over these 2 comparisons" in late
+
+
+def test_a_benchmark_that_the_base_was_not_asked_yet_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = leave_scored_run(tmp_path / "run", right=5, bits={})
+    config = json.loads((run / "resolved_config.json").read_text())
+    config["evaluation"]["protocols"].append("generate")
+    (run / "resolved_config.json").write_text(json.dumps(config))
+    compare([str(run)])
+    shown = capsys.readouterr().out
+    assert (
+        "not scored yet: run's base on ceval/generate; " in shown and "not scored yet: run on ceval/generate; " in shown
+    )
+
+
+def test_a_run_that_leaves_its_base_unscored_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    first = leave_scored_run(tmp_path / "first", right=5, bits={"notes": 0.9})
+    second = leave_scored_run(tmp_path / "second", right=3, bits={"notes": 0.9})
+    shutil.rmtree(second / "evaluation" / "base")
+    config = json.loads((second / "resolved_config.json").read_text())
+    config["evaluation"]["evaluate_base"] = False
+    (second / "resolved_config.json").write_text(json.dumps(config))
+    compare([str(first), str(second)])
+    shown = capsys.readouterr().out
+    assert "second against its base" not in shown and "not scored yet" not in shown
+    assert "not compared: second with a base of its own, which evaluation.evaluate_base=false leaves unscored" in shown
+
+
+def test_a_name_that_stands_for_two_texts_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    runs = [
+        leave_scored_run(tmp_path / "one", right=5, bits={"notes": 0.9, "same": 1.0}),
+        leave_scored_run(tmp_path / "two", right=5, bits={"notes": 0.9, "same": 1.0}, of_other_documents=["notes"]),
+    ]
+    compare([str(run) for run in runs])
+    shown = capsys.readouterr().out
+    assert "notes: one and two were scored on different documents under this name" in shown
+    assert "same: one and two" not in shown
