@@ -169,7 +169,7 @@ def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure])
             ["steps", f"{result['final_step']:,}"],
             ["tokens", f"{result['tokens_seen']:,}"],
             ["loss, first to last logged", f"{result['first_loss']:.3f} to {result['final_loss']:.3f}"],
-            ["steps left out as not finite", str(result["skipped_steps"])],
+            ["steps left out", str(result["skipped_steps"])],
         ]
         worlds = describe_worlds([(step, workers) for step, workers in result.get("worlds", [])])
         rows += [["trained by", worlds]] if worlds else []
