@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from salf_race import decode
 
-from eval.label_scores import compare_seeds
+from eval.label_scores import Metric, compare_seeds
 from layerplan.artifacts import write_text
 from layerplan.plan.holm import correct_holm
 
@@ -170,13 +170,15 @@ def render_savings(results: Results) -> str:
 
 
 def list_families() -> dict[int, Sequence[str]]:
-    """Arms whose verdicts are corrected together: p of 2,000 exchanges is no smaller than 1 / 2,001, which more tests use up."""
+    """Arms whose verdicts are corrected together."""
     return {3: [*METHODS, *DRAWN, *HALVED, *BY_LORA], 4: list_budget_arms(), 6: VARIANTS}
 
 
 def render_verdicts(results: Results, methods: Sequence[str]) -> str:
     """Arms beside SALF[half], by macro F1 and accuracy, corrected over all of them."""
     found = []
+    metrics: tuple[Metric, ...] = ("macro_f1", "accuracy")
+    num_tests = len(results.tasks) * len(methods) * len(metrics)
     for task in results.tasks:
         facts = results.known["tasks"][task]
         reference = results.find(task, REFERENCE)
@@ -186,8 +188,8 @@ def render_verdicts(results: Results, methods: Sequence[str]) -> str:
             if method == REFERENCE or not shared:
                 continue
             one, two = ([decode(side[seed]["predicted"]) for seed in shared] for side in (reference, arms))
-            verdicts = compare_seeds(decode(facts["gold"]), one, two, len(facts["classes"]))
-            found += [(task, method, len(shared), verdicts[metric]) for metric in ("macro_f1", "accuracy")]
+            verdicts = compare_seeds(decode(facts["gold"]), one, two, len(facts["classes"]), num_tests=num_tests)
+            found += [(task, method, len(shared), verdicts[metric]) for metric in metrics]
     adjusted = correct_holm([verdict.p_value for *_, verdict in found])
     rows = [
         [

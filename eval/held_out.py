@@ -1,7 +1,7 @@
 """Bits per byte on held-out text: a third metric, sensitive where small models still guess on multiple choice.
 
 Bits per byte = sum of -log2 p(token) over the UTF-8 bytes of the text, so models with different tokenizers can be
-compared. Two models are compared by a bootstrap over documents. `held_out_scoring.py` measures them.
+compared. Two models are compared document by document, each weighted with its bytes. `held_out_scoring.py` measures them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field, ValidationError
 
-from eval.resampling import BOOTSTRAP_SAMPLES
-from eval.significance import ALPHA, correct_holm
+from eval.significance import ALPHA
 from layerplan.artifacts import compute_sha256
 from layerplan.config.base import StrictModel, describe_fault
 from layerplan.config.corpus import CorpusConfig
@@ -24,10 +23,12 @@ from layerplan.corpus.readers import Document
 from layerplan.corpus.sources import iter_documents
 from layerplan.errors import EvaluationError
 from layerplan.intervals import show_difference
+from layerplan.plan.estimate import PooledEstimate, estimate_pooled
+from layerplan.plan.holm import correct_holm
 from layerplan.run_folder import HELD_OUT_NAME
 
 MIN_DOCUMENTS = 10
-"""Fewer cannot be resampled: the bootstrap of one document has no spread at all."""
+"""Fewer are not judged: that their differences are about normal cannot be seen, and matters."""
 
 
 class HeldOutResult(StrictModel):
@@ -66,10 +67,10 @@ class HeldOutVerdict(StrictModel):
     """Bits per byte of the base."""
     trained: float
     """Bits per byte of the trained model."""
-    difference_interval: tuple[float, float]
-    """95 % bootstrap interval of trained minus base, over documents."""
+    difference_interval: tuple[float, float] | None
+    """95 % interval of trained minus base, over documents; None where there is one document or a loss is not finite."""
     adjusted_p: float
-    """Two-sided bootstrap p-value of no difference, Holm-corrected over the texts."""
+    """Two-sided p-value of no difference by the same estimate, Holm-corrected over the texts that are judged; else 1."""
     sentence: str
     """The verdict in words."""
 
@@ -127,51 +128,63 @@ def is_held_out_scored(config: EvaluationConfig, out_dir: Path) -> bool:
     return True
 
 
-def judge_held_out(pairs: Sequence[tuple[HeldOutResult, HeldOutResult]], *, seed: int = 0) -> list[HeldOutVerdict]:
-    """Compares (base, trained) on each text by a paired bootstrap over its documents; Holm-corrected over the texts.
+def judge_held_out(pairs: Sequence[tuple[HeldOutResult, HeldOutResult]]) -> list[HeldOutVerdict]:
+    """Compares (base, trained) on each text, document by document; Holm-corrected over the texts that can be judged.
 
     Raises:
         EvaluationError: When the documents of a pair differ.
     """
-    gaps = [_bootstrap_gaps(base, trained, seed) for base, trained in pairs]
-    adjusted = correct_holm([_two_sided(found) for found in gaps])
-    return [_judge_pair(base, trained, found, p) for (base, trained), found, p in zip(pairs, gaps, adjusted)]
+    gaps = [_estimate_gap(base, trained) for base, trained in pairs]
+    reasons = [_find_reason(base, trained) for base, trained in pairs]
+    adjusted = iter(correct_holm([gap.p_different() for gap, reason in zip(gaps, reasons) if not reason]))
+    return [
+        _judge_pair(base, trained, gap, 1.0 if reason else next(adjusted), reason)
+        for (base, trained), gap, reason in zip(pairs, gaps, reasons)
+    ]
 
 
-def _bootstrap_gaps(base: HeldOutResult, trained: HeldOutResult, seed: int) -> np.ndarray:
-    """Trained minus base in bits per byte, over resampled documents."""
+def _estimate_gap(base: HeldOutResult, trained: HeldOutResult) -> PooledEstimate:
+    """Trained minus base in bits per byte: the mean over documents, weighted with their bytes."""
     if base.text_sha256 != trained.text_sha256:
         raise EvaluationError(
             f"held-out text {trained.name}: base and trained model were scored on different documents"
         )
-    bits = (np.array(trained.document_nats) - np.array(base.document_nats)) / math.log(2)
+    losses = np.array([trained.document_nats, base.document_nats])
+    if not np.isfinite(losses).all():
+        return PooledEstimate(math.nan, ((math.inf, 1.0),))
+    bits = (losses[0] - losses[1]) / math.log(2)
     sizes = np.array(base.document_bytes, dtype=float)
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(0, len(sizes), size=len(sizes)) for _ in range(BOOTSTRAP_SAMPLES))
-    return np.array([bits[drawn].sum() / sizes[drawn].sum() for drawn in draws])
+    return estimate_pooled((bits / sizes)[None, :], weights_N=sizes)
 
 
-def _two_sided(gaps: np.ndarray) -> float:
-    """Bootstrap p-value of no difference; the observed sample counts as one, so it is never 0."""
-    sides = [(1 + (side <= 0).sum()) / (1 + len(gaps)) for side in (gaps, -gaps)]
-    return float(min(1.0, 2 * min(sides)))
+def _find_reason(base: HeldOutResult, trained: HeldOutResult) -> str:
+    """Why a text cannot be judged; empty where it can."""
+    for who, result in (("base", base), ("trained model", trained)):
+        broken = sum(not math.isfinite(nats) for nats in result.document_nats)
+        if broken:
+            return f"the {who}'s loss is not finite on {broken} of {len(result.document_nats)} documents"
+    num_documents = len(base.document_bytes)
+    return f"{num_documents} documents are too few (at least {MIN_DOCUMENTS})" if num_documents < MIN_DOCUMENTS else ""
 
 
-def _judge_pair(base: HeldOutResult, trained: HeldOutResult, gaps: np.ndarray, p: float) -> HeldOutVerdict:
-    low, high = (float(value) for value in np.quantile(gaps, [0.025, 0.975]))
+def _judge_pair(
+    base: HeldOutResult, trained: HeldOutResult, estimate: PooledEstimate, p: float, reason: str
+) -> HeldOutVerdict:
+    low, high = estimate.interval()
+    is_known = math.isfinite(low) and math.isfinite(high)
     gap, num_documents = trained.bits_per_byte - base.bits_per_byte, len(base.document_bytes)
-    if num_documents < MIN_DOCUMENTS:
-        word = f"not judged, as {num_documents} documents are too few to resample (at least {MIN_DOCUMENTS})"
-    elif p < ALPHA:
-        word = f"{'better' if gap < 0 else 'worse'} than the base"
+    if reason:
+        word, found = f"not judged, as {reason}", f"{gap:+.4f}, " if math.isfinite(gap) else ""
     else:
-        word = "not distinguishable from the base"
+        better = "better" if gap < 0 else "worse"
+        word = f"{better} than the base" if p < ALPHA else "not distinguishable from the base"
+        found = f"{show_difference(gap, (low, high), 4)}, p = {p:.3g}, "
     return HeldOutVerdict(
         name=trained.name,
         base=base.bits_per_byte,
         trained=trained.bits_per_byte,
-        difference_interval=(low, high),
+        difference_interval=(low, high) if is_known else None,
         adjusted_p=p,
         sentence=f"{word}: {trained.bits_per_byte:.4f} against {base.bits_per_byte:.4f} bits per byte"
-        f" ({show_difference(gap, (low, high), 4)}, p = {p:.3g}, {num_documents} documents)",
+        f" ({found}{num_documents} documents)",
     )

@@ -9,11 +9,11 @@ import numpy as np
 from pydantic import Field
 from scipy.stats import binomtest
 
-from eval.resampling import BOOTSTRAP_SAMPLES, bootstrap_means, estimate_pooled
 from eval.scoring import Answer, EvaluationResult
 from layerplan.config.base import StrictModel
 from layerplan.errors import EvaluationError
 from layerplan.intervals import show_difference
+from layerplan.plan.estimate import PooledEstimate, estimate_pooled
 from layerplan.plan.holm import correct_holm
 
 CHANCE = 0.25
@@ -56,7 +56,7 @@ class Verdict(StrictModel):
     difference: float
     """Accuracy minus reference, points."""
     difference_interval: tuple[float, float]
-    """95 % paired interval, stratified by subject (and over seeds), points."""
+    """95 % paired interval over questions within subjects (and over seeds), points."""
     test: str = "exact McNemar"
     """Which test gave the p-value."""
     p_value: float
@@ -64,9 +64,12 @@ class Verdict(StrictModel):
     adjusted_p: float
     """The same after Holm's correction over all comparisons made together."""
     chance_p: float
-    """That the run does no better than 25 %: exact binomial for one run, over seeds and questions for several."""
+    """That the run does no better than 25 %: exact binomial for one run, over seeds and questions for several.
+
+    Holm-corrected over the runs, benchmarks and protocols judged together.
+    """
     constant_letter_p: float
-    """The same against always answering the best single letter."""
+    """The same against always answering the best single letter, corrected for itself."""
     sentence: str
     """The verdict in words."""
 
@@ -83,19 +86,35 @@ def compute_mcnemar(only_first: int, only_second: int) -> float:
     return float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
 
 
-def judge_comparisons(comparisons: Sequence[Comparison], *, seed: int = 0) -> list[Verdict]:
+def judge_comparisons(comparisons: Sequence[Comparison]) -> list[Verdict]:
     """Judges comparisons over several benchmarks and protocols, corrected over all of them together.
 
     Raises:
         EvaluationError: When the protocol ids of a comparison differ.
     """
-    drafts = [_compare(references, runs, seed) for references, runs in comparisons]
+    drafts = [_compare(references, runs) for references, runs in comparisons]
     adjusted = correct_holm([draft.p_value for draft in drafts])
-    corrected = [draft.model_copy(update={"adjusted_p": p}) for draft, p in zip(drafts, adjusted)]
+    chance = _correct_levels(drafts, [draft.chance_p for draft in drafts])
+    letter = _correct_levels(drafts, [draft.constant_letter_p for draft in drafts])
+    corrected = [
+        draft.model_copy(update={"adjusted_p": p, "chance_p": by_chance, "constant_letter_p": by_letter})
+        for draft, p, by_chance, by_letter in zip(drafts, adjusted, chance, letter)
+    ]
     return [verdict.model_copy(update={"sentence": _describe(verdict)}) for verdict in corrected]
 
 
-def _compare(references: Sequence[Arm], runs: Sequence[Arm], seed: int) -> Verdict:
+def _correct_levels(verdicts: Sequence[Verdict], p_values: Sequence[float]) -> list[float]:
+    """Holm's correction over what was judged, each once however often it is compared."""
+    keys = [
+        (verdict.benchmark, verdict.protocol, verdict.run, verdict.accuracy, p)
+        for verdict, p in zip(verdicts, p_values)
+    ]
+    judged = list(dict.fromkeys(keys))
+    adjusted = dict(zip(judged, correct_holm([key[-1] for key in judged])))
+    return [adjusted[key] for key in keys]
+
+
+def _compare(references: Sequence[Arm], runs: Sequence[Arm]) -> Verdict:
     """A verdict whose p is not corrected yet and that has no sentence."""
     reference_name, base, base_answers = references[0]
     for name, result, answers in [*references[1:], *runs]:
@@ -103,8 +122,8 @@ def _compare(references: Sequence[Arm], runs: Sequence[Arm], seed: int) -> Verdi
     theirs_SN, mine_SN = _collect(references), _collect(runs)
     subjects = [answer.id.partition("/")[0] for answer in base_answers]
     keys = Counter(answer.answer for answer in base_answers)
-    interval, test, p_value = _test_difference(mine_SN, theirs_SN, subjects, seed)
-    chance_p, constant_letter_p = _test_levels(runs, mine_SN, subjects, max(keys.values()) / len(base_answers), seed)
+    interval, test, p_value = _test_difference(mine_SN, theirs_SN, subjects)
+    chance_p, constant_letter_p = _test_levels(runs, mine_SN, subjects, max(keys.values()) / len(base_answers))
     return Verdict(
         benchmark=base.benchmark,
         protocol=base.protocol,
@@ -115,9 +134,9 @@ def _compare(references: Sequence[Arm], runs: Sequence[Arm], seed: int) -> Verdi
         num_reference_seeds=len(references),
         num_unparsed=sum(item.num_unparsed for _, item, _ in runs),
         accuracy=100 * float(mine_SN.mean()),
-        accuracy_interval=_describe_accuracy(runs, mine_SN, subjects, seed),
+        accuracy_interval=_describe_accuracy(runs, mine_SN, subjects),
         reference_accuracy=100 * float(theirs_SN.mean()),
-        reference_interval=_describe_accuracy(references, theirs_SN, subjects, seed),
+        reference_interval=_describe_accuracy(references, theirs_SN, subjects),
         difference=100 * float(mine_SN.mean() - theirs_SN.mean()),
         difference_interval=interval,
         test=test,
@@ -130,26 +149,32 @@ def _compare(references: Sequence[Arm], runs: Sequence[Arm], seed: int) -> Verdi
 
 
 def _test_difference(
-    mine_SN: np.ndarray, theirs_SN: np.ndarray, subjects: Sequence[str], seed: int
+    mine_SN: np.ndarray, theirs_SN: np.ndarray, subjects: Sequence[str]
 ) -> tuple[tuple[float, float], str, float]:
     """95 % interval in points, the test's name, and its two-sided p."""
+    pair = (mine_SN - theirs_SN, None) if len(theirs_SN) == 1 else (mine_SN, theirs_SN)
+    gap = estimate_pooled(pair[0], strata=subjects, minus_SN=pair[1])
+    interval = _to_percent(gap, at_least=-100)
     if len(mine_SN) == len(theirs_SN) == 1:
         mine, theirs = mine_SN[0], theirs_SN[0]
-        interval = bootstrap_difference(mine - theirs, subjects, seed=seed)
         return interval, "exact McNemar", compute_mcnemar(int((mine > theirs).sum()), int((theirs > mine).sum()))
-    pair = (mine_SN - theirs_SN, None) if len(theirs_SN) == 1 else (mine_SN, theirs_SN)
-    gap = estimate_pooled(pair[0], subjects, seed=seed, minus_SN=pair[1])
-    return gap.interval(), "bootstrap over seeds and questions, Cochran-Cox", gap.p_different()
+    return interval, "seeds and questions, Cochran-Cox", gap.p_different()
+
+
+def _to_percent(estimate: PooledEstimate, *, at_least: float) -> tuple[float, float]:
+    """Its 95 % interval in percent or points, no further than scores reach."""
+    low, high = estimate.interval()
+    return max(at_least, 100 * low), min(100.0, 100 * high)
 
 
 def _test_levels(
-    runs: Sequence[Arm], mine_SN: np.ndarray, subjects: Sequence[str], best_letter_share: float, seed: int
+    runs: Sequence[Arm], mine_SN: np.ndarray, subjects: Sequence[str], best_letter_share: float
 ) -> tuple[float, float]:
     """P against guessing, and against the best single letter."""
     if len(runs) == 1:
         result = runs[0][1]
         return _test_better(result, CHANCE), _test_better(result, best_letter_share)
-    level = estimate_pooled(mine_SN, subjects, seed=seed)
+    level = estimate_pooled(mine_SN, strata=subjects)
     return level.p_at_most(CHANCE), level.p_at_most(best_letter_share)
 
 
@@ -158,12 +183,10 @@ def _collect(arms: Sequence[Arm]) -> np.ndarray:
     return np.array([[answer.is_correct for answer in answers] for _, _, answers in arms], dtype=float)
 
 
-def _describe_accuracy(
-    arms: Sequence[Arm], values_SN: np.ndarray, subjects: Sequence[str], seed: int
-) -> tuple[float, float]:
+def _describe_accuracy(arms: Sequence[Arm], values_SN: np.ndarray, subjects: Sequence[str]) -> tuple[float, float]:
     if len(arms) == 1:
         return compute_wilson(arms[0][1].num_correct, arms[0][1].num_asked)
-    return estimate_pooled(values_SN, subjects, seed=seed).interval()
+    return _to_percent(estimate_pooled(values_SN, strata=subjects), at_least=0)
 
 
 def _check_comparable(
@@ -181,18 +204,6 @@ def _check_comparable(
         )
     if [answer.id for answer in base_answers] != [answer.id for answer in answers]:
         raise EvaluationError(f"{name} and {reference_name}: their per-question files do not hold the same questions")
-
-
-def bootstrap_difference(
-    differences: np.ndarray, subjects: Sequence[str], *, seed: int, samples: int = BOOTSTRAP_SAMPLES
-) -> tuple[float, float]:
-    """95 % percentile interval of the mean paired difference, resampled within subjects, in points."""
-    return _interval(bootstrap_means(differences[None, :], subjects, seed=seed, samples=samples))
-
-
-def _interval(means: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(100 * means, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _test_better(result: EvaluationResult, share: float) -> float:

@@ -156,9 +156,10 @@ def group_seeds(runs: Sequence[Path]) -> list[list[Path]]:
     """Runs in order, those together whose resolved configs differ in nothing that the seed does not.
 
     Raises:
-        EvaluationError: When a run has no readable config.
+        EvaluationError: When a run has no readable config, or two runs of a group have one seed: the same training twice
+            says nothing of how far seeds lie apart.
     """
-    groups: dict[str, list[Path]] = {}
+    groups: dict[str, dict[str, Path]] = {}
     for run in runs:
         path = RunFolder(run).config
         try:
@@ -166,8 +167,13 @@ def group_seeds(runs: Sequence[Path]) -> list[list[Path]]:
         except (OSError, ValueError) as error:
             raise EvaluationError(f"{path}: cannot be read ({error}); pooling seeds needs each run's config") from None
         kept = {key: value for key, value in values.items() if key not in DIFFERS_BETWEEN_SEEDS}
-        groups.setdefault(compute_sha256(kept), []).append(run)
-    return list(groups.values())
+        group, seed = groups.setdefault(compute_sha256(kept), {}), json.dumps(values.get("seed"))
+        if seed in group:
+            raise EvaluationError(
+                f"{run}: has the config and the seed ({seed}) of {group[seed]}; --pool-seeds takes each seed once"
+            )
+        group[seed] = run
+    return [list(group.values()) for group in groups.values()]
 
 
 def find_trained_scores(run: Path) -> Path:

@@ -61,7 +61,7 @@ class LabelComparison(StrictModel):
     difference: float
     """Of the arm from the reference."""
     interval: tuple[float, float]
-    """95 %, of a bootstrap over prompts."""
+    """95 %, over prompts."""
     adjusted_p: float
     """Two-sided, corrected by Holm's method over everything that is compared at once."""
 
@@ -112,10 +112,11 @@ def judge_label_runs(groups: Sequence[Sequence[Path]], names: Mapping[Path, str]
         if any(each != gold for each, _ in read):
             raise EvaluationError(f"{group[0]}: was scored on other prompts than {runs[0].root}")
         arms.append(_Arm(names[group[0]], [predicted for _, predicted in read]))
+    pairs = list(combinations(arms, 2))
     found = [
         comparison
-        for reference, arm in combinations(arms, 2)
-        for comparison in _compare(facts.task, gold, reference, arm, len(places))
+        for reference, arm in pairs
+        for comparison in _compare(facts.task, gold, reference, arm, len(places), len(pairs) * len(METRICS))
     ]
     adjusted = correct_holm([each.adjusted_p for each in found])
     return [each.model_copy(update={"adjusted_p": p}) for each, p in zip(found, adjusted, strict=True)]
@@ -164,13 +165,13 @@ def _read(run: RunFolder, label: str, places: dict[int, int]) -> tuple[list[tupl
 
 
 def _compare(
-    task: str, gold: Sequence[tuple[str, int]], reference: _Arm, arm: _Arm, num_classes: int
+    task: str, gold: Sequence[tuple[str, int]], reference: _Arm, arm: _Arm, num_classes: int, num_tests: int
 ) -> list[LabelComparison]:
     truth = [place for _, place in gold]
     first, second = reference.predicted, arm.predicted
     if reference.name == BASE_ARM:
         first = first * len(second)  # it has no seeds
-    verdicts = compare_seeds(truth, first, second, num_classes)
+    verdicts = compare_seeds(truth, first, second, num_classes, num_tests=num_tests)
     return [
         LabelComparison(
             task=task,

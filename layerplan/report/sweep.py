@@ -16,8 +16,9 @@ SHOWN = 40
 """Arms in the table; the rest is in `sweep/results.json`."""
 _HOW = (
     "Losses are nats a token. Differences from the base are paired, row by row of the held-out text; intervals are 95 %"
-    " bootstrap intervals over rows, and over seeds where there are several. Seeds of one plan are one arm."
+    " intervals over rows and over seeds, whose spread is that of all arms with several. Seeds of one plan are one arm."
 )
+_ONE_SEED = "of these trainings, one seed each: what another seed would change is not in it"
 
 
 def render_sweep_section(sweep: Path) -> tuple[str, dict[str, Figure]]:
@@ -64,7 +65,10 @@ def _say(reading: SweepReading) -> list[str]:
         if difference is not None and difference.interval is None:
             others = f"too few rows to compare it with others (at least {MIN_ROWS})"
         else:
-            others = f"{len(alike) - 1} of {whole - 1} others cannot be told from it (paired bootstrap at 5 %, Holm)"
+            how = "over rows and seeds" if reading.measure_seeds(text) else f"over rows {_ONE_SEED}"
+            others = (
+                f"{len(alike) - 1} of {whole - 1} others cannot be told from it (at 5 % over all pairs of arms; {how})"
+            )
         lines.append(f"{name_text(text)}: {best.name} is lowest{against}; {others}.")
     stopped = sum(any(each.was_stopped for each in arm.records) for arm in reading.arms)
     return lines + ([f"Stopped before their last step: {stopped} of {len(reading.arms)} arms."] if stopped else [])

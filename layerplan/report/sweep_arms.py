@@ -1,7 +1,9 @@
 """The trials of a sweep as arms: seeds put together, compared with the base and with the best arm row by row.
 
-Differences are paired: every model reads the same held-out rows, so what makes a row hard falls out. Intervals are 95 %
-bootstrap intervals over rows, and over seeds where an arm has several.
+Differences are paired: every model reads the same held-out rows, so what makes a row hard falls out. How far seeds move a
+trial is measured over all arms that have several, as if it were alike in all, and counts for those of one seed too; where
+no arm has two, it is not known, and intervals are of the rows alone. The best arm is chosen by the numbers it is then
+compared by, so that p is corrected over all pairs of arms, of which these are some.
 """
 
 from __future__ import annotations
@@ -12,19 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from layerplan.plan.holm import correct_holm
+from layerplan.plan.estimate import PooledEstimate, SeedSpread, Values, estimate_pooled, measure_seeds
 from layerplan.run_folder import BASE, ROW_LOSSES_NAME
 from layerplan.train.held_out_rows import RowLosses, load_losses
 from layerplan.train.judge import VALIDATION
 from layerplan.train.trial_record import TrialRecord, load_records
 
-RESAMPLES = 2000
 MIN_ROWS = 10
-"""Fewer cannot be resampled."""
+"""Fewer are not judged: that their differences are about normal cannot be seen, and matters."""
 SIGNIFICANT = 0.05
-SEED = 11
 Losses = dict[str, RowLosses]
 
 
@@ -35,7 +34,7 @@ class Difference:
     value: float
     interval: tuple[float, float] | None
     p_value: float | None
-    """Two-sided bootstrap p-value of no difference."""
+    """Two-sided p-value of no difference, by the same estimate."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,16 @@ class Arm:
     def is_whole(self) -> bool:
         """Whether all of them came to their last step and left losses row by row."""
         return bool(self.losses) and len(self.losses) == len(self.records)
+
+    def has(self, text: str) -> bool:
+        """Whether all of them have finite losses on a text."""
+        return self.is_whole and all(
+            text in losses and bool(np.isfinite(losses[text].nats).all()) for losses in self.losses
+        )
+
+    def on(self, text: str) -> list[RowLosses]:
+        """Losses on a text, one of each seed."""
+        return [losses[text] for losses in self.losses]
 
     @property
     def loss(self) -> float:
@@ -88,23 +97,35 @@ class SweepReading:
     texts: tuple[str, ...]
     """The corpus's own held-out rows first, then the further texts."""
 
+    def measure_seeds(self, text: str) -> SeedSpread | None:
+        """How far seeds move an arm's loss on a text, over all arms; None where none has two."""
+        arms = [arm for arm in self.arms if arm.has(text)]
+        arms = [arm for arm in arms if _are_comparable([*arms[0].on(text), *arm.on(text)])]
+        return measure_seeds(*_to_rates([arm.on(text) for arm in arms])) if arms else None
+
     def compare_with_base(self, arm: Arm, text: str) -> Difference | None:
         """An arm's loss on a text minus the base's; None where one of them was not measured."""
         base = self.base.get(text)
-        rows = [losses[text] for losses in arm.losses if text in losses]
-        return compare(rows, [base]) if base is not None and arm.is_whole and _are_comparable([base, *rows]) else None
+        if base is None or not arm.has(text) or not _are_comparable([base, *arm.on(text)]):
+            return None
+        return compare_with_untrained(arm.on(text), base, self.measure_seeds(text))
 
     def find_alike(self, text: str) -> list[Arm]:
-        """Arms that cannot be told from the best one on a text, that one first; Holm-corrected over all comparisons."""
-        whole = [arm for arm in self.arms if arm.is_whole and all(text in losses for losses in arm.losses)]
+        """Arms that cannot be told from the best one on a text, that one first.
+
+        Which is best is chosen by the same rows, so that p-values are corrected over all pairs of arms (Bonferroni):
+        where all arms are equal, any is told from the best in at most 5 % of sweeps.
+        """
+        whole = [arm for arm in self.arms if arm.has(text)]
         if not whole:
             return []
-        ranked = sorted(whole, key=lambda arm: float(np.mean([losses[text].mean for losses in arm.losses])))
-        best = [losses[text] for losses in ranked[0].losses]
-        ranked = [arm for arm in ranked if _are_comparable([*best, *(losses[text] for losses in arm.losses)])]
-        found = [compare([losses[text] for losses in arm.losses], best) for arm in ranked[1:]]
-        adjusted = correct_holm([1.0 if each.p_value is None else each.p_value for each in found])
-        return [ranked[0], *(arm for arm, p in zip(ranked[1:], adjusted) if p >= SIGNIFICANT)]
+        ranked = sorted(whole, key=lambda arm: float(np.mean([losses.mean for losses in arm.on(text)])))
+        best = ranked[0].on(text)
+        ranked = [arm for arm in ranked if _are_comparable([*best, *arm.on(text)])]
+        spread, num_pairs = self.measure_seeds(text), math.comb(len(ranked), 2)
+        found = [compare(arm.on(text), best, spread) for arm in ranked[1:]]
+        told = [each.p_value is not None and each.p_value * num_pairs < SIGNIFICANT for each in found]
+        return [ranked[0], *(arm for arm, is_told in zip(ranked[1:], told) if not is_told)]
 
 
 def read_sweep(sweep: Path) -> SweepReading | None:
@@ -138,26 +159,35 @@ def _are_comparable(losses: Sequence[RowLosses]) -> bool:
     return len(losses) > 1 and len({each.rows_sha256 for each in losses}) == 1
 
 
-def compare(ours: Sequence[RowLosses], theirs: Sequence[RowLosses]) -> Difference:
-    """Mean over `ours` minus mean over `theirs`, each a seed, on the same rows."""
-    labels = ours[0].labels.astype(np.float64)
-    one, other = (np.stack([each.nats for each in side]) for side in (ours, theirs))
-    value = float((one.mean(0) - other.mean(0)).sum() / labels.sum())
-    if len(labels) < MIN_ROWS:
-        return Difference(value, None, None)
-    rng = np.random.default_rng([SEED, len(labels), len(ours), len(theirs)])
-    gaps = np.array([_resample(one, other, labels, rng) for _ in range(RESAMPLES)])
-    low, high = (float(each) for each in np.quantile(gaps, [0.025, 0.975]))
-    sides = [(1 + (side <= 0).sum()) / (1 + RESAMPLES) for side in (gaps, -gaps)]
-    return Difference(value, (low, high), float(min(1.0, 2 * min(sides))))
+def compare(ours: Sequence[RowLosses], theirs: Sequence[RowLosses], spread: SeedSpread | None = None) -> Difference:
+    """Mean over `ours` minus mean over `theirs`, each a seed, on the same rows.
+
+    Args:
+        ours: Losses of the seeds of one arm.
+        theirs: Of the other.
+        spread: How far seeds lie apart, where more is known of it than from these.
+    """
+    (one, other), labels = _to_rates([ours, theirs])
+    return _describe(estimate_pooled(one, weights_N=labels, minus_SN=other, spread=spread), len(labels))
 
 
-def _resample(
-    one: NDArray[np.float64], other: NDArray[np.float64], labels: NDArray[np.float64], rng: np.random.Generator
-) -> float:
-    rows = rng.integers(0, len(labels), size=len(labels))
-    drawn = [side[rng.integers(0, len(side), size=len(side))][:, rows].mean(0) for side in (one, other)]
-    return float((drawn[0] - drawn[1]).sum() / labels[rows].sum())
+def compare_with_untrained(ours: Sequence[RowLosses], base: RowLosses, spread: SeedSpread | None = None) -> Difference:
+    """The same against a model that has no seeds."""
+    (one, other), labels = _to_rates([ours, [base]])
+    return _describe(estimate_pooled(one - other, weights_N=labels, spread=spread), len(labels))
+
+
+def _to_rates(arms: Sequence[Sequence[RowLosses]]) -> tuple[list[Values], Values]:
+    """Nats a token of every arm, seeds by rows, and the tokens of the rows; rows without tokens are left out."""
+    labels = arms[0][0].labels.astype(np.float64)
+    asked = labels > 0
+    return [np.stack([each.nats[asked] / labels[asked] for each in arm]) for arm in arms], labels[asked]
+
+
+def _describe(estimate: PooledEstimate, num_rows: int) -> Difference:
+    if num_rows < MIN_ROWS:
+        return Difference(estimate.mean, None, None)
+    return Difference(estimate.mean, estimate.interval(), estimate.p_different())
 
 
 def find_front(points: Sequence[tuple[float, float]]) -> list[int]:

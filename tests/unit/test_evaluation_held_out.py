@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ttest_rel
 
 from eval.held_out import HeldOutResult, judge_held_out, read_held_out
 from eval.held_out_scoring import HeldOutActor, iter_windows
@@ -104,7 +105,7 @@ def test_models_are_compared_document_by_document() -> None:
     assert first.sentence.startswith("better than the base: ")
     assert first.trained - first.base == pytest.approx(-0.05 / math.log(2))
     assert first.difference_interval[0] == pytest.approx(first.difference_interval[1])
-    assert first.adjusted_p == pytest.approx(2 * 2 / 2001)  # the least a bootstrap of 2,000 says, times two texts
+    assert first.adjusted_p == pytest.approx(2 * 2 / 2**40)  # no document differs from another: a sign test, two texts
     assert second.sentence.startswith("not distinguishable from the base")
     assert second.difference_interval[0] < 0 < second.difference_interval[1]
 
@@ -112,6 +113,37 @@ def test_models_are_compared_document_by_document() -> None:
 def test_a_single_document_gives_no_verdict() -> None:
     (verdict,) = judge_held_out([(make_result([10.0], [10]), make_result([5.0], [10]))])
     assert verdict.sentence.startswith("not judged, as 1 documents are too few")
+
+
+def test_texts_that_cannot_be_judged_use_up_no_correction() -> None:
+    rng = np.random.default_rng(4)
+    base = [100.0] * 12
+    trained = [value + noise for value, noise in zip(base, rng.normal(-3, 3, 12))]
+    judged = (make_result(base, [100] * 12), make_result(trained, [100] * 12))
+    (alone,) = judge_held_out([judged])
+    assert alone.adjusted_p == pytest.approx(ttest_rel(trained, base).pvalue)
+    few = (make_result([10.0], [10]), make_result([5.0], [10]))
+    broken = (make_result(base, [100] * 12), make_result([*base[:11], math.nan], [100] * 12))
+    first, second, third = judge_held_out([judged, few, broken])
+    assert first.adjusted_p == alone.adjusted_p and (second.adjusted_p, third.adjusted_p) == (1.0, 1.0)
+    assert second.difference_interval is None and third.difference_interval is None
+    assert third.sentence.startswith("not judged, as the trained model's loss is not finite on 1 of 12 documents: nan")
+
+
+@pytest.mark.parametrize(("num_documents", "spread"), [(10, 0.0), (15, 0.0), (20, 1.2)])
+def test_equal_models_are_seldom_told_apart_and_p_and_interval_agree(num_documents: int, spread: float) -> None:
+    rng, draws, found = np.random.default_rng(num_documents), 200, []
+    for _ in range(draws):
+        sizes = (50 + rng.lognormal(7, spread, num_documents)).astype(int)
+        base = 0.7 * sizes
+        trained = base + rng.normal(0, 0.02, num_documents) * sizes
+        pair = (make_result(base.tolist(), sizes.tolist()), make_result(trained.tolist(), sizes.tolist()))
+        (verdict,) = judge_held_out([pair])
+        assert verdict.difference_interval is not None
+        low, high = verdict.difference_interval
+        found.append(verdict.adjusted_p < 0.05)
+        assert found[-1] == (not low <= 0 <= high)
+    assert np.mean(found) <= 0.05 + 3 * (0.05 * 0.95 / draws) ** 0.5
 
 
 def test_other_documents_are_not_compared() -> None:

@@ -6,19 +6,17 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 from scipy.stats import binomtest
-from scipy.stats import t as student
 
 from eval.items import Benchmark, Question
-from eval.resampling import PooledEstimate, bootstrap_means, estimate_pooled
 from eval.scoring import Answer, EvaluationResult, pick_letter, score_answers
 from eval.significance import (
-    bootstrap_difference,
     compute_mcnemar,
     compute_wilson,
     correct_holm,
     judge_comparisons,
 )
 from layerplan.errors import EvaluationError
+from layerplan.plan.estimate import estimate_pooled
 
 
 def make_benchmark(sizes: dict[str, tuple[str, int]]) -> Benchmark:
@@ -64,13 +62,12 @@ def test_holm_steps_down_and_keeps_the_order() -> None:
     assert correct_holm([]) == []
 
 
-def test_bootstrap_keeps_subjects_apart() -> None:
-    # within each subject every difference is the same, so resampling inside subjects has no variance at all
-    differences = np.array([1.0] * 10 + [0.0] * 30)
-    subjects = ["law"] * 10 + ["art"] * 30
-    assert bootstrap_difference(differences, subjects, seed=0) == pytest.approx((25.0, 25.0))
-    low, high = bootstrap_difference(differences, ["one"] * 40, seed=0)
-    assert low < 20 and high > 30
+def test_an_interval_keeps_subjects_apart() -> None:
+    # within each subject every difference is the same, so that questions drawn inside subjects have no variance at all
+    differences = np.array([[1.0] * 10 + [0.0] * 30])
+    assert estimate_pooled(differences, strata=["law"] * 10 + ["art"] * 30).interval() == pytest.approx((0.25, 0.25))
+    low, high = estimate_pooled(differences).interval()
+    assert low < 0.20 and high > 0.30
 
 
 def test_the_three_averages_differ_as_they_should() -> None:
@@ -131,24 +128,6 @@ def test_unequal_protocols_cannot_be_compared() -> None:
         judge_comparisons([([("the base", *base)], [("run", *other)])])
 
 
-def test_the_hierarchical_bootstrap_is_the_naive_one() -> None:
-    """Against a loop that draws seeds, then questions inside each subject, one at a time, and scales seeds' deviations."""
-    rng = np.random.default_rng(5)
-    values = (rng.random((3, 60)) < np.array([[0.2], [0.5], [0.8]])).astype(float)
-    subjects = ["law"] * 20 + ["art"] * 40
-    fast = bootstrap_means(values, subjects, seed=0, samples=4000)
-    slow = []
-    for _ in range(4000):
-        seeds = rng.integers(0, 3, 3)
-        drawn = np.concatenate([rng.integers(0, 20, 20), 20 + rng.integers(0, 40, 40)])
-        alike = values[:, drawn].mean()
-        slow.append(alike + (3 / 2) ** 0.5 * (values[np.ix_(seeds, drawn)].mean() - alike))
-    assert fast.mean() == pytest.approx(np.mean(slow), abs=0.01)
-    assert fast.std() == pytest.approx(np.std(slow), rel=0.06)
-    one_seed = bootstrap_means(values[:1], subjects, seed=0, samples=4000)
-    assert fast.std() > 1.5 * one_seed.std(), "the variation between seeds must widen the interval"
-
-
 def test_seeds_of_one_condition_are_pooled_into_one_verdict() -> None:
     benchmark = make_benchmark({"law": ("Social Science", 100), "art": ("Humanities", 100)})
     base = ("the base", *make_run(benchmark, set(range(0, 200, 4))))
@@ -156,7 +135,7 @@ def test_seeds_of_one_condition_are_pooled_into_one_verdict() -> None:
     (verdict,) = judge_comparisons([([base], seeds)])
     assert (verdict.num_seeds, verdict.num_questions) == (3, 200)
     assert verdict.difference == pytest.approx(15.0)  # 25, 30 and 35 more of 200
-    assert verdict.test == "bootstrap over seeds and questions, Cochran-Cox"
+    assert verdict.test == "seeds and questions, Cochran-Cox"
     assert 1e-4 < verdict.p_value < 0.05
     assert verdict.difference_interval[0] < 15 < verdict.difference_interval[1]
     assert verdict.sentence.startswith("deep (3 seeds) is better than the base (+15.0 [95 %: ")
@@ -180,24 +159,34 @@ def test_pooled_tests_reject_no_true_difference_about_as_often_as_they_say(num_s
     """Seeds that differ by 3 points and change a tenth of the answers; 200 conditions without a true difference."""
     rng = np.random.default_rng(num_seeds)
     rejected = 0
-    for repetition in range(200):
+    for _ in range(200):
         chance = 1 / (1 + np.exp(-rng.normal(size=60)))
         base = (rng.random(60) < chance).astype(float)
         shift = rng.normal(0, 0.03, (num_seeds, 1)) / 0.1
         again = (rng.random((num_seeds, 60)) < np.clip(chance + shift, 0, 1)).astype(float)
         seeds = np.where(rng.random((num_seeds, 60)) < 0.1, again, base)
-        rejected += estimate_pooled(seeds - base, ["one"] * 60, seed=repetition).p_different() < 0.05
+        rejected += estimate_pooled(seeds - base).p_different() < 0.05
     assert rejected <= 18, "more than 9 % at a level of 5 %"
 
 
-def test_a_pooled_estimate_has_students_quantiles_at_its_ends() -> None:
-    only_questions = PooledEstimate(0.3, ((0.0, 1), (0.01, 10_000)))
-    assert only_questions.p_different(0.1) == pytest.approx(0.0455, abs=1e-3)  # two standard errors
-    only_seeds = PooledEstimate(0.3, ((0.01, 1), (0.0, 10_000)))
-    assert only_seeds.p_different(0.1) == pytest.approx(2 * student.sf(2, 1), rel=1e-6)
-    assert only_seeds.p_at_most(0.3) == pytest.approx(0.5)
-    low, high = only_seeds.interval()
-    assert (high - low) / 2 == pytest.approx(100 * 12.706 * 0.1, rel=1e-3)
+def test_scores_against_guessing_are_corrected_over_what_is_judged() -> None:
+    """34 of 100 against 25 %: p = 0.027 alone, and four runs are judged, each compared with several others."""
+    benchmark = make_benchmark({"law": ("Social Science", 100)})
+    alone = binomtest(34, 100, 0.25, alternative="greater").pvalue
+    runs = [[(f"run{place}", *make_run(benchmark, set(range(34))))] for place in range(4)]
+    (verdict,) = judge_comparisons([(runs[0], runs[1])])
+    assert verdict.chance_p == pytest.approx(alone) and "guessing" not in verdict.sentence
+    verdicts = judge_comparisons([(one, other) for place, one in enumerate(runs) for other in runs[place + 1 :]])
+    assert [verdict.chance_p for verdict in verdicts] == pytest.approx([3 * alone] * 6), "three of the four are judged"
+    assert all(verdict.sentence.endswith("no better than guessing.") for verdict in verdicts)
+
+
+def test_one_more_right_of_eight_subjects_is_no_finding() -> None:
+    benchmark = make_benchmark({f"subject{place}": ("Humanities", 1) for place in range(8)})
+    base = ("the base", *make_run(benchmark, set()))
+    (verdict,) = judge_comparisons([([base], [("a", *make_run(benchmark, {0})), ("b", *make_run(benchmark, {0}))])])
+    assert verdict.p_value > 0.3
+    assert verdict.difference_interval[0] < 0 < verdict.difference_interval[1]
 
 
 def test_files_of_other_questions_cannot_be_paired() -> None:

@@ -70,6 +70,58 @@ def test_equal_predictions_are_no_evidence() -> None:
     assert all(verdict.p_value == 1 for verdict in compare_labels(gold, guess, guess, 2).values())
 
 
+def test_intervals_hold_their_estimates_with_few_prompts_of_a_class() -> None:
+    """A drawn test of two prompts a class lacks an eighth of the classes; all right is 1, and no better known than Wilson's."""
+    gold = [place for place in range(50) for _ in range(2)]
+    found = score_labels(gold, gold, [str(place) for place in range(50)], task="t", task_sha256="0")
+    wilson = binomtest(100, 100).proportion_ci(method="wilson")
+    assert found.macro_f1 == 1.0 and found.intervals["macro_f1"] == pytest.approx((wilson.low, 1.0))
+    wrong = [(place + 1) % 50 for place in gold]
+    verdict = compare_labels(gold, wrong, gold, 50)["macro_f1"]
+    assert verdict.difference == 1.0 and 0.9 < verdict.interval[0] < verdict.interval[1] == 1.0
+
+
+@pytest.mark.parametrize(("size", "num_classes"), [(60, 4), (100, 20)])
+def test_intervals_cover_what_more_prompts_would_show(size: int, num_classes: int) -> None:
+    rng, draws = np.random.default_rng(size), 200
+
+    def ask(count: int) -> tuple[list[int], list[int]]:
+        gold = rng.integers(0, num_classes, count)
+        guess = np.where(rng.random(count) < 0.8, gold, rng.integers(0, num_classes, count))
+        return gold.tolist(), guess.tolist()
+
+    names = [str(place) for place in range(num_classes)]
+    truth = score_labels(*ask(200_000), names, task="t", task_sha256="0")
+    missed = {"macro_f1": 0, "weighted_f1": 0}
+    for _ in range(draws):
+        found = score_labels(*ask(size), names, task="t", task_sha256="0")
+        for metric in missed:
+            low, high = found.intervals[metric]  # type: ignore[index]
+            assert low <= getattr(found, metric) <= high
+            missed[metric] += not low <= getattr(truth, metric) <= high
+    assert max(missed.values()) / draws <= 0.05 + 3 * (0.05 * 0.95 / draws) ** 0.5
+
+
+def test_exchanges_follow_the_number_of_tests() -> None:
+    """All wrong beside all right, by 3 metrics of base and 12 arms: 234 tests, and each of them is told."""
+    gold = [place % 4 for place in range(200)]
+    wrong = [(place + 1) % 4 for place in gold]
+    found = compare_seeds(gold, [wrong, wrong], [gold, gold], 4, num_tests=234)
+    assert max(234 * verdict.p_value for verdict in found.values()) < 0.05
+    alone = compare_seeds(gold, [wrong, wrong], [gold, gold], 4)
+    assert [verdict.p_value for verdict in alone.values()] == [1 / 2001] * 3
+
+
+def test_equal_methods_are_seldom_told_apart() -> None:
+    rng, draws, told = np.random.default_rng(9), 150, []
+    for seed in range(draws):
+        gold = rng.integers(0, 4, 60)
+        first, second = (np.where(rng.random(60) < 0.7, gold, rng.integers(0, 4, 60)).tolist() for _ in range(2))
+        found = compare_labels(gold.tolist(), first, second, 4, seed=seed)
+        told.append([verdict.p_value < 0.05 for verdict in found.values()])
+    assert np.mean(told, axis=0).max() <= 0.05 + 3 * (0.05 * 0.95 / draws) ** 0.5
+
+
 def test_a_test_with_prompts_missing_is_no_test() -> None:
     with pytest.raises(EvaluationError, match="3 predictions for 4 prompts"):
         score_labels([0, 1, 0, 1], [0, 1, 0], ["a", "b"], task="t", task_sha256="0")

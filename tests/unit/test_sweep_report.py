@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
+from layerplan.plan.estimate import measure_seeds
 from layerplan.report.page import write_report
-from layerplan.report.sweep_arms import compare, find_front, read_sweep
+from layerplan.report.sweep_arms import Arm, SweepReading, compare, find_front, read_sweep
 from layerplan.report.sweep_figures import draw_boundaries, draw_cost, draw_pareto
 from layerplan.train.held_out_rows import RowLosses, save_losses
 from layerplan.train.judge import VALIDATION
@@ -61,9 +64,11 @@ def run(tmp_path: Path) -> Path:
 
 def test_a_difference_is_that_of_the_same_rows() -> None:
     """Rows differ by 4 nats a token; a shift of 0.3 is seen all the same."""
-    found = compare([make_losses(-0.3, 0.05, 1)], [make_losses(0, 0, 0)])
+    losses = make_losses(-0.3, 0.05, 1)
+    found = compare([losses], [make_losses(0, 0, 0)])
     assert found.interval is not None and found.interval[0] < found.value < found.interval[1] < -0.25
-    assert found.value == pytest.approx(-0.3, abs=0.03) and found.p_value == pytest.approx(2 / 2001)
+    assert found.value == pytest.approx(-0.3, abs=0.03)
+    assert found.p_value == pytest.approx(ttest_rel(losses.nats, HARD).pvalue, rel=1e-6)
     same = compare([make_losses(0, 0.05, 1)], [make_losses(0, 0.05, 2)])
     assert same.p_value is not None and same.p_value > 0.05
 
@@ -71,7 +76,62 @@ def test_a_difference_is_that_of_the_same_rows() -> None:
 def test_a_few_rows_have_no_interval() -> None:
     few = RowLosses(np.array([1.0, 3.0]), np.array([1, 3]))
     found = compare([few], [RowLosses(np.array([2.0, 4.0]), np.array([1, 3]))])
-    assert (found.value, found.interval, found.p_value) == (-0.5, None, None)
+    assert (found.value, found.interval, found.p_value) == (pytest.approx(-0.5), None, None)
+
+
+def make_sweep(shifts: Sequence[float], num_seeds: int, seed_spread: float, rng: np.random.Generator) -> SweepReading:
+    """Arms that differ by `shifts`, their seeds by `seed_spread`, and every row of every one by 0.02 nats a token."""
+    arms = []
+    for place, shift in enumerate(shifts):
+        losses = [
+            RowLosses(HARD + 10 * (shift + seed_spread * rng.normal() + 0.02 * rng.normal(size=ROWS)), LABELS)
+            for _ in range(num_seeds)
+        ]
+        records = tuple(TrialRecord(name=f"{place}", boundary=place, step=8, max_steps=8, loss=1.0) for _ in losses)
+        arms.append(Arm(records, tuple({VALIDATION: each} for each in losses)))
+    return SweepReading(tuple(arms), {VALIDATION: RowLosses(HARD, LABELS)}, (VALIDATION,))
+
+
+@pytest.mark.parametrize(
+    ("num_arms", "num_seeds", "seed_spread"), [(2, 2, 0.01), (6, 2, 0.01), (6, 3, 0.01), (6, 1, 0.0)]
+)
+def test_equal_arms_are_seldom_told_from_the_best(num_arms: int, num_seeds: int, seed_spread: float) -> None:
+    """The best of them is chosen by the rows it is then compared on."""
+    rng, draws = np.random.default_rng(num_arms + num_seeds), 150
+    told = [
+        len(make_sweep([0.0] * num_arms, num_seeds, seed_spread, rng).find_alike(VALIDATION)) < num_arms
+        for _ in range(draws)
+    ]
+    assert np.mean(told) <= 0.05 + 3 * (0.05 * 0.95 / draws) ** 0.5
+
+
+def test_an_arm_that_is_far_below_all_others_is_told_from_them() -> None:
+    """Of however many, and with two seeds: their spread is known from all arms."""
+    rng = np.random.default_rng(1)
+    assert len(make_sweep([-1.0, *np.linspace(0, 0.1, 52)], 1, 0.0, rng).find_alike(VALIDATION)) == 1
+    assert len(make_sweep([-0.1, *np.linspace(0, 0.1, 9)], 2, 0.005, rng).find_alike(VALIDATION)) == 1
+
+
+def test_an_arm_of_one_seed_is_as_uncertain_as_a_seed() -> None:
+    rng = np.random.default_rng(2)
+    several, alone = make_sweep([0.0] * 8, 2, 0.05, rng), make_sweep([0.1], 1, 0.05, rng)
+    both = SweepReading((*several.arms, *alone.arms), several.base, several.texts)
+    spread = both.measure_seeds(VALIDATION)
+    assert spread == measure_seeds(
+        [np.stack([losses.nats / 10 for losses in arm.on(VALIDATION)]) for arm in several.arms], LABELS * 1.0
+    )
+    narrow, wide = (reading.compare_with_base(alone.arms[0], VALIDATION) for reading in (alone, both))
+    assert narrow is not None and wide is not None and narrow.interval is not None and wide.interval is not None
+    assert wide.interval[1] - wide.interval[0] > 4 * (narrow.interval[1] - narrow.interval[0])
+
+
+def test_an_arm_whose_losses_are_not_finite_is_not_compared() -> None:
+    reading = make_sweep([0.0, 0.1], 1, 0.0, np.random.default_rng(3))
+    broken = RowLosses(np.where(np.arange(ROWS) == 3, np.nan, HARD), LABELS)
+    arm = Arm(reading.arms[0].records, ({VALIDATION: broken},))
+    reading = SweepReading((arm, *reading.arms), reading.base, reading.texts)
+    assert reading.compare_with_base(arm, VALIDATION) is None
+    assert arm not in reading.find_alike(VALIDATION)
 
 
 def test_the_front_is_what_no_other_beats_on_both() -> None:
@@ -96,7 +156,10 @@ def test_seeds_are_one_arm_and_what_was_stopped_comes_last(run: Path) -> None:
 def test_the_page_says_it_and_has_its_figures(run: Path) -> None:
     page = write_report(run).read_text(encoding="utf-8")
     assert "<h2>The sweep</h2>" in page and "boundary_02 is lowest, -0." in page.replace("−", "-")
-    assert "1 of 2 others cannot be told from it" in page and "Stopped before their last step: 1 of 4 arms" in page
+    assert (
+        "1 of 2 others cannot be told from it (at 5 % over all pairs of arms; over rows and seeds)" in page
+        and "Stopped before their last step: 1 of 4 arms" in page
+    )
     for name in ("sweep_boundary_validation_loss", "sweep_boundary_english", "sweep_pareto_english", "sweep_cost"):
         assert (run / "figures" / f"{name}.png").stat().st_size > 0
     assert page.count("<svg") == 4
