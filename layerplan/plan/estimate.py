@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit
 
 Values = NDArray[np.float64]
 ROUNDING = 1e-12
@@ -56,7 +56,7 @@ class PooledEstimate:
     def quantile(self, tail: float) -> float:
         """How many standard errors are exceeded with this probability."""
         total = sum(variance for variance, _ in self.parts)
-        return sum(variance * float(student.isf(tail, degrees)) for variance, degrees in self.parts) / total
+        return sum(variance * -float(stdtrit(degrees, tail)) for variance, degrees in self.parts) / total
 
     def interval(self) -> tuple[float, float]:
         """95 % interval."""
@@ -72,6 +72,8 @@ class PooledEstimate:
         if self.standard_error == 0:
             return 1.0 if self.mean <= value else 0.5**self.num_units
         distance = (self.mean - value) / self.standard_error
+        if len(self.parts) == 1:
+            return max(LEAST, float(stdtr(self.parts[0][1], -distance)))
         if distance >= self.quantile(LEAST):
             return LEAST
         if distance <= self.quantile(MOST):

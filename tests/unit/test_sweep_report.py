@@ -87,8 +87,8 @@ def make_sweep(shifts: Sequence[float], num_seeds: int, seed_spread: float, rng:
             RowLosses(HARD + 10 * (shift + seed_spread * rng.normal() + 0.02 * rng.normal(size=ROWS)), LABELS)
             for _ in range(num_seeds)
         ]
-        records = tuple(TrialRecord(name=f"{place}", boundary=place, step=8, max_steps=8, loss=1.0) for _ in losses)
-        arms.append(Arm(records, tuple({VALIDATION: each} for each in losses)))
+        record = TrialRecord(name=f"{place}", boundary=place, step=8, max_steps=8, loss=1.0, flops_share=0.5)
+        arms.append(Arm((record,) * num_seeds, tuple({VALIDATION: each} for each in losses)))
     return SweepReading(tuple(arms), {VALIDATION: RowLosses(HARD, LABELS)}, (VALIDATION,))
 
 
@@ -131,7 +131,7 @@ def test_an_arm_whose_losses_are_not_finite_is_not_compared() -> None:
     arm = Arm(reading.arms[0].records, ({VALIDATION: broken},))
     reading = SweepReading((arm, *reading.arms), reading.base, reading.texts)
     assert reading.compare_with_base(arm, VALIDATION) is None
-    assert arm not in reading.find_alike(VALIDATION)
+    assert len(reading.find_alike(VALIDATION)) == 1 and all(each is not arm for each in reading.find_alike(VALIDATION))
 
 
 def test_the_front_is_what_no_other_beats_on_both() -> None:
