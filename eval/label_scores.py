@@ -85,7 +85,7 @@ class LabelVerdict(StrictModel):
     difference: float
     """Of the second from the first, as a share."""
     interval: tuple[float, float]
-    """95 %, of a bootstrap over prompts that both answered."""
+    """95 %, over prompts that both answered."""
     p_value: float = Field(ge=0, le=1)
     """Two-sided: exact McNemar for the accuracy of single runs, else exchanged predictions."""
 

@@ -97,7 +97,7 @@ def list_metrics(answers: Answers) -> dict[str, float]:
         found |= {"result/validation_loss/base": loss.base, "result/validation_loss/trained": loss.trained}
     for text in answers.held_out:
         names = ("base", "trained", "difference_low", "difference_high", "adjusted_p")
-        values = (text.base, text.trained, *text.interval, text.adjusted_p)
+        values = (text.base, text.trained, *(text.interval or (None, None)), text.adjusted_p)
         found |= {f"result/{text.name}/bits_per_byte/{name}": value for name, value in zip(names, values, strict=True)}
     if (cost := answers.cost) is not None:
         found |= {
@@ -146,14 +146,14 @@ def _validation_row(loss: ValidationLoss) -> list[str]:
 
 
 def _held_out_row(text: HeldOutText) -> list[str]:
-    low, high = text.interval
+    gap = "" if text.interval is None else " [{:+.4f}, {:+.4f}]".format(*text.interval)
     size = "" if text.num_documents is None else f" ({text.num_documents:,} documents)"
     return [
         f"{text.name}{size}",
         "bits/byte",
         f"{text.base:.4f}",
         f"{text.trained:.4f}",
-        f"{text.trained - text.base:+.4f} [{low:+.4f}, {high:+.4f}]",
+        f"{text.trained - text.base:+.4f}{gap}",
         f"{text.adjusted_p:.3g}",
     ]
 

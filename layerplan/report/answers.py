@@ -50,8 +50,8 @@ class HeldOutText:
     """Documents; None when the base's result is gone."""
     base: float
     trained: float
-    interval: tuple[float, float]
-    """95 % interval of trained minus base."""
+    interval: tuple[float, float] | None
+    """95 % interval of trained minus base; None where it is not known."""
     adjusted_p: float
     """Of no difference, Holm-corrected over the texts."""
     sentence: str
@@ -167,9 +167,12 @@ def _read_held_out(run: RunFolder) -> list[HeldOutText]:
         name = f"{item['name']}.json"
         scores = read_json(run.scores_of(BASE) / HELD_OUT_NAME / name) if is_plain_name(name) else {}
         sizes = scores.get("document_bytes")
-        low, high = item["difference_interval"]
-        numbers = (item["base"], item["trained"], (low, high), item["adjusted_p"])
-        sentence = _restate(item["sentence"], item["trained"] - item["base"], (low, high), 4)
+        low, high = item["difference_interval"] or (None, None)
+        interval = None if low is None or high is None else (low, high)
+        numbers = (item["base"], item["trained"], interval, item["adjusted_p"])
+        sentence = item["sentence"]
+        if interval is not None:
+            sentence = _restate(sentence, item["trained"] - item["base"], interval, 4)
         texts.append(HeldOutText(item["name"], len(sizes) if sizes else None, *numbers, sentence))
     return texts
 

@@ -33,7 +33,7 @@ def _render_texts(answers: Answers) -> str:
         return text + "<p>Not measured: the corpus has no validation rows and there is no held-out text.</p>"
     text += "".join(map(render_sentence, describe_validation(answers.validation)))
     text += "".join(render_sentence(describe_held_out(item), rate_text(item)) for item in answers.held_out)
-    note = "Lower is better. Intervals and p come from resampling documents; the validation loss has neither."
+    note = "Lower is better. Intervals and p are over documents; the validation loss has neither."
     return text + render_table(headings, rows) + f'<p class="soft">{note}</p>'
 
 

@@ -45,7 +45,7 @@ def test_one_run_against_its_base_keeps_the_short_table(tmp_path: Path, capsys: 
     compare([str(leave_scored_run(tmp_path / "run", right=5, bits={}))])
     shown = capsys.readouterr().out
     assert "base" in shown and "trained" in shown and "compared with" not in shown and "p values" not in shown
-    assert [row[2:5] for row in read_rows(shown)] == [["25.0 [10.2, 49.5]", "31.2 [14.2, 55.6]", "+6.2 [+0.0, +18.8]"]]
+    assert [row[2:5] for row in read_rows(shown)] == [["25.0 [10.2, 49.5]", "31.2 [14.2, 55.6]", "+6.2 [-7.1, +19.6]"]]
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -72,12 +72,12 @@ def test_texts_stand_in_the_order_of_the_config_with_both_ends_of_the_interval(
     assert lines[0].startswith(
         "run against its base, target: better than the base: 0.9095 against 1.0095 bits per byte"
     )
-    assert "(-0.1000 [95 %: -0.1000, -0.1000], p = 0.002, 20 documents)" in lines[0]
+    assert "(-0.1000 [95 %: -0.1000, -0.1000], p = 3.81e-06, 20 documents)" in lines[0]
     assert lines[1].startswith("run against its base, general: worse than the base")
 
 
 def test_what_is_not_scored_yet_is_said_with_what_it_does_to_p(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The least p of a bootstrap of 2,000 is 2 / 2,001, times one text while the other run is scored, then times two."""
+    """The least p of 20 documents that differ alike is 2 / 2^20, times one text while the other run is scored, then times two."""
     whole = leave_scored_run(tmp_path / "whole", right=5, bits={"notes": 0.9})
     scoring = leave_scored_run(tmp_path / "scoring", right=3, bits={}, asked=["notes"])
     compare([str(whole), str(scoring)])
@@ -86,11 +86,11 @@ def test_what_is_not_scored_yet_is_said_with_what_it_does_to_p(tmp_path: Path, c
         "not scored yet: scoring on the text notes; p values are corrected over what is there and can only grow"
         in early
     )
-    assert "p = 0.001, 20 documents" in early and "scoring against its base" not in early
+    assert "p = 1.91e-06, 20 documents" in early and "scoring against its base" not in early
     leave_scored_run(scoring, right=3, bits={"notes": 1.1})
     compare([str(whole), str(scoring)])
     late = capsys.readouterr().out
-    assert "not scored yet" not in late and late.count("p = 0.002, 20 documents") == 2
+    assert "not scored yet" not in late and late.count("p = 3.81e-06, 20 documents") == 2
     assert "corrected over these 2 comparisons" in late
 
 

@@ -44,11 +44,8 @@ def test_seeds_of_an_arm_are_pooled_and_equal_runs_are_not_told_apart(tmp_path: 
     (accuracy,) = [each for each in json.loads((tmp_path / "pooled.json").read_text()) if each["metric"] == "accuracy"]
     assert accuracy["num_seeds"] == 2 and accuracy["value"] == 0.75 and accuracy["reference"] == "the base"
     again = leave_run(tmp_path / "again", GOLD, WRONG, HALF, seed=1)
-    for twice in (runs[1], again):
-        with pytest.raises(
-            EvaluationError, match=r"has the config and the seed \(1\) of .*run1; --pool-seeds takes each"
-        ):
-            compare([str(run) for run in (*runs, twice)], pool_seeds=True)
+    with pytest.raises(EvaluationError, match=r"has the config and the seed \(1\) of .*run1; --pool-seeds takes each"):
+        compare([str(run) for run in (*runs, again)], pool_seeds=True)
     twins = [leave_run(tmp_path / name, GOLD, WRONG, HALF) for name in ("one", "two")]
     compare([str(run) for run in twins], out=str(tmp_path / "twins.json"))
     pair = [each for each in json.loads((tmp_path / "twins.json").read_text()) if each["reference"] == "one"]

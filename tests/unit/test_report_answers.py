@@ -251,3 +251,13 @@ def test_a_run_without_any_text_says_so(tmp_path: Path) -> None:
     write(folder / "training.json", training | {"validation_loss": None, "base_validation_loss": None})
     page = write_report(folder).read_text(encoding="utf-8")
     assert "Not measured: the corpus has no validation rows and there is no held-out text." in page
+
+
+def test_a_text_that_cannot_be_judged_has_no_interval(tmp_path: Path) -> None:
+    folder = leave_run(tmp_path / "run")
+    verdict = {"name": "notes", "base": 1.5, "trained": 1.2, "difference_interval": None, "adjusted_p": 1.0}
+    words = "not judged, as 1 documents are too few (at least 10): 1.2000 against 1.5000 bits per byte"
+    write(folder / "evaluation" / "held_out_verdicts.json", [verdict | {"sentence": words}])
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert words in page and ">-0.3000<" in page
+    assert "result/notes/bits_per_byte/difference_low" not in list_metrics(read_answers(folder))
