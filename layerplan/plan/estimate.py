@@ -3,7 +3,7 @@
 Units (questions, documents, rows) and seeds are crossed: every seed is asked the same units. The variance of a mean is
 then that of the seeds' means over their number and that of the units' means over theirs, the analysis of variance of a
 two-way random layout (Searle, Casella and McCulloch 1992). What one seed does on one unit is in both; taken off one of
-them, as it is there, two seeds were told apart in up to 10 % where there was nothing to find, and left in both in 6 %.
+them, as it is there, two seeds were told apart in up to 11 % where there was nothing to find, and left in both in 7 %.
 Quantiles are Student's, weighted with both variances (Cochran and Cox): two seeds that differ need a very large difference.
 
 Units may weigh differently: bits per byte are a mean over documents weighted with their bytes. Squared residuals are then
@@ -30,7 +30,7 @@ Values = NDArray[np.float64]
 ROUNDING = 1e-12
 """Units that differ by less than this share of the largest do not differ."""
 LEAST = 1e-100
-"""No p is said to be less; SciPy's quantile is minus infinity for 1e-300 and 3 to 50 degrees of freedom."""
+"""No p is said to be less; SciPy's quantile is minus infinity for 1e-300 and 3 or 5 to 12 degrees of freedom."""
 MOST = 1 - 1e-15
 
 
