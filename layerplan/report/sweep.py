@@ -16,7 +16,8 @@ SHOWN = 40
 """Arms in the table; the rest is in `sweep/results.json`."""
 _HOW = (
     "Losses are nats a token. Differences from the base are paired, row by row of the held-out text; intervals are 95 %"
-    " intervals over rows and over seeds, whose spread is that of all arms with several. Seeds of one plan are one arm."
+    " intervals over rows and over seeds, whose spread is that of all arms with several; where no arm has several, what"
+    " another seed would change is not in them. Seeds of one plan are one arm."
 )
 _ONE_SEED = "of these trainings, one seed each: what another seed would change is not in it"
 
