@@ -25,9 +25,6 @@ from layerplan.models.own_types import make_known
 from layerplan.models.positions import positions_of
 from layerplan.plan.model_shape import UNBOUNDED, LayerKind, LayerShape, ModelShape, SharedParams
 
-CARRIES_STATE = ("mamba2", "recurrent", "recurrent_decoder")
-"""Kinds of layers whose mixing keeps what no formula over widths gives."""
-
 
 @lru_cache(maxsize=8)
 def load_model_shape(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> ModelShape:
@@ -174,7 +171,7 @@ def _layer_shape(layer: nn.Module, work: LayerWork, hidden_size: int) -> LayerSh
         # a gated part has three matrices of this width
         feed_forward_width=0 if kind == "attention" else max(0, round(rest / (3 * hidden_size))),
         routed_copies=work.routed_copies,
-        saved_bytes=work.saved_bytes if kind in CARRIES_STATE else {},
+        saved_bytes=work.saved_bytes,
         modules=modules,
         mixing_called=mixing_called,
     )
