@@ -17,9 +17,13 @@ from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 from layerplan.models import attention_probe
+from layerplan.plan.model_shape import AttentionKind
 
 WIDEST_GROUPED = 256
 """Widest heads for which transformers lets PyTorch's kernel share keys among queries; for wider ones it repeats them."""
+
+BY_KERNEL = ("kernel", "causal", "masked")
+"""Kinds that keep what attention gives, as a trained matrix after it does."""
 
 
 def list_kept(
@@ -30,7 +34,9 @@ def list_kept(
     mask: Tensor | None,
     output: Tensor,
     asked: dict[str, Any],
-) -> dict[str, list[Tensor]]:
+    *,
+    kernel_only: bool,
+) -> dict[AttentionKind, list[Tensor]]:
     """By kind (`AttentionKind`): the tensors kept, in an order that does not depend on the row's length.
 
     Args:
@@ -41,6 +47,7 @@ def list_kept(
         mask: What the layer was given.
         output: What a kernel is to return (`make_output`).
         asked: What else the layer asks for.
+        kernel_only: Leaves out the other kinds.
     """
     groups = query.shape[1] // key.shape[1]
     sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
@@ -50,10 +57,12 @@ def list_kept(
     spread = [query, wide_key, wide_value, output, sums]
     own_mask = mask if mask is not None and mask.is_floating_point() else None  # ours is boolean
     given_mask = query.new_empty(query.shape[2], key.shape[2]) if own_mask is None else own_mask
-    kept = {
+    kept: dict[AttentionKind, list[Tensor]] = {
         "kernel": [query, key, value, output, sums] if own_mask is None else [*spread, own_mask],
         "masked": [*spread, given_mask],
     }
+    if kernel_only:
+        return {"kernel": kept["kernel"]}
     if own_mask is None and not key.shape[-1] == value.shape[-1] <= WIDEST_GROUPED:
         kept["causal"] = spread
     if module is not None:

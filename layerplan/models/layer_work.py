@@ -30,7 +30,7 @@ from layerplan.models.attention_probe import AttentionCall
 from layerplan.models.causal_lm import DecoderParts
 from layerplan.models.layer_events import LayerEvents, watch_events
 from layerplan.models.saved_bytes import Sizes, measure_saved_bytes, solve_saved_bytes
-from layerplan.plan.model_shape import SavedBytes
+from layerplan.plan.model_shape import AttentionKind, SavedBytes
 
 SHORTEST_ROW = 64
 """Tokens of the shorter of two rows, unless a scan works in longer chunks; as long as delta rules chunk by default."""
@@ -53,7 +53,7 @@ class LayerWork:
     """Calls of attention; empty when there is none, or when the layer attends by code of its own."""
     routed_copies: int
     """Experts a token was sent to."""
-    saved_bytes: dict[str, dict[str, SavedBytes]] = field(default_factory=dict)
+    saved_bytes: dict[str, dict[AttentionKind, SavedBytes]] = field(default_factory=dict)
     """What it keeps for the backward pass, by dtype and kind of attention; empty where the layer was not run."""
     events: LayerEvents | None = None
     """When its modules ran; None where the layer was not run."""
@@ -80,11 +80,12 @@ def measure_work(model: nn.Module, parts: DecoderParts) -> ModelWork:
     experts_probe.register()
     _choose_implementations(model)
     tokens = _choose_row(model)
-    short, long = _Run(parts.layers, tokens), _Run(parts.layers, 2 * tokens)
+    kinds = [describe_kind(layer) for layer in parts.layers]
+    short, long = _Run(parts.layers, kinds, tokens), _Run(parts.layers, kinds, 2 * tokens)
     short.measure(model, with_gradients=True)
     long.measure(model, with_gradients=False)
     works = {kind: _solve(short.counts[kind], long.counts[kind], tokens) for kind in short.counts}
-    layers = tuple(works[kind] for kind in short.kinds)
+    layers = tuple(works[kind] for kind in kinds)
     return ModelWork(layers, short.hidden_size, short.count_outside(model) / tokens)
 
 
@@ -131,8 +132,8 @@ def _solve(short: _Counts, long: _Counts, tokens: int) -> LayerWork:
 class _Run:
     """Passes of a whole model over a row of zeros, in which each kind of layer runs once."""
 
-    def __init__(self, layers: Sequence[nn.Module], num_tokens: int) -> None:
-        self.kinds = [describe_kind(layer) for layer in layers]
+    def __init__(self, layers: Sequence[nn.Module], kinds: Sequence[str], num_tokens: int) -> None:
+        self.kinds = kinds
         self.counts: dict[str, _Counts] = {}
         self.hidden_size = 0
         self._layers = layers

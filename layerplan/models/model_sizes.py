@@ -72,9 +72,10 @@ def measure_shape(model: nn.Module) -> ModelShape:
     except Exception:  # the model's own code, asking for values that are not there
         work, is_exact = _estimate(model, parts), False
     hidden_size = work.hidden_size
-    layers = tuple(
-        _layer_shape(layer, done, hidden_size) for layer, done in zip(parts.layers, work.layers, strict=True)
-    )
+    # layers built alike share their work
+    kinds = {id(done): (layer, done) for layer, done in zip(parts.layers, work.layers, strict=True)}
+    shapes = {key: _layer_shape(layer, done, hidden_size) for key, (layer, done) in kinds.items()}
+    layers = tuple(shapes[id(done)] for done in work.layers)
     attention = next((call for done in work.layers for call in done.attention), None)
     config = _text_config(model)
     heads = attention.num_heads if attention else getattr(config, "num_attention_heads", None) or 1

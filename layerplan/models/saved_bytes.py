@@ -11,7 +11,7 @@ from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from layerplan.models import attention_probe, experts_probe
-from layerplan.models.kept_attention import list_kept, make_output
-from layerplan.plan.model_shape import SavedBytes
+from layerplan.models.kept_attention import BY_KERNEL, list_kept, make_output
+from layerplan.plan.model_shape import AttentionKind, SavedBytes
 
 DTYPES = ("float32", "bfloat16")
 
-Sizes = Mapping[str, Sequence[int]]
+REST: Final = "rest"
+Sizes = Mapping[AttentionKind | Literal["rest"], Sequence[int]]
 """Bytes of every tensor that is kept, in the order of the layer's code: what each kind of attention keeps, and `REST`."""
-REST = "rest"
 Passes = Mapping[tuple[str, bool], Sizes]
 """By dtype, and whether the layer trains."""
 
@@ -39,29 +39,32 @@ def measure_saved_bytes(
     *,
     trained: Sequence[bool],
 ) -> dict[tuple[str, bool], Sizes]:
-    """What is kept over the row at hand; parameters are not counted.
+    """What is kept over the row at hand; parameters are not counted. Nothing of a layer whose code cannot train without values.
 
     Args:
         forward: The layer's forward pass.
-        layer: On the meta device, in float32 and eval mode; it is left so.
+        layer: On the meta device and in float32; it is left so.
         args: What it is called with; what depends on parameters requires a gradient.
         kwargs: Likewise.
         trained: Whether the layer trains, each asked for.
     """
     found: dict[tuple[str, bool], Sizes] = {}
+    was_training = layer.training
     layer.train()
     try:
         for name in DTYPES:
             layer.to(getattr(torch, name))
             for each in trained:
                 layer.requires_grad_(each)
-                found[name, each] = _Pass(layer, getattr(torch, name)).run(forward, args, kwargs)
+                found[name, each] = _Pass(layer, getattr(torch, name), each).run(forward, args, kwargs)
+    except Exception:  # the layer's own code
+        return {}
     finally:
-        layer.to(torch.float32).eval()
+        layer.to(torch.float32).train(was_training)
     return found
 
 
-def solve_saved_bytes(short: Passes, long: Passes, tokens: int) -> dict[str, dict[str, SavedBytes]]:
+def solve_saved_bytes(short: Passes, long: Passes, tokens: int) -> dict[str, dict[AttentionKind, SavedBytes]]:
     """Bytes per token and per pair of tokens, by dtype and kind of attention, from rows of `tokens` and of twice as many.
 
     Args:
@@ -69,21 +72,23 @@ def solve_saved_bytes(short: Passes, long: Passes, tokens: int) -> dict[str, dic
         long: Of a frozen layer.
         tokens: Of the short row.
     """
-    found: dict[str, dict[str, SavedBytes]] = {}
-    for name in DTYPES if short else ():
+    found: dict[str, dict[AttentionKind, SavedBytes]] = {}
+    for name in DTYPES if short and long else ():
         frozen, trained = short[name, False], short[name, True]
         solved = {part: _solve(sizes, long[name, False][part], tokens) for part, sizes in frozen.items()}
         # inputs of matrices, which grow like the row
-        more = {part: (sum(trained[part]) - sum(sizes)) / tokens for part, sizes in frozen.items()}
-        per_token, per_pair = solved.pop(REST)
-        attended = solved or {"kernel": (0.0, 0.0)}
+        more = {part: (sum(sizes) - sum(frozen[part])) / tokens for part, sizes in trained.items()}
+        per_token, per_pair = solved[REST]
+        attended: dict[AttentionKind, tuple[float, float]] = {
+            part: grown for part, grown in solved.items() if part != REST
+        }
         found[name] = {
             kind: SavedBytes(
                 frozen=per_token + linear,
-                trained=per_token + linear + more[REST] + more.get(kind, 0.0),
+                trained=per_token + linear + more[REST] + (more.get("kernel", 0.0) if kind in BY_KERNEL else 0.0),
                 per_pair=per_pair + squares,
             )
-            for kind, (linear, squares) in attended.items()
+            for kind, (linear, squares) in (attended or {"kernel": (0.0, 0.0)}).items()
         }
     return found
 
@@ -107,12 +112,13 @@ class _Pass:
 
     layer: nn.Module
     dtype: torch.dtype
+    trained: bool
     _own: set[int] = field(default_factory=set)
     """Storages of parameters and buffers."""
     _given: dict[int, bool] = field(default_factory=dict)
     """Storages of arguments beside the states, and whether they are this layer's alone: all have the same positions."""
     _kept: list[Tensor] = field(default_factory=list)
-    _by_attention: list[dict[str, list[Tensor]]] = field(default_factory=list)
+    _by_attention: list[dict[AttentionKind, list[Tensor]]] = field(default_factory=list)
     is_attending: bool = False
     """Whether attention is being asked what it keeps."""
 
@@ -136,9 +142,9 @@ class _Pass:
         attended = {
             kind: [each for call in self._by_attention for each in call.get(kind, call["kernel"])] for kind in kinds
         }
-        return {REST: list(rest.values())} | {
-            kind: list(self._measure(kept, set(rest)).values()) for kind, kept in attended.items()
-        }
+        sizes: dict[AttentionKind | Literal["rest"], list[int]] = {REST: list(rest.values())}
+        sizes |= {kind: list(self._measure(kept, set(rest)).values()) for kind, kept in attended.items()}
+        return sizes
 
     def _hand_over(self, value: Any) -> Any:
         """An argument beside the states; what stands in a dictionary, as shared keys, is another layer's, and has a gradient."""
@@ -177,7 +183,7 @@ class _Pass:
         """Notes what is kept, and hands on an output without values."""
         self.is_attending = True
         output = make_output(query, value)
-        kept = list_kept(module, query, key, value, mask, output, asked)
+        kept = list_kept(module, query, key, value, mask, output, asked, kernel_only=self.trained)
         self.is_attending = False
         self._by_attention.append(kept)
         attended: Tensor = _Attended.apply(query, key, value, output)

@@ -112,16 +112,18 @@ def layer_activation_bytes(
     """
     sizes = shape.layers[layer]
     by_widths = _count_by_widths(shape, dtype, trained=trained, layer=layer, compiled=compiled)
-    place = {"compiled": compiled, "seq_len": seq_len}
-    saved = find_saved(sizes, dtype, attention, device_type=device_type, **place)
+    saved = find_saved(sizes, dtype, attention, compiled=compiled, seq_len=seq_len, device_type=device_type)
     if saved is None:
+        if not sizes.attention_width:
+            return by_widths
         heads = shape.num_attention_heads
-        squares = count_square_bytes(attention, dtype, num_heads=heads, **place) if sizes.attention_width else 0.0
-        return by_widths + squares
+        return by_widths + count_square_bytes(attention, dtype, compiled=compiled, num_heads=heads, seq_len=seq_len)
     per_token = saved.trained if trained else saved.frozen
     if compiled:
         uncompiled = _count_by_widths(shape, dtype, trained=trained, layer=layer, compiled=False)
-        per_token = _compile(per_token, by_widths, uncompiled, has_scan=sizes.scan_flops > SCAN_FLOPS * shape.hidden_size)
+        per_token = _compile(
+            per_token, by_widths, uncompiled, has_scan=sizes.scan_flops > SCAN_FLOPS * shape.hidden_size
+        )
     return per_token + saved.per_pair * seq_len
 
 
@@ -319,10 +321,18 @@ def _path_bytes(
     plan: FreezePlan, shape: ModelShape, config: TrainConfig, attention: str, seq_len: int, device_type: str
 ) -> dict[int, float]:
     """Bytes per token that each layer on the gradient path stores when it is not recomputed."""
-    trained, how = set(plan.trainable_layers), {"attention": attention, "seq_len": seq_len, "device_type": device_type}
-    how["compiled"] = config.compiles
+    trained = set(plan.trainable_layers)
     return {
-        layer: layer_activation_bytes(shape, config.compute_dtype, trained=layer in trained, layer=layer, **how)
+        layer: layer_activation_bytes(
+            shape,
+            config.compute_dtype,
+            trained=layer in trained,
+            layer=layer,
+            compiled=config.compiles,
+            attention=attention,
+            seq_len=seq_len,
+            device_type=device_type,
+        )
         for layer in gradient_path(plan)
     }
 
