@@ -94,15 +94,14 @@ def solve_saved_bytes(short: Passes, long: Passes, tokens: int) -> dict[str, dic
 
 
 def _solve(short: Sequence[int], long: Sequence[int], tokens: int) -> tuple[float, float]:
-    """Bytes per token and per pair. What is as large in both rows is made of weights, and forgotten."""
-    if len(short) != len(long):  # a loop over positions, in which the first round keeps less
-        return (sum(long) - sum(short)) / tokens, 0.0
+    """Bytes per token and per pair. What does not grow, as the state before the first chunk or a copy of weights, is left out."""
+    if len(short) != len(long):  # a loop over positions, or chunks of which the first shares memory
+        return sum(long) / (2 * tokens), 0.0
     per_token = per_pair = 0.0
     for once, twice in zip(short, long, strict=True):
-        if once != twice:
-            squares = max(0.0, (twice / 2 - once) / tokens**2)
-            per_pair += squares
-            per_token += once / tokens - squares * tokens
+        squares = max(0.0, (twice / 2 - once) / tokens**2)
+        per_pair += squares
+        per_token += (twice - once) / tokens - 3 * squares * tokens
     return per_token, per_pair
 
 
