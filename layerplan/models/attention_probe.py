@@ -41,6 +41,8 @@ calls: list[AttentionCall] = []
 """Calls since the list was last cleared."""
 on_call: Callable[[], None] | None = None
 """Told of every call."""
+on_attend: Callable[..., Tensor] | None = None
+"""Attends in place of the probe: module, query, key, value, mask and what else was asked, to (B, H, T, D)."""
 
 
 def register() -> None:
@@ -52,9 +54,11 @@ def register() -> None:
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
-) -> tuple[Tensor, Tensor]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **asked: Any
+) -> tuple[Tensor, Tensor | None]:
     """Attention without a mask, of the cost and shapes of the eager one."""
+    if on_attend is not None:
+        return on_attend(module, query, key, value, attention_mask, asked).transpose(1, 2).contiguous(), None
     rule = getattr(attention_mask, "key_rule", KeyRule())
     heads, key_value_heads = query.shape[1], key.shape[1]
     calls.append(AttentionCall(module, heads, key_value_heads, query.shape[-1], value.shape[-1], rule))

@@ -25,11 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerplan.models import attention_probe
+from layerplan.models import attention_probe, experts_probe
 from layerplan.models.attention_probe import AttentionCall
 from layerplan.models.causal_lm import DecoderParts
 from layerplan.models.layer_events import LayerEvents, watch_events
-from layerplan.models.saved_bytes import measure_saved_bytes
+from layerplan.models.saved_bytes import Sizes, measure_saved_bytes, solve_saved_bytes
+from layerplan.plan.model_shape import AttentionKind, SavedBytes
 
 SHORTEST_ROW = 64
 """Tokens of the shorter of two rows, unless a scan works in longer chunks; as long as delta rules chunk by default."""
@@ -52,8 +53,8 @@ class LayerWork:
     """Calls of attention; empty when there is none, or when the layer attends by code of its own."""
     routed_copies: int
     """Experts a token was sent to."""
-    saved_bytes: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Per token and by dtype: what a frozen layer keeps for the backward pass, and a trained one; empty where it attends."""
+    saved_bytes: dict[str, dict[AttentionKind, SavedBytes]] = field(default_factory=dict)
+    """What it keeps for the backward pass, by dtype and kind of attention; empty where the layer was not run."""
     events: LayerEvents | None = None
     """When its modules ran; None where the layer was not run."""
 
@@ -76,13 +77,15 @@ def measure_work(model: nn.Module, parts: DecoderParts) -> ModelWork:
         Exception: Whatever the model's own code raises when it asks for values that are not there.
     """
     attention_probe.register()
+    experts_probe.register()
     _choose_implementations(model)
     tokens = _choose_row(model)
-    short, long = _Run(parts.layers, tokens), _Run(parts.layers, 2 * tokens)
+    kinds = [describe_kind(layer) for layer in parts.layers]
+    short, long = _Run(parts.layers, kinds, tokens), _Run(parts.layers, kinds, 2 * tokens)
     short.measure(model, with_gradients=True)
     long.measure(model, with_gradients=False)
     works = {kind: _solve(short.counts[kind], long.counts[kind], tokens) for kind in short.counts}
-    layers = tuple(works[kind] for kind in short.kinds)
+    layers = tuple(works[kind] for kind in kinds)
     return ModelWork(layers, short.hidden_size, short.count_outside(model) / tokens)
 
 
@@ -107,7 +110,7 @@ class _Counts:
     attention: tuple[AttentionCall, ...] = ()
     routed_copies: int = 0
     events: LayerEvents | None = None
-    saved_bytes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    saved: dict[tuple[str, bool], Sizes] = field(default_factory=dict)
 
 
 def _solve(short: _Counts, long: _Counts, tokens: int) -> LayerWork:
@@ -122,15 +125,15 @@ def _solve(short: _Counts, long: _Counts, tokens: int) -> LayerWork:
         attention=short.attention,
         routed_copies=short.routed_copies,
         events=short.events,
-        saved_bytes={name: (kept[0] / tokens, kept[1] / tokens) for name, kept in short.saved_bytes.items()},
+        saved_bytes=solve_saved_bytes(short.saved, long.saved, tokens),
     )
 
 
 class _Run:
     """Passes of a whole model over a row of zeros, in which each kind of layer runs once."""
 
-    def __init__(self, layers: Sequence[nn.Module], num_tokens: int) -> None:
-        self.kinds = [describe_kind(layer) for layer in layers]
+    def __init__(self, layers: Sequence[nn.Module], kinds: Sequence[str], num_tokens: int) -> None:
+        self.kinds = kinds
         self.counts: dict[str, _Counts] = {}
         self.hidden_size = 0
         self._layers = layers
@@ -153,7 +156,7 @@ class _Run:
 
     def _forward(self, model: nn.Module) -> None:
         ids = torch.zeros(1, self._num_tokens, dtype=torch.long, device="meta")
-        with self._replaced_forwards(), ValuesAreTrue(), torch.no_grad():
+        with self._replaced_forwards(), ValuesAreTrue(), torch.enable_grad():
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
     @contextmanager
@@ -169,7 +172,8 @@ class _Run:
     def _make_forward(self, original: Callable[..., Any], layer: nn.Module, kind: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if kind not in self._outputs:
-                self._count(original, layer, kind, args, kwargs)
+                with torch.no_grad():  # outside, a gradient tells what depends on parameters
+                    self._count(original, layer, kind, args, kwargs)
             return self._outputs[kind]
 
         return forward
@@ -178,6 +182,9 @@ class _Run:
         self, original: Callable[..., Any], layer: nn.Module, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         counts = _Counts()
+        trained = (False, True) if self._with_gradients else (False,)
+        counts.saved = measure_saved_bytes(original, layer, args, kwargs, trained=trained)
+        args, kwargs = tuple(map(_leave_graph, args)), {name: _leave_graph(value) for name, value in kwargs.items()}
         self.hidden_size = self.hidden_size or (args[0] if args else kwargs["hidden_states"]).shape[-1]
         if self._with_gradients:
             counts.input_gradient = _count_gradients(original, layer, args, kwargs, of_input=True)
@@ -192,9 +199,14 @@ class _Run:
             self._outputs[kind] = original(*args, **kwargs)
         counts.forward = counter.get_total_flops()
         counts.attention = tuple(attention_probe.calls)
-        if self._with_gradients and not counts.attention:
-            counts.saved_bytes = measure_saved_bytes(original, layer, args, kwargs)
         self.counts[kind] = counts
+
+
+def _leave_graph(value: Any) -> Any:
+    """A tensor, or several, outside any graph; dictionaries that layers share are handed on as they are."""
+    if isinstance(value, Tensor):
+        return value.detach() if value.requires_grad else value
+    return tuple(map(_leave_graph, value)) if type(value) is tuple else value
 
 
 def _count_gradients(
@@ -267,7 +279,8 @@ def _is_place(name: str) -> bool:
 def _choose_implementations(model: nn.Module) -> None:
     """Our attention where the model lets it be chosen, and experts without loops over values."""
     attentions = (attention_probe.NAME, "eager") if getattr(model, "_can_set_attn_implementation", bool)() else ()
-    for setter, names in (("set_attn_implementation", attentions), ("set_experts_implementation", ("batched_mm",))):
+    experts = (experts_probe.NAME,)
+    for setter, names in (("set_attn_implementation", attentions), ("set_experts_implementation", experts)):
         for name in names:
             try:
                 getattr(model, setter)(name)

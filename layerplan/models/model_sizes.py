@@ -25,9 +25,6 @@ from layerplan.models.own_types import make_known
 from layerplan.models.positions import positions_of
 from layerplan.plan.model_shape import UNBOUNDED, LayerKind, LayerShape, ModelShape, SharedParams
 
-CARRIES_STATE = ("mamba2", "recurrent", "recurrent_decoder")
-"""Kinds of layers whose mixing keeps what no formula over widths gives."""
-
 
 @lru_cache(maxsize=8)
 def load_model_shape(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> ModelShape:
@@ -75,9 +72,10 @@ def measure_shape(model: nn.Module) -> ModelShape:
     except Exception:  # the model's own code, asking for values that are not there
         work, is_exact = _estimate(model, parts), False
     hidden_size = work.hidden_size
-    layers = tuple(
-        _layer_shape(layer, done, hidden_size) for layer, done in zip(parts.layers, work.layers, strict=True)
-    )
+    # layers built alike share their work
+    kinds = {id(done): (layer, done) for layer, done in zip(parts.layers, work.layers, strict=True)}
+    shapes = {key: _layer_shape(layer, done, hidden_size) for key, (layer, done) in kinds.items()}
+    layers = tuple(shapes[id(done)] for done in work.layers)
     attention = next((call for done in work.layers for call in done.attention), None)
     config = _text_config(model)
     heads = attention.num_heads if attention else getattr(config, "num_attention_heads", None) or 1
@@ -174,7 +172,7 @@ def _layer_shape(layer: nn.Module, work: LayerWork, hidden_size: int) -> LayerSh
         # a gated part has three matrices of this width
         feed_forward_width=0 if kind == "attention" else max(0, round(rest / (3 * hidden_size))),
         routed_copies=work.routed_copies,
-        saved_bytes=work.saved_bytes if kind in CARRIES_STATE else {},
+        saved_bytes=work.saved_bytes,
         modules=modules,
         mixing_called=mixing_called,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from layerplan.config.train import TrainConfig
-from layerplan.plan.attention import count_square_bytes
+from layerplan.plan.attention import CAUSAL, count_square_bytes, find_saved
 from layerplan.plan.cost import GIB, count_trainable_params, trains_head
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape
@@ -41,6 +41,8 @@ _COMPILED_ACTIVATION = {
 # bytes of a gradient on its way into shards, beside the one that backward gives: in float32, and gloo sums in two more copies
 _REDUCED = {"cuda": 4, "cpu": 12}
 _WIDTH = {"bfloat16": 2, "float32": 4}
+SCAN_FLOPS = 48
+"""Per element of a hidden state: whatever mixes states by more is a scan, whose products a compiler keeps."""
 # hidden states kept per expert that a token is sent to, of a trained layer and of a frozen one
 _COPIES = {True: 2, False: 1}
 
@@ -83,16 +85,55 @@ def count_rows_of_sum(hidden_size: int, dtype_bytes: int, *, trains_head: bool, 
 
 
 def layer_activation_bytes(
-    shape: ModelShape, dtype: str, *, trained: bool, layer: int = 0, compiled: bool = False
+    shape: ModelShape,
+    dtype: str,
+    *,
+    trained: bool,
+    layer: int = 0,
+    compiled: bool = False,
+    attention: str = CAUSAL,
+    seq_len: int = 0,
+    device_type: str = "cuda",
 ) -> float:
-    """Bytes per token a layer on the gradient path stores, less what grows with the square of a row (`count_square_bytes`).
+    """Bytes per token that a layer on the gradient path stores.
 
-    A layer with experts also keeps what they were given and what they gave back, once for each that a token is sent to;
-    a mixer without attention is taken for a feed-forward part of twice its width where the layer was not measured.
+    As the layer was measured, less what compiling saves of a layer of its widths; by its widths where it was not: one with
+    experts then keeps what they were given and what they gave back, once for each that a token is sent to.
+
+    Args:
+        shape: Sizes of the model.
+        dtype: `float32` or `bfloat16`.
+        trained: Whether the layer trains.
+        layer: Its place.
+        compiled: Whether layers are compiled.
+        attention: As `expect_attention` names it.
+        seq_len: Tokens per row; 0 leaves out what grows with the square of a row.
+        device_type: `cuda` or `cpu`.
     """
-    measured = shape.layers[layer].saved_bytes.get(dtype)
-    if measured is not None:
-        return measured[trained]
+    sizes = shape.layers[layer]
+    by_widths = _count_by_widths(shape, dtype, trained=trained, layer=layer, compiled=compiled)
+    saved = find_saved(sizes, dtype, attention, compiled=compiled, seq_len=seq_len, device_type=device_type)
+    if saved is None:
+        if not sizes.attention_width:
+            return by_widths
+        heads = shape.num_attention_heads
+        return by_widths + count_square_bytes(attention, dtype, compiled=compiled, num_heads=heads, seq_len=seq_len)
+    per_token = saved.trained if trained else saved.frozen
+    if compiled:
+        uncompiled = _count_by_widths(shape, dtype, trained=trained, layer=layer, compiled=False)
+        per_token = _compile(
+            per_token, by_widths, uncompiled, has_scan=sizes.scan_flops > SCAN_FLOPS * shape.hidden_size
+        )
+    return per_token + saved.per_pair * seq_len
+
+
+def _compile(measured: float, compiled: float, uncompiled: float, *, has_scan: bool) -> float:
+    """What is left of measured bytes: the share that is left of a layer of such widths; of a scan's products all is kept."""
+    share = measured * compiled / uncompiled
+    return max(share, measured - (uncompiled - compiled)) if has_scan else share
+
+
+def _count_by_widths(shape: ModelShape, dtype: str, *, trained: bool, layer: int, compiled: bool) -> float:
     per_element = _COMPILED_ACTIVATION if compiled else _ACTIVATION
     residual, queries, keys_values, feed_forward = per_element[dtype, trained]
     sizes = shape.layers[layer]
@@ -140,7 +181,7 @@ def estimate_memory(
     adds_up = adds_up or _adds_up(config, world_size)
     tokens = config.micro_rows * seq_len
     checkpointed = set(placement.checkpointed_layers)
-    whole = _path_bytes(plan, shape, config, placement.attention, seq_len)
+    whole = _path_bytes(plan, shape, config, placement.attention, seq_len, device_type)
     kept = {layer: float(width * shape.hidden_size) if layer in checkpointed else whole[layer] for layer in whole}
     stored = tokens * (sum(kept.values()) + max((whole[layer] for layer in checkpointed), default=0.0))
     loss = _chunk_bytes(plan, shape, config, tokens, device_type) + 3 * tokens * shape.hidden_size * width
@@ -223,7 +264,7 @@ def choose_placement(
             tokens = config.micro_rows * seq_len
             # a recomputed layer still keeps its input
             kept = _WIDTH[config.compute_dtype] * shape.hidden_size
-            whole = _path_bytes(plan, shape, config, attention, seq_len)
+            whole = _path_bytes(plan, shape, config, attention, seq_len, device_type)
             layers = choose_layers(
                 plan,
                 mode if mode != "auto" or excess > 0 else "none",
@@ -277,16 +318,21 @@ def explain_shortage(estimate: MemoryEstimate, available_bytes: float, config: T
 
 
 def _path_bytes(
-    plan: FreezePlan, shape: ModelShape, config: TrainConfig, attention: str, seq_len: int
+    plan: FreezePlan, shape: ModelShape, config: TrainConfig, attention: str, seq_len: int, device_type: str
 ) -> dict[int, float]:
     """Bytes per token that each layer on the gradient path stores when it is not recomputed."""
-    trained, dtype = set(plan.trainable_layers), config.compute_dtype
-    squares = count_square_bytes(
-        attention, dtype, compiled=config.compiles, num_heads=shape.num_attention_heads, seq_len=seq_len
-    )
+    trained = set(plan.trainable_layers)
     return {
-        layer: layer_activation_bytes(shape, dtype, trained=layer in trained, layer=layer, compiled=config.compiles)
-        + (squares if shape.layers[layer].attention_width else 0)
+        layer: layer_activation_bytes(
+            shape,
+            config.compute_dtype,
+            trained=layer in trained,
+            layer=layer,
+            compiled=config.compiles,
+            attention=attention,
+            seq_len=seq_len,
+            device_type=device_type,
+        )
         for layer in gradient_path(plan)
     }
 

@@ -18,6 +18,9 @@ LayerKind = Literal["decoder", "attention", "mlp", "mamba2", "recurrent", "recur
 """What a layer is made of: attention and feed-forward, one of them alone, a Mamba2 mixer alone, or a mixer whose work
 does not grow with the row (a state-space model, linear attention, a short convolution), alone or with a feed-forward."""
 
+AttentionKind = Literal["kernel", "causal", "masked", "cpu", "cpu_masked", "eager"]
+"""How attention is computed: by a kernel; by PyTorch's with repeated keys, or with a mask; by what PyTorch has on a CPU in place
+of a kernel that refuses the layer, without a mask and with one; or spelled out by the model."""
 UNBOUNDED = 2**31 - 1
 """Longest sequence of a model without positions."""
 _DENSE_FAMILIES = {"llama": False, "qwen3": True}
@@ -54,6 +57,17 @@ class ModuleShape(StrictModel):
     """When what it is given came into being; after another module ran, a gradient for that one passes through this one."""
 
 
+class SavedBytes(StrictModel):
+    """What a layer keeps for its backward pass, uncompiled."""
+
+    frozen: float = Field(ge=0)
+    """Per token, on the gradient path."""
+    trained: float = Field(ge=0)
+    """Per token."""
+    per_pair: float = Field(default=0, ge=0)
+    """For each pair of tokens of a row, in either case."""
+
+
 class LayerShape(StrictModel):
     """Sizes of one decoder layer."""
 
@@ -83,8 +97,9 @@ class LayerShape(StrictModel):
     """Channels a token passes in the feed-forward part, as of a gated one: of experts the active ones."""
     routed_copies: int = 0
     """Experts a token is sent to."""
-    saved_bytes: dict[str, tuple[float, float]] = Field(default_factory=dict)
-    """Per token and by dtype: what it keeps for the backward pass frozen, and trained; measured for layers that carry state."""
+    saved_bytes: dict[str, dict[AttentionKind, SavedBytes]] = Field(default_factory=dict)
+    """What it keeps for the backward pass, by dtype and kind of attention, `kernel` of one that does not attend or has code
+    of its own for it; empty where it was not measured."""
     modules: dict[str, ModuleShape] = Field(default_factory=dict)
     """Its parts by name (`layerplan/plan/modules.py`), in the model's order; empty where they are not known."""
     mixing_called: int = 0

@@ -19,6 +19,7 @@ from layerplan.models.layer_work import counting
 from layerplan.models.model_sizes import load_model_shape, make_model_shape
 from layerplan.plan.cost import count_trainable_params, predict_cost
 from layerplan.plan.layer_profile import ModelIdentity
+from layerplan.plan.memory import layer_activation_bytes
 from layerplan.plan.model_shape import LayerShape, ModelShape
 from layerplan.plan.policies import make_plan
 
@@ -322,5 +323,12 @@ def test_a_config_that_makes_no_model_is_one_line(tmp_path: Any) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_dense_config_alone_says_what_the_model_says(family: str, tied: bool) -> None:
+    """All but what its layers were measured to keep."""
     values = BASE | {"model_type": family, "tie_word_embeddings": tied, "attention_bias": True}
-    assert ModelShape.from_hf_config(values) == make_model_shape(values)
+    measured = make_model_shape(values)
+    layers = tuple(layer.model_copy(update={"saved_bytes": {}}) for layer in measured.layers)
+    found = ModelShape.from_hf_config(values)
+    assert found == measured.model_copy(update={"layers": layers})
+    for trained in (True, False):
+        by_widths, kept = (layer_activation_bytes(shape, "bfloat16", trained=trained) for shape in (found, measured))
+        assert by_widths == pytest.approx(kept, rel=0.25)
