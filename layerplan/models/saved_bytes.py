@@ -101,7 +101,7 @@ def _solve(short: Sequence[int], long: Sequence[int], tokens: int) -> tuple[floa
     for once, twice in zip(short, long, strict=True):
         squares = max(0.0, (twice / 2 - once) / tokens**2)
         per_pair += squares
-        per_token += (twice - once) / tokens - 3 * squares * tokens
+        per_token += max(0.0, (twice - once) / tokens - 3 * squares * tokens)
     return per_token, per_pair
 
 
