@@ -180,7 +180,8 @@ def test_what_adapters_need_is_predicted_to_the_byte(dtype: str) -> None:
     ]
     counted = sum(each.numel() * each.element_size() for each in held)
     limits = {"seq_len": 8, "world_size": 1, "device_type": "cpu"}
-    predicted = estimate_memory(plan, shape, config, placement, adapter_params=count, **limits)
+    prompts = {"adds_up": True}  # those of different start layers are micro-batches of their own
+    predicted = estimate_memory(plan, shape, config, placement, adapter_params=count, **limits, **prompts)
     assert predicted.parameters == counted
-    full = estimate_memory(plan, shape, config, placement, **limits)
+    full = estimate_memory(plan, shape, config, placement, **limits, **prompts)
     assert full.parameters > 2 * predicted.parameters and full.activations == predicted.activations

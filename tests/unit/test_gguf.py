@@ -255,6 +255,7 @@ def test_a_dry_run_takes_a_gguf_file_as_its_model(
             "storage_path": str(tmp_path),
             "model": {"type": "pretrained", "name": str(tiny_file)},
             "plan": {"type": "full"},
+            "corpus": {"seq_len": 128},
         }
     )
     print_dry_run(config)
