@@ -16,7 +16,8 @@ from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.schedule import check_enough
 from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
-from layerplan.pipeline.donors import check_donors
+from layerplan.models.model_sizes import make_model_shape
+from layerplan.pipeline.donors import check_donors, resolve_stitched
 from layerplan.pipeline.model_options import find_base
 from layerplan.plan.decide import wants_profile
 from layerplan.tracer.pool import collect_probes
@@ -70,7 +71,7 @@ def check_rows(config: RunConfig) -> None:
     if isinstance(config.model, ScratchModelConfig):
         return
     if isinstance(config.model, StitchedModelConfig):
-        _, shape = check_donors(config, config.model)
+        shape = make_model_shape(resolve_stitched(config, config.model).config)
     else:
         shape = find_base(config).shape()
     shape.check_seq_len(config.corpus.seq_len)

@@ -261,7 +261,7 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
     placement, memory = chosen.placement, chosen.estimate
     phase = plan.at_step(chosen.start_step)
     sent = predict_communication(phase, shape, train, placement, world_size=train.fewest_workers)
-    again = len(placement.checkpointed_layers) / shape.num_layers * cost.forward_flops
+    again = placement.count_recomputed(cost.forward_flops, shape.num_layers)
     flops = tokens * (cost.total_flops + again) + train.max_steps * cost.optimizer_flops_per_step
     hours = count_hours(flops, config, rate)
     estimated = "\nnote   FLOPs and activations of this model are estimated from its sizes; parameters are counted"

@@ -91,10 +91,12 @@ def read_status(run: str, now: datetime) -> RunStatus:
     is_running = age_s is not None and age_s < STALE_S
     train = config.get("train", {})
     lines = [line for line in read_lines(folder.metrics) if line.get("run") == TRAIN]
-    rows = [("run", str(find_home(folder.root))), ("state", _describe_state(folder, holder, age_s, train))]
-    is_whole = _final_step(folder) >= int(train.get("max_steps", 0))
+    result = _read_result(folder)
+    is_whole = result is not None and result.final_step >= int(train.get("max_steps", 0))
+    state = _describe_state(folder, holder, age_s, is_whole=is_whole)
+    rows = [("run", str(find_home(folder.root))), ("state", state)]
     rows += [("stages", _describe_stages(folder, is_running=is_running, is_whole=is_whole)), *_describe_plan(folder)]
-    rows += _describe_training(folder, lines, train, now)
+    rows += _describe_training(result if is_whole else None, lines, train, now)
     rows += [("checkpoints", text) for text in [_describe_checkpoints(folder)] if text]
     rows += _describe_events(lines, now)
     return RunStatus(str(config.get("name", folder.root.name)), tuple(rows), is_running)
@@ -111,13 +113,13 @@ def read_holder(root: Path) -> Holder | None:
     return None
 
 
-def _describe_state(folder: RunFolder, holder: Holder | None, age_s: float | None, train: Mapping[str, Any]) -> str:
+def _describe_state(folder: RunFolder, holder: Holder | None, age_s: float | None, *, is_whole: bool) -> str:
     if holder is not None and age_s is not None:
         since = f"process {holder.pid} on {holder.host}" + (f" (job {holder.job})" if holder.job else "")
         if age_s < STALE_S:
             return f"waiting in line, {holder.waits_for}; {since}" if holder.waits_for else f"running: {since}"
         return f"no sign of life for {render_duration(age_s)}: {since}; submit the same run name again to continue"
-    if folder.report.exists() and _final_step(folder) >= int(train.get("max_steps", 0)):
+    if folder.report.exists() and is_whole:
         return "finished"
     failure = _read_json(folder.failure) if folder.failure.exists() else None
     if failure is not None:
@@ -150,7 +152,7 @@ def _describe_plan(folder: RunFolder) -> list[tuple[str, str]]:
 
 
 def _describe_training(
-    folder: RunFolder, lines: list[dict[str, Any]], train: Mapping[str, Any], now: datetime
+    result: TrainResult | None, lines: list[dict[str, Any]], train: Mapping[str, Any], now: datetime
 ) -> list[tuple[str, str]]:
     values: dict[str, float] = {}
     for line in lines:
@@ -164,10 +166,10 @@ def _describe_training(
     left = render_duration((end - step) * values[metrics.STEP_S]) if metrics.STEP_S in values and step > 1 else "?"
     bar = f"{'█' * filled}{'░' * (_BAR_CELLS - filled)}"
     told = f"{bar} {step:,} of {end:,} steps ({share:.1%})"
-    if _final_step(folder) < end:
+    if result is None:
         told += f", {left} left; last heard {render_duration(_age_s(newest, now))} ago"
     rows = [("training", told), ("loss", _describe_loss(logged, values))]
-    rows.append(("speed", _describe_speed(values, _final_result(folder, end))))
+    rows.append(("speed", _describe_speed(values, result)))
     if metrics.WORKERS in values:
         rows.append(("workers", f"{values[metrics.WORKERS]:.0f}"))
     if metrics.SLOWEST_RANK in values:
@@ -214,17 +216,6 @@ def _describe_events(lines: list[dict[str, Any]], now: datetime) -> list[tuple[s
         ("event", f"{render_duration(_age_s(line, now))} ago, step {line.get('step')}: {line.get('message', '')}")
         for line in events
     ]
-
-
-def _final_step(folder: RunFolder) -> int:
-    result = _read_result(folder)
-    return 0 if result is None else result.final_step
-
-
-def _final_result(folder: RunFolder, steps: int) -> TrainResult | None:
-    """Of a training that has taken all its steps."""
-    result = _read_result(folder)
-    return result if result is not None and result.final_step >= steps else None
 
 
 def _read_result(folder: RunFolder) -> TrainResult | None:

@@ -29,9 +29,10 @@ from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, predict_cost
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.holm import correct_holm
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
-from layerplan.plan.memory import choose_placement
+from layerplan.plan.memory import MemoryEstimate, choose_placement
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.permutation import SIGNIFICANT, compare_with_other_orders
+from layerplan.plan.placement import Placement
 from layerplan.plan.policies import make_full_plan, make_plan, name_evidence
 
 SIGNS = {"deep": 1.0, "shallow": -1.0}
@@ -207,8 +208,9 @@ def _list_candidates(
                 choice = kind(boundary=boundary, train_final_norm=config.train_final_norm, **options)
                 plan = make_plan(choice, model=model, shape=shape, profile=profile, seq_len=seq_len)
                 cost = predict_cost(plan, shape, seq_len=seq_len)
-                memory, num_recomputed = _predict_memory(plan, shape, config, train, seq_len)
-                again = cost.forward_flops * num_recomputed / shape.num_layers
+                placement, estimate = _predict_placement(plan, shape, config, train, seq_len)
+                memory = estimate.total / GIB
+                again = placement.count_recomputed(cost.forward_flops, shape.num_layers)
                 hours = tokens * (cost.total_flops + again) / rate / 3600
                 candidate = Candidate(
                     side=f"freeze_{side}",
@@ -244,13 +246,12 @@ def _list_ends(shape: ModelShape) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def _predict_memory(
+def _predict_placement(
     plan: FreezePlan, shape: ModelShape, config: BudgetPlanConfig, train: TrainConfig, seq_len: int
-) -> tuple[float, int]:
-    """GiB of a worker, and how many layers are recomputed for it to fit."""
+) -> tuple[Placement, MemoryEstimate]:
     device_type, train = "cuda" if train.use_gpu else "cpu", train.assume_compile()
     available = config.max_memory_gib * GIB if config.max_memory_gib is not None else float("inf")
-    placement, estimate = choose_placement(
+    return choose_placement(
         plan,
         shape,
         train,
@@ -260,7 +261,6 @@ def _predict_memory(
         available_bytes=available,
         attention=expect_attention(train, seq_len=seq_len, device_type=device_type),
     )
-    return estimate.total / GIB, len(placement.checkpointed_layers)
 
 
 def _keeps(limit: float | None, value: float) -> bool:

@@ -16,6 +16,9 @@ ROWS_TEXT = {
     "whole": "rows as one text each",
 }
 """In words."""
+LOSS_BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 1e-2}
+"""How far two ways to compute one loss per token may lie apart, relative to the larger of 1 and the loss, by the dtype of the
+products."""
 
 
 @dataclass(frozen=True)

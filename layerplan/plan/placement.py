@@ -28,6 +28,10 @@ class Placement:
     reduces_each: bool = False
     """Whether shards take their part of the gradients after every micro-batch: sent more often, and never held whole."""
 
+    def count_recomputed(self, forward_flops: float, num_layers: int) -> float:
+        """FLOPs that are computed once more, of a forward pass of so many FLOPs through so many layers."""
+        return forward_flops * len(self.checkpointed_layers) / num_layers
+
 
 def choose_layers(
     plan: FreezePlan, mode: str, *, bytes_to_save: float, layer_bytes: Mapping[int, float]

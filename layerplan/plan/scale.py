@@ -152,7 +152,7 @@ def _predict_point(
     is_replicated = placement.parallelism == "replicate"
     shards = 1 if is_replicated else workers // config.num_replicas
     tokens = config.global_batch_size * seq_len / workers
-    recomputed = cost.forward_flops * len(placement.checkpointed_layers) / shape.num_layers
+    recomputed = placement.count_recomputed(cost.forward_flops, shape.num_layers)
     passes_s = tokens * (cost.total_flops + recomputed) / rates.flops
     compute_s = passes_s + OPTIMIZER_BYTES * trained / shards / rates.memory_rate
     communication_s = _time_links(worker_bytes, node_bytes, config, placement, rates, nodes=nodes)

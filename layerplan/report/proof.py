@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from layerplan.plan.loss_recipe import LOSS_BOUNDS
 from layerplan.report.answers import read_json
 from layerplan.report.html_parts import render_table
 from layerplan.run_folder import RunFolder
 from layerplan.train.compute_dtype import MeasuredDtype
 
-LOSS_BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 1e-2}
-"""How far two ways to compute one loss may lie apart, as a share of it, by the dtype of the products."""
 _DIFFERENCE = "self_test_difference"
 _LABELS = {
     "trainable_with_gradient": "tensors that train and have a gradient",

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 
 from layerplan.errors import ModelError, first_line
 from layerplan.models.causal_lm import FOREIGN_ERRORS, find_decoder_parts
-from layerplan.plan.loss_recipe import LossRecipe
+from layerplan.plan.loss_recipe import LOSS_BOUNDS, LossRecipe
 from layerplan.train.attention import try_set_attention
 from layerplan.train.sample_documents import Documents
 from layerplan.train.step import LossModel
 
 CANNOT_RUN = (*FOREIGN_ERRORS, AssertionError, ImportError)
 """What model code raises on input it was not made for."""
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
-"""Of losses per token, relative to the larger of 1 and the loss."""
+_TOLERANCE = {getattr(torch, name): bound for name, bound in LOSS_BOUNDS.items()}
 _GRADIENT_TOLERANCE = 1e-4
 """Of the gradient of all parameters in float32, relative to its norm: through 30 layers rounding makes 1.6e-5."""
 _PARAMETER_TOLERANCE = 1e-3

@@ -12,6 +12,7 @@ import torch
 
 from layerplan.config.plan import ExplicitPlanConfig
 from layerplan.plan.layer_profile import ModelIdentity, ModelSource
+from layerplan.plan.loss_recipe import LOSS_BOUNDS
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
 from layerplan.report.answer_tables import show_text
@@ -19,7 +20,6 @@ from layerplan.report.answers import Answers, HeldOutText, ValidationLoss, read_
 from layerplan.report.headline import list_clauses, say_headline
 from layerplan.report.html_parts import render_table
 from layerplan.report.page import write_report
-from layerplan.report.proof import LOSS_BOUNDS
 from layerplan.run_folder import RunFolder
 from layerplan.train.exactness import compare_losses
 from tests.qwen3 import TINY_QWEN3
