@@ -84,7 +84,8 @@ def build_random_model(args: argparse.Namespace) -> Any:
     torch.manual_seed(0)
     values = {"vocab_size": args.vocab_size, "max_position_embeddings": max(1024, args.seq_len)} | SHAPES[args.shape]
     with torch.device(args.device):
-        return Qwen3ForCausalLM(Qwen3Config(**values)).float()
+        model = Qwen3ForCausalLM(Qwen3Config(**values)).float()
+    return model.cpu()  # what peers copy takes no memory of theirs
 
 
 def draw_rows(vocab_size: int, size: tuple[int, int, int]) -> np.ndarray:

@@ -221,6 +221,59 @@ def run_accelerate(case: Case, turn: Turn | Watch) -> nn.Module:
     return accelerator.unwrap_model(model)
 
 
+def run_torchtitan(case: Case, turn: Turn | Watch) -> nn.Module:
+    """As torchtitan's trainer runs its Qwen3 on one device: autocast, compiled blocks and loss, fused AdamW, no recomputation."""
+    from torchtitan.components.loss import cross_entropy_loss
+    from torchtitan.models.qwen3.model.args import Qwen3ModelArgs
+    from torchtitan.models.qwen3.model.model import Qwen3Model
+    from torchtitan.models.qwen3.model.state_dict_adapter import Qwen3StateDictAdapter
+
+    model = case.fresh_model()
+    config = model.config
+    sizes = Qwen3ModelArgs(
+        vocab_size=config.vocab_size,
+        max_seq_len=case.seq_len,
+        head_dim=config.head_dim,
+        dim=config.hidden_size,
+        n_layers=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads,
+        qk_norm=True,
+        hidden_dim=config.intermediate_size,
+        norm_eps=config.rms_norm_eps,
+        rope_theta=config.rope_parameters["rope_theta"],
+        enable_weight_tying=True,
+    )
+    adapter = Qwen3StateDictAdapter(sizes, None)
+    titan = Qwen3Model(sizes).to(case.device)
+    titan.load_state_dict(adapter.from_hf({n: p.detach() for n, p in model.named_parameters()}), strict=False)
+    titan.output.weight = titan.tok_embeddings.weight
+    trains = adapter.from_hf({name: torch.tensor(p.requires_grad) for name, p in model.named_parameters()})
+    for name, parameter in titan.named_parameters():
+        parameter.requires_grad_(bool(trains[name]))
+    for name, block in titan.layers.named_children():
+        titan.layers.register_module(name, torch.compile(block, fullgraph=True))
+    compute_loss = torch.compile(cross_entropy_loss)
+    trained = [parameter for parameter in titan.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0, fused=True)
+    for step in range(case.steps):
+        turn.wait()
+        ids = torch.from_numpy(case.rows[step].astype(np.int64)).to(case.device)
+        labels = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+        with torch.autocast(case.device.type, torch.bfloat16, enabled=case.dtype == "bfloat16"):
+            loss = compute_loss(titan(ids), labels) / (case.batch * (case.seq_len - 1))
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        if turn.takes_turns:
+            turn.losses.append(float(loss.detach()))
+        turn.end()
+    state = {name.replace("._orig_mod", ""): value for name, value in titan.state_dict().items()}
+    model.load_state_dict(adapter.to_hf(state), strict=False)
+    return model.to(case.device)
+
+
 PEERS: dict[str, Callable[[Case, Any], nn.Module]] = {
     "ours": run_ours,
     "trainer": run_trainer,
@@ -228,5 +281,6 @@ PEERS: dict[str, Callable[[Case, Any], nn.Module]] = {
     "trainer_compile": partial(run_trainer, torch_compile=True),
     "trainer_recompute": partial(run_trainer, gradient_checkpointing=True),
     "accelerate": run_accelerate,
+    "torchtitan": run_torchtitan,
 }
 """`trainer_...` are the flags people turn on for speed or memory; a peer that lacks what it needs is left out, and said to be."""

@@ -84,6 +84,11 @@ def count_rows_of_sum(hidden_size: int, dtype_bytes: int, *, trains_head: bool, 
     return 4 * hidden_size // dtype_bytes if trains_head and fused and dtype_bytes < 4 else 0
 
 
+def split_evenly(num_rows: int, most: int) -> int:
+    """Rows of the largest of as few equal parts as have at most `most` rows each."""
+    return -(-num_rows // -(-num_rows // most))
+
+
 def layer_activation_bytes(
     shape: ModelShape,
     dtype: str,
@@ -201,8 +206,7 @@ def _chunk_bytes(plan: FreezePlan, shape: ModelShape, config: TrainConfig, token
     rows = min(choose_chunk_rows(device_type, shape.vocab_size, rows_of_sum=summed), tokens)
     if device_type == "cpu" and summed:  # the compiler reads logits and writes their gradients in one place
         return rows * shape.vocab_size * width + shape.head_matrix_params * (4 if rows < tokens else width)
-    # logits and their gradients, uncompiled in float32 besides; compiled, 4.9 bytes a logit on an H100 in bfloat16
-    per_logit = 2 * width + 1 if config.compiles and device_type == "cuda" else width + 8
+    per_logit = width if device_type == "cuda" else width + 8  # turned into gradients in place, or in float32 besides
     return rows * shape.vocab_size * per_logit + (shape.head_matrix_params * 4 if trains else 0)
 
 

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from layerplan.plan.memory import choose_chunk_rows, count_rows_of_sum
+from layerplan.plan.memory import choose_chunk_rows, count_rows_of_sum, split_evenly
 
 IGNORED = -100
 PRODUCT_ELEMENTS = 2**21
@@ -52,7 +53,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         options: LossOptions,
     ) -> Tensor:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        core = _compiled_core() if options.compiled else _chunk
+        core = _choose_core(hidden_ND.device, options)
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and needs_bias else None
@@ -69,7 +70,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight_VD, out=grad_hidden[piece])
             if needs_weight:
-                grad_weight = _add_product(grad_weight, grad_logits.T, hidden_ND[piece])
+                grad_weight = _add_product(grad_weight, grad_logits.T, hidden_ND[piece], is_sum=size < num_rows)
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(dim=0, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -79,11 +80,10 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients already carry `scale`; only what the caller asks beyond it is left to multiply."""
-        grads = list(ctx.saved_tensors)
+        rest = None
         if grad_output.device.type != "cpu" or float(grad_output.numpy()) != float(np.float32(ctx.scale)):
             rest = grad_output / ctx.scale
-            grads = [None if grad is None else grad * rest.to(grad.dtype) for grad in grads]
-        grads = [None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes)]
+        grads = [_finish(grad, rest, dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
         return *grads, None, None, None
 
 
@@ -129,15 +129,22 @@ def make_labels(input_ids_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
 def _choose_rows(hidden_ND: Tensor, weight_VD: Tensor, needs_weight: bool, options: LossOptions) -> int:
     """Positions of a chunk: as many as are allowed, or equal parts of all of them where they do not fit into one."""
     num_rows, (vocab_size, width) = len(hidden_ND), weight_VD.shape
+    device_type = hidden_ND.device.type
     summed = count_rows_of_sum(width, weight_VD.element_size(), trains_head=needs_weight, fused=options.compiled)
-    most = choose_chunk_rows(hidden_ND.device.type, vocab_size, rows_of_sum=summed)
-    return -(-num_rows // -(-num_rows // most)) if summed else most  # each size is compiled once
+    most = choose_chunk_rows(device_type, vocab_size, rows_of_sum=summed)
+    return split_evenly(num_rows, most) if summed or device_type == "cuda" else most  # each size is compiled once
 
 
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """`total + left @ right`, summed in float32; one product alone keeps its dtype."""
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor, is_sum: bool) -> Tensor:
+    """`total + left @ right`, summed in float32; one product that is not of a sum keeps its dtype.
+
+    A GPU's products add to a float32 sum as they leave the chip; on a CPU only float32's do.
+    """
+    widens = left.device.type == "cuda" and left.dtype != torch.float32
     if total is None:
-        return left @ right
+        return torch.mm(left, right, out_dtype=torch.float32) if is_sum and widens else left @ right
+    if widens:
+        return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     if total.dtype == left.dtype == torch.float32:
         return total.addmm_(left, right)
     total = total.float()
@@ -187,6 +194,22 @@ def _chunk_fused(
         grad = grad * (1 - (capped / softcap).square())
     logits_NV.copy_(grad * (valid * scale)[:, None])
     return (losses * valid).sum(), logits_NV
+
+
+def _finish(grad: Tensor | None, rest: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """A gradient times what was not known before, in its tensor's dtype, without a copy between."""
+    if grad is None or rest is None:
+        return None if grad is None else grad.to(dtype)
+    return torch.mul(grad, rest.to(grad.dtype), out=torch.empty_like(grad, dtype=dtype))
+
+
+def _choose_core(device: torch.device, options: LossOptions) -> Callable[..., tuple[Tensor, Tensor]]:
+    """How a chunk of logits becomes its loss and its gradient: in one launch on a GPU, compiled, or as it is written."""
+    if device.type == "cuda" and find_spec("triton"):
+        from layerplan.train.loss_kernel import turn_into_gradient
+
+        return partial(turn_into_gradient, ignored=IGNORED)
+    return _compiled_core() if options.compiled else _chunk
 
 
 @lru_cache(maxsize=1)

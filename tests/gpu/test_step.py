@@ -51,6 +51,33 @@ def test_the_chunked_loss_is_cross_entropy_of_all_logits(device: torch.device, c
         assert (ours.float() - theirs.float()).norm() <= 2e-2 * theirs.float().norm()
 
 
+@pytest.mark.parametrize(("softcap", "z_weight"), [(None, 0.0), (None, 0.01), (30.0, 0.01)])
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_chunks_of_logits_become_their_gradients(
+    device: torch.device, softcap: float | None, z_weight: float, trains_head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over several chunks, with a vocabulary that is no multiple of anything, against float64."""
+    monkeypatch.setattr("layerplan.train.loss.choose_chunk_rows", lambda *args, **kwargs: 256)
+    torch.manual_seed(0)
+    hidden = torch.randn(700, 64, device=device).bfloat16().requires_grad_()
+    weight = (torch.randn(40_001, 64, device=device) * 0.3).bfloat16().requires_grad_(trains_head)
+    labels = torch.randint(0, 40_001, (700,), device=device)
+    labels[::9] = IGNORED
+    exact = [each.detach().double().requires_grad_(each.requires_grad) for each in (hidden, weight)]
+    logits = exact[0] @ exact[1].T
+    capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = cross_entropy(capped, labels, ignore_index=IGNORED, reduction="sum")
+    expected = expected + z_weight * (capped.logsumexp(-1).square() * (labels != IGNORED)).sum()
+    trained = [0, 1] if trains_head else [0]
+    wanted = torch.autograd.grad(expected / 100, [exact[index] for index in trained])
+    found = compute_loss_sum(hidden, weight, labels, scale=1 / 100, options=LossOptions(softcap, z_weight))
+    grads = torch.autograd.grad(found / 100, [(hidden, weight)[index] for index in trained])
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=2e-3)
+    for ours, theirs in zip(grads, wanted):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.double() - theirs).norm() <= 1e-2 * theirs.norm()
+
+
 @pytest.mark.parametrize("rule", [FusedAdamW, CompiledAdamW, KernelAdamW])
 @pytest.mark.parametrize("dtypes", ["float32 float32", "bfloat16 bfloat16", "bfloat16 float32"])
 def test_five_updates_are_adamw_in_float64_and_a_bad_one_changes_nothing(

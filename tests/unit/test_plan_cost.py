@@ -262,22 +262,24 @@ def test_compiled_layers_keep_less() -> None:
 @pytest.mark.parametrize(
     ("plan_config", "rows", "measured_gib"),
     [
-        (FullPlanConfig(), 8, 51.4),
-        (FullPlanConfig(), 2, 22.2),
-        (DEEP(boundary=14), 8, 41.6),
-        (DEEP(boundary=14), 2, 15.7),
-        (SHALLOW(boundary=14), 8, 26.7),
+        (FullPlanConfig(), 8, 48.5),
+        (FullPlanConfig(), 4, 29.1),
+        (DEEP(boundary=14), 8, 39.3),
+        (SHALLOW(boundary=14), 8, 24.4),
     ],
 )
-def test_a_steps_memory_on_an_h100(plan_config: Any, rows: int, measured_gib: float) -> None:
-    """Peaks that PyTorch's allocator counted of a Qwen3-0.6B, compiled, one text a row (benchmarks/results/training_gpu.md)."""
+def test_a_steps_memory_on_an_h200(plan_config: Any, rows: int, measured_gib: float) -> None:
+    """Peaks that PyTorch's allocator counted of a Qwen3-0.6B, compiled, one text a row (benchmarks/results/training_gpu.md).
+
+    Predicted is more by the gradients, which are not there yet when the loss is.
+    """
     plan, shape = plan_of(plan_config, QWEN3_0P6B)
     config = TrainConfig(
         global_batch_size=rows, micro_batch_size=rows, use_gpu=True, compute_dtype="bfloat16", compile=True
     )
     placement = Placement("replicate", "replicate", CAUSAL)
     found = estimate_memory(plan, shape, config, placement, seq_len=4096, world_size=1, device_type="cuda")
-    assert (found.total - found.baseline) / 2**30 == pytest.approx(measured_gib, rel=0.02)
+    assert 1 <= (found.total - found.baseline) / 2**30 / measured_gib <= 1.05
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "blocks", OWN])
