@@ -5,8 +5,8 @@
     python benchmarks/training.py --shape qwen3-0.6b --device cuda --batch 8 --seq-len 4096 --split-ratios 1/3 1/2 2/3
 
 The model has a shape and random weights and trains on tokens drawn like words; a pre-trained one in a folder trains on
-the texts of Python's language reference. On a CPU steps of the peers are interleaved (A B C A B C ...), each in a thread of
-its own that runs only when it is its turn, and a step costs the process's CPU time, which a busy machine distorts less
+the texts of Python's language reference. On a CPU steps of the peers are interleaved (A B C A B C ...), each in a process
+of its own that runs only when it is its turn, and a step costs that process's CPU time, which a busy machine distorts less
 than the wall clock. On a GPU, whose memory does not hold all peers, each runs its steps in one go, as users see it, and a
 step lasts from one event in the stream to the next. Ratios are medians over the steps after warm-up, with quartiles. It
 needs torch, transformers, pydantic and numpy; Trainer and Accelerate are left out, and said to be, when `accelerate` is
@@ -19,8 +19,9 @@ import argparse
 import gc
 import json
 import statistics
-import time
+from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import torch
 from machine import describe_torch
 from torch import nn
 from training_case import SHAPES, Case, build_case, find_peak
-from training_peers import PEERS, Turn, Watch
+from training_peers import PEERS, Rival, Watch
 
 from layerplan.plan.cost import predict_cost
 from layerplan.train.throughput import peak_memory_gib
@@ -87,42 +88,39 @@ def measure_loss(model: nn.Module, case: Case) -> float:
     return total / len(case.rows[-1])
 
 
-def compare(case: Case, peers: list[str], warmup: int) -> dict[str, Any]:
+def compare(case: Case, make_case: Callable[[], Case], peers: list[str], warmup: int) -> dict[str, Any]:
     """Interleaves the peers and returns medians, quartiles, ratios and the largest loss difference."""
-    turns = {}
-    for name in peers:
-        turns[name] = Turn(case.device)
-        turns[name].start(lambda turn, name=name: PEERS[name](case, turn))
+    rivals = {name: Rival(name, make_case) for name in peers}
     for step in range(case.steps):
-        for turn in turns.values():
-            turn.take()
-        shown = "  ".join(f"{name} {turn.seconds[-1]:.2f} s" for name, turn in turns.items())
+        for rival in rivals.values():
+            rival.take()
+        shown = "  ".join(f"{name} {rival.seconds[-1]:.2f} s" for name, rival in rivals.items())
         print(f"    step {step + 1}/{case.steps}  {shown}", flush=True)
-    for turn in turns.values():
-        deadline = time.time() + 60
-        while not turn.finished and time.time() < deadline:
-            time.sleep(0.05)
+        if step + 1 < case.steps:
+            for rival in rivals.values():
+                rival.expect_next()
     results: dict[str, Any] = {}
     flops = predict_cost(case.plan, case.shape, seq_len=case.seq_len).total_flops
     tokens = case.batch * case.seq_len
-    for name, turn in turns.items():
-        kept = turn.seconds[warmup:]
+    for name, rival in rivals.items():
+        kept = rival.seconds[warmup:]
         median = statistics.median(kept)
+        losses, peak_memory = rival.finish()
         results[name] = {
             "step_s": median,
             "quartiles_s": statistics.quantiles(kept, n=4)[::2] if len(kept) > 1 else kept,
             "tokens_per_s": tokens / median,
             "mfu": tokens / median * flops / case.peak,
-            "first_step_s": turn.seconds[0],
-            "losses": turn.losses,
+            "first_step_s": rival.seconds[0],
+            "peak_memory_gib": peak_memory,
+            "losses": losses,
         }
     for name in peers[1:]:
-        ratios = [theirs / ours for ours, theirs in zip(turns[peers[0]].seconds, turns[name].seconds)][warmup:]
+        ratios = [theirs / ours for ours, theirs in zip(rivals[peers[0]].seconds, rivals[name].seconds)][warmup:]
         results[name]["ours_is_faster_by"] = statistics.median(ratios)
         results[name]["ratio_quartiles"] = statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios
-        pairs = list(zip(turns[peers[0]].losses, turns[name].losses))
+        pairs = list(zip(results[peers[0]]["losses"], results[name]["losses"]))
         results[name]["largest_loss_difference"] = max((abs(a - b) for a, b in pairs), default=float("nan"))
-    results["peak_memory_gib"] = peak_memory_gib(case.device)
     return results
 
 
@@ -155,11 +153,15 @@ def main() -> None:
     print(json.dumps(report["machine"], indent=2), flush=True)
     for plan_type in args.plans:
         for ratio in args.split_ratios if plan_type != "full" else args.split_ratios[:1]:
-            case = build_case(args, plan_type, ratio, peak)
+            make_case = partial(build_case, args, plan_type, ratio, peak)
+            case = make_case()
             name = f"{plan_type} {ratio} vocab {case.shape.vocab_size} seq {args.seq_len} batch {args.batch}"
             print(f"== {name}", flush=True)
             torch._dynamo.reset()
-            result = (compare_on_gpu if args.device == "cuda" else compare)(case, args.peers, args.warmup)
+            if args.device == "cuda":
+                result = compare_on_gpu(case, args.peers, args.warmup)
+            else:
+                result = compare(case, make_case, args.peers, args.warmup)
             report["cases"][name] = result
             for peer, values in result.items():
                 if isinstance(values, dict) and args.device == "cpu":

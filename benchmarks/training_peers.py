@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from layerplan.corpus.rows import PackedRows
 from layerplan.models.freezing import apply_plan
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.placement import Placement
+from layerplan.train.allocator import use_memory_well
 from layerplan.train.attention import IMPLEMENTATIONS, choose_attention
 from layerplan.train.loop import run_loop
 from layerplan.train.loop_setup import LoopHooks, LoopSetup
@@ -27,62 +30,76 @@ from layerplan.train.optim import build_optimizer
 from layerplan.train.place import LOGGING
 from layerplan.train.sharding import place_model
 from layerplan.train.state import TrainState
+from layerplan.train.throughput import peak_memory_gib
 
+READY = "ready"
 LEARNING_RATE = 3e-4
 BETAS = (0.9, 0.999)
 
 
 @dataclass
 class Turn:
-    """Lets one peer take one step at a time and notes what each cost."""
+    """In a peer's own process: one step at a time, when the benchmark says so, and what each cost in CPU seconds."""
 
-    device: torch.device
-    seconds: list[float] = field(default_factory=list)
+    connection: Connection
     losses: list[float] = field(default_factory=list)
-    failure: BaseException | None = None
-    finished: bool = False
-    _go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    _done: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    _ready: threading.Event = field(default_factory=threading.Event)
     _started: float = 0.0
     takes_turns = True
 
     def wait(self) -> None:
         """Called by the peer before a step."""
-        self._ready.set()
-        self._go.acquire()
-        self._started = self.now()
+        self.connection.send(READY)
+        self.connection.recv()
+        self._started = time.process_time()
 
     def end(self) -> None:
         """Called by the peer after a step."""
-        self.seconds.append(self.now() - self._started)
-        self._done.release()
+        self.connection.send(time.process_time() - self._started)
+
+
+class Rival:
+    """A peer in a process of its own, as people run it: nothing of the others is in its memory, allocator or compiler."""
+
+    def __init__(self, name: str, make_case: Callable[[], Case]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.seconds: list[float] = []
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_compete, args=(name, make_case, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._receive()
 
     def take(self) -> None:
-        """Called by the benchmark: lets the peer run one step."""
-        if not self.finished:
-            self._go.release()
-            self._done.acquire()
-        if self.failure is not None:
-            raise self.failure
+        """Lets the peer run one step."""
+        self._connection.send(READY)
+        self.seconds.append(self._receive())
 
-    def start(self, peer: Callable[[Turn], None]) -> None:
-        """Starts the peer's thread and waits until it is ready for its first step; libraries share global state."""
+    def expect_next(self) -> None:
+        """Waits until the peer is ready for another step."""
+        self._receive()
 
-        def run() -> None:
-            try:
-                peer(self)
-            except BaseException as error:
-                self.failure = error
-            self.finished = True
-            self._ready.set()
-            self._done.release()
+    def finish(self) -> tuple[list[float], float]:
+        """The losses of its steps, and its process's peak memory in GiB."""
+        losses, peak_memory = self._receive()
+        self._process.join()
+        return losses, peak_memory
 
-        threading.Thread(target=run, daemon=True).start()
-        self._ready.wait()
+    def _receive(self) -> Any:
+        found = self._connection.recv()
+        if isinstance(found, str) and found != READY:
+            raise RuntimeError(found)
+        return found
 
-    def now(self) -> float:
-        return time.process_time()
+
+def _compete(name: str, make_case: Callable[[], Case], connection: Connection) -> None:
+    torch.set_num_threads(1)
+    turn = Turn(connection)
+    try:
+        case = make_case()
+        PEERS[name](case, turn)
+        connection.send((turn.losses, peak_memory_gib(case.device)))
+    except BaseException:
+        connection.send(f"{name}: {traceback.format_exc()}")
 
 
 @dataclass
@@ -129,6 +146,8 @@ def run_ours(case: Case, turn: Turn | Watch) -> nn.Module:
     placed = place_model(model, case.plan, config, placement, world_size=1, device=case.device)
     optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters, compiled=True)
     placed.masters.clear()
+    if case.device.type == "cpu":
+        use_memory_well(placed.model, is_sharded=False)
     setup = LoopSetup(placed, optimizer, applied, config, case.device, 0, 1)
     position_ids = np.tile(np.arange(case.seq_len, dtype=np.int32), (case.batch, 1))
     document_ids = np.zeros_like(position_ids)

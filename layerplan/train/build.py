@@ -24,7 +24,7 @@ from layerplan.plan.memory import MemoryEstimate
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.storage.paths import StoredPath
-from layerplan.train.allocator import keep_memory_low
+from layerplan.train.allocator import use_memory_well
 from layerplan.train.attention import IMPLEMENTATIONS, try_set_attention
 from layerplan.train.label_step import LabelLossModel
 from layerplan.train.materialize import ParameterSource
@@ -123,8 +123,8 @@ def build_model(
     )
     optimizer = build_optimizer(placed.model, config.optimizer, masters=placed.masters, compiled=config.compiles)
     placed.masters.clear()
-    if device.type == "cpu" and placement.parallelism == "shard":
-        keep_memory_low(placed.model)
+    if device.type == "cpu":
+        use_memory_well(placed.model, is_sharded=placement.parallelism == "shard")
     if rank == 0:
         logger.info(render_placement(placement, settled.estimate, available, applied))
     facts = {"config": config, "device": device, "plan": plan, "has_labels": request.labels is not None}
