@@ -21,6 +21,7 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.placement import Placement
 from layerplan.train.activation import checkpoint_layers
+from layerplan.train.embedding import sum_in_float32
 from layerplan.train.fsdp_units import list_mixed, list_units
 from layerplan.train.materialize import ParameterSource, fill_parameters
 from layerplan.train.replicate import GradientReducer
@@ -90,6 +91,10 @@ def place_model(
     if config.compiles:
         has_units = placement.parallelism == placement.frozen_sharding == "shard"
         compile_layers(parts, left_out=plan.trainable_modules if has_units else ())
+    if device.type == "cpu":
+        in_layers = set(parts.layers.modules()) if config.compiles else set()
+        adds_to_head = parts.is_tied and placement.parallelism == "replicate" and loss_model is LossModel
+        sum_in_float32((module for module in causal_lm.modules() if module not in in_layers), as_rows=adds_to_head)
     checkpoint_layers(parts.layers, placement.checkpointed_layers)
     model = loss_model(causal_lm, recipe, z_weight=config.z_loss, compiled=config.compiles)
     if placement.parallelism == "replicate":
