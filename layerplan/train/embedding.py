@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-
 _SIGNATURE = inspect.signature(F.embedding)
 
 
@@ -60,13 +59,13 @@ class _Lookups(TorchFunctionMode):
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight_VD: Tensor, ids: Tensor, padding: int, as_rows: bool) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, weight_VD: Tensor, ids: Tensor, padding: int, as_rows: bool) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.settings = weight_VD.shape, padding, as_rows
         return F.embedding(ids, weight_VD)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,), (shape, padding, as_rows) = ctx.saved_tensors, ctx.settings
         found, places_N = ids.flatten().unique(return_inverse=True)
         sums = grad.new_zeros(len(found), shape[1], dtype=torch.float32)
