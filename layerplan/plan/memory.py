@@ -84,11 +84,6 @@ def count_rows_of_sum(hidden_size: int, dtype_bytes: int, *, trains_head: bool, 
     return 4 * hidden_size // dtype_bytes if trains_head and fused and dtype_bytes < 4 else 0
 
 
-def split_evenly(num_rows: int, most: int) -> int:
-    """Rows of the largest of as few equal parts as have at most `most` rows each."""
-    return -(-num_rows // -(-num_rows // most))
-
-
 def layer_activation_bytes(
     shape: ModelShape,
     dtype: str,

@@ -22,17 +22,17 @@ from torch.overrides import TorchFunctionMode
 _SIGNATURE = inspect.signature(F.embedding)
 
 
-def sum_in_float32(modules: Iterable[nn.Module], *, as_rows: bool) -> None:
+def sum_in_float32(modules: Iterable[nn.Module], *, added_to: Tensor | None = None) -> None:
     """Makes those embeddings among the modules that train in a 16-bit dtype sum their gradients in float32.
 
     Args:
         modules: Any modules; an embedding may scale or norm what it looks up.
-        as_rows: Give out the rows of the gradient that there are (a sparse tensor), instead of one that is zero elsewhere:
-            for embeddings whose head's gradient they are added to.
+        added_to: A weight that has a dense gradient in every backward pass, as a head has. An embedding of that very weight
+            gives out the rows of its gradient that there are (a sparse tensor), instead of one that is zero elsewhere.
     """
     for module in modules:
         if isinstance(module, nn.Embedding) and module.weight.requires_grad and module.weight.element_size() == 2:
-            module.forward = partial(_look_up, module.forward, as_rows)
+            module.forward = partial(_look_up, module.forward, module.weight is added_to)
 
 
 def _look_up(forward: Callable[..., Any], as_rows: bool, *args: Any, **kwargs: Any) -> Any:

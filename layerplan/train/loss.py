@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerplan.plan.memory import choose_chunk_rows, count_rows_of_sum, split_evenly
+from layerplan.plan.memory import choose_chunk_rows, count_rows_of_sum
 
 IGNORED = -100
 PRODUCT_ELEMENTS = 2**21
@@ -132,7 +132,9 @@ def _choose_rows(hidden_ND: Tensor, weight_VD: Tensor, needs_weight: bool, optio
     device_type = hidden_ND.device.type
     summed = count_rows_of_sum(width, weight_VD.element_size(), trains_head=needs_weight, fused=options.compiled)
     most = choose_chunk_rows(device_type, vocab_size, rows_of_sum=summed)
-    return split_evenly(num_rows, most) if summed or device_type == "cuda" else most  # each size is compiled once
+    if not summed and device_type == "cpu":
+        return most
+    return -(-num_rows // -(-num_rows // most))  # equal parts, since each size is compiled once
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, is_sum: bool) -> Tensor:

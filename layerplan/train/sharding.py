@@ -93,8 +93,9 @@ def place_model(
         compile_layers(parts, left_out=plan.trainable_modules if has_units else ())
     if device.type == "cpu":
         in_layers = set(parts.layers.modules()) if config.compiles else set()
-        adds_to_head = parts.is_tied and placement.parallelism == "replicate" and loss_model is LossModel
-        sum_in_float32((module for module in causal_lm.modules() if module not in in_layers), as_rows=adds_to_head)
+        has_dense_head = placement.parallelism == "replicate" and loss_model is LossModel
+        outside = (module for module in causal_lm.modules() if module not in in_layers)
+        sum_in_float32(outside, added_to=parts.lm_head.weight if has_dense_head else None)
     checkpoint_layers(parts.layers, placement.checkpointed_layers)
     model = loss_model(causal_lm, recipe, z_weight=config.z_loss, compiled=config.compiles)
     if placement.parallelism == "replicate":

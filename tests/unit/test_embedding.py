@@ -34,7 +34,7 @@ def test_common_tokens_have_their_whole_gradient(kind: type[nn.Embedding], paddi
     ours(ids).backward(grad)
     assert relative_error(ours.weight.grad, exact.weight.grad) > 0.1  # what there would be no need for this without
     ours.weight.grad = None
-    sum_in_float32([ours], as_rows=as_rows)
+    sum_in_float32([ours], added_to=ours.weight if as_rows else exact.weight)
     assert torch.equal(ours(ids), kind.forward(ours, ids))
     ours(ids).backward(grad)
     assert ours.weight.grad.is_sparse == as_rows
@@ -47,7 +47,7 @@ def test_rows_are_added_to_a_heads_gradient() -> None:
     ids = torch.randint(0, 50, (2, 300))
     exact, ours = nn.Embedding(50, 8).double(), nn.Embedding(50, 8).bfloat16()
     exact.weight.data = ours.weight.data.double()
-    sum_in_float32([ours], as_rows=True)
+    sum_in_float32([ours], added_to=ours.weight)
     for embedding in (exact, ours):
         states = torch.tanh(embedding(ids))
         (states @ embedding.weight.T).logsumexp(-1).sum().backward()
@@ -59,5 +59,5 @@ def test_rows_are_added_to_a_heads_gradient() -> None:
 def test_float32_and_frozen_embeddings_are_left_alone(dtype: torch.dtype) -> None:
     embedding = nn.Embedding(5, 4).to(dtype)
     embedding.weight.requires_grad_(dtype == torch.float32)
-    sum_in_float32([embedding, nn.Linear(2, 2)], as_rows=False)
+    sum_in_float32([embedding])
     assert "forward" not in vars(embedding)
