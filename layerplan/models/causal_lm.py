@@ -72,6 +72,11 @@ def find_decoder_parts(model: nn.Module) -> DecoderParts:
     )
 
 
+def caps_scores(model: nn.Module) -> bool:
+    """Whether its attention caps scores, which transformers' default attention drops without a word."""
+    return bool(getattr(model.config.get_text_config(), "attn_logit_softcapping", None))
+
+
 def load_causal_lm(
     name: str, *, revision: str = "main", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> nn.Module:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from layerplan.errors import ModelError
-from layerplan.models.causal_lm import FOREIGN_ERRORS, accepted_options, find_decoder_parts
+from layerplan.models.causal_lm import FOREIGN_ERRORS, accepted_options, caps_scores, find_decoder_parts
 from layerplan.models.head import replaced_forward
 
 LENS_TOLERANCE = 1e-4
@@ -34,8 +34,7 @@ class LayerRunner:
             ModelError: When the structure is unknown, there is one layer only, or a parameter is not finite.
         """
         self.model = model.eval()
-        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-            # transformers' default attention drops this soft-cap without a word
+        if caps_scores(model):
             model.set_attn_implementation("eager")
         self.name = type(model).__name__
         self.parts = find_decoder_parts(model)

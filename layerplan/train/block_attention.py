@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from layerplan.plan.attention import BLOCK_TOKENS
-from layerplan.train.document_attention import refuse_more
+from layerplan.train.document_attention import UnservedAttentionError, refuse_more
 
 BLOCKS = "layerplan_blocks"
 
@@ -37,6 +37,8 @@ def attend_blocks(
         UnservedAttentionError: When the layer hands over more than PyTorch's attention would read.
     """
     refuse_more(module, asked, "position_bias")
+    if asked.get("softcap"):
+        raise UnservedAttentionError(f"{type(module).__name__} caps its scores")
     if not _serves(module, query, key, attention_mask, asked):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

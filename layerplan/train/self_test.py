@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerplan.errors import ModelError, first_line
-from layerplan.models.causal_lm import find_decoder_parts
+from layerplan.models.causal_lm import caps_scores, find_decoder_parts
 from layerplan.models.document_starts import find_start_arguments
 from layerplan.models.head import find_head_form, make_inputs, run_once
 from layerplan.plan.loss_recipe import ROWS_TEXT, HeadForm, LossRecipe, Rows
@@ -208,6 +208,8 @@ def _list_rungs(model: nn.Module) -> Iterator[tuple[Rows, str]]:
 
 
 def _try(oracle: Oracle, recipe: LossRecipe, attention: str) -> Exactness | str:
+    if attention != "eager" and caps_scores(oracle.model):
+        return "it would drop the cap of the scores, which scores as small as those of fresh weights do not show"
     try:
         set_attention(oracle.model, attention)
     except ValueError as failure:

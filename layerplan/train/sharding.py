@@ -21,7 +21,7 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.placement import Placement
 from layerplan.train.activation import checkpoint_layers
-from layerplan.train.embedding import sum_in_float32
+from layerplan.train.float32_sums import list_outside, looks_up_biases, sum_in_float32
 from layerplan.train.fsdp_units import list_mixed, list_units
 from layerplan.train.materialize import ParameterSource, fill_parameters
 from layerplan.train.replicate import GradientReducer
@@ -88,14 +88,19 @@ def place_model(
         from layerplan.train.fp8 import convert_frozen_layers
 
         convert_frozen_layers(parts, plan)
+    sums_in_16_bits = device.type == "cpu" and config.compute_dtype != "float32"
+    left_out: set[int] = set()
     if config.compiles:
-        has_units = placement.parallelism == placement.frozen_sharding == "shard"
-        compile_layers(parts, left_out=plan.trainable_modules if has_units else ())
-    if device.type == "cpu":
-        in_layers = set(parts.layers.modules()) if config.compiles else set()
+        if placement.parallelism == placement.frozen_sharding == "shard":
+            left_out |= set(plan.trainable_modules)
+        if sums_in_16_bits:
+            left_out |= {index for index, layer in enumerate(parts.layers) if looks_up_biases(layer)}
+        compile_layers(parts, left_out)
+    if sums_in_16_bits:
         has_dense_head = placement.parallelism == "replicate" and loss_model is LossModel
-        outside = (module for module in causal_lm.modules() if module not in in_layers)
-        sum_in_float32(outside, added_to=parts.lm_head.weight if has_dense_head else None)
+        uncompiled = left_out if config.compiles else range(len(parts.layers))
+        alone = list_outside(causal_lm, parts.layers) + [parts.layers[index] for index in uncompiled]
+        sum_in_float32(alone, added_to=parts.lm_head.weight if has_dense_head else None)
     checkpoint_layers(parts.layers, placement.checkpointed_layers)
     model = loss_model(causal_lm, recipe, z_weight=config.z_loss, compiled=config.compiles)
     if placement.parallelism == "replicate":
@@ -139,7 +144,8 @@ def cast_for_training(causal_lm: nn.Module, config: TrainConfig, placement: Plac
 def compile_layers(parts: DecoderParts, left_out: Collection[int] = ()) -> None:
     """Compiles each decoder layer's forward pass; a plan that changes needs `reset_compiled` first.
 
-    Layers to leave out are those that hold several FSDP units, whose hooks would cut their graphs into pieces.
+    Layers to leave out are those that hold several FSDP units, whose hooks would cut their graphs into pieces, and those whose
+    gradients the compiler would sum in 16 bits.
 
     Layers of one kind share their graphs. More variants than a plan can cause would mean silent eager execution, so
     reaching the recompile limit is an error, unless errors of the compiler are let be (`train.compile: auto`).
@@ -147,7 +153,9 @@ def compile_layers(parts: DecoderParts, left_out: Collection[int] = ()) -> None:
     torch._dynamo.config.recompile_limit = 32
     torch._dynamo.config.fail_on_recompile_limit_hit = not torch._dynamo.config.suppress_errors
     if left_out:
-        logger.info("%d layers train in part and are sharded in several units; they are not compiled", len(left_out))
+        logger.info(
+            "%d layers are not compiled: in several sharded units, or with gradients that it would round", len(left_out)
+        )
     for index, layer in enumerate(parts.layers):
         if index in left_out:
             continue

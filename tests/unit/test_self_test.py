@@ -94,6 +94,16 @@ def test_the_cheapest_way_that_is_exact_is_taken(family: str, rows: str, attenti
     assert "price" in report.sentence or not report.refused
 
 
+def test_a_cap_counts_though_fresh_weights_do_not_show_it() -> None:
+    model = build_family("gemma2")
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            parameter.data *= 1e-3
+    report = ask_model(model, seq_len=72)
+    assert report.recipe.attention == "eager"
+    assert "drop the cap" in report.sentence
+
+
 def convolve_within_documents(
     hidden: torch.Tensor,
     weight: torch.Tensor,
