@@ -12,6 +12,7 @@ from eval.artifacts import Results
 from eval.items import CATEGORIES
 from eval.scoring import EvaluationResult
 from eval.significance import compute_wilson
+from eval.subjects import is_builtin
 from layerplan.errors import EvaluationError
 from layerplan.plan.markdown import as_text
 
@@ -34,7 +35,11 @@ def render_scores(models: Mapping[str, Results], *, style: str = "markdown") -> 
     parts = []
     for benchmark in benchmarks:
         _check_protocols(models, benchmark)
-        title = f"{TITLES.get(benchmark, benchmark)}, accuracy in percent, generate / logit"
+        name = TITLES.get(benchmark, benchmark)
+        scored = [item for results in models.values() for item in results.values() if item.benchmark == benchmark]
+        if all(is_builtin(item.subjects) for item in scored):
+            name = f"layerplan's built-in questions (format of {name})"
+        title = f"{name}, accuracy in percent, generate / logit"
         headings = ["Models", *CATEGORIES, "Average", "Mean of subjects", "Of questions [95 %]", "Std. over repeats"]
         rows = [[name, *_cells(results, benchmark)] for name, results in models.items()]
         parts.append(render_table(title, headings, rows, style=style))

@@ -35,7 +35,7 @@ class ScheduleConfig(StrictModel):
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps spent on the linear warm-up."""
     min_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Final learning rate as a share of the peak."""
+    """Final learning rate as a share of the peak; the last step has it, so that at 0 that step moves nothing."""
     decay_ratio: float = Field(default=0.1, gt=0, le=1)
     """Share of the steps in the final decay of `wsd`."""
 

@@ -108,6 +108,17 @@ def test_verdicts_are_paired_corrected_and_put_into_words() -> None:
     assert second.sentence.endswith("no better than guessing.")
 
 
+@pytest.mark.parametrize("size", [4, 60])
+def test_answers_that_are_all_the_same_leave_room_for_what_was_not_asked(size: int) -> None:
+    """Clopper and Pearson's upper bound for none of n, either way."""
+    benchmark = make_benchmark({"law": ("Social Science", size)})
+    base, same = ([(name, *make_run(benchmark, set(range(size // 2))))] for name in ("the base", "the same"))
+    (verdict,) = judge_comparisons([(base, same)])
+    most = 100 * binomtest(0, size).proportion_ci(0.95, "exact").high
+    assert verdict.difference_interval == pytest.approx((-most, most))
+    assert verdict.p_value == 1.0
+
+
 def test_a_run_that_always_says_one_letter_is_not_better_than_guessing() -> None:
     questions = [
         Question(f"law/{index}", "law", "law", "Humanities", "q", ("a", "b", "c", "d"), "A" if index % 2 else "B")

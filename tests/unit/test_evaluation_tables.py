@@ -32,6 +32,14 @@ def make_result(right: int, *, protocol: str = "logit", protocol_id: str = "p", 
     return score_answers(benchmark, protocol, protocol_id, [answers] * repeats)  # type: ignore[arg-type]
 
 
+def test_the_packages_own_questions_are_not_called_c_eval() -> None:
+    question = Question("q", "python_language", "Python", "STEM", "q", ("a", "b", "c", "d"), "A", False)
+    answer = Answer(id="q", prompt="", output="", predicted="A", answer="A")
+    own = score_answers(Benchmark("ceval", "val", (question,), is_official=False), "logit", "p", [[answer]])
+    assert "built-in questions (format of C-Eval), accuracy" in render_scores({"base": {"ceval/logit": own}})
+    assert "built-in" not in render_scores({"base": {"ceval/logit": make_result(1)}})
+
+
 def test_a_table_has_the_papers_columns_and_one_row_per_model() -> None:
     base = {"ceval/generate": make_result(1, protocol="generate"), "ceval/logit": make_result(2, repeats=5)}
     trained = {"ceval/generate": make_result(3, protocol="generate"), "ceval/logit": make_result(4, repeats=5)}
