@@ -91,6 +91,18 @@ def encode_prompts(
     return [[*begin, *encoding.ids] for encoding in encoded]
 
 
+def find_first_id(tokenizer: Any, model: str) -> int:
+    """The token that a text's first prediction looks back on: the beginning-, else the end-of-text token.
+
+    Raises:
+        EvaluationError: When the tokenizer has neither.
+    """
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise EvaluationError(f"{model}: its tokenizer has neither a beginning nor an end-of-text token")
+    return int(first)
+
+
 def count_control_tokens(tokenizer: Any, texts: Sequence[str]) -> int:
     """How many control tokens the texts spell out."""
     control = ControlTokens.from_tokenizer(tokenizer.backend_tokenizer)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from eval.encoding import count_control_tokens, encode_prompts
+from eval.encoding import count_control_tokens, encode_prompts, find_first_id
 from eval.held_out import HeldOutResult, load_held_out, read_held_out
 from eval.logits import choose_dtype
 from layerplan.actor_pool import ActorPool, map_over_actors
@@ -164,9 +164,7 @@ def _measure(
 ) -> Iterator[HeldOutResult]:
     """Yields each text's result as soon as its last window is in."""
     tokenizer = model.tokenizer()
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if first is None:
-        raise EvaluationError(f"{model}: its tokenizer has neither a beginning nor an end-of-text token")
+    first = find_first_id(tokenizer, str(model))
     window = min(model.max_positions() or MAX_WINDOW, MAX_WINDOW)
     for text in texts:
         text.encoded = encode_prompts(tokenizer, text.documents, add_special_tokens=False)

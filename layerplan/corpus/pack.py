@@ -21,17 +21,19 @@ class RawRow:
 
 
 class Packer:
-    """Joins documents, each begun and ended with its tokens, and cuts the stream every `seq_len` tokens.
+    """Joins documents, each begun and (unless `mark_ends` is off) ended with its tokens, and cuts the stream every `seq_len`.
 
     A document that crosses a cut continues in the next row as a piece of its own: attention never reaches back over
     the cut anyway. Only the last row of a corpus has padding.
     """
 
-    def __init__(self, seq_len: int, end_of_text_id: int, begin_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, seq_len: int, end_of_text_id: int, begin_ids: Sequence[int] = (), *, mark_ends: bool = True
+    ) -> None:
         self._seq_len = seq_len
         self._end_of_text_id = end_of_text_id
         self._begin = np.array(begin_ids, dtype=np.int32)
-        self._end = np.array([end_of_text_id], dtype=np.int32)
+        self._end = np.array([end_of_text_id] if mark_ends else [], dtype=np.int32)
         self._row = np.full(seq_len, end_of_text_id, dtype=np.int32)
         self._starts: list[int] = []
         self._used = 0
