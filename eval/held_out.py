@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -75,6 +76,16 @@ class HeldOutVerdict(StrictModel):
     """The verdict in words."""
 
 
+@dataclass(frozen=True)
+class TextArms:
+    """What is compared on one text: the seeds of one condition beside those of another, or one model beside another."""
+
+    reference: Sequence[HeldOutResult]
+    trained: Sequence[HeldOutResult]
+    reference_name: str = "the base"
+    trained_name: str = "the trained model"
+
+
 def read_held_out(item: HeldOutConfig) -> list[Document]:
     """The documents of a held-out text, each cut to `max_chars`, those without text left out.
 
@@ -95,26 +106,27 @@ def name_source(item: HeldOutConfig) -> str:
     return f"evaluation.held_out ({item.name}).source"
 
 
-def load_held_out(out_dir: Path, order: Sequence[str] = ()) -> dict[str, HeldOutResult]:
+def load_held_out(out_dir: Path, names: Sequence[str] | None = None) -> dict[str, HeldOutResult]:
     """Reads the held-out results of a scored model; empty when there is none.
 
     Args:
         out_dir: Its scores.
-        order: Names of texts that come first, in this order; the others follow by name.
+        names: Texts that are wanted, in their order; all that are there, by name, when left out.
 
     Raises:
         EvaluationError: When a file is malformed.
     """
-    found = {}
-    for path in sorted((out_dir / HELD_OUT_NAME).glob("*.json")):
-        try:
-            found[path.stem] = HeldOutResult.model_validate_json(path.read_text(encoding="utf-8"))
-        except ValidationError as error:
-            raise EvaluationError(f"{path}: not a held-out result ({describe_fault(error)})") from None
-        except (OSError, ValueError) as error:
-            raise EvaluationError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
-    first = [name for name in order if name in found]
-    return {name: found[name] for name in dict.fromkeys([*first, *found])}
+    paths = {path.stem: path for path in sorted((out_dir / HELD_OUT_NAME).glob("*.json"))}
+    return {name: _read_result(paths[name]) for name in (paths if names is None else names) if name in paths}
+
+
+def _read_result(path: Path) -> HeldOutResult:
+    try:
+        return HeldOutResult.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise EvaluationError(f"{path}: not a held-out result ({describe_fault(error)})") from None
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
 
 
 def is_held_out_scored(config: EvaluationConfig, out_dir: Path) -> bool:
@@ -134,57 +146,67 @@ def judge_held_out(pairs: Sequence[tuple[HeldOutResult, HeldOutResult]]) -> list
     Raises:
         EvaluationError: When the documents of a pair differ.
     """
-    gaps = [_estimate_gap(base, trained) for base, trained in pairs]
-    reasons = [_find_reason(base, trained) for base, trained in pairs]
+    return judge_arms([TextArms([base], [trained]) for base, trained in pairs])
+
+
+def judge_arms(comparisons: Sequence[TextArms]) -> list[HeldOutVerdict]:
+    """The same of any two conditions, each of one model or of several seeds; the verdict's base is the reference.
+
+    Raises:
+        EvaluationError: When the documents of a comparison differ.
+    """
+    gaps = [_estimate_gap(arms) for arms in comparisons]
+    reasons = [_find_reason(arms) for arms in comparisons]
     adjusted = iter(correct_holm([gap.p_different() for gap, reason in zip(gaps, reasons) if not reason]))
     return [
-        _judge_pair(base, trained, gap, 1.0 if reason else next(adjusted), reason)
-        for (base, trained), gap, reason in zip(pairs, gaps, reasons)
+        _judge(arms, gap, 1.0 if reason else next(adjusted), reason)
+        for arms, gap, reason in zip(comparisons, gaps, reasons)
     ]
 
 
-def _estimate_gap(base: HeldOutResult, trained: HeldOutResult) -> PooledEstimate:
-    """Trained minus base in bits per byte: the mean over documents, weighted with their bytes."""
-    if base.text_sha256 != trained.text_sha256:
+def _estimate_gap(arms: TextArms) -> PooledEstimate:
+    """Trained minus reference in bits per byte: the mean over documents, weighted with their bytes, and over seeds."""
+    results = [*arms.reference, *arms.trained]
+    if len({result.text_sha256 for result in results}) > 1:
         raise EvaluationError(
-            f"held-out text {trained.name}: base and trained model were scored on different documents"
+            f"held-out text {results[-1].name}: base and trained model were scored on different documents"
         )
-    losses = np.array([trained.document_nats, base.document_nats])
-    if not np.isfinite(losses).all():
+    theirs, mine = (np.array([each.document_nats for each in side]) for side in (arms.reference, arms.trained))
+    if not (np.isfinite(theirs).all() and np.isfinite(mine).all()):
         return PooledEstimate(math.nan, ((math.inf, 1.0),))
-    bits = (losses[0] - losses[1]) / math.log(2)
-    sizes = np.array(base.document_bytes, dtype=float)
-    return estimate_pooled((bits / sizes)[None, :], weights_N=sizes)
+    sizes = np.array(results[0].document_bytes, dtype=float)
+    if len(theirs) == 1:
+        return estimate_pooled((mine - theirs) / math.log(2) / sizes, weights_N=sizes)
+    return estimate_pooled(mine / math.log(2) / sizes, weights_N=sizes, minus_SN=theirs / math.log(2) / sizes)
 
 
-def _find_reason(base: HeldOutResult, trained: HeldOutResult) -> str:
+def _find_reason(arms: TextArms) -> str:
     """Why a text cannot be judged; empty where it can."""
-    for who, result in (("base", base), ("trained model", trained)):
-        broken = sum(not math.isfinite(nats) for nats in result.document_nats)
-        if broken:
-            return f"the {who}'s loss is not finite on {broken} of {len(result.document_nats)} documents"
-    num_documents = len(base.document_bytes)
+    for who, results in ((arms.reference_name, arms.reference), (arms.trained_name, arms.trained)):
+        for result in results:
+            broken = sum(not math.isfinite(nats) for nats in result.document_nats)
+            if broken:
+                return f"{who}'s loss is not finite on {broken} of {len(result.document_nats)} documents"
+    num_documents = len(arms.reference[0].document_bytes)
     return f"{num_documents} documents are too few (at least {MIN_DOCUMENTS})" if num_documents < MIN_DOCUMENTS else ""
 
 
-def _judge_pair(
-    base: HeldOutResult, trained: HeldOutResult, estimate: PooledEstimate, p: float, reason: str
-) -> HeldOutVerdict:
+def _judge(arms: TextArms, estimate: PooledEstimate, p: float, reason: str) -> HeldOutVerdict:
     low, high = estimate.interval()
     is_known = math.isfinite(low) and math.isfinite(high)
-    gap, num_documents = trained.bits_per_byte - base.bits_per_byte, len(base.document_bytes)
+    base, trained = (fmean(each.bits_per_byte for each in side) for side in (arms.reference, arms.trained))
+    gap, num_documents = trained - base, len(arms.reference[0].document_bytes)
     if reason:
         word, found = f"not judged, as {reason}", f"{gap:+.4f}, " if math.isfinite(gap) else ""
     else:
-        better = "better" if gap < 0 else "worse"
-        word = f"{better} than the base" if p < ALPHA else "not distinguishable from the base"
+        better = "better than" if gap < 0 else "worse than"
+        word = f"{better if p < ALPHA else 'not distinguishable from'} {arms.reference_name}"
         found = f"{show_difference(gap, (low, high), 4)}, p = {p:.3g}, "
     return HeldOutVerdict(
-        name=trained.name,
-        base=base.bits_per_byte,
-        trained=trained.bits_per_byte,
+        name=arms.trained[0].name,
+        base=base,
+        trained=trained,
         difference_interval=(low, high) if is_known else None,
         adjusted_p=p,
-        sentence=f"{word}: {trained.bits_per_byte:.4f} against {base.bits_per_byte:.4f} bits per byte"
-        f" ({found}{num_documents} documents)",
+        sentence=f"{word}: {trained:.4f} against {base:.4f} bits per byte ({found}{num_documents} documents)",
     )

@@ -2,8 +2,8 @@
 
 The untouched base of the first run is arm zero: every run is compared with it, then every run with every run before
 it. Runs whose configs differ in nothing but the seed are pooled into one arm when `--pool-seeds` is given. P-values
-are corrected over all comparisons made; runs scored under unequal protocols cannot be put into one table. Fine-tunings on
-labels are compared by their predictions (`compare_labels.py`).
+are corrected over all comparisons made; runs scored under unequal protocols cannot be put into one table. Held-out texts
+are compared document by document (`compare_texts.py`), fine-tunings on labels by their predictions (`compare_labels.py`).
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from itertools import combinations
 from pathlib import Path
 
 from eval.artifacts import Results, load_answers, load_results
-from eval.held_out import judge_held_out, load_held_out
 from eval.significance import Arm, Comparison, Verdict, judge_comparisons
 from eval.tables import render_scores
 from layerplan.artifacts import compute_sha256, write_json, write_text
 from layerplan.config.base import StrictModel
 from layerplan.errors import EvaluationError
 from layerplan.pipeline.compare_labels import NEEDED, is_label_run, judge_label_runs, render_label_scores
-from layerplan.pipeline.compare_names import list_texts, list_unscored, name_runs, read_evaluation
+from layerplan.pipeline.compare_names import find_trained_scores, list_unscored, name_runs
+from layerplan.pipeline.compare_texts import TextComparison, judge_texts, list_other_documents
 from layerplan.pipeline.run_folder import fetch_run
 from layerplan.pipeline.summary import print_verdicts
-from layerplan.run_folder import BASE, CONFIG_NAME, EVALUATION_NAME, RESULT_NAME, RunFolder, name_step
-from layerplan.train.request import load_result
+from layerplan.run_folder import BASE, CONFIG_NAME, EVALUATION_NAME, RESULT_NAME, RunFolder
 
 DIFFERS_BETWEEN_SEEDS = ("name", "storage_path", "working_path", "seed", "cluster", "tracking")
 
@@ -56,9 +55,10 @@ def compare(
         return
     verdicts = judge_runs(runs, pool_seeds=pool_seeds, names=names)
     print_verdicts(verdicts)
-    for line in (*_describe_texts(runs, names), *_list_unscored(runs, names)):
+    texts = judge_texts(runs, names, arms=group_seeds(runs) if pool_seeds else None)
+    for line in (*_describe_texts(texts, runs, names), *_list_unscored(runs, names)):
         print(line)
-    _write(verdicts, partial(_render_scores, names), out=out, table=table)
+    _write([*verdicts, *texts], partial(_render_scores, names), out=out, table=table)
 
 
 def _write(verdicts: Sequence[StrictModel], render: Callable[..., str], *, out: str | None, table: str | None) -> None:
@@ -78,8 +78,8 @@ def _render_scores(names: Mapping[Path, str], *, style: str) -> str:
     return render_scores(rows, style=style)
 
 
-def _describe_texts(runs: Sequence[Path], names: Mapping[Path, str]) -> list[str]:
-    lines = judge_texts(runs, names)
+def _describe_texts(texts: Sequence[TextComparison], runs: Sequence[Path], names: Mapping[Path, str]) -> list[str]:
+    lines = [text.line for text in texts]
     if len(runs) > 1 and lines:
         lines.append(
             f"p values of texts are corrected over these {len(lines)} comparisons, on a run's own page over that run's alone."
@@ -121,37 +121,6 @@ def judge_runs(
     return judge_comparisons(comparisons)
 
 
-def judge_texts(runs: Sequence[Path], names: Mapping[Path, str] | None = None) -> list[str]:
-    """A sentence per run and held-out text that the run's own base was scored on too, corrected over all of them.
-
-    Raises:
-        EvaluationError: When a base and its run were scored on different documents.
-    """
-    names = names or name_runs(runs)
-    subjects, pairs = [], []
-    for run in runs:
-        base = load_held_out(RunFolder(run).scores_of(BASE))
-        for text, trained in load_held_out(find_trained_scores(run), list_texts(read_evaluation(run))).items():
-            if text in base:
-                subjects.append(f"{names[run]} against its base, {text}")
-                pairs.append((base[text], trained))
-    return [f"{subject}: {verdict.sentence}" for subject, verdict in zip(subjects, judge_held_out(pairs))]
-
-
-def list_other_documents(runs: Sequence[Path], names: Mapping[Path, str]) -> list[str]:
-    """A warning for each name that stands for different texts in different runs."""
-    hashes: dict[str, dict[str, list[str]]] = {}
-    for run in runs:
-        for text, result in load_held_out(find_trained_scores(run)).items():
-            hashes.setdefault(text, {}).setdefault(result.text_sha256, []).append(names[run])
-    return [
-        f"{text}: {' and '.join(', '.join(group) for group in by_hash.values())} were scored on different documents under this"
-        " name; their bits per byte are not comparable with each other."
-        for text, by_hash in hashes.items()
-        if len(by_hash) > 1
-    ]
-
-
 def group_seeds(runs: Sequence[Path]) -> list[list[Path]]:
     """Runs in order, those together whose resolved configs differ in nothing that the seed does not.
 
@@ -174,21 +143,6 @@ def group_seeds(runs: Sequence[Path]) -> list[list[Path]]:
             )
         group[seed] = run
     return [list(group.values()) for group in groups.values()]
-
-
-def find_trained_scores(run: Path) -> Path:
-    """The scores of a run's last step; those of a step on the way are no result of the run.
-
-    Raises:
-        EvaluationError: When the run has not finished, or its result was not scored.
-    """
-    result = load_result(run)
-    if result is None:
-        raise EvaluationError(f"{run}: has no {RESULT_NAME}; only finished runs can be compared")
-    folder = RunFolder(run).scores_of(name_step(result.final_step))
-    if not any(folder.glob("*.json")):
-        raise EvaluationError(f"{folder}: has no scores; the run's last checkpoint was not scored")
-    return folder
 
 
 def _load_arm(run: Path, name: str, key: str, base: Results) -> Arm:

@@ -1,4 +1,4 @@
-"""Names that tell compared runs apart, and what of a run is not scored yet."""
+"""Names that tell compared runs apart, where their scores are, and what of a run is not scored yet."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 from eval.artifacts import load_results
 from eval.held_out import load_held_out
 from layerplan.errors import EvaluationError
-from layerplan.run_folder import BASE, RunFolder
+from layerplan.run_folder import BASE, RESULT_NAME, RunFolder, name_step
 from layerplan.storage.working import find_home
+from layerplan.train.request import load_result
 
 UNTIL_THEN = "p values are corrected over what is there and can only grow once the rest is"
 
@@ -30,6 +31,21 @@ def name_runs(runs: Sequence[Path]) -> dict[Path, str]:
         if len(set(names)) == len(names):
             break
     return dict(zip(runs, names, strict=True))
+
+
+def find_trained_scores(run: Path) -> Path:
+    """The scores of a run's last step; those of a step on the way are no result of the run.
+
+    Raises:
+        EvaluationError: When the run has not finished, or its result was not scored.
+    """
+    result = load_result(run)
+    if result is None:
+        raise EvaluationError(f"{run}: has no {RESULT_NAME}; only finished runs can be compared")
+    folder = RunFolder(run).scores_of(name_step(result.final_step))
+    if not any(folder.glob("*.json")):
+        raise EvaluationError(f"{folder}: has no scores; the run's last checkpoint was not scored")
+    return folder
 
 
 def list_unscored(run: Path, name: str, trained: Path) -> list[str]:

@@ -77,7 +77,10 @@ def test_texts_stand_in_the_order_of_the_config_with_both_ends_of_the_interval(
 
 
 def test_what_is_not_scored_yet_is_said_with_what_it_does_to_p(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The least p of 20 documents that differ alike is 2 / 2^20, times one text while the other run is scored, then times two."""
+    """The least p of 20 documents that differ alike is 2 / 2^20, times one text while the other run is scored, then times three.
+
+    Those are each run with its base, and one run with the other.
+    """
     whole = leave_scored_run(tmp_path / "whole", right=5, bits={"notes": 0.9})
     scoring = leave_scored_run(tmp_path / "scoring", right=3, bits={}, asked=["notes"])
     compare([str(whole), str(scoring)])
@@ -90,8 +93,8 @@ def test_what_is_not_scored_yet_is_said_with_what_it_does_to_p(tmp_path: Path, c
     leave_scored_run(scoring, right=3, bits={"notes": 1.1})
     compare([str(whole), str(scoring)])
     late = capsys.readouterr().out
-    assert "not scored yet" not in late and late.count("p = 3.81e-06, 20 documents") == 2
-    assert "corrected over these 2 comparisons" in late
+    assert "not scored yet" not in late and late.count("p = 5.72e-06, 20 documents") == 3
+    assert "corrected over these 3 comparisons" in late
 
 
 def test_a_benchmark_that_the_base_was_not_asked_yet_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -128,3 +131,44 @@ def test_a_name_that_stands_for_two_texts_is_warned_of(tmp_path: Path, capsys: p
     shown = capsys.readouterr().out
     assert "notes: one and two were scored on different documents under this name" in shown
     assert "same: one and two" not in shown
+    assert "two against one, same: not distinguishable from one: " in shown and "two against one, notes" not in shown
+
+
+def test_runs_are_compared_with_each_other_on_texts_they_share(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """0.9 and 1.1 bits are 0.2 apart on every one of 20 documents: 2 / 2^20, times three comparisons."""
+    first = leave_scored_run(tmp_path / "first", right=5, bits={"notes": 0.9})
+    second = leave_scored_run(tmp_path / "second", right=3, bits={"notes": 1.1})
+    compare([str(first), str(second)], out=str(tmp_path / "out.json"))
+    line = "worse than first: 1.1095 against 0.9095 bits per byte (+0.2000 [95 %: +0.2000, +0.2000], p = 5.72e-06, 20 documents)"
+    assert f"second against first, notes: {line}" in capsys.readouterr().out.splitlines()
+    written = json.loads((tmp_path / "out.json").read_text())
+    texts = [item for item in written if "text" in item]
+    assert [item["benchmark"] for item in written[:3]] == ["ceval"] * 3 and texts == written[3:]
+    assert [(item["run"], item["reference"]) for item in texts] == [
+        ("first", "its base"),
+        ("second", "its base"),
+        ("second", "first"),
+    ]
+    assert texts[2]["sentence"] == line and texts[2]["adjusted_p"] == pytest.approx(6 / 2**20)
+    assert texts[2]["bits_per_byte"] - texts[2]["reference_bits_per_byte"] == pytest.approx(0.2)
+
+
+def test_seeds_are_one_arm_on_texts_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    runs = []
+    for name, rate, bits in (("a1", 1e-3, 0.9), ("a2", 1e-3, 0.95), ("b1", 1e-4, 1.1), ("b2", 1e-4, 1.15)):
+        run = leave_scored_run(tmp_path / name, right=5, bits={"notes": bits})
+        config = json.loads((run / "resolved_config.json").read_text())
+        config |= {"name": name, "seed": int(name[1]), "rate": rate}
+        (run / "resolved_config.json").write_text(json.dumps(config))
+        runs.append(str(run))
+    compare(runs, pool_seeds=True, out=str(tmp_path / "out.json"))
+    assert "b1 against a1, notes: not distinguishable from a1: 1.1345 against 0.9345" in capsys.readouterr().out
+    texts = [item for item in json.loads((tmp_path / "out.json").read_text()) if "text" in item]
+    assert [(item["run"], item["num_seeds"], item["num_reference_seeds"]) for item in texts[4:]] == [("b1", 2, 2)]
+
+
+def test_a_text_that_the_config_asks_for_no_more_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = leave_scored_run(tmp_path / "run", right=5, bits={"old": 0.9, "notes": 0.9}, asked=["notes"])
+    compare([str(run)])
+    shown = capsys.readouterr().out
+    assert "run against its base, notes" in shown and "old" not in shown

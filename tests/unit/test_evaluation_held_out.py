@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
-from eval.held_out import HeldOutResult, judge_held_out, read_held_out
+from eval.held_out import HeldOutResult, TextArms, judge_arms, judge_held_out, read_held_out
 from eval.held_out_scoring import HeldOutActor, iter_windows
 from layerplan.config.corpus import CorpusConfig, DecontaminationConfig, SourceConfig
 from layerplan.config.evaluation import HeldOutConfig
@@ -151,6 +151,23 @@ def test_other_documents_are_not_compared() -> None:
         judge_held_out([(make_result([1.0], [1]), make_result([1.0], [1], text="other"))])
 
 
+def test_seeds_of_both_sides_count_when_arms_are_compared() -> None:
+    """Two seeds a side that differ by 0.02 bits and arms by 0.1: nothing is left of what single runs seem to tell."""
+    rng, sizes = np.random.default_rng(3), [100] * 30
+    hard = rng.normal(70, 10, 30)
+    one, two = (
+        [make_result((hard + shift + rng.normal(0, 0.1, 30)).tolist(), sizes) for shift in shifts]
+        for shifts in ((0.0, 1.4), (7.0, 8.4))
+    )
+    (alone,) = judge_arms([TextArms(one[:1], two[:1], "one", "two")])
+    (pooled,) = judge_arms([TextArms(one, two, "one", "two")])
+    assert alone.sentence.startswith("worse than one: ") and pooled.sentence.startswith(
+        "not distinguishable from one: "
+    )
+    assert pooled.trained - pooled.base == pytest.approx(7 / 100 / math.log(2), rel=0.01)
+    assert alone.adjusted_p < 1e-20 < 0.05 < pooled.adjusted_p
+
+
 def test_the_report_shows_scores_by_step(tmp_path: Path) -> None:
     from layerplan.report.scores import render_checkpoint_scores
 
@@ -168,7 +185,7 @@ def test_the_report_shows_scores_by_step(tmp_path: Path) -> None:
 
 def test_compared_runs_get_a_sentence_per_text(tmp_path: Path) -> None:
     """The newest scores are not the run's own when it stopped on the way: its last step decides."""
-    from layerplan.pipeline.compare import judge_texts
+    from layerplan.pipeline.compare_texts import judge_texts
 
     sizes = [100] * 20
     for run, factor in (("worse", 1.5), ("same", 1.0)):
@@ -186,7 +203,8 @@ def test_compared_runs_get_a_sentence_per_text(tmp_path: Path) -> None:
         judge_texts([tmp_path / "worse", tmp_path / "same"])
     for run in ("worse", "same"):
         finish_run(tmp_path / run, final_step=10)
-    first, second = judge_texts([tmp_path / "worse", tmp_path / "same"])
+    first, second, third = (each.line for each in judge_texts([tmp_path / "worse", tmp_path / "same"]))
+    assert third.startswith("same against worse, notes: better than worse: 0.7213 against 1.")
     assert first.startswith("worse against its base, notes: worse than the base: 1.")
     assert second.startswith(
         "same against its base, notes: not distinguishable from the base: 0.7213 against 0.7213 bits per byte (+0.0000 [95 %: "
