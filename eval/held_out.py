@@ -131,7 +131,7 @@ def _read_result(path: Path) -> HeldOutResult:
 
 def is_held_out_scored(config: EvaluationConfig, out_dir: Path) -> bool:
     """Whether every text, as it reads now, was scored in the dtype asked for."""
-    stored = load_held_out(out_dir)
+    stored = load_held_out(out_dir, [item.name for item in config.held_out])
     for item in config.held_out:
         before = stored.get(item.name)
         wanted = (compute_sha256([document.text for document in read_held_out(item)]), config.dtype)

@@ -110,7 +110,7 @@ def score_held_out(
     if not config.held_out:
         return {}
     texts = _describe_texts(model, config)
-    found = load_held_out(out_dir)
+    found = load_held_out(out_dir, [text.name for text in texts])
     wanted = [text for text in texts if not _is_scored(text, found.get(text.name))]
     if wanted:
         documents = " and ".join(f"{len(text.documents):,} documents of {text.name}" for text in wanted)

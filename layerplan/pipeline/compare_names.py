@@ -85,11 +85,12 @@ def list_texts(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def _list_missing(evaluation: Mapping[str, Any], folder: Path) -> list[str]:
-    scores, texts = load_results(folder), load_held_out(folder)
+    asked = list_texts(evaluation)
+    scores, texts = load_results(folder), load_held_out(folder, asked)
     keys = [
         f"{benchmark['name']}/{protocol}"
         for benchmark in evaluation.get("benchmarks", [])
         for protocol in evaluation.get("protocols", [])
     ]
     missing = [key for key in keys if key not in scores]
-    return missing + [f"the text {text}" for text in list_texts(evaluation) if text not in texts]
+    return missing + [f"the text {text}" for text in asked if text not in texts]

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from eval.artifacts import Results
 from eval.during_training import CheckpointScoring, backfill, compare_with_base, read_breach
-from eval.held_out import judge_held_out, load_held_out, read_held_out
+from eval.held_out import HeldOutVerdict, judge_held_out, load_held_out, read_held_out
 from eval.items import load_benchmark
 from eval.runner import evaluate_model
 from eval.significance import Verdict
 from eval.tables import render_scores
 from layerplan.artifacts import write_json, write_text
 from layerplan.config.corpus import CorpusConfig
+from layerplan.config.evaluation import EvaluationConfig
 from layerplan.config.run import RunConfig
 from layerplan.corpus.build import build_token_store, warn_of_held_out
 from layerplan.corpus.decontamination import BenchmarkText, hash_held_out
@@ -290,7 +291,7 @@ def score_checkpoints(context: RunContext, scoring: CheckpointScoring, steps: It
     for step, results in scored.items():
         label = name_step(step)
         with tracked(context, f"evaluate_{label}") as tracker:
-            _log_scores(tracker, context.folder.evaluation / label, results, step)
+            _log_scores(tracker, context.folder.evaluation / label, results, step, context.config.evaluation)
     if gone:
         say("evaluate", f"not scored, their checkpoints are gone: step {', '.join(map(str, gone))}")
     return scored
@@ -322,7 +323,7 @@ def evaluate(context: RunContext, model: ModelRef, label: str) -> Results:
             folder,
             report=lambda line: say("evaluate", f"{label}: {line}"),
         )
-        _log_scores(tracker, folder, results, parse_step(label) or 0)
+        _log_scores(tracker, folder, results, parse_step(label) or 0, context.config.evaluation)
     return results
 
 
@@ -333,17 +334,26 @@ def judge(context: RunContext, base: Results, trained: Results, label: str) -> l
     write_json(context.folder.verdicts, [verdict.model_dump(mode="json") for verdict in verdicts])
     for suffix, style in (("md", "markdown"), ("tex", "latex")):
         write_text(folder / f"{SCORES_STEM}.{suffix}", render_scores({BASE: base, name: trained}, style=style))
-    order = [item.name for item in context.config.evaluation.held_out]
-    texts = [load_held_out(folder / scored, order) for scored in (BASE, label)]
-    judged = judge_held_out([(texts[0][key], text) for key, text in texts[1].items() if key in texts[0]])
-    if judged:
-        write_json(context.folder.held_out_verdicts, [verdict.model_dump(mode="json") for verdict in judged])
+    judged = judge_asked_texts(context.folder, label, context.config.evaluation)
     for verdict in judged:
         say("verdict", f"{verdict.name}: {verdict.sentence}")
     with tracked(context, "verdict") as tracker:
         for path in (context.folder.verdicts, *sorted(folder.glob("*.*"))):
             tracker.log_artifact(path)
     return verdicts
+
+
+def judge_asked_texts(run: RunFolder, label: str, config: EvaluationConfig) -> list[HeldOutVerdict]:
+    """Compares a model with the base on the texts that the config lists, and writes the verdicts.
+
+    Scores and verdicts on texts that it listed once may lie there still; they are no part of the result.
+    """
+    names = [item.name for item in config.held_out]
+    base, trained = (load_held_out(run.scores_of(scored), names) for scored in (BASE, label))
+    judged = judge_held_out([(base[name], result) for name, result in trained.items() if name in base])
+    if judged or run.held_out_verdicts.exists():
+        write_json(run.held_out_verdicts, [verdict.model_dump(mode="json") for verdict in judged])
+    return judged
 
 
 def list_benchmark_texts(config: RunConfig) -> list[BenchmarkText]:
@@ -371,11 +381,11 @@ def _make_validation(scoring: CheckpointScoring) -> CheckpointValidation | None:
     return CheckpointValidation(scoring, due) if due else None
 
 
-def _log_scores(tracker: Tracker, folder: Path, results: Results, step: int) -> None:
+def _log_scores(tracker: Tracker, folder: Path, results: Results, step: int, config: EvaluationConfig) -> None:
     """Puts accuracies, bits per byte and the files behind them into the lineage."""
     for key, result in results.items():
         tracker.log_metrics({f"eval/{key}/accuracy": result.question_mean}, step=step)
-    for text in load_held_out(folder).values():
+    for text in load_held_out(folder, [item.name for item in config.held_out]).values():
         tracker.log_metrics({f"eval/{text.name}/bits_per_byte": text.bits_per_byte}, step=step)
     for path in sorted(
         [*folder.glob("*.json"), *folder.glob(f"{HELD_OUT_NAME}/*.json"), *folder.glob(CONTINUATIONS_NAME)]

@@ -16,15 +16,17 @@ from scipy.stats import ttest_rel
 from eval.held_out import HeldOutResult, TextArms, judge_arms, judge_held_out, read_held_out
 from eval.held_out_scoring import HeldOutActor, iter_windows
 from layerplan.config.corpus import CorpusConfig, DecontaminationConfig, SourceConfig
-from layerplan.config.evaluation import HeldOutConfig
+from layerplan.config.evaluation import EvaluationConfig, HeldOutConfig
 from layerplan.config.run import RunConfig
 from layerplan.corpus.build import build_token_store
 from layerplan.corpus.cleaning import normalize_text
 from layerplan.corpus.decontamination import BenchmarkText, Hit, QuestionIndex
 from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
-from layerplan.pipeline.stages import list_benchmark_texts
-from tests.scored_runs import finish_run
+from layerplan.pipeline.stages import judge_asked_texts, list_benchmark_texts
+from layerplan.report.answers import read_answers
+from layerplan.run_folder import RunFolder
+from tests.scored_runs import finish_run, leave_scored_run
 from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
 
 
@@ -209,6 +211,25 @@ def test_compared_runs_get_a_sentence_per_text(tmp_path: Path) -> None:
     assert second.startswith(
         "same against its base, notes: not distinguishable from the base: 0.7213 against 0.7213 bits per byte (+0.0000 [95 %: "
     )
+
+
+def test_a_text_that_is_listed_no_more_is_judged_no_more(tmp_path: Path) -> None:
+    """What was scored of it stays, and what was said of it goes; the other's p is its own, 2 / 2^20, again."""
+    folder = RunFolder(leave_scored_run(tmp_path, right=4, bits={"old": 0.9, "notes": 1.1}))
+
+    def judge(*names: str) -> list[tuple[str, float]]:
+        held_out = [HeldOutConfig.model_validate({"name": name, "source": {"path": "x"}}) for name in names]
+        judged = judge_asked_texts(folder, "step_00000010", EvaluationConfig(held_out=held_out))
+        written = json.loads(folder.held_out_verdicts.read_text())
+        assert written == [verdict.model_dump(mode="json") for verdict in judged]
+        return [(verdict.name, verdict.adjusted_p) for verdict in judged]
+
+    assert judge("old", "notes") == [("old", pytest.approx(4 / 2**20)), ("notes", pytest.approx(4 / 2**20))]
+    assert judge("notes") == [("notes", pytest.approx(2 / 2**20))]
+    assert [text.name for text in read_answers(tmp_path).held_out] == ["notes"]
+    assert judge() == []
+    assert read_answers(tmp_path).held_out == ()
+    assert (folder.scores_of("step_00000010") / "held_out" / "old.json").exists()
 
 
 def test_the_corpus_is_kept_free_of_held_out_documents(tmp_path: Path):
