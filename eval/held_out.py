@@ -31,6 +31,8 @@ from layerplan.run_folder import HELD_OUT_NAME
 MIN_DOCUMENTS = 10
 """Fewer are not judged: that their differences are about normal cannot be seen, and matters."""
 
+DOUBT = "the corpus was built while other or no held-out documents were named, and may contain some of these"
+
 
 class HeldOutResult(StrictModel):
     """One model on one text."""
@@ -72,8 +74,14 @@ class HeldOutVerdict(StrictModel):
     """95 % interval of trained minus base, over documents; None where there is one document or a loss is not finite."""
     adjusted_p: float
     """Two-sided p-value of no difference by the same estimate, Holm-corrected over the texts that are judged; else 1."""
+    may_be_trained_on: bool = False
+    """Whether the corpus was built while other or no held-out documents were named, so that it may contain some of these."""
     sentence: str
     """The verdict in words."""
+
+    def with_doubt(self) -> HeldOutVerdict:
+        """The same of documents that the corpus may contain."""
+        return self.model_copy(update={"may_be_trained_on": True, "sentence": f"{self.sentence}; {DOUBT}"})
 
 
 @dataclass(frozen=True)

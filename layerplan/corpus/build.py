@@ -193,8 +193,13 @@ def warn_of_held_out(
     manifest: Manifest, store: Path | str, held_out_sha256: str, report: Callable[[str], None]
 ) -> None:
     """Says so when a store was built without looking for the held-out documents that are measured on."""
-    if held_out_sha256 not in ("", manifest.held_out_sha256):
+    if may_hold(manifest, held_out_sha256):
         report(f"{store}: was built without looking for these held-out documents; it may contain some of them")
+
+
+def may_hold(manifest: Manifest, held_out_sha256: str) -> bool:
+    """Whether a store was built while others than these held-out documents were looked for, or none."""
+    return held_out_sha256 not in ("", manifest.held_out_sha256)
 
 
 def _consume(

@@ -62,7 +62,7 @@ def continue_pretraining(config: RunConfig) -> None:
         scores = evaluate(context, model.at(result.hf_dir), label)
         if judges:
             base = base or evaluate(context, model, BASE)
-            verdicts = judge(context, base, scores, label)
+            verdicts = judge(context, base, scores, label, store)
         answers = publish_report(context)
         publish_card(context, answers, verdicts, result.hf_dir)
         print_summary(plan, result, verdicts, answers, context.folder.report)

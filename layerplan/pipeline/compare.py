@@ -22,7 +22,7 @@ from layerplan.config.base import StrictModel
 from layerplan.errors import EvaluationError
 from layerplan.pipeline.compare_labels import NEEDED, is_label_run, judge_label_runs, render_label_scores
 from layerplan.pipeline.compare_names import find_trained_scores, list_unscored, name_runs
-from layerplan.pipeline.compare_texts import TextComparison, judge_texts, list_other_documents
+from layerplan.pipeline.compare_texts import TextComparison, judge_texts, list_doubts, list_other_documents
 from layerplan.pipeline.run_folder import fetch_run
 from layerplan.pipeline.summary import print_verdicts
 from layerplan.run_folder import BASE, CONFIG_NAME, EVALUATION_NAME, RESULT_NAME, RunFolder
@@ -84,7 +84,7 @@ def _describe_texts(texts: Sequence[TextComparison], runs: Sequence[Path], names
         lines.append(
             f"p values of texts are corrected over these {len(lines)} comparisons, on a run's own page over that run's alone."
         )
-    return lines + list_other_documents(runs, names)
+    return [*lines, *list_other_documents(runs, names), *list_doubts(runs, names)]
 
 
 def _list_unscored(runs: Sequence[Path], names: Mapping[Path, str]) -> list[str]:

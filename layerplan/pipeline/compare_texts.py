@@ -12,9 +12,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from eval.held_out import HeldOutResult, HeldOutVerdict, TextArms, judge_arms, load_held_out
+from eval.held_out import DOUBT, HeldOutResult, HeldOutVerdict, TextArms, judge_arms, load_held_out
 from layerplan.config.base import StrictModel
 from layerplan.pipeline.compare_names import find_trained_scores, list_texts, name_runs, read_evaluation
+from layerplan.report.answers import read_answers
 from layerplan.run_folder import BASE, RunFolder
 
 ITS_BASE = "its base"
@@ -96,6 +97,15 @@ def list_other_documents(runs: Sequence[Path], names: Mapping[Path, str]) -> lis
         for text, by_hash in hashes.items()
         if len(by_hash) > 1
     ]
+
+
+def list_doubts(runs: Sequence[Path], names: Mapping[Path, str]) -> list[str]:
+    """A warning for each run whose corpus may contain documents that it is measured on, as its own verdicts say."""
+    lines = []
+    for run in runs:
+        doubted = [text.name for text in read_answers(run).held_out if text.may_be_trained_on]
+        lines += [f"{names[run]}, {' and '.join(doubted)}: {DOUBT}"] if doubted else []
+    return lines
 
 
 def load_asked(run: Path, scores: Path) -> dict[str, HeldOutResult]:

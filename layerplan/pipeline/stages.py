@@ -23,7 +23,7 @@ from layerplan.artifacts import write_json, write_text
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.config.run import RunConfig
-from layerplan.corpus.build import build_token_store, warn_of_held_out
+from layerplan.corpus.build import build_token_store, may_hold, warn_of_held_out
 from layerplan.corpus.decontamination import BenchmarkText, hash_held_out
 from layerplan.corpus.joining import Joining, check_joining, describe_unknown, read_joining
 from layerplan.corpus.manifest import Manifest, resolve_store
@@ -110,8 +110,7 @@ def build_store(context: RunContext, model: ModelRef) -> Path | str:
         store = resolve_store(corpus.store)
         manifest = Manifest.load(store)
         _check_store(manifest, store, corpus.seq_len, read_joining(corpus, tokenizer))
-        looked_for = hash_held_out(list_held_out_texts(context.config), corpus.decontamination)
-        warn_of_held_out(manifest, store, looked_for, lambda line: say("corpus", line))
+        warn_of_held_out(manifest, store, hash_texts(context.config), lambda line: say("corpus", line))
         note_corpus(context.tracker, manifest, store)
         say("corpus", f"using {store}")
         return store
@@ -327,14 +326,15 @@ def evaluate(context: RunContext, model: ModelRef, label: str) -> Results:
     return results
 
 
-def judge(context: RunContext, base: Results, trained: Results, label: str) -> list[Verdict]:
+def judge(context: RunContext, base: Results, trained: Results, label: str, store: Path | str) -> list[Verdict]:
     """Compares the trained model with the untouched base, corrected over every comparison of the run."""
     folder, name = context.folder.evaluation, context.config.name
     verdicts = compare_with_base(folder, label, trained, name=name)
     write_json(context.folder.verdicts, [verdict.model_dump(mode="json") for verdict in verdicts])
     for suffix, style in (("md", "markdown"), ("tex", "latex")):
         write_text(folder / f"{SCORES_STEM}.{suffix}", render_scores({BASE: base, name: trained}, style=style))
-    judged = judge_asked_texts(context.folder, label, context.config.evaluation)
+    in_doubt = may_hold(Manifest.load(store), hash_texts(context.config))
+    judged = judge_asked_texts(context.folder, label, context.config.evaluation, in_doubt=in_doubt)
     for verdict in judged:
         say("verdict", f"{verdict.name}: {verdict.sentence}")
     with tracked(context, "verdict") as tracker:
@@ -343,14 +343,24 @@ def judge(context: RunContext, base: Results, trained: Results, label: str) -> l
     return verdicts
 
 
-def judge_asked_texts(run: RunFolder, label: str, config: EvaluationConfig) -> list[HeldOutVerdict]:
+def judge_asked_texts(
+    run: RunFolder, label: str, config: EvaluationConfig, *, in_doubt: bool = False
+) -> list[HeldOutVerdict]:
     """Compares a model with the base on the texts that the config lists, and writes the verdicts.
 
     Scores and verdicts on texts that it listed once may lie there still; they are no part of the result.
+
+    Args:
+        run: The run.
+        label: The model's scores.
+        config: Lists the texts.
+        in_doubt: Whether the corpus may contain some of their documents; the verdicts say so.
     """
     names = [item.name for item in config.held_out]
     base, trained = (load_held_out(run.scores_of(scored), names) for scored in (BASE, label))
     judged = judge_held_out([(base[name], result) for name, result in trained.items() if name in base])
+    if in_doubt:
+        judged = [verdict.with_doubt() for verdict in judged]
     if judged or run.held_out_verdicts.exists():
         write_json(run.held_out_verdicts, [verdict.model_dump(mode="json") for verdict in judged])
     return judged
@@ -373,6 +383,11 @@ def list_held_out_texts(config: RunConfig) -> list[BenchmarkText]:
         for item in config.evaluation.held_out
         for document in read_held_out(item)
     ]
+
+
+def hash_texts(config: RunConfig) -> str:
+    """Hash of the held-out documents that a build looks for; empty when there is none."""
+    return hash_held_out(list_held_out_texts(config), config.corpus.decontamination)
 
 
 def _make_validation(scoring: CheckpointScoring) -> CheckpointValidation | None:

@@ -18,6 +18,7 @@ from layerplan.report.answer_tables import (
     describe_cost,
     describe_texts,
     list_continuations,
+    name_texts,
     tabulate_texts,
 )
 from layerplan.report.answers import Answers
@@ -55,7 +56,7 @@ def print_answers(answers: Answers, console: Console) -> None:
     """Prints the text before and after as a table and in sentences, and one prompt continued by both models."""
     headings, rows = tabulate_texts(answers)
     if rows:
-        table = Table(*headings, title="Text not trained on, before and after")
+        table = Table(*headings, title=f"{name_texts(answers).capitalize()}, before and after")
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)

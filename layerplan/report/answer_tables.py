@@ -17,10 +17,18 @@ LONGEST_LINE = 160
 
 
 def tabulate_texts(answers: Answers) -> Table:
-    """Text that nobody trained on, before and after: a row for the validation rows, and one per held-out text."""
-    headings = ("text not trained on", "unit", "base", "trained", "difference [95 %]", "p (Holm)")
+    """Text that nobody trained on, before and after: a row for the validation rows, and one per held-out text.
+
+    A text that the corpus may contain is marked, and the heading then claims nothing of all.
+    """
+    headings = (name_texts(answers), "unit", "base", "trained", "difference [95 %]", "p (Holm)")
     rows = [_validation_row(answers.validation)] if answers.validation is not None else []
     return headings, rows + [_held_out_row(text) for text in answers.held_out]
+
+
+def name_texts(answers: Answers) -> str:
+    """What the validation rows and the held-out texts are together."""
+    return "text" if any(text.may_be_trained_on for text in answers.held_out) else "text not trained on"
 
 
 def describe_texts(answers: Answers) -> list[str]:
@@ -147,9 +155,10 @@ def _validation_row(loss: ValidationLoss) -> list[str]:
 
 def _held_out_row(text: HeldOutText) -> list[str]:
     gap = "" if text.interval is None else " [{:+.4f}, {:+.4f}]".format(*text.interval)
-    size = "" if text.num_documents is None else f" ({text.num_documents:,} documents)"
+    facts = [] if text.num_documents is None else [f"{text.num_documents:,} documents"]
+    facts += ["may be trained on"] if text.may_be_trained_on else []
     return [
-        f"{text.name}{size}",
+        f"{text.name} ({', '.join(facts)})" if facts else text.name,
         "bits/byte",
         f"{text.base:.4f}",
         f"{text.trained:.4f}",

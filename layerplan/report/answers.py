@@ -43,7 +43,7 @@ class ValidationLoss:
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """Bits per byte on a text that nobody trained on."""
+    """Bits per byte on a text that nobody trained on, as far as the corpus was kept free of it."""
 
     name: str
     num_documents: int | None
@@ -55,6 +55,8 @@ class HeldOutText:
     adjusted_p: float
     """Of no difference, Holm-corrected over the texts."""
     sentence: str
+    may_be_trained_on: bool = False
+    """Whether the corpus was built while other documents than these were looked for."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ def _read_held_out(run: RunFolder) -> list[HeldOutText]:
         sentence = item["sentence"]
         if interval is not None:
             sentence = _restate(sentence, item["trained"] - item["base"], interval, 4)
-        texts.append(HeldOutText(item["name"], len(sizes) if sizes else None, *numbers, sentence))
+        in_doubt = bool(item.get("may_be_trained_on"))
+        texts.append(HeldOutText(item["name"], len(sizes) if sizes else None, *numbers, sentence, in_doubt))
     return texts
 
 

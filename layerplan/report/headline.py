@@ -53,7 +53,7 @@ def list_clauses(answers: Answers, verdicts: Sequence[Mapping[str, Any]]) -> lis
         answers: Of the run.
         verdicts: On benchmarks, as the run wrote them.
     """
-    texts = [(rate_text(text), text.name) for text in answers.held_out]
+    texts = [(rate_text(text), _name_text(text)) for text in answers.held_out]
     benchmarks = [(rate_verdict(item), f"{item['benchmark']}/{item['protocol']}") for item in verdicts]
     clauses: list[Clause] = []
     for outcome, words in CLAUSES.items():
@@ -93,6 +93,10 @@ def describe_repair(source: ModelSource) -> str:
         f"the base was de-quantised from {source.file}, so a part of any gain may repair rounded weights; the same run on"
         " general text tells it apart"
     )
+
+
+def _name_text(text: HeldOutText) -> str:
+    return f"{text.name} (which may be trained on)" if text.may_be_trained_on else text.name
 
 
 def _name_all(kind: str, names: Sequence[str]) -> str:

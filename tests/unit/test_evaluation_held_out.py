@@ -6,25 +6,32 @@ import json
 import math
 import re
 import unicodedata
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from scipy.stats import ttest_rel
 
-from eval.held_out import HeldOutResult, TextArms, judge_arms, judge_held_out, read_held_out
+from eval.held_out import DOUBT, HeldOutResult, TextArms, judge_arms, judge_held_out, read_held_out
 from eval.held_out_scoring import HeldOutActor, iter_windows
 from layerplan.config.corpus import CorpusConfig, DecontaminationConfig, SourceConfig
 from layerplan.config.evaluation import EvaluationConfig, HeldOutConfig
 from layerplan.config.run import RunConfig
-from layerplan.corpus.build import build_token_store
+from layerplan.corpus.build import build_token_store, may_hold
 from layerplan.corpus.cleaning import normalize_text
-from layerplan.corpus.decontamination import BenchmarkText, Hit, QuestionIndex
+from layerplan.corpus.decontamination import BenchmarkText, Hit, QuestionIndex, hash_held_out
 from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
+from layerplan.pipeline.compare_texts import list_doubts
 from layerplan.pipeline.stages import judge_asked_texts, list_benchmark_texts
+from layerplan.pipeline.summary import print_answers
+from layerplan.report.answer_tables import describe_texts, tabulate_texts
 from layerplan.report.answers import read_answers
+from layerplan.report.card import add_results
+from layerplan.report.headline import list_clauses, say_headline
 from layerplan.run_folder import RunFolder
 from tests.scored_runs import finish_run, leave_scored_run
 from tests.tiny_corpus import make_byte_tokenizer, make_text, write_jsonl
@@ -232,6 +239,32 @@ def test_a_text_that_is_listed_no_more_is_judged_no_more(tmp_path: Path) -> None
     assert (folder.scores_of("step_00000010") / "held_out" / "old.json").exists()
 
 
+def test_texts_that_the_corpus_may_contain_are_said_so_wherever_they_are_judged(tmp_path: Path) -> None:
+    folder = RunFolder(leave_scored_run(tmp_path / "run", right=4, bits={"notes": 0.9}))
+    held_out = [HeldOutConfig.model_validate({"name": "notes", "source": {"path": "x"}})]
+    judge_asked_texts(folder, "step_00000010", EvaluationConfig(held_out=held_out))
+    sure = read_answers(folder.root)
+    assert say_headline(list_clauses(sure, [])) == "Better than its base on the text notes."
+    assert (
+        tabulate_texts(sure)[0][0] == "text not trained on" and tabulate_texts(sure)[1][0][0] == "notes (20 documents)"
+    )
+    judge_asked_texts(folder, "step_00000010", EvaluationConfig(held_out=held_out), in_doubt=True)
+    answers = read_answers(folder.root)
+    assert say_headline(list_clauses(answers, [])) == (
+        "Better than its base on the text notes (which may be trained on)."
+    )
+    headings, rows = tabulate_texts(answers)
+    assert headings[0] == "text" and rows[0][0] == "notes (20 documents, may be trained on)"
+    assert describe_texts(answers)[0].endswith("20 documents); " + DOUBT + ".")
+    assert DOUBT in add_results("# Card\n", answers, []) and "not trained on" not in add_results(
+        "# Card\n", answers, []
+    )
+    out = StringIO()
+    print_answers(answers, Console(file=out, width=400))
+    assert DOUBT in out.getvalue() and "Text, before and after" in out.getvalue()
+    assert list_doubts([folder.root], {folder.root: "run"}) == [f"run, notes: {DOUBT}"]
+
+
 def test_the_corpus_is_kept_free_of_held_out_documents(tmp_path: Path):
     held = [make_text(number, 3000) for number in range(12)]
     write_jsonl(tmp_path / "held.jsonl", *({"id": f"h{number}", "text": text} for number, text in enumerate(held)))
@@ -291,6 +324,8 @@ def test_a_held_out_text_may_be_named_later(mode: str, tmp_path: Path):
     first = build(config, tokenizer, tmp_path / "store", questions=[question], report=lambda line: None)
     assert build(config, tokenizer, tmp_path / "store", questions=[question, held], report=said.append) == first
     assert any("was built without looking for these held-out documents" in line for line in said)
+    assert may_hold(first, hash_held_out([question, held], config.decontamination))
+    assert not may_hold(first, hash_held_out([question], config.decontamination))
     said.clear()
     fresh = build(config, tokenizer, tmp_path / "other", questions=[question, held], report=said.append)
     build(config, tokenizer, tmp_path / "other", questions=[question, held], report=said.append)
