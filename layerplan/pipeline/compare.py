@@ -21,7 +21,7 @@ from layerplan.artifacts import compute_sha256, write_json, write_text
 from layerplan.config.base import StrictModel
 from layerplan.errors import EvaluationError
 from layerplan.pipeline.compare_labels import NEEDED, is_label_run, judge_label_runs, render_label_scores
-from layerplan.pipeline.compare_names import find_trained_scores, list_unscored, name_runs
+from layerplan.pipeline.compare_names import check_no_sweep, find_trained_scores, list_unscored, name_runs
 from layerplan.pipeline.compare_texts import TextComparison, judge_texts, list_doubts, list_other_documents
 from layerplan.pipeline.run_folder import fetch_run
 from layerplan.pipeline.summary import print_verdicts
@@ -47,6 +47,8 @@ def compare(
     found = [fetch_run(path, EVALUATION_NAME, RESULT_NAME, CONFIG_NAME, *NEEDED) for path in paths]
     runs = [run.expanduser().resolve() for run in found]
     names = name_runs(runs)
+    for run in runs:
+        check_no_sweep(run)
     if any(map(is_label_run, runs)):
         comparisons = judge_label_runs(group_seeds(runs) if pool_seeds else [[run] for run in runs], names)
         for comparison in comparisons:

@@ -10,7 +10,7 @@ from typing import Any
 from eval.artifacts import load_results
 from eval.held_out import load_held_out
 from layerplan.errors import EvaluationError
-from layerplan.run_folder import BASE, RESULT_NAME, RunFolder, name_step
+from layerplan.run_folder import BASE, PLAN_NAME, RESULT_NAME, TRIAL_NAME, RunFolder, name_step
 from layerplan.storage.working import find_home
 from layerplan.train.request import load_result
 
@@ -31,6 +31,27 @@ def name_runs(runs: Sequence[Path]) -> dict[Path, str]:
         if len(set(names)) == len(names):
             break
     return dict(zip(runs, names, strict=True))
+
+
+def check_no_sweep(run: Path) -> None:
+    """Refuses a sweep and a trial of one, which are scored by losses on rows and by nothing that runs are compared by.
+
+    Raises:
+        EvaluationError: With what compares trials, and how a trial becomes a run.
+    """
+    folder, is_trial = RunFolder(run), (run / TRIAL_NAME).exists()
+    if is_trial:
+        whole, trial = run.parent.parent, str(run)
+    elif folder.sweep.is_dir() and not folder.training.exists():
+        whole, trial = run, f"{folder.sweep}/TRIAL"
+    else:
+        return
+    raise EvaluationError(
+        f"{find_home(run)}: is a {'trial of a sweep' if is_trial else 'sweep'}, and runs are compared; `layerplan report"
+        f" {whole}` compares its trials with each other and the base. To compare a trial with a run, train its plan as a run:"
+        f" `layerplan run --config {RunFolder(whole).config} --set name=NAME --set train.max_steps=STEPS"
+        f" --set 'plan={{type: file, path: {trial}/{PLAN_NAME}}}'`"
+    )
 
 
 def find_trained_scores(run: Path) -> Path:

@@ -172,3 +172,23 @@ def test_a_text_that_the_config_asks_for_no_more_is_not_judged(tmp_path: Path, c
     compare([str(run)])
     shown = capsys.readouterr().out
     assert "run against its base, notes" in shown and "old" not in shown
+
+
+def test_a_sweep_is_refused_as_one_with_what_to_run_instead(tmp_path: Path) -> None:
+    run = leave_scored_run(tmp_path / "run", right=5, bits={})
+    trial = tmp_path / "swp" / "sweep" / "boundary_10"
+    trial.mkdir(parents=True)
+    (trial / "trial.json").write_text("{}")
+    shutil.copy(run / "training.json", trial)
+    plan = re.escape(f"--set 'plan={{type: file, path: {tmp_path}/swp/sweep/")
+    for paths in ([run, tmp_path / "swp"], [tmp_path / "swp", run]):
+        with pytest.raises(
+            EvaluationError, match=rf"swp: is a sweep, .*report {tmp_path}/swp` .*{plan}TRIAL/freeze_plan"
+        ):
+            compare([str(path) for path in paths])
+    with pytest.raises(
+        EvaluationError, match=rf"is a trial of a sweep, .*{tmp_path}/swp` .*{plan}boundary_10/freeze_plan"
+    ):
+        compare([str(run), str(trial)])
+    shutil.copytree(tmp_path / "swp" / "sweep", run / "sweep")
+    compare([str(run)])
