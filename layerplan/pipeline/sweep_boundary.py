@@ -12,8 +12,8 @@ from rich.table import Table
 from layerplan.artifacts import write_json
 from layerplan.config.run import RunConfig
 from layerplan.config.sweep import SweepConfig
+from layerplan.corpus.rows import PackedRows
 from layerplan.errors import ConfigError, TrainingError
-from layerplan.models.ref import ModelRef
 from layerplan.pipeline.base_model import prepare_model
 from layerplan.pipeline.candidates import Candidate, make_candidates
 from layerplan.pipeline.checks import check_corpus, check_model, check_rows
@@ -40,7 +40,7 @@ from layerplan.sweep.choosers import make_chooser
 from layerplan.sweep.objective import Trial, make_request
 from layerplan.sweep.room import TrialNeeds, choose_concurrency, read_nodes
 from layerplan.sweep.schedule import find_report_spacing
-from layerplan.sweep.search import check_plans, check_search, save_search
+from layerplan.sweep.search import check_judged_rows, check_plans, check_search, save_search
 from layerplan.sweep.space import Point
 from layerplan.sweep.tuner import run_sweep
 from layerplan.tracking.tracker import NOTE_TAG, NoopTracker, RunSinkFactory, Tracker
@@ -76,9 +76,11 @@ def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:
         with tracked(context, SWEEP_NAME) as tracker:
             trials = make_trials(context, sweep, candidates)
             check_plans(trials.values(), context.folder.sweep)
+            texts = pack_texts(context.config, model)
+            check_judged_rows(sweep.metric, texts, context.folder.sweep, trials.values())
             save_search(sweep, context.folder.sweep)
             base = make_train_request(context, model, candidates[0].plan, store, None)
-            request = replace(make_shared_request(context, model, sweep, base), recipe=recipe)
+            request = replace(make_shared_request(context, texts, sweep, base), recipe=recipe)
             records, failed = search(context, tracker, sweep, request, trials, rate, at_once)
             if records:
                 chosen = choose(context, tracker, request, trials, records)
@@ -117,15 +119,14 @@ def make_trials(context: RunContext, sweep: SweepConfig, candidates: Sequence[Ca
 
 
 def make_shared_request(
-    context: RunContext, model: ModelRef, sweep: SweepConfig, request: TrainRequest
+    context: RunContext, texts: Mapping[str, PackedRows], sweep: SweepConfig, request: TrainRequest
 ) -> TrainRequest:
     """What all trials have in common, the rows they are judged by included."""
-    folder, config = context.folder.sweep, context.config
-    texts = None
-    if config.evaluation.held_out:
-        texts = folder / HELD_OUT_ROWS_NAME
-        save_texts(texts, pack_texts(config, model))
-    judging = Judging(sweep.metric, texts, folder / BASE / ROW_LOSSES_NAME, folder)
+    folder = context.folder.sweep
+    rows = folder / HELD_OUT_ROWS_NAME if texts else None
+    if rows is not None:
+        save_texts(rows, texts)
+    judging = Judging(sweep.metric, rows, folder / BASE / ROW_LOSSES_NAME, folder)
     (folder / BASE).mkdir(parents=True, exist_ok=True)
     return replace(request, run_dir=folder, judging=judging, records=())
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from layerplan.artifacts import write_text
 from layerplan.config.sweep import SweepConfig
+from layerplan.corpus.rows import PackedRows
 from layerplan.errors import ConfigError
 from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.run_folder import BOUNDARY_PREFIX, PLAN_NAME, SEARCH_NAME
+from layerplan.run_folder import BASE, BOUNDARY_PREFIX, PLAN_NAME, ROW_LOSSES_NAME, SEARCH_NAME
 from layerplan.sweep.objective import Trial
+from layerplan.train.held_out_rows import hash_rows, load_losses
 from layerplan.train.request import load_result
 
 DECIDES = ("max_steps", "equal")
@@ -54,6 +56,31 @@ def check_plans(trials: Iterable[Trial], folder: Path) -> None:
             raise ConfigError(
                 f"sweep.freeze: {path.parent} has a trial with another plan ({earlier.plan_type}, this one is"
                 f" {trial.plan.plan_type}); choose another name"
+            )
+
+
+def check_judged_rows(metric: str, texts: Mapping[str, PackedRows], folder: Path, trials: Iterable[Trial]) -> None:
+    """Refuses a metric that earlier trials measured on other rows: trials could not be ranked by it.
+
+    Args:
+        metric: What is to be low.
+        texts: Rows of `evaluation.held_out`, as they are now.
+        folder: The sweep's folder.
+        trials: The space.
+
+    Raises:
+        ConfigError: Naming the first.
+        CorpusError: When losses cannot be read.
+    """
+    if metric not in texts:
+        return
+    now = hash_rows(texts[metric])
+    for name in (BASE, *(trial.point.name for trial in trials)):
+        before = load_losses(folder / name / ROW_LOSSES_NAME).get(metric)
+        if before is not None and before.rows_sha256 != now:
+            raise ConfigError(
+                f"sweep.metric={metric!r}: {folder / name} was measured on other rows of this text, of other"
+                " documents or by an earlier version; choose another name"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig, PlanOptions
@@ -12,10 +13,12 @@ from layerplan.errors import ConfigError
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan
 from layerplan.sweep.objective import Trial
-from layerplan.sweep.search import check_plans, check_search, save_search
+from layerplan.sweep.search import check_judged_rows, check_plans, check_search, save_search
 from layerplan.sweep.space import Point
+from layerplan.train.held_out_rows import RowLosses, hash_rows, save_losses
 from layerplan.train.request import TrainResult
 from tests.qwen3 import QWEN3_0P6B, QWEN3_0P6B_IDENTITY
+from tests.tiny_loop import make_rows
 
 SWEEP = SweepConfig(boundaries=[1], max_steps=4)
 
@@ -78,3 +81,22 @@ def test_a_name_that_an_older_version_gave_to_the_other_side_is_refused(tmp_path
     shallow.save(tmp_path / "boundary_01" / "freeze_plan.json")
     with pytest.raises(ConfigError, match=r"boundary_01 has a trial with another plan \(freeze_shallow, this one is"):
         check_plans([Trial(point, deep, 4, 1.0)], tmp_path)
+
+
+def test_a_metric_that_trials_measured_on_other_rows_is_refused(tmp_path: Path) -> None:
+    """Texts that nothing is ranked by may change; what was stopped before its end is known by the base beside it."""
+    now, before = (make_rows(step, batch=2, vocab_size=16) for step in (1, 2))
+    plan = make_plan(
+        FreezeDeepPlanConfig(boundary=1), model=QWEN3_0P6B_IDENTITY, shape=ModelShape.from_hf_config(QWEN3_0P6B)
+    )
+    trial = Trial(Point(1, "deep", PlanOptions(), 1e-3, 0, "boundary_01"), plan, 4, 1.0)
+    check_judged_rows("notes", {"notes": now}, tmp_path, [trial])
+    for place in ("boundary_01", "base"):
+        path = tmp_path / place / "row_losses.json"
+        for rows in (before, now):
+            save_losses(path, {"notes": RowLosses(np.ones(2), np.ones(2, dtype=np.int64), hash_rows(rows))})
+            check_judged_rows("validation_loss", {"notes": now}, tmp_path, [trial])
+            if rows is before:
+                with pytest.raises(ConfigError, match=rf"sweep\.metric='notes': .*{place} was measured on other rows"):
+                    check_judged_rows("notes", {"notes": now}, tmp_path, [trial])
+        check_judged_rows("notes", {"notes": now}, tmp_path, [trial])
