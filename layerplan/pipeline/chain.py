@@ -17,6 +17,8 @@ def continue_pretraining(config: RunConfig) -> None:
         check_benchmarks,
         check_corpus,
         check_model,
+        check_plan,
+        check_plan_of_made,
         check_probes,
         check_rows,
         check_store,
@@ -39,10 +41,11 @@ def continue_pretraining(config: RunConfig) -> None:
     )
     from layerplan.pipeline.summary import print_summary
 
-    for check in (check_model, check_rows, check_corpus, check_probes, check_benchmarks):
+    for check in (check_model, check_rows, check_plan, check_corpus, check_probes, check_benchmarks):
         check(config)
     with open_run(config, ask_for_training, ask_around_training) as context:
         model = prepare_model(context)
+        check_plan_of_made(config, model)
         recipe = ask_loss(context, model)
         store = build_store(context, model)
         check_store(config, store)

@@ -8,7 +8,8 @@ from pathlib import Path
 from eval.held_out import name_source
 from eval.items import load_benchmark
 from layerplan.config.corpus import CorpusConfig
-from layerplan.config.model import ScratchModelConfig
+from layerplan.config.model import PretrainedModelConfig, ScratchModelConfig
+from layerplan.config.plan import FilePlanConfig
 from layerplan.config.run import RunConfig
 from layerplan.config.stitch import StitchedModelConfig
 from layerplan.corpus.joining import read_joining
@@ -17,9 +18,14 @@ from layerplan.corpus.schedule import check_enough
 from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
 from layerplan.models.model_sizes import make_model_shape
+from layerplan.models.ref import ModelRef
+from layerplan.pipeline.base_facts import describe_base, describe_for_plan
 from layerplan.pipeline.donors import check_donors, resolve_stitched
 from layerplan.pipeline.model_options import find_base
-from layerplan.plan.decide import wants_profile
+from layerplan.pipeline.run_folder import locate_run_folder
+from layerplan.plan import decide
+from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.storage.mirror import fetch_file
 from layerplan.tracer.pool import collect_probes
 
 
@@ -77,6 +83,21 @@ def check_rows(config: RunConfig) -> None:
     shape.check_seq_len(config.corpus.seq_len)
 
 
+def check_plan(config: RunConfig) -> None:
+    """Raises `PlanError` when no plan can be made for the model, whatever is measured; one that the run has is not made anew."""
+    folder = locate_run_folder(config)
+    fetch_file(folder.plan)
+    if not folder.plan.exists():
+        decide.check_plan(config.plan, describe_for_plan(config, *describe_base(config)))
+
+
+def check_plan_of_made(config: RunConfig, model: ModelRef) -> None:
+    """Raises `PlanError` when a base that the run made itself is not the one a plan file names, of which only weights tell."""
+    is_made = not isinstance(config.model, PretrainedModelConfig)
+    if is_made and isinstance(config.plan, FilePlanConfig) and not locate_run_folder(config).plan.exists():
+        FreezePlan.load(Path(config.plan.path).expanduser()).check_model(model.identity())
+
+
 def check_store(config: RunConfig, store: Path | str) -> None:
     """Raises `CorpusError` when a store that was built holds less than a step takes, before anything is measured."""
     if config.corpus.mode != "on_the_fly":
@@ -85,7 +106,7 @@ def check_store(config: RunConfig, store: Path | str) -> None:
 
 def check_probes(config: RunConfig) -> None:
     """Raises `ProbeError` when tracing is wanted and its probes cannot be made."""
-    if wants_profile(config.plan):
+    if decide.wants_profile(config.plan):
         collect_probes(config.trace)
 
 

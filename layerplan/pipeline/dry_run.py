@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -21,15 +21,15 @@ from layerplan.corpus.sources import list_units
 from layerplan.errors import CorpusError, ModelError
 from layerplan.models.files import is_at_hand
 from layerplan.models.ref import ModelRef
-from layerplan.models.scratch_config import make_hf_config
 from layerplan.models.tokenizer_facts import describe_tokenizer
-from layerplan.pipeline.model_options import find_base, read_origins
+from layerplan.pipeline.base_facts import describe_base, describe_for_plan
+from layerplan.pipeline.model_options import find_base
 from layerplan.pipeline.predicted_settings import predict_settings
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.plan.attention import CAUSAL, OWN
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, explain_cost, predict_cost, render_cost_table
-from layerplan.plan.decide import PlanContext, list_measurements, resolve_plan, wants_profile
+from layerplan.plan.decide import check_plan, list_measurements, resolve_plan, wants_profile
 from layerplan.plan.explain import explain_changes, render_layer_map
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.host_memory import estimate_host_memory
@@ -39,7 +39,6 @@ from layerplan.plan.memory import choose_placements, explain_shortage
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.plan_cost import PlanCost
 from layerplan.plan.policies import make_full_plan, make_plan
-from layerplan.plan.stitch_report import LayerOrigin
 from layerplan.storage.address import is_address
 from layerplan.storage.mirror import fetch_file
 from layerplan.train.request import load_result
@@ -118,8 +117,7 @@ def _expect_dtype(config: RunConfig) -> TrainConfig:
 
 def describe_model(config: RunConfig) -> tuple[ModelIdentity, ModelShape]:
     """Prints which model it is, and gives its identity and sizes."""
-    shape, model_type = _shape(config)
-    model = ModelIdentity(name=_model_name(config), model_type=model_type, num_layers=shape.num_layers)
+    model, shape = describe_base(config, from_published=True)
     print(f"model  {model.name}: {shape.num_layers} layers, {shape.total_params:,} parameters{_active(shape)}")
     return model, shape
 
@@ -155,22 +153,6 @@ def print_sources_here(config: RunConfig) -> None:
             print(f"note   {error}; a run would stop here")
 
 
-def _shape(config: RunConfig) -> tuple[ModelShape, str]:
-    """Sizes and type of the model; one that is made on the spot need not be built to be known."""
-    if isinstance(config.model, ScratchModelConfig):
-        values = make_hf_config(config.model, vocab_size=config.model.vocab_size)
-        return ModelShape.from_hf_config(values), str(values["model_type"])
-    if isinstance(config.model, StitchedModelConfig):
-        from layerplan.models.model_sizes import make_model_shape
-        from layerplan.pipeline.donors import resolve_stitched
-
-        values = resolve_stitched(config, config.model, from_published=True).config
-        return make_model_shape(values), str(values["model_type"])
-    from layerplan.models.published import load_shape_and_type
-
-    return load_shape_and_type(find_base(config))
-
-
 def _describe_text(config: RunConfig) -> list[str]:
     """What the model's tokenizer is, and how documents are joined."""
     if isinstance(config.model, ScratchModelConfig):
@@ -193,33 +175,23 @@ def _find_tokenizer_home(config: RunConfig) -> ModelRef:
     return find_base(config)
 
 
-def _model_name(config: RunConfig) -> str:
-    is_made = isinstance(config.model, ScratchModelConfig | StitchedModelConfig)
-    return config.model.type if is_made else Path(find_base(config).name).name
-
-
-def _read_origins(config: RunConfig) -> tuple[LayerOrigin, ...] | None:
-    """Where the layers will come from, or do."""
-    if isinstance(config.model, StitchedModelConfig):
-        from layerplan.pipeline.donors import resolve_stitched
-
-        return resolve_stitched(config, config.model, from_published=True).layers
-    return None if isinstance(config.model, ScratchModelConfig) else read_origins(find_base(config))
-
-
 def find_plan(config: RunConfig, model: ModelIdentity, shape: ModelShape) -> tuple[FreezePlan, str]:
-    """The plan itself, or a stand-in at the middle when only a measurement can decide."""
+    """The plan itself, or a stand-in at the middle when only a measurement can decide.
+
+    Raises:
+        PlanError: When it cannot be made for the model, or is a file that was made for another.
+    """
     folder = locate_run_folder(config)
     fetch_file(folder.profile)
     profile = LayerProfile.load(folder.profile) if folder.profile.exists() else None
     fetch_file(folder.measurements)
     measurements = LayerMeasurements.load(folder.measurements) if folder.measurements.exists() else None
     lacks_measurements = measurements is None and list_measurements(config.plan)
+    known = describe_for_plan(config, model, shape, from_published=True)
     if not lacks_measurements and (profile is not None or not wants_profile(config.plan)):
-        origins = _read_origins(config)
-        context = PlanContext(model, shape, config.train, config.corpus.seq_len, profile, origins, measurements)
-        plan = resolve_plan(config.plan, context)
+        plan = resolve_plan(config.plan, replace(known, profile=profile, measurements=measurements))
         return plan, plan.reason
+    check_plan(config.plan, known)
     options = {name: getattr(config.plan, name) for name in LayerPlanOptions.model_fields if hasattr(config.plan, name)}
     freezes_shallow = config.plan.type == "semantic" or getattr(config.plan, "freeze", "deep") == "shallow"
     stand_in = FreezeShallowPlanConfig if freezes_shallow else FreezeDeepPlanConfig

@@ -30,7 +30,7 @@ from layerplan.plan.freeze_plan import FreezePlan, Modules, PlanPhase, Tied
 from layerplan.plan.layer_measurement import LayerMeasurements
 from layerplan.plan.layer_profile import LayerProfile, ModelIdentity
 from layerplan.plan.model_shape import ModelShape
-from layerplan.plan.policies import make_plan, needs_profile, seal_with_cost
+from layerplan.plan.policies import check_options, make_plan, needs_profile, seal_with_cost
 from layerplan.plan.sample_budget import allocate_start_layers
 from layerplan.plan.stitch_report import LayerOrigin, list_layers
 from layerplan.run_folder import STITCH_NAME
@@ -53,6 +53,8 @@ class PlanContext:
     origins: tuple[LayerOrigin, ...] | None = None
     """Where the layers of a stitched model come from."""
     measurements: LayerMeasurements | None = None
+    is_identified: bool = True
+    """False for a model that is not made or not at hand yet: of its identity only depth and type are known."""
 
 
 def resolve_plan(config: PlanConfig, context: PlanContext) -> FreezePlan:
@@ -79,8 +81,32 @@ def resolve_plan(config: PlanConfig, context: PlanContext) -> FreezePlan:
     return _plan_of(config, context)
 
 
+def check_plan(config: PlanConfig, context: PlanContext) -> None:
+    """Refuses what no measurement could make a plan of, before there is one: a file, a boundary, a k, a module.
+
+    Args:
+        config: The plan's config.
+        context: What is known; neither profile nor measurements.
+
+    Raises:
+        PlanError: As `resolve_plan` would.
+    """
+    if isinstance(config, SchedulePlanConfig):
+        _list_starts(config, context.train.max_steps)
+        for phase in config.phases:
+            check_plan(phase.plan, context)
+    elif not wants_profile(config) and not list_measurements(config):
+        resolve_plan(config, context)
+    elif not isinstance(config, BudgetPlanConfig):
+        check_options(config, context.shape)
+
+
 def _read_plan(path: Path, context: PlanContext) -> FreezePlan:
     plan = FreezePlan.load(path)
+    if context.is_identified:
+        plan.check_model(context.model)
+    else:
+        plan.check_kind(context.model)
     check_planned_steps(plan, context.train.max_steps, path)
     return plan
 
@@ -160,20 +186,27 @@ def _join_modules(plans: Sequence[FreezePlan]) -> Modules:
 
 
 def _put_in_order(config: SchedulePlanConfig, context: PlanContext) -> FreezePlan:
-    phases: list[tuple[int, FreezePlan]] = []
-    start = 0
-    for phase in config.phases:
-        if start >= context.train.max_steps:
-            raise PlanError(
-                f"plan.phases: phase {len(phases)} would start at step {start}, but train.max_steps={context.train.max_steps}"
-            )
-        plan = _plan_of(phase.plan, context)
-        phases.append((start, plan))
-        start += phase.steps or context.train.max_steps
-    if start < context.train.max_steps:
-        raise PlanError(f"plan.phases: end at step {start}, before train.max_steps={context.train.max_steps}")
+    starts = _list_starts(config, context.train.max_steps)
+    plans = [_plan_of(phase.plan, context) for phase in config.phases]
+    phases = list(zip(starts, plans, strict=True))
     names = ", ".join(f"{plan.plan_type} from step {first}" for first, plan in phases)
     return join_phases(config, phases, context, f"{len(phases)} plans in order: {names}.")
+
+
+def _list_starts(config: SchedulePlanConfig, max_steps: int) -> list[int]:
+    """First step of each phase; together they must last as long as the run."""
+    starts: list[int] = []
+    start = 0
+    for phase in config.phases:
+        if start >= max_steps:
+            raise PlanError(
+                f"plan.phases: phase {len(starts)} would start at step {start}, but train.max_steps={max_steps}"
+            )
+        starts.append(start)
+        start += phase.steps or max_steps
+    if start < max_steps:
+        raise PlanError(f"plan.phases: end at step {start}, before train.max_steps={max_steps}")
+    return starts
 
 
 def _rotate(config: RotationPlanConfig, context: PlanContext) -> FreezePlan:

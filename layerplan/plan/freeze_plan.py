@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -197,11 +197,21 @@ class FreezePlan(_WithModules):
         Raises:
             PlanError: Naming the first field that differs and both values.
         """
+        if self.model.weights_sha256 is None or self.model.weights_sha256 != model.weights_sha256:
+            self._check_fields(model, ("num_layers", "model_type", "name", "revision", "weights_sha256"))
+
+    def check_kind(self, model: ModelIdentity) -> None:
+        """Refuses a model of another depth or type, as `check_model` does, when it is not made yet and has no weights.
+
+        Raises:
+            PlanError: Naming the first field that differs and both values.
+        """
+        self._check_fields(model, ("num_layers", "model_type"))
+
+    def _check_fields(self, model: ModelIdentity, fields: Sequence[str]) -> None:
         mine: Mapping[str, Any] = self.model.model_dump()
         theirs = model.model_dump()
-        if self.model.weights_sha256 is not None and self.model.weights_sha256 == model.weights_sha256:
-            return
-        for field in ("num_layers", "model_type", "name", "revision", "weights_sha256"):
+        for field in fields:
             if mine[field] != theirs[field] and None not in (mine[field], theirs[field]):
                 raise PlanError(
                     f"freeze plan {self.sha256[:12]}: made for {field}={mine[field]!r},"

@@ -98,6 +98,25 @@ def make_plan(
     return seal_with_cost(plan, shape, seq_len)
 
 
+def check_options(config: PlanConfig, shape: ModelShape) -> None:
+    """Refuses what of a plan that waits for a measurement does not fit the model, whatever will be measured.
+
+    Raises:
+        PlanError: When its k, its modules, its selectors or its choices about the embeddings do not.
+    """
+    num_layers = shape.num_layers
+    if isinstance(config, TopKSensitivityPlanConfig):
+        _check_k(config.k, num_layers - 1)
+    if isinstance(config, MeasuredPlanConfig) and config.k is not None:
+        _check_k(config.k, num_layers)
+    if isinstance(config, ExplicitPlanConfig):
+        plain = [each for each in config.trainable if not str(each).strip().startswith("top:")]
+        config = config.model_copy(update={"trainable": plain})
+    if isinstance(config, LayerPlanOptions) and config.modules is not None:
+        choose_modules(config.modules, range(num_layers), shape)
+    decide_ends(_with_selected_ends(config, shape, None), shape)
+
+
 def _plan_recommended(
     config: RecommendedPlanConfig, model: ModelIdentity, shape: ModelShape, seq_len: int
 ) -> FreezePlan:
