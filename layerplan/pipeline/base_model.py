@@ -18,13 +18,13 @@ from layerplan.models.weight_files import WEIGHTS_NAME
 from layerplan.pipeline.model_options import find_base
 from layerplan.pipeline.stages import RunContext, list_benchmark_texts, name_store, say, send_store, tracked
 from layerplan.pipeline.stitched import make_stitched
+from layerplan.pipeline.texts import PRETRAIN_FIELD
 from layerplan.plan.policies import make_full_plan
 from layerplan.run_folder import BASE_MODEL_NAME, UNTRAINED_NAME, RunFolder
 from layerplan.storage.mirror import carry_folder
 from layerplan.tracking.tracker import RunSinkFactory
 from layerplan.train.trainer import TrainRequest, load_result, run_training
 
-PRETRAIN_FIELD = "model.pretrain_sources.{index}"
 TOKENIZER_SAMPLE_CHARS = 8_000_000
 """Text the tokenizer is trained on; more changes the merges little."""
 

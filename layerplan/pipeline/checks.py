@@ -5,9 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from eval.held_out import name_source
 from eval.items import load_benchmark
-from layerplan.config.corpus import CorpusConfig
 from layerplan.config.model import PretrainedModelConfig, ScratchModelConfig
 from layerplan.config.plan import FilePlanConfig
 from layerplan.config.run import RunConfig
@@ -15,7 +13,6 @@ from layerplan.config.stitch import StitchedModelConfig
 from layerplan.corpus.joining import read_joining
 from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.schedule import check_enough
-from layerplan.corpus.sources import list_units
 from layerplan.errors import ModelError
 from layerplan.models.model_sizes import make_model_shape
 from layerplan.models.ref import ModelRef
@@ -23,6 +20,7 @@ from layerplan.pipeline.base_facts import describe_base, describe_for_plan
 from layerplan.pipeline.donors import check_donors, resolve_stitched
 from layerplan.pipeline.model_options import find_base
 from layerplan.pipeline.run_folder import locate_run_folder
+from layerplan.pipeline.texts import iter_corpus_sources, iter_held_out_sources, list_source
 from layerplan.plan import decide
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.storage.mirror import fetch_file
@@ -65,11 +63,9 @@ def _check_kernels(config: RunConfig) -> None:
 
 
 def check_corpus(config: RunConfig) -> None:
-    """Raises `CorpusError` when a source is missing or holds no readable file, of the corpus or of a held-out text."""
-    if config.corpus.store is None:
-        list_units(config.corpus)
-    for item in config.evaluation.held_out:
-        list_units(CorpusConfig(sources=[item.source]), field=name_source(item))
+    """Raises `CorpusError` when a source is missing or holds no readable file, of the corpus, the base or a held-out text."""
+    for name, source in (*iter_corpus_sources(config), *iter_held_out_sources(config)):
+        list_source(name, source)
 
 
 def check_rows(config: RunConfig) -> None:

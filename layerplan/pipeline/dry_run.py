@@ -8,8 +8,6 @@ from typing import Any
 
 import psutil
 
-from eval.held_out import name_source
-from layerplan.config.corpus import CorpusConfig
 from layerplan.config.load import dump_config
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.plan import FreezeDeepPlanConfig, FreezeShallowPlanConfig, LayerPlanOptions
@@ -17,8 +15,7 @@ from layerplan.config.run import RunConfig
 from layerplan.config.stitch import StitchedModelConfig
 from layerplan.config.train import TrainConfig
 from layerplan.corpus.joining import read_joining
-from layerplan.corpus.sources import list_units
-from layerplan.errors import CorpusError, ModelError
+from layerplan.errors import ModelError
 from layerplan.models.files import is_at_hand
 from layerplan.models.ref import ModelRef
 from layerplan.models.tokenizer_facts import describe_tokenizer
@@ -26,6 +23,7 @@ from layerplan.pipeline.base_facts import describe_base, describe_for_plan
 from layerplan.pipeline.model_options import find_base
 from layerplan.pipeline.predicted_settings import predict_settings
 from layerplan.pipeline.run_folder import locate_run_folder
+from layerplan.pipeline.texts import iter_corpus_sources, print_source, print_texts_here, raise_together
 from layerplan.plan.attention import CAUSAL, OWN
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, explain_cost, predict_cost, render_cost_table
@@ -39,7 +37,6 @@ from layerplan.plan.memory import choose_placements, explain_shortage
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.plan_cost import PlanCost
 from layerplan.plan.policies import make_full_plan, make_plan
-from layerplan.storage.address import is_address
 from layerplan.storage.mirror import fetch_file
 from layerplan.train.request import load_result
 
@@ -52,7 +49,8 @@ def print_dry_run(config: RunConfig) -> None:
     """Prints the resolved config, the plan's layer map and its predicted cost.
 
     Raises:
-        LayerplanError: When model, plan, rows or profile do not fit together.
+        LayerplanError: When model, plan, rows or profile do not fit together, or below all of it when a local text or
+            benchmark is not there.
     """
     print(dump_config(config))
     config = config.model_copy(update={"train": _expect_dtype(config)})
@@ -63,11 +61,12 @@ def print_dry_run(config: RunConfig) -> None:
     print(f"plan   {plan.plan_type}: {note}")
     print(f"       {render_layer_map(plan)}")
     print("".join(f"       {line}\n" for line in explain_changes(plan)))
-    print_sources_here(config)
+    faults = print_texts_here(config)
     costs = _compare(config, plan, model, shape)
     print(render_cost_table({"full": costs["full"], **costs}))
     print(f"\nwhy    {explain_cost(plan, shape, costs['this plan'], costs['full'])}")
     _print_totals(config, plan, shape, costs["this plan"])
+    raise_together(faults)  # below the numbers, which are of use where the texts are not
 
 
 def print_trace_dry_run(config: RunConfig) -> None:
@@ -101,7 +100,8 @@ def print_corpus_dry_run(config: RunConfig) -> None:
     print(dump_config(config))
     print("text   " + "\n       ".join(_describe_text(config)))
     print(f"rows   of {config.corpus.seq_len:,} tokens")
-    _print_sources(config.corpus)
+    for name, source in iter_corpus_sources(config):
+        print_source(name, source)
 
 
 def _expect_dtype(config: RunConfig) -> TrainConfig:
@@ -125,32 +125,6 @@ def describe_model(config: RunConfig) -> tuple[ModelIdentity, ModelShape]:
 def count_hours(flops: float, config: RunConfig, rate: float) -> float:
     """Hours of a number of FLOPs on all workers of a run, each at `rate` FLOP/s."""
     return flops / (config.train.most_workers * rate) / 3600
-
-
-def _print_sources(corpus: CorpusConfig) -> None:
-    units = list_units(corpus, report=lambda line: print(f"note   {line}"))
-    for index, mine in units.split_by_source():
-        source, files, size = corpus.sources[index], mine.count_files(), mine.num_bytes
-        stored = f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size:,} bytes"
-        print(f"source {source.path}: {files:,} file{'s' * (files != 1)}, {stored} as stored")
-
-
-def print_sources_here(config: RunConfig) -> None:
-    """What there is of sources on this machine; a run may be meant for another, so that a missing one is told, no error."""
-    for index, source in enumerate(config.corpus.sources):
-        if is_address(source.path):
-            continue
-        try:
-            _print_sources(config.corpus.model_copy(update={"sources": [source]}))
-        except CorpusError as error:
-            print(f"note   {str(error).replace('sources.0.', f'sources.{index}.')}; a run would stop here")
-    for item in config.evaluation.held_out:
-        if is_address(item.source.path):
-            continue
-        try:
-            list_units(CorpusConfig(sources=[item.source]), field=name_source(item))
-        except CorpusError as error:
-            print(f"note   {error}; a run would stop here")
 
 
 def _describe_text(config: RunConfig) -> list[str]:

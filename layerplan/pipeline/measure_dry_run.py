@@ -7,25 +7,28 @@ from collections.abc import Sequence
 from layerplan.config.load import dump_config
 from layerplan.config.measure import MEASUREMENTS, Measurement
 from layerplan.config.run import RunConfig
+from layerplan.errors import LayerplanError
 from layerplan.measure.costs import predict_flops
 from layerplan.measure.pilot import count_pilot_steps
 from layerplan.measure.work import FOLDS
-from layerplan.pipeline.dry_run import describe_model, print_probes, print_sources_here
+from layerplan.pipeline.dry_run import describe_model, print_probes
 from layerplan.pipeline.measure_layers import TRACED
+from layerplan.pipeline.texts import print_texts_here, raise_together
 
 
 def print_measure_dry_run(config: RunConfig, names: Sequence[str]) -> None:
     """Prints the resolved config, the model and the named measurements, all of them when none is named.
 
     Raises:
-        LayerplanError: When the model or the probes cannot be read.
+        LayerplanError: When the model or the probes cannot be read, or below all of it when a local text is not there.
     """
     print(dump_config(config))
     model, shape = describe_model(config)
     asked = list(names) or [*MEASUREMENTS, TRACED]
     wanted = [name for name in MEASUREMENTS if name in asked]
+    faults: list[LayerplanError] = []
     if any(name != "spectrum" for name in wanted):
-        print_sources_here(config)
+        faults = print_texts_here(config)
     for name in wanted:
         tokens = _count_tokens(name, config)
         if not tokens:
@@ -36,6 +39,7 @@ def print_measure_dry_run(config: RunConfig, names: Sequence[str]) -> None:
     if TRACED in asked:
         print_probes(config)
     print("writes layer_measurements.json, a table and a figure; trains no plan")
+    raise_together(faults)
 
 
 def _count_tokens(name: Measurement, config: RunConfig) -> int:

@@ -11,17 +11,19 @@ import pytest
 from safetensors.torch import save_model
 
 from eval.held_out import read_held_out
+from layerplan.artifacts import write_text
 from layerplan.config.corpus import SourceConfig
 from layerplan.config.evaluation import HeldOutConfig
 from layerplan.config.load import dump_config
 from layerplan.config.run import RunConfig
-from layerplan.errors import ConfigError, CorpusError, ModelError, PlanError
+from layerplan.errors import ConfigError, CorpusError, EvaluationError, ModelError, PlanError
 from layerplan.pipeline.candidates import DEFAULT_SWEEP
-from layerplan.pipeline.checks import check_corpus, check_model, check_rows
+from layerplan.pipeline.checks import check_benchmarks, check_corpus, check_model, check_rows
 from layerplan.pipeline.dry_run import print_corpus_dry_run, print_dry_run
 from layerplan.pipeline.measure_dry_run import print_measure_dry_run
-from layerplan.pipeline.run_folder import open_run_folder
+from layerplan.pipeline.run_folder import locate_run_folder, open_run_folder
 from layerplan.pipeline.sweep_dry_run import print_sweep_dry_run
+from layerplan.run_folder import RESULT_NAME
 from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
 from tests.tiny_tokenizer import make_bytes, save_tokenizer
 
@@ -75,18 +77,52 @@ def test_rows_longer_than_the_models_positions_are_refused_before_anything_is_re
             check(config)
 
 
-def test_a_held_out_text_that_is_missing_is_named_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_held_out_text_that_is_missing_is_named_as_such(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a text", encoding="utf-8")
     make_model(tmp_path, control=("<eos>",))
     config = make_config(tmp_path, sources=[{"path": str(tmp_path / "text.txt")}])
     held_out = [HeldOutConfig(name="target", source=SourceConfig(path=str(tmp_path / "none")))]
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"held_out": held_out})})
     words = f"evaluation.held_out (target).source.path={tmp_path / 'none'}: no such file or folder"
-    for read in (check_corpus, lambda config: read_held_out(config.evaluation.held_out[0])):
+    for read in (check_corpus, print_dry_run, lambda config: read_held_out(config.evaluation.held_out[0])):
         with pytest.raises(CorpusError, match=re.escape(words)):
             read(config)
-    print_dry_run(config)
-    assert f"note   {words}; a run would stop here" in capsys.readouterr().out
+
+
+def test_a_dry_run_ends_with_every_local_text_that_a_run_would_miss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the words of the run; below the numbers, for which texts are not needed. What lies elsewhere is not asked for."""
+    (tmp_path / "text.txt").write_text("a text", encoding="utf-8")
+    make_model(tmp_path, control=("<eos>",))
+    sources = [str(tmp_path / "text.txt"), "/nope/text", "s3://bucket/text", "hub://owner/texts"]
+    config = make_config(tmp_path, sources=[{"path": path} for path in sources])
+    benchmarks = [{"name": "ceval", "path": "hub"}, {"name": "cmmlu", "path": "/nope/cmmlu"}]
+    config = RunConfig.model_validate(config.model_dump() | {"evaluation": {"benchmarks": benchmarks}})
+    text = "corpus.sources.1.path=/nope/text: no such file or folder"
+    questions = "evaluation.benchmarks: cmmlu: /nope/cmmlu does not exist; a folder of CSV files is expected"
+    with pytest.raises(CorpusError) as caught:
+        print_dry_run(config)
+    assert str(caught.value) == f"{text}; {questions}"
+    shown = capsys.readouterr().out
+    assert f"source {tmp_path / 'text.txt'}: 1 file, 6 bytes as stored" in shown and "FLOPs  " in shown
+    with pytest.raises(CorpusError, match=re.escape(text)):
+        check_corpus(config)
+    config.evaluation.benchmarks.pop(0)
+    with pytest.raises(EvaluationError, match=re.escape(questions)):
+        check_benchmarks(config)
+
+
+def test_text_of_a_base_is_looked_for_until_the_base_is_made(tmp_path: Path) -> None:
+    """And text of a corpus when there is no store of it."""
+    model = {"type": "scratch", "pretrain_sources": [{"path": "/nope/base"}]}
+    corpus = {"seq_len": 64, "sources": [{"path": "/nope/text"}], "store": str(tmp_path / "store")}
+    values = make_config(tmp_path).model_dump() | {"model": model, "corpus": corpus}
+    config = RunConfig.model_validate(values)
+    with pytest.raises(CorpusError, match=r"model\.pretrain_sources\.0\.path=/nope/base: no such file or folder"):
+        check_corpus(config)
+    write_text(locate_run_folder(config).base_model / RESULT_NAME, "{}")
+    check_corpus(config)
 
 
 def test_the_dry_run_of_measuring_says_what_is_read_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
