@@ -289,12 +289,13 @@ def _check_counts(config: CorpusConfig, store: Path, writer: StoreWriter) -> Non
     counts = writer.counts
     assert counts["in"] == sum(count for name, count in counts.items() if name != "in")
     bad = counts[QUARANTINED] / max(counts["in"], 1)
+    has_rows = any(progress.num_full_rows for progress in writer.state.sources)
     if bad > config.max_bad_fraction:
-        raise CorpusError(
+        raise (CorpusError if has_rows else TooSmallError)(
             f"corpus.max_bad_fraction={config.max_bad_fraction}: {counts[QUARANTINED]} of {counts['in']} inputs are"
             f" malformed ({bad:.1%}); the first is {writer.state.first_fault}; all are in {store / QUARANTINE_NAME}"
         )
-    if not any(progress.num_full_rows for progress in writer.state.sources):
+    if not has_rows:
         raise TooSmallError(
             f"corpus.sources: {counts['in']} documents in, {counts[KEPT]} kept, none fills a row of"
             f" seq_len={config.seq_len}; at least one full row of text is needed"

@@ -1,7 +1,8 @@
 """How the folder of one run is found and opened, and whether it may be continued; `layerplan/run_folder.py` has its names.
 
 A run name belongs to one config. Submitting the same name again continues the run when nothing that decides its
-numbers has changed; where it runs, how it is logged and how often it is saved may change freely.
+numbers has changed; where it runs, how it is logged and how often it is saved may change freely, and a plan or a source
+that was refused before anything was made by it may be mended.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,11 @@ MAY_CHANGE = (
 )
 """Fields that decide where and how a run is carried out, not what it computes; scores carry their own protocol id."""
 
+
+_USES_OF_PLAN = ("plan", "sweep")
+_USES_OF_TEXT = (*_USES_OF_PLAN, "manifest", "base_model", "measurements")
+MAY_CHANGE_UNTIL = {"plan": _USES_OF_PLAN, "corpus.sources": _USES_OF_TEXT, "corpus.filters": _USES_OF_TEXT}
+"""Fields, and the parts of a run folder that are made by them: without any of these no number depends on the fields yet."""
 
 MAX_STEPS = "train.max_steps"
 
@@ -156,10 +163,11 @@ def _check_same_config(folder: RunFolder, config: RunConfig) -> None:
             f"name: {folder.config} of an earlier run cannot be read ({error}); choose another name"
         ) from None
     now = flatten_values(json.loads(dump_config(config)))
+    free = (*MAY_CHANGE, *_list_unused(folder))
     changed = [
         key
         for key in sorted({*earlier, *now})
-        if earlier.get(key) != now.get(key) and not _may_change(key) and key != MAX_STEPS
+        if earlier.get(key) != now.get(key) and not _is_below(key, free) and key != MAX_STEPS
     ]
     faults = [
         f"name: run {config.name!r} exists with {key}={earlier.get(key)!r}, this config has {now.get(key)!r};"
@@ -196,5 +204,11 @@ def _fill_defaults(values: Any) -> Any:
         return values
 
 
-def _may_change(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
+def _list_unused(folder: RunFolder) -> list[str]:
+    return [
+        field for field, parts in MAY_CHANGE_UNTIL.items() if not any(getattr(folder, part).exists() for part in parts)
+    ]
+
+
+def _is_below(key: str, fields: Iterable[str]) -> bool:
+    return any(key == field or key.startswith(field + ".") for field in fields)

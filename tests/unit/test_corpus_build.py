@@ -383,3 +383,17 @@ def test_a_corpus_that_is_too_small_leaves_nothing_in_the_way_of_more(tokenizer:
     alone = build_token_store(make_config(raw), tokenizer, tmp_path / "alone")
     assert alone.content_sha256 == manifest.content_sha256
     assert read_store(store) == read_store(tmp_path / "alone")
+
+
+def test_a_build_without_a_row_for_want_of_a_column_begins_anew_with_the_right_one(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    """Nothing it read is of use; one that has rows goes on, with a higher `max_bad_fraction`."""
+    (tmp_path / "raw").mkdir()
+    write_jsonl(tmp_path / "raw" / "a.jsonl", *({"body": make_text(seed)} for seed in range(8)))
+    config = make_config(tmp_path / "raw")
+    with pytest.raises(CorpusError, match=r"max_bad_fraction=0.01: 8 of 8 inputs are malformed \(100.0%\)"):
+        build_token_store(config, tokenizer, tmp_path / "store")
+    sources = [config.sources[0].model_copy(update={"text_column": "body"})]
+    manifest = build_token_store(config.model_copy(update={"sources": sources}), tokenizer, tmp_path / "store")
+    assert manifest.counts["in"] == manifest.counts["kept"] == 8

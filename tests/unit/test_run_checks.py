@@ -185,9 +185,33 @@ def test_a_run_whose_address_has_credentials_is_continued_with_the_same_or_other
     assert open_run_folder(with_credentials[1]) == folder
 
 
+@pytest.mark.parametrize("made", ["plan", "sweep"])
+def test_a_plan_may_be_mended_until_something_is_made_by_it(tmp_path: Path, made: str) -> None:
+    """One that was refused after its measurement, say: the measurement is kept, and so is the name."""
+    folder = open_run_folder(make_config(tmp_path))
+    values = make_config(tmp_path).model_dump()
+    other = RunConfig.model_validate(values | {"plan": {"type": "freeze_deep", "boundary": 1}})
+    write_text(folder.profile, "{}")
+    open_run_folder(other)
+    assert json.loads(folder.config.read_text(encoding="utf-8"))["plan"]["boundary"] == 1
+    write_text(getattr(folder, made), "{}")
+    with pytest.raises(ConfigError, match=r"exists with plan.type='freeze_deep', this config has 'full'"):
+        open_run_folder(make_config(tmp_path))
+
+
+@pytest.mark.parametrize("made", ["plan", "sweep", "manifest", "base_model", "measurements"])
+def test_sources_may_be_mended_until_something_is_made_of_them(tmp_path: Path, made: str) -> None:
+    wrong, right = (make_config(tmp_path, sources=[{"path": "text", "text_column": name}]) for name in ("txt", "text"))
+    folder = open_run_folder(wrong)
+    open_run_folder(right)
+    write_text(getattr(folder, made), "{}")
+    with pytest.raises(ConfigError, match=r"exists with corpus\.sources="):
+        open_run_folder(wrong)
+
+
 def test_another_kind_of_plan_under_an_old_name_is_one_fault(tmp_path: Path) -> None:
     config = make_config(tmp_path)
-    open_run_folder(config)
+    write_text(open_run_folder(config).plan, "{}")
     other = RunConfig.model_validate(config.model_dump() | {"plan": {"type": "freeze_deep", "boundary": 1}, "seed": 3})
     with pytest.raises(ConfigError) as caught:
         open_run_folder(other)
