@@ -23,7 +23,7 @@ from layerplan.pipeline.base_facts import describe_base, describe_for_plan
 from layerplan.pipeline.model_options import find_base
 from layerplan.pipeline.predicted_settings import predict_settings
 from layerplan.pipeline.run_folder import locate_run_folder
-from layerplan.pipeline.texts import iter_corpus_sources, print_source, print_texts_here, raise_together
+from layerplan.pipeline.texts import iter_corpus_sources, print_faults, print_source, print_texts_here
 from layerplan.plan.attention import CAUSAL, OWN
 from layerplan.plan.communication import predict_communication
 from layerplan.plan.cost import ASSUMED_FLOPS_PER_S, GIB, explain_cost, predict_cost, render_cost_table
@@ -49,8 +49,7 @@ def print_dry_run(config: RunConfig) -> None:
     """Prints the resolved config, the plan's layer map and its predicted cost.
 
     Raises:
-        LayerplanError: When model, plan, rows or profile do not fit together, or below all of it when a local text or
-            benchmark is not there.
+        LayerplanError: When model, plan, rows or profile do not fit together.
     """
     print(dump_config(config))
     config = config.model_copy(update={"train": _expect_dtype(config)})
@@ -66,7 +65,7 @@ def print_dry_run(config: RunConfig) -> None:
     print(render_cost_table({"full": costs["full"], **costs}))
     print(f"\nwhy    {explain_cost(plan, shape, costs['this plan'], costs['full'])}")
     _print_totals(config, plan, shape, costs["this plan"])
-    raise_together(faults)  # below the numbers, which are of use where the texts are not
+    print_faults(faults)  # below the numbers, which are of use where the texts are not
 
 
 def print_trace_dry_run(config: RunConfig) -> None:

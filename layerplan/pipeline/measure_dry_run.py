@@ -13,14 +13,14 @@ from layerplan.measure.pilot import count_pilot_steps
 from layerplan.measure.work import FOLDS
 from layerplan.pipeline.dry_run import describe_model, print_probes
 from layerplan.pipeline.measure_layers import TRACED
-from layerplan.pipeline.texts import print_texts_here, raise_together
+from layerplan.pipeline.texts import print_faults, print_texts_here
 
 
 def print_measure_dry_run(config: RunConfig, names: Sequence[str]) -> None:
     """Prints the resolved config, the model and the named measurements, all of them when none is named.
 
     Raises:
-        LayerplanError: When the model or the probes cannot be read, or below all of it when a local text is not there.
+        LayerplanError: When the model or the probes cannot be read.
     """
     print(dump_config(config))
     model, shape = describe_model(config)
@@ -39,7 +39,7 @@ def print_measure_dry_run(config: RunConfig, names: Sequence[str]) -> None:
     if TRACED in asked:
         print_probes(config)
     print("writes layer_measurements.json, a table and a figure; trains no plan")
-    raise_together(faults)
+    print_faults(faults)
 
 
 def _count_tokens(name: Measurement, config: RunConfig) -> int:

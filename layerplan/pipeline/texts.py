@@ -71,10 +71,10 @@ def print_source(name: str, source: SourceConfig) -> None:
     print(f"source {source.path}: {files:,} file{'s' * (files != 1)}, {stored} as stored")
 
 
-def raise_together(faults: Sequence[LayerplanError]) -> None:
-    """Raises what was found as one error in one line; nothing when nothing was found."""
-    if faults:
-        raise type(faults[0])("; ".join(map(str, faults)))
+def print_faults(faults: Sequence[LayerplanError]) -> None:
+    """Tells them as notes: a dry run is also made where the texts of the run are not."""
+    for fault in faults:
+        print(f"note   {fault}; a run would stop here")
 
 
 @contextmanager
