@@ -17,6 +17,8 @@ from layerplan.plan.attention import BLOCK_TOKENS
 from layerplan.train.document_attention import UnservedAttentionError, refuse_more
 
 BLOCKS = "layerplan_blocks"
+ASKS_FOR_CAP = "caps its scores"
+"""What a layer does that is refused, after its name."""
 
 
 def register() -> None:
@@ -38,7 +40,7 @@ def attend_blocks(
     """
     refuse_more(module, asked, "position_bias")
     if asked.get("softcap"):
-        raise UnservedAttentionError(f"{type(module).__name__} caps its scores")
+        raise UnservedAttentionError(f"{type(module).__name__} {ASKS_FOR_CAP}")
     if not _serves(module, query, key, attention_mask, asked):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -24,6 +24,8 @@ from layerplan.models.document_starts import find_start_arguments
 from layerplan.models.head import find_head_form, make_inputs, run_once
 from layerplan.plan.loss_recipe import ROWS_TEXT, HeadForm, LossRecipe, Rows
 from layerplan.train.attention import set_attention, try_set_attention
+from layerplan.train.block_attention import ASKS_FOR_CAP, BLOCKS
+from layerplan.train.document_attention import UnservedAttentionError
 from layerplan.train.exactness import (
     CANNOT_RUN,
     Exactness,
@@ -208,13 +210,31 @@ def _list_rungs(model: nn.Module) -> Iterator[tuple[Rows, str]]:
 
 
 def _try(oracle: Oracle, recipe: LossRecipe, attention: str) -> Exactness | str:
-    if attention != "eager" and caps_scores(oracle.model):
+    if attention != "eager" and _hands_over_cap(oracle.model):
         return "it would drop the cap of the scores, which scores as small as those of fresh weights do not show"
     try:
         set_attention(oracle.model, attention)
     except ValueError as failure:
         return str(failure)
     return try_recipe(oracle, recipe)
+
+
+def _hands_over_cap(model: nn.Module) -> bool:
+    """Whether layers ask attention to cap scores: a config may name a cap that the layers' code leaves out (Gemma 3)."""
+    if not caps_scores(model):
+        return False
+    before = model.config._attn_implementation
+    try:
+        set_attention(model, BLOCKS)
+        with torch.no_grad():
+            model(**make_inputs(model, torch.zeros(1, 8, dtype=torch.int64), torch.arange(8)[None]))
+    except UnservedAttentionError as error:
+        return ASKS_FOR_CAP in str(error)
+    except CANNOT_RUN:
+        return True
+    finally:
+        try_set_attention(model, before)
+    return False
 
 
 def _list_prices(recipe: LossRecipe) -> list[str]:
