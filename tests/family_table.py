@@ -14,7 +14,7 @@ COLUMNS = {
     "load": "every parameter with what was saved",
     "lens": "the tracer's reading of the last layer with the model's own logits, and that a layer's input decides what follows",
     "loss": "loss and every gradient of three documents, as training computes them, with `transformers`' own of each document"
-    " alone in plain attention, to 1e-4; and that no later token moves a logit",
+    " alone in plain attention, to 1e-4 (one parameter by itself to 2e-4); and that no later token moves a logit",
     "plans": "the gradients under `full`, `freeze_deep` and `freeze_shallow`, of exactly the planned parameters",
     "cost": "the predicted number of parameters with the model's; where its code cannot be followed, its work is estimated",
     "export": "the written folder, loaded again, with what was trained, bit for bit, and frozen tensors with the base's",
