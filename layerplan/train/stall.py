@@ -128,5 +128,7 @@ def find_stall(pulses: Mapping[int, Pulse], timeout_s: float | None) -> Stall | 
     slowest = find_slowest(pulses)
     waited = min(pulse.still_s for pulse in pulses.values())
     if waited > limit and slowest.beat.place.is_limited:
+        if silent.silent_s > limit / 2:  # its process was stopped in the middle of the step; the others wait for it
+            return Stall(silent.beat, silent.still_s, limit, is_silent=True)
         return Stall(slowest.beat, slowest.still_s, limit, is_silent=False)
     return None

@@ -53,6 +53,19 @@ def test_a_process_that_says_nothing_is_named_wherever_it_is() -> None:
     assert watch(*looks) == [None, None, None, 1]
 
 
+def test_a_process_that_falls_silent_within_a_step_is_named_whichever_rank_came_last() -> None:
+    """Rank 0 stops a moment after it came; stillness is over the limit before its silence is."""
+    waits = stay(beat(1, 7, FORWARD), looks=5)
+    stops = [beat(0, 7, FORWARD, count=count) for count in (1, 2, 2, 2, 2)]
+    assert watch(*([stopped, *each] for stopped, each in zip(stops, waits, strict=True)), every_s=50.0) == [
+        None,
+        None,
+        None,
+        0,
+        0,
+    ]
+
+
 @pytest.mark.parametrize("part", ["starting", "validating", "saving", "logging", "rolling back"])
 def test_ranks_that_wait_for_one_that_loads_validates_or_saves_are_no_alarm(part: str) -> None:
     assert watch(*stay(beat(0, 8, FORWARD), beat(1, 7, part), looks=9)) == [None] * 9
