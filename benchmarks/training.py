@@ -157,7 +157,6 @@ def main() -> None:
             case = make_case()
             name = f"{plan_type} {ratio} vocab {case.shape.vocab_size} seq {args.seq_len} batch {args.batch}"
             print(f"== {name}", flush=True)
-            torch._dynamo.reset()
             if args.device == "cuda":
                 result = compare_on_gpu(case, args.peers, args.warmup)
             else:

@@ -157,7 +157,7 @@ def _test_difference(
     interval = _to_percent(gap, at_least=-100)
     if len(mine_SN) == len(theirs_SN) == 1:
         mine, theirs = mine_SN[0], theirs_SN[0]
-        if not (mine != theirs).any():
+        if (mine == theirs).all():
             # no spread to estimate from: what a share that was seen in none of n questions may be at most
             most = 100 * (1 - 0.025 ** (1 / len(mine)))
             interval = -most, most

@@ -16,9 +16,9 @@ from layerplan.models.ref import ModelRef
 from layerplan.models.scratch import build_scratch_model, train_tokenizer
 from layerplan.models.weight_files import WEIGHTS_NAME
 from layerplan.pipeline.model_options import find_base
-from layerplan.pipeline.stages import RunContext, list_benchmark_texts, name_store, say, send_store, tracked
+from layerplan.pipeline.stages import RunContext, name_store, say, send_store, tracked
 from layerplan.pipeline.stitched import make_stitched
-from layerplan.pipeline.texts import PRETRAIN_FIELD
+from layerplan.pipeline.texts import PRETRAIN_FIELD, list_benchmark_texts
 from layerplan.plan.policies import make_full_plan
 from layerplan.run_folder import BASE_MODEL_NAME, UNTRAINED_NAME, RunFolder
 from layerplan.storage.mirror import carry_folder

@@ -24,6 +24,7 @@ def continue_pretraining(config: RunConfig) -> None:
         check_store,
     )
     from layerplan.pipeline.demands import ask_around_training, ask_for_training
+    from layerplan.pipeline.judging import judge
     from layerplan.pipeline.measure_layers import find_measurements
     from layerplan.pipeline.publish import publish_card, publish_report
     from layerplan.pipeline.session import open_run
@@ -34,7 +35,6 @@ def continue_pretraining(config: RunConfig) -> None:
         decide_plan,
         describe_scoring,
         evaluate,
-        judge,
         score_checkpoints,
         trace,
         train,

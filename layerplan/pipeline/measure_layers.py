@@ -13,7 +13,8 @@ from layerplan.config.run import RunConfig
 from layerplan.measure.from_profile import convert_alignment, convert_semantic, price_tracing
 from layerplan.measure.pool import measure_model
 from layerplan.models.ref import ModelRef
-from layerplan.pipeline.stages import RunContext, list_benchmark_texts, say, tracked
+from layerplan.pipeline.stages import RunContext, say, tracked
+from layerplan.pipeline.texts import list_benchmark_texts
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.decide import list_measurements
 from layerplan.plan.layer_measurement import LayerMeasurement, LayerMeasurements

@@ -13,18 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eval.artifacts import Results
-from eval.during_training import CheckpointScoring, backfill, compare_with_base, read_breach
-from eval.held_out import HeldOutVerdict, judge_held_out, load_held_out, read_held_out
-from eval.items import load_benchmark
+from eval.during_training import CheckpointScoring, backfill, read_breach
+from eval.held_out import load_held_out
 from eval.runner import evaluate_model
-from eval.significance import Verdict
-from eval.tables import render_scores
 from layerplan.artifacts import write_json, write_text
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.evaluation import EvaluationConfig
 from layerplan.config.run import RunConfig
-from layerplan.corpus.build import build_token_store, may_hold, warn_of_held_out
-from layerplan.corpus.decontamination import BenchmarkText, hash_held_out
+from layerplan.corpus.build import build_token_store, warn_of_held_out
 from layerplan.corpus.joining import Joining, check_joining, describe_unknown, read_joining
 from layerplan.corpus.manifest import Manifest, resolve_store
 from layerplan.corpus.on_the_fly import write_stream
@@ -33,6 +29,7 @@ from layerplan.models.ref import ModelRef
 from layerplan.pipeline.failure import note_failure
 from layerplan.pipeline.lineage import note_corpus, note_results
 from layerplan.pipeline.model_options import read_origins
+from layerplan.pipeline.texts import hash_texts, list_benchmark_texts
 from layerplan.plan.boundary_choice import choose_boundary, find_options
 from layerplan.plan.decide import PlanContext, check_planned_steps, resolve_plan, wants_profile
 from layerplan.plan.describe import describe_certainty, describe_measurement
@@ -50,10 +47,8 @@ from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.policies import predict_beside_full
 from layerplan.run_folder import (
-    BASE,
     CONTINUATIONS_NAME,
     HELD_OUT_NAME,
-    SCORES_STEM,
     TRAIN,
     RunFolder,
     name_step,
@@ -324,70 +319,6 @@ def evaluate(context: RunContext, model: ModelRef, label: str) -> Results:
         )
         _log_scores(tracker, folder, results, parse_step(label) or 0, context.config.evaluation)
     return results
-
-
-def judge(context: RunContext, base: Results, trained: Results, label: str, store: Path | str) -> list[Verdict]:
-    """Compares the trained model with the untouched base, corrected over every comparison of the run."""
-    folder, name = context.folder.evaluation, context.config.name
-    verdicts = compare_with_base(folder, label, trained, name=name)
-    write_json(context.folder.verdicts, [verdict.model_dump(mode="json") for verdict in verdicts])
-    for suffix, style in (("md", "markdown"), ("tex", "latex")):
-        write_text(folder / f"{SCORES_STEM}.{suffix}", render_scores({BASE: base, name: trained}, style=style))
-    in_doubt = may_hold(Manifest.load(store), hash_texts(context.config))
-    judged = judge_asked_texts(context.folder, label, context.config.evaluation, in_doubt=in_doubt)
-    for verdict in judged:
-        say("verdict", f"{verdict.name}: {verdict.sentence}")
-    with tracked(context, "verdict") as tracker:
-        for path in (context.folder.verdicts, *sorted(folder.glob("*.*"))):
-            tracker.log_artifact(path)
-    return verdicts
-
-
-def judge_asked_texts(
-    run: RunFolder, label: str, config: EvaluationConfig, *, in_doubt: bool = False
-) -> list[HeldOutVerdict]:
-    """Compares a model with the base on the texts that the config lists, and writes the verdicts.
-
-    Scores and verdicts on texts that it listed once may lie there still; they are no part of the result.
-
-    Args:
-        run: The run.
-        label: The model's scores.
-        config: Lists the texts.
-        in_doubt: Whether the corpus may contain some of their documents; the verdicts say so.
-    """
-    names = [item.name for item in config.held_out]
-    base, trained = (load_held_out(run.scores_of(scored), names) for scored in (BASE, label))
-    judged = judge_held_out([(base[name], result) for name, result in trained.items() if name in base])
-    if in_doubt:
-        judged = [verdict.with_doubt() for verdict in judged]
-    if judged or run.held_out_verdicts.exists():
-        write_json(run.held_out_verdicts, [verdict.model_dump(mode="json") for verdict in judged])
-    return judged
-
-
-def list_benchmark_texts(config: RunConfig) -> list[BenchmarkText]:
-    """The questions and held-out documents that the corpus must not contain."""
-    questions = [
-        BenchmarkText(f"{benchmark.name}/{question.id}", question.question)
-        for benchmark in map(load_benchmark, config.evaluation.benchmarks)
-        for question in benchmark.questions
-    ]
-    return questions + list_held_out_texts(config)
-
-
-def list_held_out_texts(config: RunConfig) -> list[BenchmarkText]:
-    """The held-out documents among them."""
-    return [
-        BenchmarkText(f"held_out/{item.name}/{document.id}", document.text, is_held_out=True)
-        for item in config.evaluation.held_out
-        for document in read_held_out(item)
-    ]
-
-
-def hash_texts(config: RunConfig) -> str:
-    """Hash of the held-out documents that a build looks for; empty when there is none."""
-    return hash_held_out(list_held_out_texts(config), config.corpus.decontamination)
 
 
 def _make_validation(scoring: CheckpointScoring) -> CheckpointValidation | None:

@@ -1,15 +1,19 @@
-"""Which texts and questions a run reads: each is looked at before anything starts, by a run and by a dry run alike."""
+"""Which texts and questions a run reads: each is looked at before anything starts, by a run and by a dry run alike.
+
+Benchmarks and held-out texts are also what the corpus must not contain.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from eval.held_out import name_source
+from eval.held_out import name_source, read_held_out
 from eval.items import load_benchmark
 from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.config.model import ScratchModelConfig
 from layerplan.config.run import RunConfig
+from layerplan.corpus.decontamination import BenchmarkText, hash_held_out
 from layerplan.corpus.sources import SOURCE_FIELD, list_units
 from layerplan.corpus.unit import UnitTable
 from layerplan.errors import LayerplanError
@@ -75,6 +79,30 @@ def print_faults(faults: Sequence[LayerplanError]) -> None:
     """Tells them as notes: a dry run is also made where the texts of the run are not."""
     for fault in faults:
         print(f"note   {fault}; a run would stop here")
+
+
+def list_benchmark_texts(config: RunConfig) -> list[BenchmarkText]:
+    """The questions and held-out documents that the corpus must not contain."""
+    questions = [
+        BenchmarkText(f"{benchmark.name}/{question.id}", question.question)
+        for benchmark in map(load_benchmark, config.evaluation.benchmarks)
+        for question in benchmark.questions
+    ]
+    return questions + list_held_out_texts(config)
+
+
+def list_held_out_texts(config: RunConfig) -> list[BenchmarkText]:
+    """The held-out documents among them."""
+    return [
+        BenchmarkText(f"held_out/{item.name}/{document.id}", document.text, is_held_out=True)
+        for item in config.evaluation.held_out
+        for document in read_held_out(item)
+    ]
+
+
+def hash_texts(config: RunConfig) -> str:
+    """Hash of the held-out documents that a build looks for; empty when there is none."""
+    return hash_held_out(list_held_out_texts(config), config.corpus.decontamination)
 
 
 @contextmanager

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from layerplan.errors import ModelError, first_line
 from layerplan.models.causal_lm import FOREIGN_ERRORS, find_decoder_parts
+from layerplan.models.head import make_inputs
 from layerplan.plan.loss_recipe import LOSS_BOUNDS, LossRecipe
-from layerplan.train.attention import try_set_attention
+from layerplan.train.attention import set_attention, try_set_attention
+from layerplan.train.block_attention import BLOCKS
 from layerplan.train.sample_documents import Documents
 from layerplan.train.step import LossModel
 
@@ -28,6 +30,20 @@ _GRADIENT_TOLERANCE = 1e-4
 """Of the gradient of all parameters in float32, relative to its norm: through 30 layers rounding makes 1.6e-5."""
 _PARAMETER_TOLERANCE = 1e-3
 """Of one parameter's gradient: rounding makes 4e-5 to 1.1e-4 there, by documents and machine, most in norms' weights."""
+
+
+def run_in_blocks(model: nn.Module, ids_BT: Tensor, position_ids_BT: Tensor | None) -> Exception | None:
+    """What comes up when layers get attention in blocks, which refuses what they ask beyond a mask; None when nothing does."""
+    before = model.config._attn_implementation
+    try:
+        set_attention(model, BLOCKS)
+        with torch.no_grad():
+            model(**make_inputs(model, ids_BT, position_ids_BT))
+    except CANNOT_RUN as error:
+        return error
+    finally:
+        try_set_attention(model, before)
+    return None
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,12 @@ from torch import nn
 
 from layerplan.errors import CheckpointError, ModelError, first_line
 from layerplan.models.causal_lm import find_decoder_parts
-from layerplan.models.head import make_inputs
 from layerplan.models.meta import hollow_values
 from layerplan.models.ref import ModelRef
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.train.attention import set_attention, try_set_attention
-from layerplan.train.block_attention import BLOCKS
 from layerplan.train.document_attention import SEGMENTED, attends_by_document
-from layerplan.train.exactness import CANNOT_RUN
+from layerplan.train.exactness import CANNOT_RUN, run_in_blocks
 from layerplan.train.sample_documents import find_shortest_window, make_documents
 from layerplan.train.self_test import SelfTestReport, ask_model, confirm_recipe
 from layerplan.train.state import TrainState
@@ -112,18 +110,10 @@ def find_blocks_fault(skeleton: nn.Module, recipe: LossRecipe) -> str | None:
 
     They are run over a few random numbers: what a layer asks of attention does not depend on them.
     """
-    before = skeleton.config._attn_implementation
-    ids = torch.zeros(1, 8, dtype=torch.int64)
     positions = None if recipe.rows == "alone" else torch.arange(8)[None] % 4
-    try:
-        set_attention(skeleton, BLOCKS)
-        with hollow_values(skeleton), torch.no_grad():
-            skeleton(**make_inputs(skeleton, ids, positions))
-    except CANNOT_RUN as error:
-        return first_line(error)
-    finally:
-        try_set_attention(skeleton, before)
-    return None
+    with hollow_values(skeleton):
+        fault = run_in_blocks(skeleton, torch.zeros(1, 8, dtype=torch.int64), positions)
+    return None if fault is None else first_line(fault)
 
 
 def prove_loss(model: LossModel, state: TrainState, *, seq_len: int, dtype: torch.dtype, world_size: int) -> TrainState:

@@ -20,10 +20,10 @@ from layerplan.errors import TrainingError
 from layerplan.train.adamw import State, UpdateTerms, choose_adamw, local_tensor
 
 STATE_VECTORS = ("A_log", "D")
-NORM_ELEMENTS = 2**16
-"""Whose squares PyTorch may sum at a time."""
 """Names that state-space models give the decay of their state and what passes by it: a number per channel, or per channel
 and state."""
+NORM_ELEMENTS = 2**16
+"""Whose squares PyTorch may sum at a time."""
 
 
 class UpdateRule(Protocol):

@@ -24,7 +24,7 @@ from layerplan.models.document_starts import find_start_arguments
 from layerplan.models.head import find_head_form, make_inputs, run_once
 from layerplan.plan.loss_recipe import ROWS_TEXT, HeadForm, LossRecipe, Rows
 from layerplan.train.attention import set_attention, try_set_attention
-from layerplan.train.block_attention import ASKS_FOR_CAP, BLOCKS
+from layerplan.train.block_attention import ASKS_FOR_CAP
 from layerplan.train.document_attention import UnservedAttentionError
 from layerplan.train.exactness import (
     CANNOT_RUN,
@@ -32,6 +32,7 @@ from layerplan.train.exactness import (
     Oracle,
     compare_losses,
     measure_alone,
+    run_in_blocks,
     try_recipe,
 )
 from layerplan.train.sample_documents import Documents, make_documents
@@ -40,6 +41,7 @@ from layerplan.train.step import LossModel
 
 _ROWS: tuple[Rows, ...] = ("packed", "reset", "alone")
 _ATTENTION = ("sdpa", "eager")
+_CAP = "it would drop the cap of the scores, which scores as small as those of fresh weights do not show"
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,12 @@ def ask_model(model: nn.Module, *, seq_len: int, with_gradients: bool = True) ->
     try_set_attention(model, "eager")
     head, oracle = _ask_alone(model, documents, with_gradients=with_gradients)
     refused: list[str] = []
+    is_capped = _hands_over_cap(model)
     try:
         for form in dict.fromkeys((head, HeadForm("own"))):
             for rows, attention in _list_rungs(model):
                 recipe = LossRecipe(rows, "eager" if attention == "eager" else "any", form)
-                outcome = _try(oracle, recipe, attention)
+                outcome = _CAP if is_capped and attention != "eager" else _try(oracle, recipe, attention)
                 if isinstance(outcome, Exactness):
                     errors = outcome.gradient_error, outcome.parameter_error
                     seconds = time.perf_counter() - started
@@ -210,8 +213,6 @@ def _list_rungs(model: nn.Module) -> Iterator[tuple[Rows, str]]:
 
 
 def _try(oracle: Oracle, recipe: LossRecipe, attention: str) -> Exactness | str:
-    if attention != "eager" and _hands_over_cap(oracle.model):
-        return "it would drop the cap of the scores, which scores as small as those of fresh weights do not show"
     try:
         set_attention(oracle.model, attention)
     except ValueError as failure:
@@ -223,18 +224,13 @@ def _hands_over_cap(model: nn.Module) -> bool:
     """Whether layers ask attention to cap scores: a config may name a cap that the layers' code leaves out (Gemma 3)."""
     if not caps_scores(model):
         return False
-    before = model.config._attn_implementation
-    try:
-        set_attention(model, BLOCKS)
-        with torch.no_grad():
-            model(**make_inputs(model, torch.zeros(1, 8, dtype=torch.int64), torch.arange(8)[None]))
-    except UnservedAttentionError as error:
-        return ASKS_FOR_CAP in str(error)
-    except CANNOT_RUN:
-        return True
-    finally:
-        try_set_attention(model, before)
-    return False
+    device = next(model.parameters()).device
+    fault = run_in_blocks(
+        model, torch.zeros(1, 8, dtype=torch.int64, device=device), torch.arange(8, device=device)[None]
+    )
+    if isinstance(fault, UnservedAttentionError):
+        return ASKS_FOR_CAP in str(fault)
+    return fault is not None
 
 
 def _list_prices(recipe: LossRecipe) -> list[str]:

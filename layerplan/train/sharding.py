@@ -89,16 +89,15 @@ def place_model(
 
         convert_frozen_layers(parts, plan)
     sums_in_16_bits = device.type == "cpu" and config.compute_dtype != "float32"
-    left_out: set[int] = set()
+    uncompiled = set(range(len(parts.layers)))
     if config.compiles:
-        if placement.parallelism == placement.frozen_sharding == "shard":
-            left_out |= set(plan.trainable_modules)
+        has_units = placement.parallelism == placement.frozen_sharding == "shard"
+        uncompiled = set(plan.trainable_modules) if has_units else set()
         if sums_in_16_bits:
-            left_out |= {index for index, layer in enumerate(parts.layers) if looks_up_biases(layer)}
-        compile_layers(parts, left_out)
+            uncompiled |= {index for index, layer in enumerate(parts.layers) if looks_up_biases(layer)}
+        compile_layers(parts, left_out=uncompiled)
     if sums_in_16_bits:
         has_dense_head = placement.parallelism == "replicate" and loss_model is LossModel
-        uncompiled = left_out if config.compiles else range(len(parts.layers))
         alone = list_outside(causal_lm, parts.layers) + [parts.layers[index] for index in uncompiled]
         sum_in_float32(alone, added_to=parts.lm_head.weight if has_dense_head else None)
     checkpoint_layers(parts.layers, placement.checkpointed_layers)

@@ -26,8 +26,9 @@ from layerplan.corpus.decontamination import BenchmarkText, Hit, QuestionIndex, 
 from layerplan.corpus.on_the_fly import write_stream
 from layerplan.errors import CorpusError, EvaluationError
 from layerplan.pipeline.compare_texts import list_doubts
-from layerplan.pipeline.stages import judge_asked_texts, list_benchmark_texts
+from layerplan.pipeline.judging import judge_asked_texts
 from layerplan.pipeline.summary import print_answers
+from layerplan.pipeline.texts import list_benchmark_texts
 from layerplan.report.answer_tables import describe_texts, tabulate_texts
 from layerplan.report.answers import read_answers
 from layerplan.report.card import add_results
