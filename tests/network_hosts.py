@@ -204,8 +204,9 @@ def _find_child(pid: int) -> int:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         for child in _list_children(pid):
-            if any(Path(f"/proc/{each}/comm").read_text() == "sleep\n" for each in _list_children(child)):
-                return child
+            with suppress(OSError):  # a child may end while it is looked at
+                if any(Path(f"/proc/{each}/comm").read_text() == "sleep\n" for each in _list_children(child)):
+                    return child
         time.sleep(0.05)
     raise TimeoutError("the namespaces of a host were not made")
 

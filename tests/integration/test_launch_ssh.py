@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,9 @@ class Machines:
         for pid in host.find():
             if pid == host.pid:
                 continue
-            said = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            said = ""
+            with suppress(OSError):  # it may end while it is looked at
+                said = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             if said and not re.match(r"sleep 100000|sshd: /usr/sbin/sshd|nsenter ", said):
                 found.append(said)
         return found
