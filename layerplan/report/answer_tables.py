@@ -187,7 +187,7 @@ def _least_time(cost: Cost) -> str:
 def _time(cost: Cost) -> str:
     if cost.train_s is None:
         return NOTHING
-    share = f", {cost.mfu:.0%} of that rate (MFU)" if cost.mfu else ""
+    share = f", {cost.mfu:.0%} of the workers' full rate (MFU)" if cost.mfu else ""
     return f"{render_duration(cost.train_s)}, {cost.tokens_per_s or 0:,.0f} tokens per second{share}"
 
 

@@ -59,6 +59,8 @@ class SelfTestReport:
     """The largest difference of one parameter's gradient, relative to its norm."""
     refused: tuple[str, ...] = ()
     """What was tried before, and what it gave."""
+    leaves_balance: bool = False
+    """Whether its config asks for the loss of its routers' balance too, which is not trained here."""
     seconds: float = field(default=0.0, compare=False)
 
     @property
@@ -68,6 +70,8 @@ class SelfTestReport:
         if self.gradient_error is not None:
             line += f", the gradient within {self.gradient_error:.1e}, no parameter's off by more than {self.parameter_error:.1e}"
         line += "".join(f"; not {reason}" for reason in self.refused)
+        if self.leaves_balance:
+            line += "; output_router_logits in its config asks for a loss of its routers' balance, which is not trained"
         return line + "".join(f"; {price}" for price in _list_prices(self.recipe))
 
     def to_json(self) -> dict[str, Any]:
@@ -103,7 +107,8 @@ def ask_model(model: nn.Module, *, seq_len: int, with_gradients: bool = True) ->
                 if isinstance(outcome, Exactness):
                     errors = outcome.gradient_error, outcome.parameter_error
                     seconds = time.perf_counter() - started
-                    return SelfTestReport(recipe, oracle.loss, outcome.loss, *errors, tuple(refused), seconds)
+                    routed = bool(_list_routed(model))
+                    return SelfTestReport(recipe, oracle.loss, outcome.loss, *errors, tuple(refused), routed, seconds)
                 refused.append(
                     f"{ROWS_TEXT[rows]} under {attention}{'' if form == head else ', its own head'} ({outcome})"
                 )

@@ -133,7 +133,7 @@ def test_what_was_promised_stands_beside_what_it_took(finished: Path) -> None:
     rows = {name: values for name, *values in tabulate_cost(cost)[1]}
     assert rows["time in steps"] == [
         "25 s at the workers' full rate",
-        "100 s, 50 tokens per second, 25% of that rate (MFU)",
+        "100 s, 50 tokens per second, 25% of the workers' full rate (MFU)",
     ]
     assert rows["memory of a worker"] == ["2.00 GiB", "1.75 GiB at its peak"]
     assert rows["a checkpoint on disk"][1] == "1.50 GiB"

@@ -22,6 +22,7 @@ from layerplan.train.loss_proof import prove_loss
 from layerplan.train.self_test import ask_model, confirm_recipe
 from layerplan.train.state import TrainState
 from layerplan.train.step import LossModel, accumulate_gradients, make_batches
+from tests.families import make_model
 from tests.family_oracle import compute_own_loss, use_eager
 from tests.small_families import OTHERS, WINDOWED, build_family
 
@@ -389,3 +390,16 @@ def test_documents_alone_fill_no_more_tokens_than_packed_rows_and_lose_no_label(
     assert all(batch.input_ids_BT.numel() <= 72 for batch in batches)
     (packed,) = make_batches(rows, 1, LossRecipe(), CPU)
     assert sum(batch.num_labels for batch in batches) == packed.num_labels
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_loss_of_routers_balance_that_is_not_trained_is_told(asks: bool) -> None:
+    """`transformers` adds it to the loss of a Mixtral whose config asks for the routers' state."""
+    model = make_model("mixtral")
+    model.config.output_router_logits = asks
+    ids = torch.arange(3, 23)[None]
+    plain = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
+    assert (float((model(input_ids=ids, labels=ids).loss - plain).detach()) > 1e-4) == asks
+    report = ask_model(model, seq_len=72)
+    assert ("its routers' balance, which is not trained" in report.sentence) == asks == report.leaves_balance
+    assert model.config.output_router_logits == asks
