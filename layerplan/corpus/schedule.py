@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from layerplan.errors import CorpusError
 
 PATTERN_SLOTS = 4096
-"""Slots in the pattern of a mixture, so weights are kept to 1 part in 4,096."""
+"""Slots in the pattern of a mixture, so weights are kept to 1 part in 4,096, and no source has less than that."""
 
 Ids = NDArray[np.int64]
 
@@ -64,6 +64,10 @@ class LaneSchedule:
 
     def __post_init__(self) -> None:
         check_enough(self.num_rows, self.num_lanes)
+        if self.is_weighted and len(self.sources) > PATTERN_SLOTS:
+            raise CorpusError(
+                f"corpus.sources: {len(self.sources):,} have weights, at most {PATTERN_SLOTS:,} can be mixed"
+            )
         if self.is_weighted and any(source.num_rows == 0 for source in self.sources):
             index = [source.num_rows for source in self.sources].index(0)
             raise CorpusError(f"corpus.sources.{index}: has a weight but no rows; every document of it was dropped")
@@ -203,7 +207,7 @@ def _make_pattern(shares: Sequence[float]) -> tuple[Ids, Ids, Ids]:
     while counts.sum() < PATTERN_SLOTS:
         counts[np.argmax(exact - counts)] += 1
     while counts.sum() > PATTERN_SLOTS:
-        counts[np.argmax(counts - exact)] -= 1
+        counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
     streams = np.repeat(np.arange(len(counts)), counts)
     ranks = np.concatenate([np.arange(count) for count in counts])
     order = np.argsort((ranks + 0.5) / counts[streams], kind="stable")

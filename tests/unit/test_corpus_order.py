@@ -81,6 +81,20 @@ def test_a_mixture_keeps_its_weights_and_repeats_small_sources_evenly():
     assert schedule.rows_at(700).tolist() == batches[700].tolist()
 
 
+@pytest.mark.parametrize("weights", [(1, 1, 100_000), (1, 1, 1, 1, 50_000), (3e6, 2e9, 1e9, 5e5, 4e5, 1e5)])
+def test_every_source_of_a_mixture_is_read_however_small_its_weight(weights: tuple[float, ...]):
+    schedule = LaneSchedule(tuple(RowRange(20, weight) for weight in weights), 4, num_lanes=8, seed=0)
+    slots = np.bincount(np.concatenate([schedule.rows_at(step) for step in range(4096 // 8)]) // 20)
+    exact = np.array(weights) / sum(weights) * 4096
+    assert slots.sum() == 4096 and slots.min() == 1
+    assert np.abs(slots - exact).max() < len(weights), "what small ones have beyond their weight, large ones lack"
+
+
+def test_more_weighted_sources_than_a_stretch_has_rows_are_refused():
+    with pytest.raises(CorpusError, match=r"corpus\.sources: 4,097 have weights, at most 4,096 can be mixed"):
+        LaneSchedule((RowRange(1, 1.0),) * 4097, 1, num_lanes=4, seed=0)
+
+
 def test_a_weighted_source_of_which_nothing_was_kept_is_refused():
     with pytest.raises(CorpusError, match=r"corpus\.sources\.1: has a weight but no rows"):
         LaneSchedule((RowRange(50, 1.0), RowRange(0, 1.0)), 8, num_lanes=4, seed=0)
