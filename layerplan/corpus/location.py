@@ -20,6 +20,8 @@ from layerplan.storage.address import BUCKETS, HADOOP, hide_keys, is_address, op
 COMPRESSIONS = (".gz", ".zst")
 HIDDEN = (".", "_")
 """How names begin that are no documents."""
+ZSTD_PIECE_BYTES = 8 * 2**10
+"""Compressed bytes that are decompressed at a time: what they become is held in memory."""
 
 
 def is_compressed(path: str) -> bool:
@@ -107,8 +109,44 @@ def open_stream(path: str) -> IO[bytes]:
     if name.endswith(".gz"):
         return gzip.open(raw)  # type: ignore[return-value]
     if name.endswith(".zst"):
+        return io.BufferedReader(_ZstdFrames(raw))
+    return io.BufferedReader(raw, buffer_size=1 << 20)
+
+
+class _ZstdFrames(io.RawIOBase):
+    """The frames of a `.zst`, many where parallel compressors made it; one that is cut short is told as `gzip` tells it.
+
+    The library's own stream takes such a cut for the end of the file.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+        self._frame: Any = None
+        self._compressed = b""
+        self._text = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._text:
+            self._compressed = self._compressed or self._raw.read(ZSTD_PIECE_BYTES)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("Compressed file ended before the end of its last frame")
+                return 0
+            self._decompress()
+        size = min(len(buffer), len(self._text))
+        buffer[:size], self._text = self._text[:size], self._text[size:]
+        return size
+
+    def _decompress(self) -> None:
         import zstandard
 
-        # a .zst made by parallel compressors has many frames; by default only the first would be read
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-    return io.BufferedReader(raw, buffer_size=1 << 20)
+        frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+        self._text = memoryview(frame.decompress(self._compressed))
+        self._compressed, self._frame = frame.unused_data, None if frame.eof else frame
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()

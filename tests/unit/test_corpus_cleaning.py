@@ -130,6 +130,23 @@ def test_a_zst_of_many_frames_is_read_to_its_end(tmp_path: Path):
     assert [item.text for item in read_all(tmp_path) if isinstance(item, Document)] == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.txt.zst", "a.json.zst"])
+def test_a_zst_cut_short_is_said_to_be_that_and_what_came_before_is_kept(tmp_path: Path, name: str):
+    """At a line's end too, where nothing else shows it; a text is no document without its end."""
+    import zstandard
+
+    first, second = (lines({"text": text * 50}) for text in "ab")
+    whole, last = zstandard.compress(first), zstandard.compress(second)
+    for cut in (1, len(last) // 2, len(last) - 1):
+        (tmp_path / name).write_bytes(whole + last[:-cut])
+        *kept, fault = read_all(tmp_path)
+        assert isinstance(fault, Malformed) and "EOFError: Compressed file ended before the end" in fault.reason
+        assert [item.text for item in kept] == ([] if name == "a.txt.zst" else ["a" * 50])
+        assert fault.lost_bytes == 0
+    (tmp_path / name).write_bytes(whole + b"no frame")
+    assert "Unknown frame" in read_all(tmp_path)[-1].reason
+
+
 def test_a_line_too_long_for_memory_and_a_lone_surrogate_cost_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
