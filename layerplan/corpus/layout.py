@@ -35,6 +35,8 @@ CARD_FIELDS = {
 }
 """Fields that only the card of a data set has (`huggingface_hub.DatasetCardData`)."""
 _ABOUT = re.compile(r"(?:readme|licen[cs]e|notice|copying|citation|contributing|authors|changelog)\b", re.IGNORECASE)
+_TABLE = re.compile(r".\.(?:jsonl|ndjson|parquet|arrow)(?:\.gz|\.zst)?$", re.IGNORECASE)
+"""Endings of files of many records: `authors.jsonl` is documents about authors, and says nothing of who wrote the rest."""
 _FRONT_MATTER = re.compile(r"\A\ufeff?---\r?\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 NAMES_TOLD = 5
 
@@ -133,7 +135,7 @@ def _find_special(files: FileTable) -> _Special:
                 special.splits.append(place)
             elif name == STATE:
                 special.states.append(place)
-        elif _ABOUT.match(name):
+        elif _ABOUT.match(name) and not _TABLE.search(name):
             special.about.append(place)
     return special
 

@@ -190,6 +190,17 @@ def test_what_describes_a_data_set_is_no_document(tmp_path: Path) -> None:
     assert [item.text for item in read_all(tmp_path / "README.md") if isinstance(item, Document)] == ["# About it"]
 
 
+def test_records_are_documents_though_they_are_called_as_what_describes_a_data_set(tmp_path: Path) -> None:
+    for name in ("authors.jsonl", "books.jsonl", "License-texts.NDJSON", "notice.2020.jsonl.gz"):
+        content = json.dumps({"id": name, "text": name}).encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    pq.write_table(pa.table({"id": ["changelog"], "text": ["x"]}), tmp_path / "changelog.parquet")
+    (tmp_path / "LICENSE.json").write_text('{"id": "no document", "text": "MIT"}')
+    names = ["License-texts.NDJSON", "authors.jsonl", "books.jsonl", "changelog", "notice.2020.jsonl.gz"]
+    assert read_ids(tmp_path) == names
+    assert tell(tmp_path)[0].endswith("reads 5 files; not read: 1 that describe the data (LICENSE.json)")
+
+
 def test_texts_of_ones_own_are_documents_whatever_they_are_called(tmp_path: Path) -> None:
     for name in ("README.md", "LICENSE.txt", "guide.md", "chapters/README.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
