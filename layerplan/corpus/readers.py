@@ -6,7 +6,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import pyarrow as pa
@@ -56,8 +56,8 @@ def read_unit(unit: Unit, source: SourceConfig) -> Iterator[Document | Malformed
         return
     try:
         yield from _READERS[unit.format](unit, source)
-    except EOFError as error:  # a compressed file cut short: all that is in it was read
-        yield Malformed(unit.path, _explain(error))
+    except EOFError as error:  # a compressed file cut short: all records in it were read, a text has no end
+        yield Malformed(unit.path, _explain(error), lost_bytes=unit.num_bytes if unit.format == "text" else 0)
     except Exception as error:  # decompressors and Parquet's decoders raise what they like on damaged bytes
         yield Malformed(unit.path, _explain(error), lost_bytes=unit.num_bytes)
 
@@ -128,7 +128,8 @@ def _read_lines(
         begun, position = position, position + len(line)
         if len(line) == MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
             position += _skip_line(stream)
-            yield Malformed(where, f"a line of {position - begun:,} bytes; at most {MAX_DOCUMENT_BYTES:,} are read")
+            reason = f"a line of {position - begun:,} bytes; at most {MAX_DOCUMENT_BYTES:,} are read"
+            yield Malformed(where, reason, lost_bytes=0 if is_compressed(unit.path) else position - begun)
             continue
         if begun == 0 and line.startswith(BOM):
             line = line[len(BOM) :]
@@ -280,9 +281,11 @@ def _read_text(unit: Unit, source: SourceConfig) -> Iterator[Document | Malforme
     with open_stream(unit.path) as stream:
         content = stream.read(MAX_DOCUMENT_BYTES + 1)
     if len(content) > MAX_DOCUMENT_BYTES:
-        yield Malformed(unit.path, f"a text of more than {MAX_DOCUMENT_BYTES:,} bytes is not read")
+        reason = f"a text of more than {MAX_DOCUMENT_BYTES:,} bytes is not read"
+        yield Malformed(unit.path, reason, lost_bytes=unit.num_bytes)
     elif content:
-        yield _make_document(None, content.removeprefix(BOM), None, unit.path, source)
+        found = _make_document(None, content.removeprefix(BOM), None, unit.path, source)
+        yield replace(found, lost_bytes=unit.num_bytes) if isinstance(found, Malformed) else found
 
 
 _READERS = {"jsonl": _read_jsonl, "parquet": _read_parquet, "arrow": _read_arrow, "text": _read_text}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import sqlite3
 import time
@@ -123,6 +124,28 @@ def test_a_file_nobody_can_read_stops_the_build_at_once_by_its_bytes(tokenizer: 
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-30])
     with pytest.raises(CorpusError, match=r"max_bad_fraction=0.1: files of .* bytes cannot be read; .*a.parquet"):
         build_token_store(make_config(tmp_path, max_bad_fraction=0.1), tokenizer, tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("b.txt", make_text(1, 60_000).encode("gb18030"), "UnicodeDecodeError"),
+        ("b.txt", make_text(1, 120_000).encode(), "a text of more than 100,000 bytes"),
+        ("b.txt.gz", gzip.compress(make_text(1, 60_000).encode())[:-9], "EOFError"),
+        ("b.jsonl", b'{"text": "' + b"x" * 120_000 + b'"}\n', "a line of 120,013 bytes"),
+    ],
+    ids=["encoding", "long text", "text cut short", "long line"],
+)
+def test_one_document_nobody_can_read_that_is_most_of_the_input_stops_the_build(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, reason: str
+):
+    """It is one document of 121, and more than a third of the bytes."""
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 100_000)
+    write_jsonl(tmp_path / "a.jsonl", *({"text": make_text(number)} for number in range(120)))
+    (tmp_path / name).write_bytes(content)
+    pattern = rf"files of {len(content):,} of .* bytes cannot be read; the first is .*{name}.*{reason}"
+    with pytest.raises(CorpusError, match=pattern):
+        build_token_store(make_config(tmp_path, max_bad_fraction=0.3), tokenizer, tmp_path / "store")
 
 
 def test_a_limit_of_documents_is_exact_and_nothing_is_read_beyond_it(
