@@ -44,7 +44,8 @@ class TraceConfig(StrictModel):
     task_particle_threshold: float = Field(default=0.5, gt=0)
     """Theta: a layer whose ratio exceeds it is a task particle."""
     deviation_norm: Literal["hf", "all", "none"] = "hf"
-    """Which residual states pass the final norm before SALF deviations: only the last (`hf`), all, or none."""
+    """Which residual states pass the final norm before SALF deviations: only the last (`hf`), all, or none. Where the head
+    reads another width than the layers pass on (OPT-350m), all of them pass what leads to it."""
     batch_size: int = Field(default=16, ge=1)
     """Most probes per forward pass; a pass holds probes of one length, and fewer of them when they are long."""
     num_actors: int = Field(default=1, ge=1)

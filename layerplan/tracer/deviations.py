@@ -23,10 +23,13 @@ def measure_deviations(
         bases: Of its head.
         last_LBD: States of each prompt's last position around every block.
         label_B: Token that follows each prompt.
-        norm: As `TraceConfig.deviation_norm`.
+        norm: As `TraceConfig.deviation_norm`. Where the head reads another width than the layers pass on, no state can be
+            compared as it is, and every one passes what leads to the head.
     """
     states = last_LBD
-    if norm == "all":
+    if last_LBD.shape[-1] != runner.parts.lm_head.weight.shape[-1]:
+        states = torch.stack([runner.lead_to_head(state) for state in last_LBD])
+    elif norm == "all":
         states = runner.parts.final_norm(last_LBD)
     elif norm == "hf":
         states = torch.cat([last_LBD[:-1], runner.parts.final_norm(last_LBD[-1:])])

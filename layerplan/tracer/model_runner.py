@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from layerplan.errors import ModelError
 from layerplan.models.causal_lm import FOREIGN_ERRORS, accepted_options, caps_scores, find_decoder_parts
-from layerplan.models.head import replaced_forward
+from layerplan.models.head import make_inputs, replaced_forward, run_to_head
 
 LENS_TOLERANCE = 1e-4
 
@@ -57,8 +57,16 @@ class LayerRunner:
         flat = hidden.reshape(-1, 1, hidden.shape[-1])
         ids = torch.zeros(flat.shape[:2], dtype=torch.long, device=flat.device)
         with self._layers_giving(flat):
-            logits: Tensor = self.model(input_ids=ids, **accepted_options(self.model, use_cache=False)).logits
+            logits: Tensor = self.model(**make_inputs(self.model, ids)).logits
         return logits.reshape(*hidden.shape[:-1], -1).float()
+
+    def lead_to_head(self, hidden: Tensor) -> Tensor:
+        """What the head is given for a residual stream, by the model's own code after its last layer; (..., D) to (..., W)."""
+        flat = hidden.reshape(-1, 1, hidden.shape[-1])
+        ids = torch.zeros(flat.shape[:2], dtype=torch.long, device=flat.device)
+        with self._layers_giving(flat):
+            entered = run_to_head(self.model, self.parts.lm_head, make_inputs(self.model, ids))
+        return entered.reshape(*hidden.shape[:-1], -1)
 
     def run(self, input_ids_BT: Tensor) -> Tensor:
         """Residual stream of every position around every block, l = 0..L: (L + 1, B, T, D)."""

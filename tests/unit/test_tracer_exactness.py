@@ -10,7 +10,8 @@ import naive_tracer
 import numpy as np
 import pytest
 import torch
-from tiny_families import VOCAB, make_model
+import transformers
+from tiny_families import VOCAB, make_config, make_model
 from torch import nn
 
 from layerplan.config.trace import TraceConfig
@@ -114,6 +115,22 @@ def test_the_deviation_norm_names_the_states_that_pass_the_final_norm(norms: str
     for index, state in enumerate(states):
         f = (runner.parts.final_norm(state) if is_normed[index] == "y" else state)[0].double()
         cosine = 1 - float(torch.cosine_similarity(f, basis, dim=0))
+        assert abs(record["deviation_cosine"][index] - cosine) < TOLERANCE, index
+
+
+@pytest.mark.parametrize("norms", ["hf", "all", "none"])
+def test_states_that_a_head_of_another_width_cannot_read_pass_what_leads_to_it(norms: str) -> None:
+    """OPT-350m: the layers are 1,024 wide, its head reads 512."""
+    config = make_config("opt")
+    config.word_embed_proj_dim, config.do_layer_norm_before = 16, False
+    runner = LayerRunner(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+    (probe,) = make_probes([(11, 6)])
+    (record,) = ProbeMeter(runner, TraceConfig(deviation_norm=norms)).measure([probe])
+    _, states = naive_tracer.run_intact(runner.model, runner.parts.layers, as_tensors([probe])[0])
+    basis = torch.linalg.pinv(runner.model.get_output_embeddings().weight.double()).T[probe.gold_id]
+    for index, state in enumerate(states):
+        projected = runner.model.model.decoder.project_out(state)[0].double()
+        cosine = 1 - float(torch.cosine_similarity(projected, basis, dim=0))
         assert abs(record["deviation_cosine"][index] - cosine) < TOLERANCE, index
 
 
