@@ -105,8 +105,8 @@ class ExplicitPlanConfig(LayerPlanOptions):
     type: Literal["explicit"] = "explicit"
     trainable: list[str | int] = Field(min_length=1)
     """Selectors: an index (`3`, `-1`), a half-open range (`0:9`), a share from either end (`first:0.5`, `last:1/3`),
-    a regular expression over parameter names (`re:layers\\.(0|5)\\.`), a role (`role:lm_head`, `role:mamba2`), or the top
-    of a metric (`top:4:sensitivity`)."""
+    a regular expression over `model.layers.N.` and the ends (`re:layers\\.(0|5)\\.`), a role (`role:lm_head`,
+    `role:mamba2`), or the top of a metric (`top:4:sensitivity`)."""
 
 
 class TopKSensitivityPlanConfig(LayerPlanOptions):

@@ -23,9 +23,9 @@ PAIR_HEADINGS = ["sensitivity", "rule", "best boundary", "p", "p if all four are
 
 def describe_measurement(profile: LayerProfile) -> list[str]:
     """Sentences on what was measured: probes, answers, where the task happens, where the context stops to matter."""
-    answered = sum(profile.answered_share.values()) / max(len(profile.answered_share), 1)
     lines = [
-        f"{profile.num_probes} probes in {len(profile.groups)} groups; the model answers {answered:.0%} of them rightly"
+        f"{profile.num_probes} probes in {len(profile.groups)} groups; the model answers"
+        f" {get_answered_share(profile):.0%} of them rightly"
         f" ({_extremes(profile.answered_share)}).",
         *_describe_answers(profile),
     ]
@@ -189,9 +189,10 @@ def _describe_probe_stability(profile: LayerProfile, choice: BoundaryChoice) -> 
     best = choice.best_boundary
     rivals = sorted((k for k in range(1, len(shares) + 1) if k != best), key=lambda k: -shares[k - 1])
     beside = f"; next is {rivals[0]} with {shares[rivals[0] - 1]:.0%}" if rivals and shares[rivals[0] - 1] > 0 else ""
+    alike = "" if _varies(profile) else ", most of which are alike, since groups hold a single probe"
     return [
-        f"It is chosen in {shares[best - 1]:.0%} of bootstrap resamples of the probes{beside}: stability over probes, which"
-        " noise between layers has too."
+        f"It is chosen in {shares[best - 1]:.0%} of bootstrap resamples of the probes{beside}{alike}: stability over probes,"
+        " which noise between layers has too."
     ]
 
 
@@ -200,6 +201,18 @@ def _name_ratio_scores(choice: BoundaryChoice) -> str:
         f"{name} {'does not exist' if score is None else f'{score:+.3f}'}"
         for name, score in choice.ratio_scores.items()
     )
+
+
+def get_answered_share(profile: LayerProfile) -> float:
+    """Share of the probes that are answered rightly; the mean of the groups' where a profile did not count them."""
+    if profile.num_right is not None:
+        return profile.num_right / profile.num_probes
+    return _mean(profile.answered_share) if profile.answered_share else 0.0
+
+
+def _varies(profile: LayerProfile) -> bool:
+    """Whether resamples of the probes within their groups differ: a group needs two."""
+    return profile.num_probes >= 2 * len(profile.groups)
 
 
 def _mean(values: dict[str, float]) -> float:
@@ -215,5 +228,5 @@ def _extremes(shares: dict[str, float]) -> str:
 
 
 def _interval(profile: LayerProfile, name: str, index: int) -> str:
-    intervals = profile.uncertainty.get(name, [])
+    intervals = profile.uncertainty.get(name, []) if _varies(profile) else []
     return f", 95 % interval {intervals[index].low:.2f} to {intervals[index].high:.2f}" if intervals else ""

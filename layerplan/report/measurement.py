@@ -16,6 +16,7 @@ from layerplan.plan.describe import (
     describe_certainty,
     describe_measurement,
     describe_sensitivities,
+    get_answered_share,
     list_pairs,
 )
 from layerplan.plan.explain import read_choice
@@ -88,14 +89,13 @@ def render_measurement(
 
 def _sum_up(profile: LayerProfile, choice: BoundaryChoice) -> str:
     """Two sentences for who reads no further: how well the probes were answered, and whether a boundary is supported."""
-    answered = sum(profile.answered_share.values()) / max(len(profile.answered_share), 1)
     best = choice.best_boundary
     found = "No boundary between shallow and deep layers stands out"
     if choice.is_supported:
         found = f"Layers below {best} differ from those from {best} on"
     if best is not None:
         found += f" (the best is {best}; layers in other orders do as well with p = {choice.p_value:.2g})"
-    return f"The model answered {answered:.0%} of {profile.num_probes:,} probes rightly. {found}."
+    return f"The model answered {get_answered_share(profile):.0%} of {profile.num_probes:,} probes rightly. {found}."
 
 
 def _list_sentences(sentences: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,10 @@ def test_equal_probes_are_stable_and_four_layers_are_no_evidence_all_the_same() 
     assert "2 probes in 2 groups; the model answers 100% of them rightly" in words
     assert "The best boundary is 2" in words and "chosen in 100% of bootstrap resamples of the probes" in words
     assert "the measurement supports no boundary" in words
+    assert "which are alike, since groups hold a single probe" in words and "95 % interval" not in words
+    twice = measure(DEEP_READER, [replace(make_probe("a", 3), id=name, group="a") for name in "ab"])
+    words = " ".join([*describe_measurement(twice), *describe_certainty(twice)])
+    assert "single probe" not in words and "95 % interval" in words
 
 
 def test_the_answers_are_described_by_group() -> None:

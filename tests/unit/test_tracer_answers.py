@@ -92,10 +92,15 @@ def test_a_difference_within_groups_is_found_and_both_boundaries_are_named() -> 
 
 def describe(**fields) -> str:
     profile = make_profile(
-        QWEN3_0P6B_IDENTITY, [1.0] * 28, [1.0] * 27, num_probes=160, groups=["a", "b"],
-        answered_share={"a": 0.5, "b": 0.5}, **fields,
+        QWEN3_0P6B_IDENTITY, [1.0] * 28, [1.0] * 27, groups=["a", "b"],
+        **{"num_probes": 160, "answered_share": {"a": 0.5, "b": 0.5}, **fields},
     )  # fmt: skip
     return " ".join(describe_measurement(profile))
+
+
+def test_the_share_of_right_answers_is_of_probes_also_where_groups_differ_in_size() -> None:
+    found = describe(num_probes=6, answered_share={"a": 1.0, "b": 0.0}, num_right=5)
+    assert "6 probes in 2 groups; the model answers 83% of them rightly (from 0% in b to 100% in a)" in found
 
 
 def test_the_words_say_what_is_missing() -> None:
