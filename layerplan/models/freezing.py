@@ -72,16 +72,16 @@ def apply_plan(model: nn.Module, plan: FreezePlan) -> AppliedPlan:
     return AppliedPlan(frozenset(trainable), frozenset(frozen), frozenset(idle))
 
 
-def find_reached_parameters(model: nn.Module, parts: DecoderParts) -> frozenset[str]:
+def find_reached_parameters(model: nn.Module, parts: DecoderParts, *, computes: bool = True) -> frozenset[str]:
     """Names of the parameters that the logits of a text depend on, read from autograd's graph of a few tokens.
 
     An expert that these tokens were not routed to counts as reached when another of its list is. All do where the model
     does not run on tokens alone. A model on the meta device is run there, and where its code asks for values, on a CPU
-    with numbers that mean nothing.
+    with numbers that mean nothing, unless nothing may be computed.
     """
     everything = frozenset(name for name, _ in model.named_parameters())
     reached = _probe(model, parts, everything)
-    if reached is None and next(model.parameters()).is_meta:
+    if reached is None and computes and next(model.parameters()).is_meta:
         with hollow_values(model):
             reached = _probe(model, parts, everything)
     return everything if reached is None else reached

@@ -18,6 +18,7 @@ from layerplan.errors import ModelError, first_line
 from layerplan.models.causal_lm import DecoderParts, find_decoder_parts
 from layerplan.models.estimated_work import estimate_work
 from layerplan.models.files import load_hf_config
+from layerplan.models.freezing import find_reached_parameters
 from layerplan.models.layer_work import LayerWork, is_expert_stack, measure_work
 from layerplan.models.meta import build_without_memory
 from layerplan.models.module_sizes import measure_modules
@@ -67,6 +68,7 @@ def measure_shape(model: nn.Module) -> ModelShape:
         ModelError: When the model's parts cannot be found, or its work neither be followed nor estimated.
     """
     parts = find_decoder_parts(model)
+    unreached_params = _count_unreached(model, parts)  # by the model's own attention, which is about to be replaced
     try:
         work, is_exact = measure_work(model, parts), True
     except Exception:  # the model's own code, asking for values that are not there
@@ -86,6 +88,7 @@ def measure_shape(model: nn.Module) -> ModelShape:
         num_key_value_heads=attention.num_key_value_heads if attention else heads,
         head_dim=attention.query_head_dim if attention else max(1, hidden_size // heads),
         max_position_embeddings=positions_of(config) or UNBOUNDED,
+        unreached_params=unreached_params,
         shared=find_shared(parts),
         is_exact=is_exact,
         **_count_ends(model, parts, work.outside_flops),
@@ -142,6 +145,17 @@ def _count_ends(model: nn.Module, parts: DecoderParts, outside_flops: float) -> 
         "other_params": count(model),
         "other_matrix_params": max(0, round(outside_flops / 2) - head_matrix),
     }
+
+
+def _count_unreached(model: nn.Module, parts: DecoderParts) -> int:
+    """Parameters outside layers, embedding, norm and head that text does not reach; 0 where that cannot be asked."""
+    owned = (parts.layers, parts.embeddings, parts.final_norm, parts.lm_head)
+    known = {id(parameter) for module in owned for parameter in module.parameters()}
+    others = {name: value.numel() for name, value in model.named_parameters() if id(value) not in known}
+    if not others:
+        return 0
+    reached = find_reached_parameters(model, parts, computes=False)
+    return sum(size for name, size in others.items() if name not in reached)
 
 
 def _layer_shape(layer: nn.Module, work: LayerWork, hidden_size: int) -> LayerShape:

@@ -76,9 +76,9 @@ def predict_cost(
 
 
 def count_trainable_params(plan: FreezePlan, shape: ModelShape) -> int:
-    """Parameters that train under the plan; a tied matrix counts once."""
+    """Parameters that train under the plan; a tied matrix counts once, what text does not reach not at all."""
     if plan.trains_everything:
-        return shape.total_params
+        return shape.total_params - shape.unreached_params
     embeddings = shape.embedding_params if plan.train_embeddings or plan.tied == "head_only" else 0
     head = shape.head_params if plan.train_lm_head else 0
     norm = shape.final_norm_params if plan.train_final_norm else 0

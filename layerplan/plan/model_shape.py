@@ -155,6 +155,8 @@ class ModelShape(StrictModel):
     """Parameters of the norm after the last layer."""
     other_params: int = 0
     """Parameters beside all of these, such as learned positions; they train under `full` only."""
+    unreached_params: int = 0
+    """Those of them that no logit of a text depends on, such as a vision tower's; they stay frozen under every plan."""
     other_matrix_params: int = 0
     """Weights of matrices among them that a token is multiplied with."""
     shared: tuple[SharedParams, ...] = ()

@@ -170,6 +170,21 @@ def test_every_parameter_of_every_layer_is_counted(family: str, shapes: dict[str
     assert count_trainable_params(plan, shape) == trainable
 
 
+def test_a_vision_tower_is_not_said_to_train_under_any_plan() -> None:
+    text = {**FAMILIES["qwen3"], "num_hidden_layers": 4, "head_dim": 8}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    values = {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 4}
+    shape = make_model_shape({"model_type": "gemma3", **values})
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3", **values), dtype=torch.float32)
+    plan = plan_of(FullPlanConfig(), "gemma3", shape)
+    idle = apply_plan(model, plan).idle
+    assert idle and all("vision_tower" in name or "multi_modal_projector" in name for name in idle)
+    assert shape.unreached_params == sum(model.get_parameter(name).numel() for name in idle) == shape.other_params
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert count_trainable_params(plan, shape) == trainable < shape.total_params == model.num_parameters()
+
+
 def count_flops(model: nn.Module, seq_len: int) -> float:
     """FLOPs per token of one forward and backward pass over real numbers, attention as whole squares.
 
