@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from layerplan.models.base_check import (
     refuse_unaccounted,
 )
 from layerplan.models.files import find_tokenizer_file, load_hf_config
-from layerplan.models.meta import explain_load_error, hollow_values
+from layerplan.models.meta import ValuesAreTrue, explain_load_error, hollow_values
 from layerplan.models.tensor_map import TensorAccount, find_unfed, map_tensors
 from layerplan.models.weight_files import read_stored_tensors
 
@@ -193,8 +194,10 @@ def _find_final_norm(model: nn.Module, layers_path: str, *, width: int) -> str:
 
 def _runs_after(model: nn.Module, norm_path: str, layers_path: str) -> bool:
     """Whether a norm is called after the last layer, seen by running the model on one token, on the meta device if it can."""
-    calls = _list_calls(model, norm_path, layers_path)
-    if calls is None and next(model.parameters()).is_meta:
+    is_meta = next(model.parameters()).is_meta
+    with ValuesAreTrue() if is_meta else nullcontext():
+        calls = _list_calls(model, norm_path, layers_path)
+    if calls is None and is_meta:
         with hollow_values(model):
             calls = _list_calls(model, norm_path, layers_path)
     return calls is not None and layers_path in calls and norm_path in calls[calls.index(layers_path) :]

@@ -1,7 +1,8 @@
 """When the modules of a layer run, and when what they are given came into being: which of them a gradient crosses.
 
 Of a module that trains as the lowest, the gradient passes through every module whose input came after it. Inputs are told
-apart as objects: three projections of one state were given the same tensor, which was there before any of them ran.
+apart as objects, a view of the same width as what it is a view of: three projections of one state were given the same
+tensor, which was there before any of them ran.
 """
 
 from __future__ import annotations
@@ -41,13 +42,14 @@ def watch_events(layer: nn.Module) -> Iterator[LayerEvents]:
         if given is None or path in events.called:
             return
         events.called[path] = now
+        given = _root(given)
         events.born[path] = births.setdefault(id(given), (now, given))[0]
 
     def after(output: Any) -> None:
         now = next(clock)
         for item in output if isinstance(output, tuple) else (output,):
             if isinstance(item, Tensor):
-                births[id(item)] = now, item
+                births[id(_root(item))] = now, _root(item)
 
     def attended() -> None:
         events.mixing = events.mixing or next(clock)
@@ -66,3 +68,9 @@ def watch_events(layer: nn.Module) -> Iterator[LayerEvents]:
         attention_probe.on_call = None
         for handle in handles:
             handle.remove()
+
+
+def _root(tensor: Tensor) -> Tensor:
+    """The tensor of the same width that this one is a view of, as of a state whose rows and tokens became one dimension."""
+    base = tensor._base
+    return tensor if base is None or base.shape[-1:] != tensor.shape[-1:] else base

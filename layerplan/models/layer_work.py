@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,6 +28,7 @@ from layerplan.models import attention_probe, experts_probe
 from layerplan.models.attention_probe import AttentionCall
 from layerplan.models.causal_lm import DecoderParts
 from layerplan.models.layer_events import LayerEvents, watch_events
+from layerplan.models.meta import ValuesAreTrue
 from layerplan.models.saved_bytes import Sizes, measure_saved_bytes, solve_saved_bytes
 from layerplan.plan.model_shape import AttentionKind, SavedBytes
 
@@ -287,16 +287,6 @@ def _choose_implementations(model: nn.Module) -> None:
                 break
             except (AttributeError, ValueError, KeyError, ImportError):
                 continue
-
-
-class ValuesAreTrue(TorchDispatchMode):
-    """Answers a model that looks at a value of a meta tensor, as whether a mask is all ones: yes."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs every operation as it is but the one that makes a number of a tensor."""
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return True if args[0].dtype == torch.bool else 1
-        return func(*args, **(kwargs or {}))
 
 
 def counting() -> FlopCounterMode:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerplan.errors import ModelError, first_line
 
@@ -58,6 +59,16 @@ def hollow_values(model: nn.Module) -> Iterator[None]:
     finally:
         for module, key, parameter in places:
             module._parameters[key] = parameter
+
+
+class ValuesAreTrue(TorchDispatchMode):
+    """Answers a model that looks at a value of a meta tensor, as whether a mask is all ones: yes."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs every operation as it is but the one that makes a number of a tensor."""
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True if args[0].dtype == torch.bool else 1
+        return func(*args, **(kwargs or {}))
 
 
 def _lay_out(shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:

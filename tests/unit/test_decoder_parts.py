@@ -12,6 +12,7 @@ from layerplan.errors import ModelError, PlanError
 from layerplan.models.causal_lm import find_decoder_parts
 from layerplan.models.files import count_layers
 from layerplan.models.freezing import AppliedPlan, apply_plan
+from layerplan.models.meta import build_without_memory
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.tracer.model_runner import LayerRunner
@@ -51,7 +52,10 @@ def test_the_parts_lie_where_transformers_has_them(model_type: str):
 
 @pytest.mark.parametrize(("model_type", "path"), [("lfm2", "model.embedding_norm"), ("bart", "")])
 def test_a_norm_named_for_the_embedding_is_the_final_one_only_if_it_runs_after_the_layers(model_type: str, path: str):
-    assert find_decoder_parts(model_of(model_type)).final_norm_path == path
+    model = model_of(model_type)
+    assert find_decoder_parts(model).final_norm_path == path
+    without_memory = build_without_memory(model.config, name=model_type)
+    assert find_decoder_parts(without_memory).final_norm_path == path
 
 
 @pytest.mark.parametrize(
