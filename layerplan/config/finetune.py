@@ -88,7 +88,7 @@ TaskConfig = Annotated[
 
 
 class LoraOptions(StrictModel):
-    """Adapters of PEFT beside every linear map of the layers that train."""
+    """Adapters of PEFT beside every linear map of the layers that train; experts stacked in one tensor are none."""
 
     rank: int = Field(default=8, ge=1)
     """Width of an adapter."""
