@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from layerplan.artifacts import hash_files
+from layerplan.artifacts import compute_sha256, hash_files
 from layerplan.errors import ModelError, first_line
 from layerplan.models.gguf_file import SOURCE_NAME, read_source
 from layerplan.models.own_types import make_known
@@ -21,6 +21,8 @@ from layerplan.run_folder import CARD_NAME, PLAN_NAME, is_export
 WEIGHT_SUFFIXES = (*OTHER_FORMATS, ".safetensors", ".onnx_data", ".tflite", ".ot", ".mlmodel", ".pkl", ".distcp")
 OWN_FILES = (CARD_NAME, PLAN_NAME, SOURCE_NAME)
 """What an export says itself; the base's own card, plan and source are about another model."""
+
+_OF_THE_WRITER = ("_name_or_path", "transformers_version")
 
 TOKENIZER_SIBLINGS = ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json")
 """Files beside `tokenizer.json` that name its tokens; a model may lack any of them."""
@@ -158,13 +160,27 @@ def _fetch_siblings(name: str, revision: str) -> None:
             _fetch(name, sibling, revision)
 
 
-@lru_cache(maxsize=8)
 def identify_model(name: str, *, revision: str = "main") -> ModelIdentity:
-    """Returns who the model is: config facts, and for folders the hash of the weight files.
+    """Returns who the model is: config facts, and for folders the hash of the weight files, read anew when they changed.
 
     Raises:
         ModelError: When config or weights are missing.
     """
+    return _identify(name, revision, list_changes(name, "*.safetensors", SOURCE_NAME))
+
+
+def list_changes(name: str, *patterns: str) -> tuple[tuple[str, int, int], ...]:
+    """What tells that files of a folder were replaced: their names, times and sizes; nothing for a hub id.
+
+    A process that lives on, as a notebook's, must not take a folder for what it was.
+    """
+    folder = Path(name).expanduser()
+    found = [path for pattern in patterns for path in folder.glob(pattern)] if folder.is_dir() else []
+    return tuple((path.name, (stat := path.stat()).st_mtime_ns, stat.st_size) for path in sorted(found))
+
+
+@lru_cache(maxsize=8)
+def _identify(name: str, revision: str, changes: tuple[tuple[str, int, int], ...]) -> ModelIdentity:
     config = load_hf_config(name, revision=revision)
     folder = Path(name).expanduser()
     weights = hash_weight_files(folder) if folder.is_dir() else None
@@ -179,6 +195,25 @@ def identify_model(name: str, *, revision: str = "main") -> ModelIdentity:
         weights_sha256=weights,
         source=read_source(folder),
     )
+
+
+def hash_deciding_files(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> dict[str, str]:
+    """Hashes of what decides a model's numbers, by what it is: `config`, `weights` of a folder, `code` that may run.
+
+    Of the config its values count, not how they are written nor which version of transformers wrote them.
+
+    Raises:
+        ModelError: When config or weights are missing.
+    """
+    folder = Path(name).expanduser()
+    values = {key: value for key, value in load_hf_config(name, revision=revision).items() if key not in _OF_THE_WRITER}
+    found = {"config": compute_sha256(values)}
+    weights = identify_model(name, revision=revision).weights_sha256
+    if weights is not None:
+        found["weights"] = weights
+    if trust_remote_code and folder.is_dir():
+        found["code"] = hash_files(sorted(folder.glob("*.py")))
+    return found
 
 
 def count_layers(config: Mapping[str, Any]) -> int:

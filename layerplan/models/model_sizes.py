@@ -17,7 +17,7 @@ from torch import nn
 from layerplan.errors import ModelError, first_line
 from layerplan.models.causal_lm import DecoderParts, find_decoder_parts
 from layerplan.models.estimated_work import estimate_work
-from layerplan.models.files import load_hf_config
+from layerplan.models.files import list_changes, load_hf_config
 from layerplan.models.freezing import find_reached_parameters
 from layerplan.models.layer_work import LayerWork, is_expert_stack, measure_work
 from layerplan.models.meta import build_without_memory
@@ -27,13 +27,19 @@ from layerplan.models.positions import positions_of
 from layerplan.plan.model_shape import UNBOUNDED, LayerKind, LayerShape, ModelShape, SharedParams
 
 
-@lru_cache(maxsize=8)
 def load_model_shape(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> ModelShape:
-    """Returns the sizes of a folder's or hub id's model; reads its config and code, no weight.
+    """Returns the sizes of a folder's or hub id's model; reads its config and code, anew when they changed, no weight.
 
     Raises:
         ModelError: When the config is missing or no causal language model can be built from it.
     """
+    return _load_shape(name, revision, trust_remote_code, list_changes(name, "config.json", "*.py"))
+
+
+@lru_cache(maxsize=8)
+def _load_shape(
+    name: str, revision: str, trust_remote_code: bool, changes: tuple[tuple[str, int, int], ...]
+) -> ModelShape:
     from transformers import AutoConfig
 
     load_hf_config(name, revision=revision)

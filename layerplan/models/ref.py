@@ -51,6 +51,12 @@ class ModelRef:
 
         return identify_model(self.name, revision=self.revision)
 
+    def hash_files(self) -> dict[str, str]:
+        """Hashes of its config, weights and code, by these words; raises `ModelError`."""
+        from layerplan.models.files import hash_deciding_files
+
+        return hash_deciding_files(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
     def shape(self) -> ModelShape:
         """Its sizes, from config and code, no weight; raises `ModelError` when no causal model can be built from them."""
         from layerplan.models.model_sizes import load_model_shape
