@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +101,8 @@ def ask_all(
         EvaluationError: When an engine cannot start or keeps dying.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(work_dir / ANSWERS_LEDGER_NAME, [[ask.ids, ask.max_new_tokens] for ask in asks], spec)
+    prompts = [[ask.ids, ask.max_new_tokens] for ask in asks]
+    ledger = Ledger(work_dir / ANSWERS_LEDGER_NAME, prompts, spec, model_files=spec.model.hash_files())
     todo = [index for index in _order(asks, spec.backend) if index not in ledger.answers]
     if todo:
         progress = ProgressLines("prompts answered", len(asks), report, done=len(ledger.answers))
@@ -128,13 +129,17 @@ def clear_ledger(work_dir: Path) -> None:
 
 
 class Ledger:
-    """Answers on disk as they arrive; the first line says to which prompts and model they belong."""
+    """Answers on disk as they arrive; the first line says to which prompts and model they belong.
 
-    def __init__(self, path: Path, prompts: Sequence[Any], spec: EngineSpec) -> None:
+    A folder's name does not say which model: `model_files` are hashes of what lies in it.
+    """
+
+    def __init__(
+        self, path: Path, prompts: Sequence[Any], spec: EngineSpec, *, model_files: Mapping[str, str] | None = None
+    ) -> None:
         self._path = path
-        self._key = compute_sha256(
-            [list(prompts), spec.model.name, spec.model.revision, spec.backend, spec.dtype, spec.letter_ids]
-        )
+        engine = [spec.model.revision, spec.backend, spec.dtype, spec.num_gpus > 0, spec.letter_ids]
+        self._key = compute_sha256([list(prompts), spec.model.name, model_files, *engine])
         self.answers: dict[int, EngineAnswer] = {}
         if path.exists():
             self._read()
