@@ -25,6 +25,8 @@ MEASUREMENTS_STEM = "layer_measurements"
 MEASURED_NAME = "measured.jsonl"
 """What was measured so far, a line for each piece of work, so that an interrupted measurement goes on."""
 SELF_TEST_NAME = "self_test.json"
+BASE_FILES_NAME = "base_files.json"
+"""Hashes of an existing base's weights, config and code, when something was first made with it."""
 PLAN_NAME = "freeze_plan.json"
 PLAN_TEXT_NAME = "freeze_plan.md"
 COST_NAME = "predicted_cost.json"
@@ -188,6 +190,16 @@ class RunFolder:
         return self.root / SELF_TEST_NAME
 
     @property
+    def measured(self) -> Path:
+        """What was measured so far."""
+        return self.root / MEASURED_NAME
+
+    @property
+    def base_files(self) -> Path:
+        """Which existing base the run was made with."""
+        return self.root / BASE_FILES_NAME
+
+    @property
     def plan(self) -> Path:
         """The freeze plan."""
         return self.root / PLAN_NAME
@@ -305,9 +317,14 @@ class RunFolder:
         """Figure of the deviations before and after a fine-tuning."""
         return self.root / DEVIATIONS_NAME
 
+    @property
+    def samples(self) -> Path:
+        """Deviations and predictions of prompts with a label."""
+        return self.root / SAMPLES_NAME
+
     def samples_of(self, label: str, split: str) -> Path:
         """Deviations and predictions of a model, `base` or a step, on a split of a fine-tuning's task."""
-        return self.root / SAMPLES_NAME / f"{label}_{split}.parquet"
+        return self.samples / f"{label}_{split}.parquet"
 
     @property
     def figures(self) -> Path:

@@ -16,6 +16,7 @@ from layerplan.models.ref import ModelRef
 from layerplan.models.scratch import build_scratch_model, train_tokenizer
 from layerplan.models.weight_files import WEIGHTS_NAME
 from layerplan.pipeline.model_options import find_base
+from layerplan.pipeline.same_base import check_same_base
 from layerplan.pipeline.stages import RunContext, name_store, say, send_store, tracked
 from layerplan.pipeline.stitched import make_stitched
 from layerplan.pipeline.texts import PRETRAIN_FIELD, list_benchmark_texts
@@ -36,6 +37,7 @@ def prepare_model(context: RunContext) -> ModelRef:
         return make_stitched(context, model)
     if not isinstance(model, ScratchModelConfig):
         found = find_base(context.config)
+        check_same_base(context.folder, found)
         carry_folder(Path(found.name))  # a conversion, for the workers of other nodes
         return found
     finished = load_result(context.folder.base_model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ import pytest
 
 from eval.engine import EngineAnswer, EngineSpec
 from eval.pool import Ledger
+from layerplan.artifacts import write_text
+from layerplan.errors import ModelError
 from layerplan.models.ref import ModelRef
-from tests.model_folders import edit_config, edit_weights, save_tiny_base
+from layerplan.pipeline.same_base import check_same_base
+from layerplan.run_folder import RunFolder
+from tests.model_folders import edit_config, edit_weights, save_base_with_code, save_tiny_base
 
 
 def double_the_norm(tensors: dict[str, Any]) -> None:
@@ -21,6 +26,69 @@ def double_the_norm(tensors: dict[str, Any]) -> None:
 @pytest.fixture
 def base(tmp_path: Path) -> ModelRef:
     return ModelRef(str(save_tiny_base(tmp_path / "base")))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    (tmp_path / "run").mkdir()
+    return RunFolder(tmp_path / "run")
+
+
+MADE = ("self_test", "profile", "measured", "measurements", "plan", "samples", "sweep")
+
+
+@pytest.mark.parametrize("made", [*MADE, "scores"])
+def test_a_base_with_other_weights_is_refused_once_something_was_made_with_the_first(
+    base: ModelRef, run: RunFolder, made: str
+) -> None:
+    check_same_base(run, base)
+    path = run.scores_of("base") / "ceval.json" if made == "scores" else getattr(run, made)
+    write_text(path, "{}")
+    check_same_base(run, base)
+    edit_weights(Path(base.name), double_the_norm)
+    with pytest.raises(ModelError, match=r"base: its weights changed since .*run was begun; restore what was there"):
+        check_same_base(run, base)
+
+
+def test_a_base_may_be_mended_until_something_was_made_with_it(base: ModelRef, run: RunFolder) -> None:
+    check_same_base(run, base)
+    edit_weights(Path(base.name), double_the_norm)
+    check_same_base(run, base)
+    assert json.loads(run.base_files.read_text())["weights"] == base.identity().weights_sha256
+    write_text(run.plan, "{}")
+    check_same_base(run, base)
+
+
+def test_of_a_config_the_values_count_and_not_how_they_are_written(base: ModelRef, run: RunFolder) -> None:
+    """Another base of the rotary positions, say, is another model with the same weights."""
+    check_same_base(run, base)
+    write_text(run.plan, "{}")
+    config = Path(base.name) / "config.json"
+    values = dict(reversed(json.loads(config.read_text()).items())) | {"transformers_version": "9.9"}
+    config.write_text(json.dumps(values, indent=7))
+    check_same_base(run, base)
+    edit_config(Path(base.name), rms_norm_eps=0.5)
+    with pytest.raises(ModelError, match="its config changed since"):
+        check_same_base(run, base)
+
+
+def test_code_counts_where_it_may_run(tmp_path: Path, run: RunFolder) -> None:
+    folder = save_base_with_code(tmp_path / "own")
+    allowed = ModelRef(str(folder), trust_remote_code=True)
+    check_same_base(run, allowed)
+    write_text(run.plan, "{}")
+    (folder / "modeling_tidal.py").write_text((folder / "modeling_tidal.py").read_text() + "\n# another\n")
+    with pytest.raises(ModelError, match="its code changed since"):
+        check_same_base(run, allowed)
+    check_same_base(run, replace(allowed, trust_remote_code=False))
+
+
+def test_a_run_of_a_version_that_noted_no_base_goes_on(base: ModelRef, run: RunFolder) -> None:
+    write_text(run.plan, "{}")
+    check_same_base(run, base)
+    edit_weights(Path(base.name), double_the_norm)
+    with pytest.raises(ModelError, match="its weights changed"):
+        check_same_base(run, base)
 
 
 def test_a_folder_that_is_replaced_is_another_model_in_the_same_process_too(base: ModelRef) -> None:
