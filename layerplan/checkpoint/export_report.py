@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ class ExportReport:
     """Dtypes of the trained tensors in the files."""
     logits_moved_by_rounding: float
     """Largest difference of a logit that rounding to those dtypes made, relative to the largest logit; 0 for float32."""
+    export_dtype: str = "base"
+    """What `train.export_dtype` asked for."""
 
     def save(self, path: Path) -> None:
         """Writes the proof as JSON, atomically."""
@@ -32,5 +35,19 @@ class ExportReport:
             "trained_tensors_changed": self.num_trained_changed,
             "trained_tensors_dtype": ", ".join(self.trained_dtypes),
             "logits_moved_by_rounding": self.logits_moved_by_rounding,
+            "export_dtype": self.export_dtype,
         }
         write_json(path, values)
+
+
+def is_exported_as(path: Path, export_dtype: str) -> bool:
+    """Whether the export that a report is of has what `train.export_dtype` asks for now.
+
+    Reports of versions that did not note it are of `base` or, where all that trained is float32, of both.
+    """
+    if not path.exists():
+        return True
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if "export_dtype" not in found and found.get("trained_tensors_dtype") == "float32":
+        return True
+    return bool(found.get("export_dtype", "base") == export_dtype)

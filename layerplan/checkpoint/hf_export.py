@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ def export_hf(
             _say_float32(partial)
         plan.save(partial / PLAN_NAME)
         logits = check_export(base.at(partial), weights, skeleton, trained.hashes)
-        report = _report(out_dir, applied, trained, logits)
+        report = replace(_report(out_dir, applied, trained, logits), export_dtype=export_dtype)
         card = render_model_card(plan.sealed(), step=state.get("step", 0), state=state, report=report)
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
     return report

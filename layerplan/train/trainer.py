@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from layerplan.checkpoint.export_report import is_exported_as
 from layerplan.checkpoint.index import list_checkpoints, prune_checkpoints
 from layerplan.checkpoint.layout import read_train_state
 from layerplan.corpus.manifest import Manifest
@@ -52,7 +53,8 @@ def run_training(
 ) -> TrainResult:
     """Trains the plan, or continues, or returns the result of a run that is already finished.
 
-    A finished run whose `max_steps` was raised continues from its last checkpoint (`layerplan/train/horizon.py`).
+    A finished run whose `max_steps` was raised continues from its last checkpoint (`layerplan/train/horizon.py`), and one whose
+    `export_dtype` changed is exported anew from it.
 
     SIGTERM makes the workers save a checkpoint and stop; the signal is then delivered again to whoever handled it
     before, so that a job exits as it would have.
@@ -71,7 +73,7 @@ def run_training(
     started = time.perf_counter()
     finished = load_result(request.run_dir)
     if finished is not None and finished.final_step >= request.config.max_steps:
-        return finished
+        return _refresh_export(request, finished) if exports else finished
     check_feed(request.store, num_lanes=request.config.global_batch_size, seed=request.seed)
     check_training_fits(request)
     request.run_dir.mkdir(parents=True, exist_ok=True)
@@ -98,7 +100,20 @@ def export_result(request: TrainRequest) -> TrainResult:
     if result is None or result.stopped_early:
         raise TrainingError(f"{request.run_dir}: its training is not finished, there is nothing to export")
     if result.hf_dir is not None and result.hf_dir.exists():
+        return _refresh_export(request, result)
+    return _export_anew(request, result)
+
+
+def _refresh_export(request: TrainRequest, result: TrainResult) -> TrainResult:
+    """The result with an export in the dtype that the config asks for now, written again where it has another."""
+    asked = request.config.export_dtype
+    if result.hf_dir is None or is_exported_as(request.run_dir / EXPORT_NAME, asked):
         return result
+    logger.info("train.export_dtype is %s now: exporting %s anew", asked, name_step(result.final_step))
+    return _export_anew(request, result)
+
+
+def _export_anew(request: TrainRequest, result: TrainResult) -> TrainResult:
     checkpoint = find_home(request.run_dir.resolve() / CHECKPOINTS_NAME) / name_step(result.final_step)
     exported = replace(result, hf_dir=_export(request, checkpoint, result.final_step))
     exported.save(request.run_dir)

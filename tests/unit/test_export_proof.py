@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from layerplan.checkpoint import hf_export
 from layerplan.checkpoint.dcp import save_checkpoint
-from layerplan.checkpoint.export_report import ExportReport
+from layerplan.checkpoint.export_report import ExportReport, is_exported_as
 from layerplan.checkpoint.hf_export import export_hf
 from layerplan.checkpoint.trained_values import TrainedValues
 from layerplan.config.plan import FreezeDeepPlanConfig
-from layerplan.config.train import OptimizerConfig
+from layerplan.config.train import OptimizerConfig, TrainConfig
 from layerplan.errors import CheckpointError, ModelError
 from layerplan.models.base_check import check_base_model
 from layerplan.models.causal_lm import load_causal_lm
@@ -33,6 +33,8 @@ from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_full_plan, make_plan
 from layerplan.train.optim import build_optimizer
+from layerplan.train.request import TrainRequest, TrainResult
+from layerplan.train.trainer import export_result, run_training
 from tests.model_folders import edit_config, edit_weights, save_base_with_code, save_tiny_base
 from tests.qwen3 import TINY_QWEN3
 
@@ -375,3 +377,41 @@ def test_a_checkpoint_of_another_plan_is_refused(run: Run, tmp_path: Path) -> No
     other = make_plan(FreezeDeepPlanConfig(boundary=2), model=run.plan.model, shape=shape)
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         export_hf(base=ModelRef(str(run.base)), checkpoint=run.checkpoint, out_dir=tmp_path / "out", plan=other)
+
+
+def test_a_finished_training_is_exported_anew_when_another_dtype_is_asked_for(tmp_path: Path) -> None:
+    """The field may change under a run's name: the folder, the report and the config say the same."""
+    base = store_as(save_tiny_base(tmp_path / "base"), lambda name: torch.bfloat16)
+    folder = tmp_path / "run"
+    run = train_briefly(base, folder / "checkpoints" / "step_00000001")
+    TrainResult(1, run.checkpoint, 2.0, 1.0, None, 24, 1.0, 1.0, 1.0, 0.1, 0, 0, {}, False, None).save(folder)
+
+    def go_on(dtype: str) -> tuple[set[str], dict[str, Any]]:
+        config = TrainConfig(max_steps=1, export_dtype=dtype)
+        request = TrainRequest(folder, ModelRef(str(base)), run.plan, folder / "store", config, seed=0)
+        finished = export_result(request) if not (folder / "hf").exists() else run_training(request)
+        assert finished.hf_dir == folder / "hf" / "step_00000001"
+        return {item[0] for item in read_raw(finished.hf_dir).values()}, json.loads(
+            (folder / "export.json").read_text()
+        )
+
+    assert go_on("base")[0] == {"BF16"}
+    stamp = (folder / "hf" / "step_00000001").stat().st_ino
+    go_on("base")
+    assert (folder / "hf" / "step_00000001").stat().st_ino == stamp, "nothing changed, nothing is written"
+    dtypes, report = go_on("float32")
+    assert dtypes == {"BF16", "F32"} and (report["export_dtype"], report["trained_tensors_dtype"]) == (
+        "float32",
+        "float32",
+    )
+    dtypes, report = go_on("base")
+    assert dtypes == {"BF16"} and report["export_dtype"] == "base"
+
+
+def test_an_export_of_before_its_dtype_was_noted_counts_as_the_bases(tmp_path: Path) -> None:
+    path = tmp_path / "export.json"
+    assert is_exported_as(path, "float32"), "nothing says what it is"
+    path.write_text('{"trained_tensors_dtype": "bfloat16"}')
+    assert is_exported_as(path, "base") and not is_exported_as(path, "float32")
+    path.write_text('{"trained_tensors_dtype": "float32"}')
+    assert is_exported_as(path, "base") and is_exported_as(path, "float32")
