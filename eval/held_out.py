@@ -45,6 +45,8 @@ class HeldOutResult(StrictModel):
     """Folder name or hub id."""
     weights_sha256: str | None
     """Hash of a folder's weight files."""
+    config_sha256: str | None = None
+    """Hash of the values of its config; None in results of versions that did not look."""
     dtype: str
     """Precision asked for."""
     window: int

@@ -108,7 +108,7 @@ def load_finished(model: ModelRef, config: EvaluationConfig, out_dir: Path) -> R
         first = stored.get(f"{benchmark.name}/{config.protocols[0]}")
         if first is None or first.origin is None:
             return None
-        known = {"weights_sha256": first.origin.weights_sha256, "encoding": first.origin.encoding}
+        known = first.origin.model_dump(include={"weights_sha256", "encoding", "config_sha256"})
         origin = _make_origin(name_folder(Path(model.name)), model, config, **known)
         results = _read_finished(stored, benchmark, config, origin)
         if results is None:
@@ -146,13 +146,13 @@ def _describe_origins(
 ) -> dict[str, ScoreOrigin]:
     """Of each benchmark, what its scores come from."""
     identity = model.identity()
-    tokenizer = model.tokenizer()
+    tokenizer, config_sha256 = model.tokenizer(), model.hash_files()["config"]
     origins = {}
     for benchmark in benchmarks:
         tokens = _answer_tokens(tokenizer, model, benchmark, config)
         prompts = format_prompts(benchmark, style=config.style)
         encoding = describe_encoding(tokenizer, prompts, tokens, style=config.style)
-        known = {"weights_sha256": identity.weights_sha256, "encoding": encoding}
+        known = {"weights_sha256": identity.weights_sha256, "encoding": encoding, "config_sha256": config_sha256}
         origins[benchmark.name] = _make_origin(identity.name, model, config, **known)
     return origins
 
@@ -275,7 +275,8 @@ def _read_finished(
         if (
             result is None
             or result.protocol_id != make_protocol_id(benchmark, protocol, config)
-            or result.origin != origin
+            or result.origin is None
+            or not result.origin.is_that_of(origin)
             or len(result.repeats) < config.repeats
         ):
             return None

@@ -56,6 +56,13 @@ class ScoreOrigin(StrictModel):
     """Precision asked for."""
     encoding: str = ""
     """Begin token, letters' tokens and control tokens, where prompts are encoded otherwise than by earlier versions."""
+    config_sha256: str | None = None
+    """Hash of the values of the model's config; None in scores of versions that did not look."""
+
+    def is_that_of(self, other: ScoreOrigin) -> bool:
+        """Whether both come from the same, as far as both know."""
+        mine, theirs = (each.model_copy(update={"config_sha256": None}) for each in (self, other))
+        return mine == theirs and (None in (self.config_sha256, other.config_sha256) or self == other)
 
 
 class EvaluationResult(StrictModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from layerplan.models.ref import ModelRef
 from layerplan.run_folder import ANSWERS_LEDGER_NAME
 from tests.families import class_name
 from tests.families import make_config as make_family_config
-from tests.model_folders import give_code
+from tests.model_folders import edit_config, give_code
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -226,6 +227,36 @@ def test_what_cannot_be_scored_is_one_clear_error(ray_local: None, model: str, t
         EvaluationError, match=r"question [a-z_]+/\d+ needs \d+ tokens with its answer, the model has 60"
     ):
         evaluate_model(ModelRef(str(short)), make_config(), tmp_path / "out")
+
+
+def test_scores_of_a_config_that_was_edited_since_are_not_read_back(
+    ray_local: None, model: str, tmp_path: Path
+) -> None:
+    """Scores of a version that did not look at the config are, so that nobody scores everything anew."""
+    base, out, held = tmp_path / "base", tmp_path / "out", tmp_path / "held.jsonl"
+    shutil.copytree(model, base)
+    held.write_text('{"id": "a", "text": "计算机科学"}\n', encoding="utf-8")
+    text = {"name": "h", "source": {"path": str(held)}}
+    benchmarks = [{"name": "ceval", "max_questions": 1}]
+    config = make_config(benchmarks=benchmarks, protocols=["logit"], continuation_prompts=[], held_out=[text])
+
+    def score() -> tuple[list[str], list[tuple[float, ...]], float]:
+        said: list[str] = []
+        evaluate_model(ModelRef(str(base)), config, out, report=said.append)
+        asked = [line.partition(" ")[0] for line in said if line.startswith(("asking", "bits"))]
+        answers = [answer.letter_logprobs for answer in load_answers(out, "ceval", "logit")]
+        return asked, answers, load_held_out(out)["h"].bits_per_byte
+
+    first = score()
+    assert score() == ([], *first[1:])
+    edit_config(base, rms_norm_eps=0.5)
+    edited = score()
+    assert edited[0] == first[0] == ["asking", "bits"] and edited[1] != first[1] and edited[2] != first[2]
+    for path in (out / "ceval.json", out / "held_out" / "h.json"):
+        path.write_text(re.sub(r',?\s*"config_sha256": "[0-9a-f]{64}"', "", path.read_text()))
+        assert "config_sha256" not in path.read_text()
+    edit_config(base, rms_norm_eps=1e-6)
+    assert score() == ([], *edited[1:])
 
 
 def test_vllm_keeps_beginnings_for_models_without_a_state_only(model: str, tmp_path: Path) -> None:
