@@ -119,6 +119,7 @@ def _pretrain_config(train: TrainConfig, model: ScratchModelConfig) -> TrainConf
             "checkpoint_every_steps": model.pretrain_steps,
             "validate_every_steps": model.pretrain_steps,
             "keep_checkpoints": 1,
+            "cache_prefix": "off",  # nothing is frozen
             "optimizer": train.optimizer.model_copy(update={"learning_rate": model.pretrain_learning_rate}),
         }
     )

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from layerplan.config.load import validate_config
+from layerplan.config.model import ScratchModelConfig
 from layerplan.config.plan import ExplicitPlanConfig, FreezeShallowPlanConfig, FullPlanConfig
 from layerplan.config.train import OptimizerConfig, TrainConfig
 from layerplan.corpus.rows import PackedRows
 from layerplan.models.causal_lm import find_decoder_parts
 from layerplan.models.freezing import compute_tensor_hashes
+from layerplan.pipeline.base_model import _pretrain_config
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.plan.model_shape import ModelShape
@@ -203,3 +205,9 @@ def test_what_it_saves_and_costs_is_priced() -> None:
 def test_yaml_reads_on_and_off_as_booleans(given: object, kept: str) -> None:
     values = {"name": "n", "model": {"type": "pretrained", "name": "m"}, "train": {"cache_prefix": given}}
     assert validate_config(values).train.cache_prefix == kept
+
+
+def test_a_base_made_from_scratch_is_trained_without_the_cache_that_its_run_asks_for() -> None:
+    """Everything of it trains: `on` would refuse it, attempt after attempt, before the run's own training began."""
+    config = _pretrain_config(TrainConfig(cache_prefix="on"), ScratchModelConfig())
+    assert config.cache_prefix == "off" and config.max_steps == ScratchModelConfig().pretrain_steps
