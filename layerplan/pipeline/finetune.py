@@ -72,6 +72,11 @@ def require_finetune(config: RunConfig) -> FinetuneConfig:
         faults.append("corpus: finetune.task gives the rows; leave corpus.store and corpus.upload_to out")
     if not config.corpus.document_mask:
         faults.append("corpus.document_mask=false: every prompt has a row of its own; leave it out")
+    for name in ("held_out", "score_every_steps", "guardrail_points"):
+        if getattr(config.evaluation, name):
+            faults.append(
+                f"evaluation.{name}: base and result are scored on the task's test prompts alone; leave it out"
+            )
     if faults:
         raise ConfigError(*faults)
     return section

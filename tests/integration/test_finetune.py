@@ -179,6 +179,11 @@ def test_vllm_serves_the_merged_export_as_peft_serves_the_adapter(runs: Path, se
     [
         ("finetune=null", "finetune: is required by this command"),
         ("plan={type: full}", "plan.type=full: finetune.method=salf decides the plan; leave plan out"),
+        ("evaluation.score_every_steps=6", "evaluation.score_every_steps: base and result are scored on the task's"),
+        (
+            "evaluation.held_out=[{name: h, source: {path: x}}]",
+            "evaluation.held_out: base and result are scored on the",
+        ),
         ("train.max_steps=5", "train.max_steps=5: 1 epochs of 22 prompts at train.global_batch_size=4 are 6 steps"),
     ],
 )
