@@ -11,6 +11,7 @@ from layerplan.artifacts import write_text
 from layerplan.config.measure import MEASUREMENTS, Measurement
 from layerplan.config.run import RunConfig
 from layerplan.measure.from_profile import convert_alignment, convert_semantic, price_tracing
+from layerplan.measure.pilot import count_pilot_steps
 from layerplan.measure.pool import measure_model
 from layerplan.models.ref import ModelRef
 from layerplan.pipeline.stages import RunContext, say, tracked
@@ -100,8 +101,17 @@ def find_measurements(context: RunContext, model: ModelRef) -> LayerMeasurements
     path = context.folder.measurements
     if path.exists():
         found = LayerMeasurements.load(path)
-        if set(wanted) <= {each.name for each in found.measurements}:
+        there = {each.name: each for each in found.measurements}
+        if set(wanted) <= set(there) and not is_of_other_steps(there.get("pilot"), context.config, wanted):
             say("measure", f"found {path}")
             return found
     say("measure", f"measuring the layers of {model}: {', '.join(wanted)}")
     return measure(context, model, wanted)
+
+
+def is_of_other_steps(pilot: LayerMeasurement | None, config: RunConfig, wanted: Sequence[Measurement]) -> bool:
+    """Whether the plan reads a pilot of another share of the run: `train.max_steps` may be raised after it was taken."""
+    if pilot is None or "pilot" not in wanted:
+        return False
+    steps = count_pilot_steps(config.train.max_steps, config.measure.pilot_share)
+    return bool(pilot.options.get("steps", steps) != steps)

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from layerplan.actor_pool import ActorPool, map_over_actors
+from layerplan.artifacts import compute_sha256
 from layerplan.aside import writing_aside
 from layerplan.config.trace import TraceConfig
-from layerplan.errors import ModelError
+from layerplan.errors import ModelError, ProbeError
 from layerplan.models.footprint import estimate_actor_memory
 from layerplan.models.ref import ModelRef
 from layerplan.models.semantic_bases import SemanticBases
@@ -31,6 +32,8 @@ from layerplan.tracer.pool import check_complete
 
 MAX_TOKENS = 8192
 """Tokens of a forward pass."""
+SAMPLES_SHA256 = b"samples_sha256"
+"""In the file of the records: hash of the samples they are of."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,21 @@ def measure_samples(
     """
     if not path.exists():
         write_records(path, samples, _measure(model, samples, config, report))
-    records_read: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    table = pq.read_table(path)
+    records_read: list[dict[str, Any]] = table.to_pylist()
     check_complete([sample.id for sample in samples], [record["id"] for record in records_read])
+    known = (table.schema.metadata or {}).get(SAMPLES_SHA256)
+    if known is not None and known.decode() != hash_samples(samples):
+        raise ProbeError(
+            f"{path}: prompts of the same ids have other tokens or labels now; remove it to measure them, or choose another"
+            " name"
+        )
     return records_read
+
+
+def hash_samples(samples: Sequence[Sample]) -> str:
+    """Of ids, tokens and labels, in order: an id may be no more than the number of a line."""
+    return compute_sha256([[sample.id, list(sample.input_ids), sample.label_id] for sample in samples])
 
 
 @torch.no_grad()
@@ -138,6 +153,7 @@ def write_records(path: Path, samples: Sequence[Sample], found: Sequence[dict[st
     records = {record["id"]: record for record in found}
     check_complete([sample.id for sample in samples], list(records))
     table = pa.Table.from_pylist([_plain(records[sample.id]) for sample in samples])
+    table = table.replace_schema_metadata({SAMPLES_SHA256: hash_samples(samples)})
     with writing_aside(path) as aside:
         pq.write_table(table, aside, compression="zstd")
 

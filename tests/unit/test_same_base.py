@@ -1,4 +1,4 @@
-"""A folder of a model may be another model tomorrow: what was made with the one is not taken for the other's."""
+"""What lies under a name may be another thing tomorrow: what was made of the one is not taken for the other's."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from eval.engine import EngineAnswer, EngineSpec
 from eval.pool import Ledger
 from layerplan.artifacts import write_text
-from layerplan.errors import ModelError
+from layerplan.config.run import RunConfig
+from layerplan.config.trace import TraceConfig
+from layerplan.errors import ModelError, ProbeError
 from layerplan.models.ref import ModelRef
+from layerplan.pipeline.measure_layers import is_of_other_steps
 from layerplan.pipeline.same_base import check_same_base
+from layerplan.plan.layer_measurement import LayerMeasurement, MeasuringCost
 from layerplan.run_folder import RunFolder
+from layerplan.tracer.samples import Sample, measure_samples, write_records
 from tests.model_folders import edit_config, edit_weights, save_base_with_code, save_tiny_base
 
 
@@ -111,3 +117,29 @@ def test_answers_of_a_model_that_lay_in_the_folder_before_are_not_taken_over(bas
     assert open_ledger(replace(spec, num_gpus=1)).answers == {}, "`auto` is another dtype there"
     edit_weights(Path(base.name), double_the_norm)
     assert open_ledger(spec).answers == {}
+
+
+def test_prompts_edited_under_their_ids_are_not_those_that_were_measured(tmp_path: Path) -> None:
+    """Ids of a `jsonl` task are numbers of lines, so that a measurement that a kill left fits whatever stands there now."""
+    path, samples = tmp_path / "train.parquet", [Sample("train/0", (5, 6), 1), Sample("train/1", (7,), 2)]
+    found = [{"id": each.id, "label_id": each.label_id, "predicted_id": 0} for each in samples]
+    write_records(path, samples, found)
+    assert measure_samples(ModelRef("m"), samples, TraceConfig(), path=path) == found
+    edited = [Sample("train/0", (5, 9), 1), samples[1]]
+    with pytest.raises(ProbeError, match=r"train\.parquet: prompts of the same ids have other tokens or labels now"):
+        measure_samples(ModelRef("m"), edited, TraceConfig(), path=path)
+    pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
+    assert measure_samples(ModelRef("m"), edited, TraceConfig(), path=path) == found, (
+        "of a version that did not note it"
+    )
+
+
+@pytest.mark.parametrize(("max_steps", "is_other"), [(4, False), (5, False), (80, False), (81, True), (200, True)])
+def test_a_pilot_is_a_share_of_the_steps_that_the_run_has_now(max_steps: int, is_other: bool) -> None:
+    """5 % and at least 4: 4 steps up to 80, 5 for 81."""
+    values = {"name": "run", "model": {"type": "pretrained", "name": "m"}, "train": {"max_steps": max_steps}}
+    config = RunConfig.model_validate(values)
+    cost = MeasuringCost(flops=1.0, seconds=1.0, tokens=1)
+    pilot = LayerMeasurement(name="pilot", values=[1.0, 2.0], options={"steps": 4}, cost=cost)
+    assert is_of_other_steps(pilot, config, ["pilot"]) == is_other
+    assert not is_of_other_steps(pilot, config, ["fisher"]) and not is_of_other_steps(None, config, ["pilot"])
