@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerplan.aside import making_folder
-from layerplan.errors import ModelError, first_line
+from layerplan.errors import ModelError
 from layerplan.models.gguf_file import SOURCE_NAME, GgufFile, open_gguf
+from layerplan.models.gguf_tokenizer import doubt_tokenizer, write_tokenizer
 from layerplan.models.weight_files import INDEX_NAME
 from layerplan.models.weight_shards import write_shards
 from layerplan.plan.layer_profile import ModelSource
@@ -39,7 +40,7 @@ def convert_gguf(path: Path, out_dir: Path, *, dtype: Dtype = "auto") -> ModelSo
     if out_dir.exists():
         raise ModelError(f"{out_dir}: exists already; name another folder, or remove it")
     file = open_gguf(path)
-    source = file.describe_source()
+    source = file.describe_source(note=doubt_tokenizer(file))
     with making_folder(
         out_dir
     ) as made:  # two processes may convert at once: the one that ends second throws its own away
@@ -57,7 +58,7 @@ def _write_model(file: GgufFile, work: Path, out_dir: Path, dtype_name: str) -> 
 
     facts = read_facts(file)
     config, model = facts.config, build_without_memory(facts.config, name=str(file.path))
-    _write_tokenizer(file, work / "alone", out_dir)
+    write_tokenizer(file, work / "alone", out_dir)
     config.architectures = [type(model).__name__]
     config.dtype = getattr(torch, dtype_name)
     config.__dict__.pop("_model_name_or_path", None)
@@ -70,24 +71,6 @@ def _write_model(file: GgufFile, work: Path, out_dir: Path, dtype_name: str) -> 
         check_base_model(str(out_dir))
     except ModelError as error:
         raise ModelError(str(error).replace(str(out_dir), str(file.path))) from None
-
-
-def _write_tokenizer(file: GgufFile, alone: Path, out_dir: Path) -> None:
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
-
-    alone.mkdir()  # transformers would read what lies beside the file, which may be another model's
-    (alone / "model.gguf").symlink_to(file.path.resolve())
-    try:
-        AutoTokenizer.from_pretrained(str(alone), gguf_file="model.gguf").save_pretrained(out_dir)
-        Tokenizer.from_file(str(out_dir / "tokenizer.json"))
-    except Exception as error:  # a library's code over data of any shape
-        kind = file.reader.fields.get("tokenizer.ggml.model")
-        said = repr(kind.contents()) if kind is not None else "none"
-        raise ModelError(
-            f"model.name={file.path}: its tokenizer ({said}) cannot be rebuilt ({first_line(error)}); convert the model's"
-            " safetensors, or save its tokenizer.json with them"
-        ) from None
 
 
 def _spell_as_stored(model: Any, out_dir: Path) -> None:

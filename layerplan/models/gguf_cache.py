@@ -19,6 +19,8 @@ PACKAGE_SCHEME = "package://"
 """A file inside an installed Python package: `package://<import name>/<path>`."""
 CACHE_NAME = "gguf_models"
 KEY_CHARS = 16
+CONVERSION = 2
+"""Raised when a file becomes another folder than before: 2 has the tokenizer that the file describes, whole."""
 
 
 def is_gguf(name: str) -> bool:
@@ -31,7 +33,7 @@ def find_model(name: str, cache: Path, *, report: Callable[[str], None] = logger
 
     Args:
         name: Folder, hub id, path of a `.gguf` file, or `package://<import name>/<path>`.
-        cache: Folder that every node reaches; the conversion lies at `gguf_models/<sha256>/<file stem>` in it.
+        cache: Folder that every node reaches; the conversion lies at `gguf_models/<sha256>-<version>/<file stem>` in it.
         report: Receives one line when a file is converted.
 
     Raises:
@@ -49,7 +51,7 @@ def find_model(name: str, cache: Path, *, report: Callable[[str], None] = logger
 
 @lru_cache(maxsize=8)
 def _convert_once(path: Path, cache: Path, report: Callable[[str], None]) -> Path:
-    folder = cache / CACHE_NAME / hash_file(path)[:KEY_CHARS] / path.stem
+    folder = cache / CACHE_NAME / f"{hash_file(path)[:KEY_CHARS]}-{CONVERSION}" / path.stem
     if not folder.exists():
         report(f"converting {path.name} to safetensors, once: {folder}")
         try:

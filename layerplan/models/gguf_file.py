@@ -19,7 +19,6 @@ from layerplan.plan.layer_profile import ModelSource
 GGUF_SUFFIX = ".gguf"
 SOURCE_NAME = "gguf_source.json"
 """In a converted folder: which GGUF file it was made of."""
-GPT2_RULES = ("gpt-2", "default")
 FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """GGUF types that hold values rather than blocks, with torch's name of each."""
 
@@ -38,25 +37,14 @@ class GgufFile:
         """Tensors of each type, commonest first."""
         return dict(Counter(tensor.tensor_type.name for tensor in self.reader.tensors).most_common())
 
-    def describe_source(self) -> ModelSource:
-        """Name, hash and types of the file, as the converted folder and its plans keep them."""
+    def describe_source(self, *, note: str = "") -> ModelSource:
+        """Name, hash and types of the file, as the converted folder and its plans keep them, and what is in doubt."""
         return ModelSource(
             file=self.path.name,
             sha256=hash_file(self.path),
             tensor_types=self.type_counts,
-            note=self._doubt_tokenizer(),
+            note=note,
         )
-
-    def _doubt_tokenizer(self) -> str:
-        """Says so when the file names a rule of splitting text that `transformers` does not know: it takes GPT-2's then."""
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-        fields = self.reader.fields
-        kind, rule = (fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-        name = rule.contents() if rule is not None else "default"
-        if kind is None or kind.contents() != "gpt2" or name in (*GGUF_PRE_TOKENIZER_SPLITS, *GPT2_RULES):
-            return ""
-        return f"transformers does not know the tokenizer's rule {name!r} and splits text as GPT-2 does"
 
     def choose_dtype(self) -> str:
         """The narrowest of float16, bfloat16 and float32 that holds every stored value exactly.
