@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 
 from layerplan.models.causal_lm import load_causal_lm, load_tokenizer
 from layerplan.models.files import identify_model
@@ -13,7 +14,9 @@ from tests.real_model import NUM_TEXTS, SMOLLM2
 pytestmark = pytest.mark.real_model
 
 
-def test_weights_and_tokens_are_those_of_transformers_own_reader(smollm2: str, texts: list[str]) -> None:
+def test_weights_and_tokens_are_those_of_transformers_own_reader_with_the_models_rule(
+    smollm2: str, texts: list[str]
+) -> None:
     pytest.importorskip("accelerate", reason="transformers' own reader of GGUF files wants accelerate")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,13 +26,22 @@ def test_weights_and_tokens_are_those_of_transformers_own_reader(smollm2: str, t
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     reference = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     assert len(texts) == NUM_TEXTS
+    rule = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        rule
+    )  # as the model's own tokenizer.json has it
     assert load_tokenizer(smollm2)(texts)["input_ids"] == reference(texts)["input_ids"]
 
 
-def test_the_identity_says_what_of_the_file_transformers_does_not_know(smollm2: str) -> None:
-    """`smollm` splits off each digit before anything else; by GPT-2's rule two line breaks before a digit come apart."""
+def test_each_digit_is_split_off_before_anything_else(smollm2: str) -> None:
+    """By GPT-2's rule two line breaks before a digit come apart."""
+    tokenizer = load_tokenizer(smollm2)
+    assert tokenizer.tokenize("a\n\n12") == ["a", "ĊĊ", "1", "2"]
+
+
+def test_the_identity_says_what_the_file_holds(smollm2: str) -> None:
     source = identify_model(smollm2).source
-    assert source is not None and "rule 'smollm'" in source.note
+    assert source is not None and source.note == ""
     assert source.tensor_types == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
 
 
