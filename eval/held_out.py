@@ -48,7 +48,7 @@ class HeldOutResult(StrictModel):
     config_sha256: str | None = None
     """Hash of the values of its config; None in results of versions that did not look."""
     dtype: str
-    """Precision asked for."""
+    """Precision it was computed in; `auto` in results of versions that recorded what was asked for."""
     window: int
     """Tokens a prediction can look back, at most."""
     bits_per_byte: float
@@ -144,8 +144,8 @@ def is_held_out_scored(config: EvaluationConfig, out_dir: Path) -> bool:
     stored = load_held_out(out_dir, [item.name for item in config.held_out])
     for item in config.held_out:
         before = stored.get(item.name)
-        wanted = (compute_sha256([document.text for document in read_held_out(item)]), config.dtype)
-        if before is None or (before.text_sha256, before.dtype) != wanted:
+        wanted = (compute_sha256([document.text for document in read_held_out(item)]), config.computed_dtype)
+        if before is None or (before.text_sha256, config.read_dtype(before.dtype)) != wanted:
             return False
     return True
 

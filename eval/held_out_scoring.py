@@ -111,7 +111,7 @@ def score_held_out(
         return {}
     texts = _describe_texts(model, config)
     found = load_held_out(out_dir, [text.name for text in texts])
-    wanted = [text for text in texts if not _is_scored(text, found.get(text.name))]
+    wanted = [text for text in texts if not _is_scored(text, found.get(text.name), config)]
     if wanted:
         documents = " and ".join(f"{len(text.documents):,} documents of {text.name}" for text in wanted)
         report(f"bits per byte of {documents}")
@@ -134,18 +134,19 @@ def _describe_texts(model: ModelRef, config: EvaluationConfig) -> list[_Text]:
             "model": identity.name,
             "weights_sha256": identity.weights_sha256,
             "config_sha256": config_sha256,
-            "dtype": config.dtype,
+            "dtype": config.computed_dtype,
             "num_control_tokens": count_control_tokens(tokenizer, documents),
         }
         texts.append(_Text(item.name, documents, origin))
     return texts
 
 
-def _is_scored(text: _Text, before: HeldOutResult | None) -> bool:
+def _is_scored(text: _Text, before: HeldOutResult | None, config: EvaluationConfig) -> bool:
     if before is None:
         return False
     known = set(text.origin) - ({"config_sha256"} if before.config_sha256 is None else set())
-    return before.model_dump(include=known) == {name: text.origin[name] for name in known}
+    settled = before.model_copy(update={"dtype": config.read_dtype(before.dtype)})
+    return settled.model_dump(include=known) == {name: text.origin[name] for name in known}
 
 
 def _sum_up(text: _Text, window: int) -> HeldOutResult:

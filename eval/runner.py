@@ -165,8 +165,12 @@ def _make_origin(name: str, model: ModelRef, config: EvaluationConfig, **known: 
         style=config.style,
         num_few_shot=config.num_few_shot,
         backend=config.backend,
-        dtype=config.dtype,
+        dtype=config.computed_dtype,
     )
+
+
+def _settle_dtype(origin: ScoreOrigin, config: EvaluationConfig) -> ScoreOrigin:
+    return origin.model_copy(update={"dtype": config.read_dtype(origin.dtype)})
 
 
 def _ask_benchmarks(
@@ -276,7 +280,7 @@ def _read_finished(
             result is None
             or result.protocol_id != make_protocol_id(benchmark, protocol, config)
             or result.origin is None
-            or not result.origin.is_that_of(origin)
+            or not _settle_dtype(result.origin, config).is_that_of(origin)
             or len(result.repeats) < config.repeats
         ):
             return None

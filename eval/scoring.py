@@ -53,7 +53,7 @@ class ScoreOrigin(StrictModel):
     backend: str
     """Engine."""
     dtype: str
-    """Precision asked for."""
+    """Precision it was computed in; `auto` in scores of versions that recorded what was asked for."""
     encoding: str = ""
     """Begin token, letters' tokens and control tokens, where prompts are encoded otherwise than by earlier versions."""
     config_sha256: str | None = None

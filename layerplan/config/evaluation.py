@@ -85,6 +85,22 @@ class EvaluationConfig(StrictModel):
     continuation_tokens: int = Field(default=64, ge=1)
     """Longest continuation, in tokens."""
 
+    @property
+    def computed_dtype(self) -> str:
+        """What engines compute in: `dtype`, with `auto` settled by where they run."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if self.num_gpus_per_actor > 0 else "float32"
+
+    def read_dtype(self, recorded: str) -> str:
+        """What a stored score was computed in.
+
+        Earlier versions recorded `auto` as such, and nothing of the device: on a CPU that asks for `auto` too it is read
+        as float32, elsewhere it stays `auto`, which no engine computes in.
+        """
+        is_of_a_cpu = recorded == self.dtype == "auto" and self.num_gpus_per_actor <= 0
+        return "float32" if is_of_a_cpu else recorded
+
     @model_validator(mode="after")
     def _names_differ(self) -> EvaluationConfig:
         for field, items in (("benchmarks", self.benchmarks), ("held_out", self.held_out)):
