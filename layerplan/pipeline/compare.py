@@ -22,6 +22,7 @@ from layerplan.config.base import StrictModel
 from layerplan.errors import EvaluationError
 from layerplan.pipeline.compare_labels import NEEDED, is_label_run, judge_label_runs, render_label_scores
 from layerplan.pipeline.compare_names import check_no_sweep, find_trained_scores, list_unscored, name_runs
+from layerplan.pipeline.compare_scoring import list_unlike
 from layerplan.pipeline.compare_texts import TextComparison, judge_texts, list_doubts, list_other_documents
 from layerplan.pipeline.run_folder import fetch_run
 from layerplan.pipeline.summary import print_verdicts
@@ -58,7 +59,7 @@ def compare(
     verdicts = judge_runs(runs, pool_seeds=pool_seeds, names=names)
     print_verdicts(verdicts)
     texts = judge_texts(runs, names, arms=group_seeds(runs) if pool_seeds else None)
-    for line in (*_describe_texts(texts, runs, names), *_list_unscored(runs, names)):
+    for line in (*_describe_texts(texts, runs, names), *_list_unscored(runs, names), *list_unlike(runs, names)):
         print(line)
     _write([*verdicts, *texts], partial(_render_scores, names), out=out, table=table)
 

@@ -134,6 +134,63 @@ def test_a_name_that_stands_for_two_texts_is_warned_of(tmp_path: Path, capsys: p
     assert "two against one, same: not distinguishable from one: " in shown and "two against one, notes" not in shown
 
 
+def edit_scores(run: Path, label: str, **origin: object) -> None:
+    """Says of a model's scores where they come from."""
+    folder = run / "evaluation" / label
+    for path in folder.glob("*.json"):
+        values = json.loads(path.read_text())
+        for result in values.values():
+            result["origin"] = {"model": "m", "backend": "transformers", **origin}
+        path.write_text(json.dumps(values))
+    for path in (folder / "held_out").glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | origin))
+
+
+def edit_evaluation(run: Path, **values: object) -> None:
+    path = run / "resolved_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"evaluation": config["evaluation"] | values}))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "num_gpus", "told"),
+    [
+        ("float32", "float32", 0, None),
+        ("float32", "bfloat16", 0, "in float32: one's base, one, two's base; in bfloat16: two"),
+        ("float32", "auto", 0, None),
+        ("float32", "auto", 1, "in float32: one's base, one, two's base; in bfloat16: two"),
+    ],
+)
+def test_scores_of_several_precisions_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture, first: str, second: str, num_gpus: int, told: str | None
+) -> None:
+    """`auto`, which earlier versions recorded, is what the run's own engines make of it."""
+    one, two = (leave_scored_run(tmp_path / name, right=5, bits={"notes": 0.9}) for name in ("one", "two"))
+    for run, trained in ((one, first), (two, second)):
+        edit_scores(run, "base", dtype="float32")
+        edit_scores(run, "step_00000010", dtype=trained)
+    edit_evaluation(two, num_gpus_per_actor=num_gpus)
+    compare([str(one), str(two)])
+    found = [line for line in capsys.readouterr().out.splitlines() if "several precisions" in line]
+    warned = f"scored in several precisions, which differences between them may come from: {told}"
+    assert found == ([] if told is None else [warned])
+
+
+@pytest.mark.parametrize(("other", "is_told"), [("b", True), ("a", False), (None, False)])
+def test_bases_of_other_configs_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture, other: str | None, is_told: bool
+) -> None:
+    """Scores of versions that did not look at the config say nothing of it."""
+    one, two = (leave_scored_run(tmp_path / name, right=5, bits={}) for name in ("one", "two"))
+    for run, config in ((one, "a"), (two, other)):
+        edit_scores(run, "base", dtype="float32", config_sha256=config)
+        edit_scores(run, "step_00000010", dtype="float32", config_sha256="of an export")
+    compare([str(one), str(two)])
+    shown = capsys.readouterr().out
+    warned = "the bases have equal weights and unequal configs, which differences may come from: one; two"
+    assert (warned in shown) is is_told and ("unequal configs" in shown) is is_told
+
+
 def test_runs_are_compared_with_each_other_on_texts_they_share(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """0.9 and 1.1 bits are 0.2 apart on every one of 20 documents: 2 / 2^20, times three comparisons."""
     first = leave_scored_run(tmp_path / "first", right=5, bits={"notes": 0.9})
