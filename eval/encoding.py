@@ -91,6 +91,14 @@ def encode_prompts(
     return [[*begin, *encoding.ids] for encoding in encoded]
 
 
+def require_tokens(tokenizer: Any, documents: Sequence[str], name: str) -> None:
+    """Raises `EvaluationError` when no document of a held-out text gives a token: spaces give none where they are stripped."""
+    if not any(encode_prompts(tokenizer, [text], add_special_tokens=False)[0] for text in documents):
+        raise EvaluationError(
+            f"evaluation.held_out: {name}: the model's tokenizer makes no token of any of its {len(documents):,} documents"
+        )
+
+
 def find_first_id(tokenizer: Any, model: str) -> int:
     """The token that a text's first prediction looks back on: the beginning-, else the end-of-text token.
 

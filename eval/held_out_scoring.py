@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from eval.encoding import count_control_tokens, encode_prompts, find_first_id
+from eval.encoding import count_control_tokens, encode_prompts, find_first_id, require_tokens
 from eval.held_out import HeldOutResult, load_held_out, read_held_out
 from eval.logits import choose_dtype
 from layerplan.actor_pool import ActorPool, map_over_actors
@@ -104,7 +104,7 @@ def score_held_out(
         Name of each text to its result.
 
     Raises:
-        EvaluationError: When a text has no document, or the tokenizer no end-of-text token.
+        EvaluationError: When a text has no document or no token, or the tokenizer no end-of-text token.
         CorpusError: When a text cannot be read.
     """
     if not config.held_out:
@@ -121,6 +121,18 @@ def score_held_out(
     return {text.name: found[text.name] for text in texts}
 
 
+def check_held_out(model: ModelRef, config: EvaluationConfig) -> None:
+    """Looks at the texts before anything is asked.
+
+    Raises:
+        EvaluationError: When a text has no document, or none that gives a token.
+        CorpusError: When a text cannot be read.
+    """
+    tokenizer = model.tokenizer()
+    for item in config.held_out:
+        require_tokens(tokenizer, [document.text for document in read_held_out(item)], item.name)
+
+
 def _describe_texts(model: ModelRef, config: EvaluationConfig) -> list[_Text]:
     """The texts, and what a result of each says about where it comes from."""
     identity = model.identity()
@@ -128,6 +140,7 @@ def _describe_texts(model: ModelRef, config: EvaluationConfig) -> list[_Text]:
     texts = []
     for item in config.held_out:
         documents = [document.text for document in read_held_out(item)]
+        require_tokens(tokenizer, documents, item.name)
         origin = {
             "name": item.name,
             "text_sha256": compute_sha256(documents),

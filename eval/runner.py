@@ -14,7 +14,7 @@ from eval.encoding import AnswerTokens, describe_encoding, encode_prompts, find_
 from eval.engine import EngineAnswer, EngineSpec
 from eval.extraction import EXTRACTION_VERSION, extract_answer
 from eval.held_out import is_held_out_scored
-from eval.held_out_scoring import score_held_out
+from eval.held_out_scoring import check_held_out, score_held_out
 from eval.items import Benchmark, Question, load_benchmark
 from eval.pool import Ask, ask_all, clear_ledger
 from eval.preflight import check_lengths, check_model_files
@@ -57,6 +57,7 @@ def evaluate_model(
     done = {item.name: _read_finished(finished, item, config, origins[item.name]) for item in benchmarks}
     todo = [benchmark for benchmark in benchmarks if done[benchmark.name] is None]
     if todo or not are_continued(config, out_dir):
+        check_held_out(model, config)
         report(f"asking {sum(len(benchmark.questions) for benchmark in todo):,} questions with {config.backend}")
         prompts = choose_continuations(config)
         outputs, continuations = _ask_benchmarks(

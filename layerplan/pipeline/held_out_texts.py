@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eval.encoding import find_first_id
+from eval.encoding import find_first_id, require_tokens
 from eval.held_out import read_held_out
 from layerplan.config.evaluation import HeldOutConfig
 from layerplan.config.run import RunConfig
@@ -26,7 +26,7 @@ def pack_texts(config: RunConfig, model: ModelRef) -> dict[str, PackedRows]:
     Without `corpus.document_mask` a row is read as one text, so that every document begins a row, and may leave padding.
 
     Raises:
-        EvaluationError: When a text has no document, or the tokenizer neither a beginning- nor an end-of-text token.
+        EvaluationError: When a text has no document or no token, or the tokenizer neither a beginning- nor an end-of-text token.
         CorpusError: When a source cannot be read.
     """
     return {item.name: _pack(item, config, model) for item in config.evaluation.held_out}
@@ -36,10 +36,12 @@ def _pack(item: HeldOutConfig, config: RunConfig, model: ModelRef) -> PackedRows
     corpus, tokenizer = config.corpus, model.tokenizer_file()
     joining = read_joining(corpus, tokenizer)
     encoder = load_encoder(tokenizer.read_text(encoding="utf-8"), corpus.tokenizer_library, corpus.control_tokens)
+    documents = [document.text for document in read_held_out(item)]
+    require_tokens(model.tokenizer(), documents, item.name)
     first = find_first_id(model.tokenizer(), str(model))
     packer = Packer(corpus.seq_len, joining.end_of_text_id, [first], mark_ends=False)
     rows: list[RawRow] = []
-    for ids in encoder.encode([document.text for document in read_held_out(item)]):
+    for ids in encoder.encode(documents):
         rows += packer.add(np.frombuffer(ids, dtype=np.int32))
         if not corpus.document_mask and (rest := packer.finish()) is not None:
             rows.append(rest)
