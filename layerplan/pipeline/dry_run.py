@@ -223,7 +223,8 @@ def _print_totals(config: RunConfig, plan: FreezePlan, shape: ModelShape, cost: 
         f" {len(placement.checkpointed_layers)} layers recomputed; each worker"
         f" sends {sent.total / GIB:.2f} GiB per step ({sent.reduced / GIB:.2f} gradients)"
     )
-    for line in settings:
+    unused = placement.explain_unused(train)
+    for line in [unused, *settings] if unused else settings:
         print(f"       {line}")
     if memory.total > available:
         print(f"note   a run would stop on this machine. {explain_shortage(memory, available, train)}")

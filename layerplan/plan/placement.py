@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from layerplan.config.train import TrainConfig
 from layerplan.plan.freeze_plan import FreezePlan
 
 
@@ -27,6 +28,16 @@ class Placement:
     """Decoder layers whose activations are recomputed."""
     reduces_each: bool = False
     """Whether shards take their part of the gradients after every micro-batch: sent more often, and never held whole."""
+
+    def explain_unused(self, config: TrainConfig) -> str:
+        """What a config says of shards where there are none; empty where it says nothing, or there are some."""
+        if self.parallelism == "shard":
+            return ""
+        asked = [f"train.num_replicas={config.num_replicas}"] if config.num_replicas > 1 else []
+        asked += ["train.frozen_sharding=shard"] if config.frozen_sharding == "shard" else []
+        if not asked:
+            return ""
+        return f"{' and '.join(asked)} {'do' if len(asked) > 1 else 'does'} nothing without train.parallelism=shard"
 
     def count_recomputed(self, forward_flops: float, num_layers: int) -> float:
         """FLOPs that are computed once more, of a forward pass of so many FLOPs through so many layers."""

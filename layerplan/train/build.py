@@ -126,7 +126,7 @@ def build_model(
     if device.type == "cpu":
         use_memory_well(placed.model, is_sharded=placement.parallelism == "shard")
     if rank == 0:
-        logger.info(render_placement(placement, settled.estimate, available, applied))
+        logger.info(render_placement(placement, settled.estimate, available, applied, config))
     facts = {"config": config, "device": device, "plan": plan, "has_labels": request.labels is not None}
     return BuiltModel(placed, applied, optimizer, placement, settled.estimate, available, parked, recipe, **facts)
 
@@ -220,12 +220,16 @@ def agree_on_memory(available: float, device: torch.device) -> float:
     return float(value[0])
 
 
-def render_placement(placement: Placement, estimate: MemoryEstimate, available: float, applied: AppliedPlan) -> str:
+def render_placement(
+    placement: Placement, estimate: MemoryEstimate, available: float, applied: AppliedPlan, config: TrainConfig
+) -> str:
     """What was decided at start, in one line."""
+    unused = placement.explain_unused(config)
     return (
         f"{len(applied.trainable)} parameters train, {len(applied.frozen)} are frozen;"
         f" parallelism {placement.parallelism}"
         + (f", frozen parameters {_PLACED[placement.frozen_sharding]}" if placement.parallelism == "shard" else "")
+        + (f", {unused}" if unused else "")
         + f", attention {placement.attention}, {len(placement.checkpointed_layers)} layers recomputed"
         + (", gradients sent after every micro-batch" if placement.reduces_each else "")
         + f"; memory predicted {estimate.total / GIB:.2f} GiB of {available / GIB:.2f} GiB per worker"

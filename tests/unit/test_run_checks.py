@@ -17,13 +17,17 @@ from layerplan.config.evaluation import HeldOutConfig
 from layerplan.config.load import dump_config
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError, CorpusError, EvaluationError, ModelError, PlanError
+from layerplan.models.freezing import AppliedPlan
 from layerplan.pipeline.candidates import DEFAULT_SWEEP
 from layerplan.pipeline.checks import check_benchmarks, check_corpus, check_model, check_rows
 from layerplan.pipeline.dry_run import print_corpus_dry_run, print_dry_run
 from layerplan.pipeline.measure_dry_run import print_measure_dry_run
 from layerplan.pipeline.run_folder import locate_run_folder, open_run_folder
 from layerplan.pipeline.sweep_dry_run import print_sweep_dry_run
+from layerplan.plan.memory import MemoryEstimate
+from layerplan.plan.placement import Placement
 from layerplan.run_folder import RESULT_NAME
+from layerplan.train.build import render_placement
 from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
 from tests.tiny_tokenizer import make_bytes, save_tokenizer
 
@@ -221,3 +225,35 @@ def test_another_kind_of_plan_under_an_old_name_is_one_fault(tmp_path: Path) -> 
         "name: run 'run' exists with plan.type='full'",
         "name: run 'run' exists with seed=0",
     ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "parallelism", "told"),
+    [
+        (
+            {"num_replicas": 2, "frozen_sharding": "shard"},
+            "auto",
+            "train.num_replicas=2 and train.frozen_sharding=shard do nothing without train.parallelism=shard",
+        ),
+        ({"num_replicas": 2}, "auto", "train.num_replicas=2 does nothing without train.parallelism=shard"),
+        ({"frozen_sharding": "replicate"}, "auto", ""),
+        ({"num_replicas": 2, "frozen_sharding": "shard"}, "shard", ""),
+    ],
+)
+def test_what_is_said_of_shards_in_vain_is_told_beside_the_placement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: dict[str, Any], parallelism: str, told: str
+) -> None:
+    """`auto` replicates a model that fits, by the dry run and when the run starts."""
+    config = make_model(tmp_path, control=("<eos>",))
+    train = {"num_workers": 2, "global_batch_size": 4, "parallelism": parallelism, **asked}
+    config = RunConfig.model_validate(config.model_dump() | {"train": train})
+    print_dry_run(config)
+    dry = capsys.readouterr().out
+    settled = "shard" if parallelism == "shard" else "replicate"
+    estimate = MemoryEstimate(0.0, 0.0, 0.0, 0.0)
+    started = render_placement(
+        Placement(settled, "shard"), estimate, 1.0, AppliedPlan(frozenset(), frozenset()), config.train
+    )
+    for shown in (dry, started):
+        assert f"parallelism {settled}" in shown
+        assert told in shown and ("nothing without" in shown) == bool(told)
