@@ -15,6 +15,7 @@ from layerplan.config.sweep import SweepConfig
 from layerplan.errors import ClusterError, ConfigError
 from layerplan.pipeline.candidates import make_candidates
 from layerplan.pipeline.sweep_checks import check_sweep
+from layerplan.pipeline.sweep_dry_run import print_sweep_dry_run
 from layerplan.plan.layer_measurement import LayerMeasurement
 from layerplan.plan.model_shape import ModelShape
 from layerplan.sweep.rating import rate_by_measurement
@@ -153,6 +154,14 @@ def test_an_empty_space_and_an_unknown_search_are_refused_by_their_field(sweep: 
             {"corpus": ROWS | {"validation_rows": 0}},
             r"sweep\.metric=validation_loss: no trial reports it, as no rows",
         ),
+        (
+            {"boundaries": [1]},
+            {
+                "evaluation": {"score_every_steps": 500, "guardrail_points": 1.0},
+                "train": {"checkpoint_every_steps": 500},
+            },
+            r"(?s)evaluation\.score_every_steps: a sweep's trials are judged.*evaluation\.guardrail_points: a sweep's",
+        ),
     ],
 )
 def test_what_no_model_has_and_no_trial_reports_is_refused_before_anything_starts(
@@ -160,8 +169,9 @@ def test_what_no_model_has_and_no_trial_reports_is_refused_before_anything_start
 ) -> None:
     checked = make_config(sweep=sweep, **config)
     assert checked.sweep is not None
-    with pytest.raises(ConfigError, match=words):
-        check_sweep(checked, checked.sweep)
+    for check in (check_sweep, print_sweep_dry_run):
+        with pytest.raises(ConfigError, match=words):
+            check(checked, checked.sweep)
 
 
 def test_a_held_out_text_can_be_what_is_low(tmp_path: Path) -> None:
