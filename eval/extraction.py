@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from eval.items import LETTERS
 
-EXTRACTION_VERSION = 2
+EXTRACTION_VERSION = 3
 
 NEAR_CHARS = 60
 UNDECIDED = ""
@@ -38,6 +38,9 @@ _NEXT_QUESTION = re.compile(
 _LETTER = r"(?<![A-Za-z0-9\\])([A-D])(?![A-Za-z0-9'’])"
 _JOINT = r"\s*(?:[,、/&+]|and\b|or\b|nor\b|和|或者?|与|及|还是)\s*"
 _RUN = re.compile(_LETTER + rf"(?:{_JOINT}(?:[A-D])(?![A-Za-z0-9'’]))*")
+_BETWEEN = re.compile(r"\s+|\s*[;|]\s*")
+"""Between bare letters these make a list; `A because` and `A; B is wrong` are none."""
+_LIST_END = re.compile(r"[^\S\n]*[.。!]?[^\S\n]*(?:\n|$)")
 _ADVERB = r"(?:也|都|均|则|就|显然|明显|肯定|是|为)"
 _BE = r"(?:(?:is|are|was|were)\s+(?:also\s+|both\s+|all\s+|clearly\s+|obviously\s+)?)"
 _WRONG = re.compile(
@@ -133,8 +136,31 @@ def _before(text: str, position: int) -> str:
     return text[max(0, position - NEAR_CHARS) : position]
 
 
+def _list_runs(text: str) -> list[_Run]:
+    """Upper-case letters and lists of them; those with nothing but spaces, line breaks, `;` or `|` between are one list."""
+    runs: list[_Run] = []
+    chain: list[_Run] = []
+    for run in _iter_runs(text):
+        if chain and (run.is_rejected or not _BETWEEN.fullmatch(text, chain[-1].end, run.start)):
+            runs += _join_list(chain, text)
+            chain = []
+        if run.is_rejected:
+            runs.append(run)
+        else:
+            chain.append(run)
+    return runs + _join_list(chain, text)
+
+
+def _join_list(chain: list[_Run], text: str) -> list[_Run]:
+    """The runs as one where they are several letters and the line ends behind them; a letter said twice is one letter."""
+    letters = tuple(dict.fromkeys(letter for run in chain for letter in run.letters))
+    if len(chain) < 2 or len(letters) < 2 or not _LIST_END.match(text, chain[-1].end):
+        return chain
+    return [_Run(chain[0].start, chain[-1].end, letters, False)]
+
+
 def _iter_runs(text: str) -> Iterator[_Run]:
-    """Upper-case letters and lists of them, articles aside."""
+    """Upper-case letters and lists of them that words or commas join, articles aside."""
     for match in _RUN.finditer(text):
         letters = tuple(re.findall(_LETTER, match.group(0)))
         start, end = match.span()
@@ -149,7 +175,7 @@ def _iter_runs(text: str) -> Iterator[_Run]:
 
 def _leading_letter(text: str, options: Sequence[str]) -> str | None:
     """The letter after leading punctuation, unless it begins a list, an article, or a copy of the options."""
-    runs = list(_iter_runs(text))
+    runs = _list_runs(text)
     if not runs or re.search(r"[^\W_]|\\", text[: runs[0].start]) or _ECHO.match(text):
         return None
     if any(_RIGHT_TOO.match(text[run.end : run.end + NEAR_CHARS]) for run in runs[1:]):
@@ -180,7 +206,7 @@ def _agree(candidates: Iterator[str | None]) -> str | None:
 
 def _find_after(cue: re.Pattern[str], text: str, options: Sequence[str]) -> Iterator[str | None]:
     """Letters after a cue that nothing negates, rejects or asks about."""
-    runs = {run.start: run for run in _iter_runs(text)}
+    runs = {run.start: run for run in _list_runs(text)}
     for match in cue.finditer(text):
         if _is_doubted(match, text) or _NEGATED_CUE.search(match.group(0)):
             continue
@@ -213,7 +239,7 @@ def _only_letter(text: str, options: Sequence[str]) -> str | None:
         if len(option) >= 2 and re.search(_LETTER, option):
             text = text.replace(option, " " * len(option))
     doubted = {match.start(1) for cue in (_ANSWER, _CHOICE) for match in cue.finditer(text) if _is_doubted(match, text)}
-    runs = [run for run in _iter_runs(text) if not run.is_rejected and run.start not in doubted]
+    runs = [run for run in _list_runs(text) if not run.is_rejected and run.start not in doubted]
     letters = {letter for run in runs for letter in run.letters}
     return letters.pop() if len(letters) == 1 else None
 

@@ -93,6 +93,42 @@ def test_one_answer_or_none(output: str, expected: str | None) -> None:
     assert extract_answer(output, OPTIONS) == expected
 
 
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("A B C D", None),
+        ("A\nB\nC\nD", None),
+        ("A;B;C;D", None),
+        ("A；B", None),
+        ("A|B", None),
+        ("A | B | C | D.", None),
+        ("(A) (B)", "A"),  # what stands in brackets is no bare letter
+        ("答案：A B", None),
+        ("Answer: B\nC\n", None),
+        ("A\nB\nC\nD\n答案：C", "C"),
+        ("A\nB\n因为不确定", None),
+        # a letter and words after it
+        ("A because", "A"),
+        ("A\nExplanation: B is wrong", "A"),
+        ("Answer: A\n\nB) ...", "A"),
+        ("Answer: A\nB) 上海市", "A"),
+        ("B\nA. 北京市\nB. 上海市", "B"),
+        ("B\nA man walked", "B"),
+        ("B; A错", "B"),
+        ("B\nA and C are wrong", "B"),
+        ("C\nA B 不对", "C"),
+        # a letter said again
+        ("B\nB\nB", "B"),
+        ("B B\n不是A", "B"),
+        ("答案：C\nC", "C"),
+        # what is denied is no member
+        ("It is not A\nB", "B"),
+    ],
+)
+def test_bare_letters_side_by_side_are_a_list(output: str, expected: str | None) -> None:
+    assert extract_answer(output, OPTIONS) == expected
+
+
 def test_there_are_at_least_sixty_cases() -> None:
     assert len({output for output, _ in CASES}) >= 60
 
