@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -14,6 +15,24 @@ from layerplan.errors import CorpusError
 
 BATCH = 65_536
 """Files that are Python objects at a time."""
+NAMES_TOLD = 5
+
+
+@dataclass
+class LeftOut:
+    """Files that are not read for one reason: how many, and what the first of them are called."""
+
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        """Counts one more; names come in any order."""
+        self.count += 1
+        self.names = sorted([*self.names, name])[:NAMES_TOLD]
+
+    def __str__(self) -> str:
+        more = f" and {self.count - NAMES_TOLD} more" if self.count > NAMES_TOLD else ""
+        return ", ".join(self.names) + more
 
 
 class FileTable:
@@ -24,6 +43,7 @@ class FileTable:
         sizes: (n,), bytes.
         before: What stands before every name: scheme, host and folder.
         after: What stands after it: the options of an address.
+        left_out: What a listing found beside them and does not read, by the reason.
     """
 
     def __init__(self, names: pa.LargeStringArray, sizes: NDArray[np.int64], before: str = "", after: str = "") -> None:
@@ -31,6 +51,7 @@ class FileTable:
         self.sizes = sizes
         self.before = before
         self.after = after
+        self.left_out: dict[str, LeftOut] = {}
 
     @classmethod
     def collect(cls, files: Iterable[tuple[str, int]], before: str = "", after: str = "") -> FileTable:

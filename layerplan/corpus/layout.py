@@ -19,7 +19,7 @@ import yaml
 from numpy.typing import ArrayLike, NDArray
 
 from layerplan.config.corpus import SourceConfig
-from layerplan.corpus.file_table import FileTable
+from layerplan.corpus.file_table import NAMES_TOLD, FileTable, LeftOut
 from layerplan.corpus.location import open_stream
 from layerplan.corpus.unit import READERS
 from layerplan.errors import CorpusError
@@ -38,19 +38,6 @@ _ABOUT = re.compile(r"(?:readme|licen[cs]e|notice|copying|citation|contributing|
 _TABLE = re.compile(r".\.(?:jsonl|ndjson|parquet|arrow)(?:\.gz|\.zst)?$", re.IGNORECASE)
 """Endings of files of many records: `authors.jsonl` is documents about authors, and says nothing of who wrote the rest."""
 _FRONT_MATTER = re.compile(r"\A\ufeff?---\r?\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
-NAMES_TOLD = 5
-
-
-@dataclass
-class LeftOut:
-    """Files that are not read for one reason: how many, and what the first of them are called."""
-
-    count: int = 0
-    names: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        more = f" and {self.count - NAMES_TOLD} more" if self.count > NAMES_TOLD else ""
-        return ", ".join(self.names) + more
 
 
 class Layout:
@@ -79,7 +66,8 @@ class Layout:
 
     def explain(self) -> str | None:
         """One line with the number of files that are not read, or None when all are."""
-        parts = [f"{told.count} {why} ({told})" for why, told in self.left_out.items() if told.count]
+        found = [*self.left_out.items(), *self.files.left_out.items()]
+        parts = [f"{told.count} {why} ({told})" for why, told in found if told.count]
         return f"reads {len(self.order)} files; not read: {'; '.join(parts)}" if parts else None
 
     def keep(self, places: list[int]) -> list[int]:

@@ -13,7 +13,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from layerplan.corpus.file_table import FileTable
+from layerplan.corpus.file_table import FileTable, LeftOut
 from layerplan.errors import CorpusError
 from layerplan.storage.address import BUCKETS, HADOOP, hide_keys, is_address, open_filesystem, split_options
 
@@ -30,7 +30,7 @@ def is_compressed(path: str) -> bool:
 
 
 def list_files(path: str) -> FileTable:
-    """The files at or below a path, sorted by name; hidden ones (`.name`, `_name`) below it are left out.
+    """The files at or below a path, sorted by name; hidden ones (`.name`, `_name`) below it are left out, and counted.
 
     Raises:
         CorpusError: When there is no such path or it cannot be opened, or a link or a name in it is broken.
@@ -44,22 +44,30 @@ def list_files(path: str) -> FileTable:
             name, options = split_options(path) if is_address(path) else (root, "")
             return FileTable.collect([(name, info.size or 0)], after=options)
         folder = root.rstrip("/") + "/"
+        hidden, odd = LeftOut(), LeftOut()
         if isinstance(filesystem, pafs.LocalFileSystem):
-            return FileTable.collect(_walk(folder), _find_prefix(path) + folder).sort()
-        found = _list_remote(filesystem, folder, path)
-        return FileTable.collect(found, _find_prefix(path), split_options(path)[1]).sort()
+            files = FileTable.collect(_walk(folder, hidden, odd), _find_prefix(path) + folder).sort()
+        else:
+            found = _list_remote(filesystem, folder, path, hidden)
+            files = FileTable.collect(found, _find_prefix(path), split_options(path)[1]).sort()
+        files.left_out = {"hidden": hidden, "that are no regular files": odd}
+        return files
     except (pa.ArrowException, ValueError, OSError, ImportError) as error:
         raise CorpusError(f"{hide_keys(path)}: cannot be opened ({' '.join(str(error).split())[:300]})") from None
 
 
-def _walk(root: str) -> Iterator[tuple[str, int]]:
-    """Names below a folder of this machine, and sizes; no folder is held in memory."""
+def _walk(root: str, hidden: LeftOut, odd: LeftOut) -> Iterator[tuple[str, int]]:
+    """Names below a folder of this machine, and sizes; no folder is held in memory.
+
+    A hidden folder is not walked, and counts for one; what is neither a file nor a folder (a pipe, a socket) is odd.
+    """
     pending = [""]
     while pending:
         inner = pending.pop()
         with os.scandir(root + inner) as entries:
             for entry in entries:
                 if entry.name.startswith(HIDDEN):
+                    hidden.add(f"{inner}{entry.name}{'/' if entry.is_dir(follow_symlinks=False) else ''}")
                     continue
                 if entry.is_dir():
                     pending.append(f"{inner}{entry.name}/")
@@ -68,9 +76,11 @@ def _walk(root: str) -> Iterator[tuple[str, int]]:
                     raise CorpusError(f"{link}: is a link to {link.readlink()}, which is not there; fetch it again")
                 elif stat.S_ISREG((facts := entry.stat()).st_mode):
                     yield inner + entry.name, facts.st_size
+                else:
+                    odd.add(inner + entry.name)
 
 
-def _list_remote(filesystem: pafs.FileSystem, root: str, path: str) -> Iterator[tuple[str, int]]:
+def _list_remote(filesystem: pafs.FileSystem, root: str, path: str, hidden: LeftOut) -> Iterator[tuple[str, int]]:
     """Paths below a folder at an address, and sizes: in one listing, since each takes a request."""
     is_bucket, start = path.partition("://")[0] in BUCKETS, len(root.removeprefix("/"))
     for item in filesystem.get_file_info(pafs.FileSelector(root, recursive=True)):
@@ -79,7 +89,11 @@ def _list_remote(filesystem: pafs.FileSystem, root: str, path: str) -> Iterator[
             raise CorpusError(
                 f"{path}: {item.path!r} cannot be told from an address with options; rename it without `?`"
             )
-        if item.type == pafs.FileType.File and not any(part.startswith(HIDDEN) for part in name.split("/")):
+        if item.type != pafs.FileType.File:
+            continue
+        if any(part.startswith(HIDDEN) for part in name.split("/")):
+            hidden.add(name)
+        else:
             yield item.path, item.size or 0
 
 

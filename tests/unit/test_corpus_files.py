@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -66,8 +68,6 @@ def test_a_saved_data_set_is_its_documents_in_the_order_its_state_names(tmp_path
 
 
 def test_a_saved_data_set_at_an_address_is_read_too(tmp_path: Path) -> None:
-    import fsspec
-
     folder = save(tmp_path / "saved", num_shards=2)
     for path in folder.iterdir():
         fsspec.filesystem("memory").pipe(f"/saved_set/{path.name}", path.read_bytes())
@@ -188,6 +188,31 @@ def test_what_describes_a_data_set_is_no_document(tmp_path: Path) -> None:
     assert line.startswith(f"corpus.sources.0.path={tmp_path}: reads 1 files; not read: 4 that describe the data (")
     assert all(name in line for name in ("README.md", "LICENSE.txt", "LICENSE", "dataset_infos.json"))
     assert [item.text for item in read_all(tmp_path / "README.md") if isinstance(item, Document)] == ["# About it"]
+
+
+def test_what_is_hidden_and_what_is_no_file_is_told(tmp_path: Path) -> None:
+    """A hidden folder is not walked, and counts for one."""
+    write_jsonl(tmp_path / "train.jsonl", *RECORDS)
+    for name in (".x.jsonl", "sub/_SUCCESS", ".git/a", ".git/b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("hidden")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert tell(tmp_path)[0].endswith(
+        ": reads 1 files; not read: 3 hidden (.git/, .x.jsonl, sub/_SUCCESS); 1 that are no regular files (pipe.jsonl)"
+    )
+    (tmp_path / "pipe.jsonl").unlink()
+    for number in range(4):
+        (tmp_path / f"_{number}").touch()
+    assert tell(tmp_path)[0].endswith("not read: 7 hidden (.git/, .x.jsonl, _0, _1, _2 and 2 more)")
+
+
+def test_hidden_files_at_an_address_are_told_each(tmp_path: Path) -> None:
+    """All is one listing there."""
+    memory = fsspec.filesystem("memory")
+    for name in ("train.jsonl", ".git/a", ".git/b", "sub/_x.jsonl"):
+        memory.pipe(f"/{tmp_path.name}/{name}", b'{"id": "0", "text": "a"}\n')
+    [line] = tell(f"memory://{tmp_path.name}")
+    assert line.endswith(": reads 1 files; not read: 3 hidden (.git/a, .git/b, sub/_x.jsonl)")
 
 
 def test_records_are_documents_though_they_are_called_as_what_describes_a_data_set(tmp_path: Path) -> None:
