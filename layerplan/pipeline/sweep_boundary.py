@@ -21,7 +21,7 @@ from layerplan.pipeline.held_out_texts import pack_texts
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.pipeline.session import open_run
 from layerplan.pipeline.stages import RunContext, ask_loss, build_store, make_train_request, say, tracked
-from layerplan.pipeline.sweep_checks import check_sweep
+from layerplan.pipeline.sweep_checks import check_sweep, list_unused_scoring
 from layerplan.pipeline.sweep_rating import measure_for_search
 from layerplan.pipeline.trial_runs import TrialRuns, closing_runs
 from layerplan.report.lineage import list_trial_results, render_sweep
@@ -67,6 +67,8 @@ def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:
     check_sweep(config, sweep)
     check_search(sweep, locate_run_folder(config).sweep)
     with open_run(config) as context:
+        for line in list_unused_scoring(config):
+            say("sweep", line)
         at_once = find_concurrency(context.config, sweep)
         model = prepare_model(context)
         candidates = make_candidates(context.config, sweep, model.identity(), model.shape())

@@ -31,25 +31,22 @@ def check_sweep(config: RunConfig, sweep: SweepConfig) -> None:
     """Looks at the space and at what is to be low.
 
     Raises:
-        ConfigError: Naming a boundary that the model does not have, a metric that no trial would report, a range of
-            workers, or scores that no trial is given.
+        ConfigError: Naming a boundary that the model does not have, a metric that no trial would report, or a range of
+            workers.
     """
     if not isinstance(config.train.num_workers, int):
         raise ConfigError("train.num_workers: a range of workers is for single runs; a sweep's trials share one number")
     list_boundaries(sweep, _count_layers(config))
     check_metric(config, sweep)
-    check_scoring(config)
 
 
-def check_scoring(config: RunConfig) -> None:
-    """Raises `ConfigError` when questions are to be asked beside training: trials are judged by losses on rows alone."""
-    faults = [
-        f"evaluation.{name}: a sweep's trials are judged by losses on rows, no benchmark is asked; leave it out"
+def list_unused_scoring(config: RunConfig) -> list[str]:
+    """What a config that is a run's too asks of questions beside training: trials are judged by losses on rows alone."""
+    return [
+        f"evaluation.{name} is not looked at: a sweep's trials are judged by losses on rows, no benchmark is asked"
         for name in ("score_every_steps", "guardrail_points")
         if getattr(config.evaluation, name) is not None
     ]
-    if faults:
-        raise ConfigError(*faults)
 
 
 def check_metric(config: RunConfig, sweep: SweepConfig) -> None:

@@ -11,7 +11,7 @@ from layerplan.config.sweep import SweepConfig
 from layerplan.pipeline.candidates import Candidate, make_candidates
 from layerplan.pipeline.dry_run import count_hours, describe_model, find_rate
 from layerplan.pipeline.run_folder import locate_run_folder
-from layerplan.pipeline.sweep_checks import check_metric, check_scoring
+from layerplan.pipeline.sweep_checks import check_metric, list_unused_scoring
 from layerplan.pipeline.sweep_rating import find_rating
 from layerplan.plan.cost import predict_cost, render_cost_table
 from layerplan.plan.policies import make_full_plan
@@ -22,12 +22,10 @@ def print_sweep_dry_run(config: RunConfig, sweep: SweepConfig) -> None:
     """Prints the resolved config and every trial with what it trains, costs and takes.
 
     Raises:
-        LayerplanError: When the model cannot be read, a boundary does not fit it, no trial would report the metric, or scores are
-            asked for that no trial is given.
+        LayerplanError: When the model cannot be read, a boundary does not fit it, or no trial would report the metric.
     """
     print(dump_config(config))
     check_metric(config, sweep)
-    check_scoring(config)
     model, shape = describe_model(config)
     space = make_candidates(config, sweep, model, shape)
     trials, note = _put_in_order(config, sweep, space)
@@ -37,6 +35,8 @@ def print_sweep_dry_run(config: RunConfig, sweep: SweepConfig) -> None:
     costs = {each.point.name: each.cost.plan for each in trials if distinct[each.plan.sha256] is each}
     print(render_cost_table({"full": full, **costs}))
     _print_trials(config, sweep, trials, len(space), note)
+    for line in list_unused_scoring(config):
+        print(f"note   {line}")
 
 
 def _put_in_order(config: RunConfig, sweep: SweepConfig, space: Sequence[Candidate]) -> tuple[list[Candidate], str]:

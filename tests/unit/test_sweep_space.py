@@ -154,14 +154,6 @@ def test_an_empty_space_and_an_unknown_search_are_refused_by_their_field(sweep: 
             {"corpus": ROWS | {"validation_rows": 0}},
             r"sweep\.metric=validation_loss: no trial reports it, as no rows",
         ),
-        (
-            {"boundaries": [1]},
-            {
-                "evaluation": {"score_every_steps": 500, "guardrail_points": 1.0},
-                "train": {"checkpoint_every_steps": 500},
-            },
-            r"(?s)evaluation\.score_every_steps: a sweep's trials are judged.*evaluation\.guardrail_points: a sweep's",
-        ),
     ],
 )
 def test_what_no_model_has_and_no_trial_reports_is_refused_before_anything_starts(
@@ -172,6 +164,18 @@ def test_what_no_model_has_and_no_trial_reports_is_refused_before_anything_start
     for check in (check_sweep, print_sweep_dry_run):
         with pytest.raises(ConfigError, match=words):
             check(checked, checked.sweep)
+
+
+def test_scores_that_no_trial_is_given_are_told_and_the_config_of_a_run_is_taken(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = {"score_every_steps": 500, "guardrail_points": 1.0}
+    config = make_config(sweep={"boundaries": [1]}, evaluation=asked, train={"checkpoint_every_steps": 500})
+    assert config.sweep is not None
+    check_sweep(config, config.sweep)
+    print_sweep_dry_run(config, config.sweep)
+    said = capsys.readouterr().out
+    assert all(f"note   evaluation.{name} is not looked at: a sweep's trials" in said for name in asked)
 
 
 def test_a_held_out_text_can_be_what_is_low(tmp_path: Path) -> None:
