@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from layerplan.corpus.upload import StoreUpload
 from layerplan.corpus.writer import StoreWriter, check_shards, explain_disk_faults, move_shards
 from layerplan.errors import CorpusError
 from layerplan.run_folder import CONTAMINATED_NAME, MANIFEST_NAME, QUARANTINE_NAME, VALIDATION_NAME
-from layerplan.storage.address import hide_keys
+from layerplan.storage.address import hide_keys, is_address
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ def build_token_store(
         found = store if is_here or upload is None else upload.address
         manifest = find_complete(found, joining, config_sha256, report)
         warn_of_held_out(manifest, found, held_out_sha256, report)
+        warn_of_files(manifest, found, config, report)
         if upload is not None and not is_uploaded:
             _upload_complete(store, manifest, upload, report)
         elif not is_here:
@@ -106,7 +107,8 @@ def build_token_store(
         store.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CorpusError(f"{store}: cannot be written ({error})") from None
-    identity = [facts.sha256, config_sha256, hash_units(units), held_out_sha256, config.tokenizer_library]
+    files_sha256 = hash_units(units)
+    identity = [facts.sha256, config_sha256, files_sha256, held_out_sha256, config.tokenizer_library]
     fallback = explain_fallback(facts.json_text, config.tokenizer_library)
     if fallback is not None:
         report(fallback)
@@ -128,7 +130,8 @@ def build_token_store(
             if writer.resumed:
                 report(f"goes on after {len(writer.state.shards)} shards and {writer.counts['in']:,} documents")
             _consume(config, units, writer, lambda rest: iter_records(config, rest, facts.json_text, questions), report)
-            manifest = _finish(config, store, writer, joining, config_sha256, held_out_sha256, questions)
+            hashes = {"config_sha256": config_sha256, "held_out_sha256": held_out_sha256, "files_sha256": files_sha256}
+            manifest = _finish(config, store, writer, joining, hashes, questions)
         write_manifest(store, manifest, upload)
         journal.remove()
     except TooSmallError:
@@ -195,6 +198,21 @@ def warn_of_held_out(
     """Says so when a store was built without looking for the held-out documents that are measured on."""
     if may_hold(manifest, held_out_sha256):
         report(f"{store}: was built without looking for these held-out documents; it may contain some of them")
+
+
+def warn_of_files(manifest: Manifest, store: Path | str, config: CorpusConfig, report: Callable[[str], None]) -> None:
+    """Says so when files of local sources have other names or sizes than those a store was built from.
+
+    Sources that are gone, as after a move to another machine, and those at addresses are not looked at.
+    """
+    if not manifest.files_sha256 or any(is_address(source.path) for source in config.sources):
+        return
+    with suppress(CorpusError):
+        if hash_units(list_units(config)) != manifest.files_sha256:
+            report(
+                f"{store}: its sources have other files now, or of other sizes, and it stays as it is; another name builds"
+                " one from what is there"
+            )
 
 
 def may_hold(manifest: Manifest, held_out_sha256: str) -> bool:
@@ -307,8 +325,7 @@ def _finish(
     store: Path,
     writer: StoreWriter,
     joining: Joining,
-    config_sha256: str,
-    held_out_sha256: str,
+    hashes: Mapping[str, Any],
     questions: Sequence[BenchmarkText],
 ) -> Manifest:
     _check_counts(config, store, writer)
@@ -325,8 +342,7 @@ def _finish(
         **joining.describe(),
         num_control_documents=sum(source.num_control_documents or 0 for source in sources),
         num_control_tokens=sum(source.num_control_tokens or 0 for source in sources),
-        config_sha256=config_sha256,
-        held_out_sha256=held_out_sha256,
+        **hashes,
         counts=dict(sorted(writer.counts.items())),
         num_questions=len(asked),
         num_questions_too_short=sum(

@@ -137,6 +137,8 @@ class Manifest(StrictModel):
     """Hash of the corpus config and of the benchmark questions."""
     held_out_sha256: str = ""
     """Hash of the held-out documents that were looked for; empty when there was none."""
+    files_sha256: str = ""
+    """Hash of the names and sizes of the sources' files; empty in stores of earlier versions, and where no rows are stored."""
     counts: dict[str, int]
     """Documents of all sources; `in` is the sum of the rest."""
     num_questions: int = 0

@@ -328,8 +328,23 @@ def test_a_finished_store_is_found_and_another_config_is_refused(
     said: list[str] = []
     assert build_token_store(config, tokenizer, tmp_path / "store", report=said.append) == first
     assert said[0].startswith("found")
+    assert not any("other files" in line for line in said)
     with pytest.raises(CorpusError, match="built from another corpus config or tokenizer"):
         build_token_store(config, tokenizer, tmp_path / "store", seed=1)
+
+
+def test_a_finished_store_stays_as_it_is_and_says_that_its_sources_changed(
+    tokenizer: Path, two_sources: list[Path], tmp_path: Path
+):
+    config = make_config(*two_sources, max_bad_fraction=0.5)
+    first = build_token_store(config, tokenizer, tmp_path / "store")
+    said: list[str] = []
+    with (two_sources[0] / "a.jsonl").open("ab") as file:
+        file.write(b"\n")
+    assert build_token_store(config, tokenizer, tmp_path / "store", report=said.append) == first
+    assert "its sources have other files now, or of other sizes, and it stays as it is" in said[-1]
+    (two_sources[0] / "a.jsonl").unlink()  # gone, as on another machine
+    assert build_token_store(config, tokenizer, tmp_path / "store") == first
 
 
 def test_a_store_has_one_builder_and_belongs_to_one_config(tokenizer: Path, two_sources: list[Path], tmp_path: Path):
