@@ -180,7 +180,8 @@ def find_complete(store: Path | str, joining: Joining, config_sha256: str, repor
     manifest = Manifest.load(store)
     if (manifest.tokenizer_sha256, manifest.config_sha256) != (joining.facts.sha256, config_sha256):
         raise CorpusError(
-            f"{store}: was built from another corpus config or tokenizer; remove it or choose another name"
+            f"{store}: was built from another corpus config or tokenizer, or other benchmark questions were kept out of it;"
+            " remove it or choose another name (other questions alone are asked by `layerplan evaluate`)"
         )
     check_joining(manifest, joining, store)
     if isinstance(store, Path):
