@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.engine import EngineAnswer, EngineSpec
+from layerplan.config.evaluation import settle_dtype
 from layerplan.errors import EvaluationError
 from layerplan.models.own_types import HYBRID_CLASS, HYBRID_TYPE, make_known
 
@@ -52,12 +53,11 @@ class VllmEngine:
         if is_hybrid:
             register_hybrid()
         on_cpu = spec.num_gpus <= 0
-        dtype = ("float32" if on_cpu else "bfloat16") if spec.dtype == "auto" else spec.dtype
         options: dict[str, Any] = {
             "model": spec.model.name,
             "revision": spec.model.revision,
             "trust_remote_code": spec.model.trust_remote_code,
-            "dtype": dtype,
+            "dtype": settle_dtype(spec.dtype, on_gpu=not on_cpu),
             "seed": 0,
             "max_model_len": spec.max_length,
             "disable_log_stats": True,

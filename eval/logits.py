@@ -16,6 +16,7 @@ import torch
 
 from eval.engine import EngineAnswer, EngineSpec
 from eval.next_token import LIMITS, NextTokenReader, iter_equal_lengths
+from layerplan.config.evaluation import settle_dtype
 
 
 class TransformersEngine:
@@ -74,8 +75,8 @@ class TransformersEngine:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a config's `dtype`; `auto` is float32 on a CPU and bfloat16 on a GPU."""
-    chosen = ("float32" if device.type == "cpu" else "bfloat16") if name == "auto" else name
+    """The dtype of a config's `dtype` on a device."""
+    chosen = settle_dtype(name, on_gpu=device.type != "cpu")
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[chosen]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,13 +75,15 @@ def export_hf(
             _say_float32(partial)
         plan.save(partial / PLAN_NAME)
         logits = check_export(base.at(partial), weights, skeleton, trained.hashes)
-        report = replace(_report(out_dir, applied, trained, logits), export_dtype=export_dtype)
+        report = _report(out_dir, applied, trained, logits, export_dtype)
         card = render_model_card(plan.sealed(), step=state.get("step", 0), state=state, report=report)
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
     return report
 
 
-def _report(out_dir: Path, applied: AppliedPlan, trained: TrainedValues, logits: torch.Tensor) -> ExportReport:
+def _report(
+    out_dir: Path, applied: AppliedPlan, trained: TrainedValues, logits: torch.Tensor, export_dtype: str
+) -> ExportReport:
     moved = 0.0
     if trained.is_rounded:
         model = trained.base.model
@@ -90,7 +91,7 @@ def _report(out_dir: Path, applied: AppliedPlan, trained: TrainedValues, logits:
         moved = measure_rounding(exact, logits)
     dtypes = {str(dtype).removeprefix("torch.") for each in trained.weights.dtypes.values() for dtype in each}
     counts = len(applied.frozen), len(applied.trainable), len(trained.changed)
-    return ExportReport(out_dir, *counts, tuple(sorted(dtypes)), moved)
+    return ExportReport(out_dir, *counts, tuple(sorted(dtypes)), moved, export_dtype)
 
 
 def copy_companions(source: Path, folder: Path) -> None:

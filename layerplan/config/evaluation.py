@@ -12,6 +12,11 @@ from layerplan.config.corpus import SourceConfig
 from layerplan.config.labels import NodeLabels
 
 
+def settle_dtype(dtype: str, *, on_gpu: bool) -> str:
+    """What engines compute in: `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    return ("bfloat16" if on_gpu else "float32") if dtype == "auto" else dtype
+
+
 class BenchmarkConfig(StrictModel):
     """One multiple-choice benchmark."""
 
@@ -88,9 +93,7 @@ class EvaluationConfig(StrictModel):
     @property
     def computed_dtype(self) -> str:
         """What engines compute in: `dtype`, with `auto` settled by where they run."""
-        if self.dtype != "auto":
-            return self.dtype
-        return "bfloat16" if self.num_gpus_per_actor > 0 else "float32"
+        return settle_dtype(self.dtype, on_gpu=self.num_gpus_per_actor > 0)
 
     def read_dtype(self, recorded: str) -> str:
         """What a stored score was computed in.

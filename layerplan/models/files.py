@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -175,8 +175,12 @@ def list_changes(name: str, *patterns: str) -> tuple[tuple[str, int, int], ...]:
     A process that lives on, as a notebook's, must not take a folder for what it was.
     """
     folder = Path(name).expanduser()
-    found = [path for pattern in patterns for path in folder.glob(pattern)] if folder.is_dir() else []
-    return tuple((path.name, (stat := path.stat()).st_mtime_ns, stat.st_size) for path in sorted(found))
+    return stamp_files(sorted(path for pattern in patterns for path in folder.glob(pattern)) if folder.is_dir() else ())
+
+
+def stamp_files(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
+    """Name, time and size of each file: what a reading that is kept in a process goes by."""
+    return tuple((path.name, (stat := path.stat()).st_mtime_ns, stat.st_size) for path in paths)
 
 
 @lru_cache(maxsize=8)

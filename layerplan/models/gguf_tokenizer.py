@@ -60,10 +60,8 @@ _RULES: dict[str, list[dict[str, Any]]] = {
 """How a rule splits text, as a `tokenizer.json` says it, where `transformers` has no pattern of the name."""
 _SAME_AS = {"stablelm2": "qwen2", "hunyuan": "qwen2"}
 """Rules that split as another does, of which `transformers` has the pattern."""
-_WHOLE_WORDS_FIRST = (
-    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
-    "tekken",
-)
+_LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
+_WHOLE_WORDS_FIRST = (*_LLAMA3, "tekken")
 """Rules under which a piece of text that is an entry is taken whole, whether or not merges lead to it. Their texts begin
 with the begin token where the file does not say otherwise."""
 
@@ -94,7 +92,8 @@ def write_tokenizer(file: GgufFile, work: Path, out_dir: Path) -> None:
             _load_as_written(out_dir / "tokenizer_config.json")
         Tokenizer.from_file(str(path))
     except Exception as error:  # a library's code over data of any shape
-        said = repr(_read(file, "model")) if _read(file, "model") is not None else "none"
+        kind = _read(file, "model")
+        said = "none" if kind is None else repr(kind)
         raise ModelError(
             f"model.name={file.path}: its tokenizer ({said}) cannot be rebuilt ({first_line(error)}); convert the model's"
             " safetensors, or save its tokenizer.json with them"
@@ -206,15 +205,15 @@ def _load_as_written(path: Path) -> None:
 
 
 def _name_token(file: GgufFile, key: str) -> tuple[int, str] | None:
-    number, tokens = _read(file, f"{key}_token_id"), _read(file, "tokens")
-    return None if number is None else (int(number), str(tokens[int(number)]))
+    number = _read(file, f"{key}_token_id")
+    return None if number is None else (int(number), str(_read(file, "tokens", int(number))))
 
 
 def _read_rule(file: GgufFile) -> str:
     return str(_read(file, "pre") or "default")
 
 
-def _read(file: GgufFile, key: str) -> Any:
-    """A value of `tokenizer.ggml.`; None where the file has none."""
+def _read(file: GgufFile, key: str, place: int | slice = slice(None)) -> Any:
+    """A value of `tokenizer.ggml.`, of a list one entry or all; None where the file has none."""
     field = file.reader.fields.get(f"tokenizer.ggml.{key}")
-    return None if field is None else field.contents()
+    return None if field is None else field.contents(place)

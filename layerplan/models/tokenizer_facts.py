@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from layerplan.artifacts import hash_bytes
 from layerplan.errors import ModelError
 from layerplan.models.control_tokens import is_reached
-from layerplan.models.files import TOKENIZER_SIBLINGS
+from layerplan.models.files import TOKENIZER_SIBLINGS, stamp_files
 
 CUSTOMARY_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 _PROBES = ("a", "的", "0", " ")
@@ -107,8 +107,7 @@ def read_tokenizer_facts(path: Path, *, end_of_text: str | None = None) -> Token
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        changed = tuple((path.stat().st_mtime_ns, path.stat().st_size) for path in _list_files(file))
-        return _read(file, end_of_text, changed)
+        return _read(file, end_of_text, stamp_files(_list_files(file)))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read ({error})") from None
 
@@ -127,7 +126,7 @@ def describe_tokenizer(facts: TokenizerFacts) -> list[str]:
 
 
 @lru_cache(maxsize=8)
-def _read(file: Path, end_of_text: str | None, changed: tuple[tuple[int, int], ...]) -> TokenizerFacts:
+def _read(file: Path, end_of_text: str | None, changed: tuple[tuple[str, int, int], ...]) -> TokenizerFacts:
     """Reads the files anew when one of them has `changed`."""
     content = file.read_bytes()
     text = content.decode("utf-8")

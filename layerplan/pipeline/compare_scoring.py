@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from eval.artifacts import load_results
 from eval.held_out import load_held_out
+from layerplan.config.evaluation import settle_dtype
 from layerplan.pipeline.compare_names import find_trained_scores, list_texts, read_evaluation
 from layerplan.run_folder import BASE, RunFolder
 
@@ -20,7 +20,9 @@ def list_unlike(runs: Sequence[Path], names: Mapping[Path, str]) -> list[str]:
         base, evaluation = RunFolder(run).scores_of(BASE), read_evaluation(run)
         for label, folder in ((f"{names[run]}'s base", base), (names[run], find_trained_scores(run))):
             for dtype, config_sha256 in _iter_origins(folder, list_texts(evaluation)):
-                dtypes.setdefault(_settle_dtype(dtype, evaluation), {})[label] = None
+                # `auto` of earlier versions is what the run's engines make of it
+                computed = settle_dtype(dtype, on_gpu=evaluation.get("num_gpus_per_actor", 0) > 0)
+                dtypes.setdefault(computed, {})[label] = None
                 if folder == base and config_sha256 is not None:
                     configs.setdefault(config_sha256, {})[names[run]] = None
     lines = []
@@ -40,13 +42,6 @@ def _iter_origins(folder: Path, texts: Sequence[str]) -> Iterator[tuple[str, str
             yield result.origin.dtype, result.origin.config_sha256
     for text in load_held_out(folder, texts or None).values():
         yield text.dtype, text.config_sha256
-
-
-def _settle_dtype(dtype: str, evaluation: Mapping[str, Any]) -> str:
-    """What `auto` of earlier versions was, by the engines that the run's config asks for."""
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if evaluation.get("num_gpus_per_actor", 0) > 0 else "float32"
 
 
 def _join(labels: Iterable[str]) -> str:
