@@ -17,6 +17,7 @@ from layerplan.config.corpus import CorpusConfig
 from layerplan.corpus.cleaning import compute_duplicate_key, find_filter_reason, normalize_text
 from layerplan.corpus.decontamination import BenchmarkText, QuestionIndex
 from layerplan.corpus.encoders import load_encoder
+from layerplan.corpus.long_texts import cut_text
 from layerplan.corpus.outcome import CONTAMINATED, FILTERED, KEPT, QUARANTINED
 from layerplan.corpus.readers import Document, Malformed, read_unit
 from layerplan.corpus.unit import Unit
@@ -24,8 +25,6 @@ from layerplan.models.control_tokens import ControlTokens
 
 BATCH_DOCUMENTS = 256
 BATCH_CHARS = 1_000_000
-PIECE_CHARS = 500_000
-"""A longer document is encoded in pieces cut after a line end, because an encoder needs some 100 bytes per token."""
 
 
 @dataclass(frozen=True)
@@ -132,24 +131,14 @@ class UnitTokenizer:
         return Record(**fields | kept), text
 
     def _encode(self, pending: list[tuple[Record, str]]) -> list[Record]:
-        pieces = [split_text(text) for _, text in pending]
-        encoded = iter(self._encoder.encode([piece for parts in pieces for piece in parts]))
+        pieces = [cut_text(text, self._encoder) for _, text in pending]
+        encoded = iter(self._encoder.encode([piece.text for parts in pieces for piece in parts]))
         records = []
         for (record, _), parts in zip(pending, pieces, strict=True):
-            ids = b"".join(next(encoded) for _ in parts)
+            ids = b"".join(piece.take(next(encoded)) for piece in parts)
             records.append(Record(**vars(record) | {"ids": ids}))
         return records
 
 
 def _make_table(records: list[Record]) -> pa.Table:
     return pa.Table.from_pylist([vars(record) for record in records], schema=_SCHEMA)
-
-
-def split_text(text: str) -> list[str]:
-    """Cuts a text of more than `PIECE_CHARS` after line ends, else after the limit; the pieces join to the text."""
-    pieces = []
-    while len(text) > PIECE_CHARS:
-        cut = text.rfind("\n", PIECE_CHARS // 2, PIECE_CHARS) + 1 or PIECE_CHARS
-        pieces.append(text[:cut])
-        text = text[cut:]
-    return [*pieces, text] if text else pieces

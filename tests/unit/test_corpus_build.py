@@ -380,16 +380,6 @@ def test_questions_and_seed_belong_to_the_config(tokenizer: Path, two_sources: l
     assert build.hash_config(more_workers, [], 0) == build.hash_config(config, [], 0)
 
 
-def test_long_texts_are_cut_after_line_ends_and_join_to_themselves(monkeypatch: pytest.MonkeyPatch):
-    from layerplan.corpus import tokenize
-
-    monkeypatch.setattr(tokenize, "PIECE_CHARS", 10)
-    for text in ("", "short", "line one\nline two\nx", "x" * 35, "ab\n" * 11):
-        pieces = tokenize.split_text(text)
-        assert "".join(pieces) == text and all(0 < len(piece) <= 10 for piece in pieces)
-    assert tokenize.split_text("line one\nline two\nx")[0] == "line one\n"
-
-
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
