@@ -25,6 +25,8 @@ VALUES = {
 }
 """What each may hold; the first stands where nothing is said."""
 PACKAGES = ("layerplan", "eval")
+TALKATIVE = ("httpx",)
+"""Libraries that log a line per request, which Ray Train's handler of the root logger would show."""
 STAGES = {
     "eval": "evaluate",
     "layerplan.checkpoint": "checkpoint",
@@ -75,7 +77,7 @@ def set_up_worker() -> None:
 @contextmanager
 def kept() -> Iterator[None]:
     """Leaves the loggers of this package as they were, for a program that calls several commands."""
-    loggers = [logging.getLogger(name) for name in PACKAGES]
+    loggers = [logging.getLogger(name) for name in (*PACKAGES, *TALKATIVE)]
     before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
     try:
         yield
@@ -99,6 +101,8 @@ def configure(environ: Mapping[str, str]) -> None:
         logger.handlers = [*(one for one in logger.handlers if not isinstance(one, _Handler)), handler]
         logger.setLevel(handler.settings[LEVEL_VARIABLE])
         logger.propagate = False
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def get_settings() -> dict[str, str]:

@@ -20,7 +20,8 @@ class PretrainedModelConfig(StrictModel):
     file, by its path or as `package://<import name>/<file>` inside an installed Python package, which is converted once
     into `<storage_path>/gguf_models/`."""
     revision: str = "main"
-    """Branch, tag or commit of a hub id; ignored for folders."""
+    """Branch, tag or commit of a hub id; ignored for folders. A run keeps the commit at which the branch stood when it
+    began."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model, and with the run's own exports of it. Off unless asked."""
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from layerplan.artifacts import compute_sha256, hash_files
-from layerplan.errors import ModelError, first_line
+from layerplan.errors import ModelError
+from layerplan.models import hub
 from layerplan.models.gguf_file import SOURCE_NAME, read_source
 from layerplan.models.own_types import make_known
-from layerplan.models.weight_files import INDEX_NAME, OTHER_FORMATS, WEIGHTS_NAME, read_index
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.run_folder import CARD_NAME, PLAN_NAME, is_export
 
-WEIGHT_SUFFIXES = (*OTHER_FORMATS, ".safetensors", ".onnx_data", ".tflite", ".ot", ".mlmodel", ".pkl", ".distcp")
 OWN_FILES = (CARD_NAME, PLAN_NAME, SOURCE_NAME)
 """What an export says itself; the base's own card, plan and source are about another model."""
 
@@ -56,37 +54,14 @@ def find_model_file(name: str, filename: str, *, revision: str = "main") -> Path
         if not (folder / filename).is_file():
             raise ModelError(f"model.name={name}: the folder has no {filename}")
         return folder / filename
-    _check_hub_id(name)
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return _fetch(name, filename, revision)
-    except EntryNotFoundError as error:
-        raise ModelError(f"model.name={name}: the hub has no {filename} ({first_line(error)})") from None
+    return hub.fetch_file(name, filename, revision=revision)
 
 
 def is_at_hand(name: str, filename: str, *, revision: str = "main") -> bool:
     """Whether a file can be asked for without a network: a folder's always, a hub id's when the cache has it."""
     if Path(name).expanduser().is_dir() or name.count("/") != 1:
         return True
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(name, filename, revision=revision), str)
-
-
-def _fetch(name: str, filename: str, revision: str) -> Path:
-    """One file from the hub; raises the hub's own `EntryNotFoundError` when the model has no such file."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name, filename, revision=revision))
-    except EntryNotFoundError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"model.name={name}: {filename} cannot be fetched from the hub ({first_line(error)})"
-        ) from None
+    return hub.is_cached(name, filename, revision=revision)
 
 
 def fetch_model_folder(name: str, *, revision: str = "main", with_weights: bool = False) -> Path:
@@ -98,21 +73,18 @@ def fetch_model_folder(name: str, *, revision: str = "main", with_weights: bool 
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    _check_hub_id(name)
-    from huggingface_hub import snapshot_download
+    return hub.fetch_folder(name, revision=revision, with_weights=with_weights)
 
-    try:
-        folder = Path(
-            snapshot_download(name, revision=revision, ignore_patterns=[f"*{each}" for each in WEIGHT_SUFFIXES])
-        )
-        if with_weights:
-            wanted = sorted(set(read_index(folder).values())) if (folder / INDEX_NAME).is_file() else [WEIGHTS_NAME]
-            snapshot_download(name, revision=revision, allow_patterns=wanted)
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f"model.name={name}: cannot be fetched from the hub ({first_line(error)})") from None
-    return folder
+
+def find_commit(name: str, *, revision: str = "main") -> str | None:
+    """The commit that a hub id's branch or tag stands at, as far as the hub can be reached; None for a folder.
+
+    Raises:
+        ModelError: When the hub has no such model or revision.
+    """
+    if Path(name).expanduser().is_dir():
+        return None
+    return find_model_file(name, "config.json", revision=revision).parent.name  # the cache has a folder per commit
 
 
 def list_companions(folder: Path) -> list[Path]:
@@ -124,7 +96,7 @@ def list_companions(folder: Path) -> list[Path]:
     found: list[Path] = []
     for where, folders, names in os.walk(folder):
         here = Path(where).relative_to(folder)
-        holds_weights = any(name.lower().endswith(WEIGHT_SUFFIXES) for name in names)
+        holds_weights = any(name.lower().endswith(hub.WEIGHT_SUFFIXES) for name in names)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         if holds_weights and here != Path():
             folders.clear()
@@ -135,38 +107,41 @@ def list_companions(folder: Path) -> list[Path]:
 
 def _is_companion(here: Path, name: str) -> bool:
     is_ours = here == Path() and name in OWN_FILES
-    return not (name.startswith(".") or is_ours or name.lower().endswith((*WEIGHT_SUFFIXES, ".index.json")))
+    return not (name.startswith(".") or is_ours or name.lower().endswith((*hub.WEIGHT_SUFFIXES, ".index.json")))
 
 
 def find_tokenizer_file(name: str, *, revision: str = "main") -> Path:
-    """Returns the model's `tokenizer.json`; a hub id's lies beside what else the hub has of `TOKENIZER_SIBLINGS`.
+    """Returns the model's `tokenizer.json`; a hub id's lies beside its other small files.
 
     Raises:
         ModelError: When there is none.
     """
-    path = find_model_file(name, "tokenizer.json", revision=revision)
-    if not Path(name).expanduser().is_dir():
-        _fetch_siblings(name, revision)
+    if Path(name).expanduser().is_dir():
+        return find_model_file(name, "tokenizer.json")
+    path = hub.fetch_folder(name, revision=revision) / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(f"model.name={name}: the hub has no tokenizer.json of it")
     return path
 
 
-@lru_cache(maxsize=8)
-def _fetch_siblings(name: str, revision: str) -> None:
-    """Fetches `TOKENIZER_SIBLINGS`, as far as the hub has them; once in a process, as each asks the hub anew."""
-    from huggingface_hub.errors import EntryNotFoundError
+def identify_model(name: str, *, revision: str = "main", with_weights: bool = True) -> ModelIdentity:
+    """Returns who the model is: config facts and the hash of its weight files, read anew when they changed.
 
-    for sibling in TOKENIZER_SIBLINGS:
-        with suppress(EntryNotFoundError):
-            _fetch(name, sibling, revision)
-
-
-def identify_model(name: str, *, revision: str = "main") -> ModelIdentity:
-    """Returns who the model is: config facts, and for folders the hash of the weight files, read anew when they changed.
+    Args:
+        name: Folder or hub id.
+        revision: Of a hub id.
+        with_weights: Fetch a hub id's weights to hash them; a folder's are hashed in any case.
 
     Raises:
         ModelError: When config or weights are missing.
     """
-    return _identify(name, revision, list_changes(name, "*.safetensors", SOURCE_NAME))
+    weights: tuple[Path, ...] | None = None
+    if Path(name).expanduser().is_dir():
+        weights = _list_weights(Path(name).expanduser())
+    elif with_weights:
+        folder = hub.fetch_folder(name, revision=revision, with_weights=True)
+        weights = hub.list_fetched_weights(folder) or None
+    return _identify(name, revision, weights, list_changes(name, "*.safetensors", SOURCE_NAME))
 
 
 def list_changes(name: str, *patterns: str) -> tuple[tuple[str, int, int], ...]:
@@ -184,10 +159,11 @@ def stamp_files(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
 
 
 @lru_cache(maxsize=8)
-def _identify(name: str, revision: str, changes: tuple[tuple[str, int, int], ...]) -> ModelIdentity:
+def _identify(
+    name: str, revision: str, weights: tuple[Path, ...] | None, changes: tuple[tuple[str, int, int], ...]
+) -> ModelIdentity:
     config = load_hf_config(name, revision=revision)
     folder = Path(name).expanduser()
-    weights = hash_weight_files(folder) if folder.is_dir() else None
     num_layers = count_layers(config)
     if num_layers < 1:
         raise ModelError(f"model.name={name}: config.json has no num_hidden_layers")
@@ -196,13 +172,13 @@ def _identify(name: str, revision: str, changes: tuple[tuple[str, int, int], ...
         revision=revision,
         model_type=config["model_type"],
         num_layers=num_layers,
-        weights_sha256=weights,
+        weights_sha256=None if weights is None else hash_files(weights),
         source=read_source(folder),
     )
 
 
 def hash_deciding_files(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> dict[str, str]:
-    """Hashes of what decides a model's numbers, by what it is: `config`, `weights` of a folder, `code` that may run.
+    """Hashes of what decides a model's numbers, by what it is: `config`, `weights`, `code` of a folder that may run.
 
     Of the config its values count, not how they are written nor which version of transformers wrote them.
 
@@ -240,12 +216,11 @@ def name_folder(folder: Path) -> str:
 
 def hash_weight_files(folder: Path) -> str:
     """Hash over the names and bytes of a folder's safetensors; raises `ModelError` when it has none."""
-    files = sorted(folder.glob("*.safetensors"))
+    return hash_files(_list_weights(folder))
+
+
+def _list_weights(folder: Path) -> tuple[Path, ...]:
+    files = tuple(sorted(folder.glob("*.safetensors")))
     if not files:
         raise ModelError(f"model.name={folder}: the folder has no *.safetensors weights")
-    return hash_files(files)
-
-
-def _check_hub_id(name: str) -> None:
-    if Path(name).expanduser().is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise ModelError(f"model.name={name}: no such folder, and not a hub id of the form owner/name")
+    return files

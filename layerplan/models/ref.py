@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,17 +39,32 @@ class ModelRef:
         """An export of this model: the consent to its code goes along, the revision does not."""
         return ModelRef(str(folder), trust_remote_code=self.trust_remote_code)
 
+    def at_commit(self) -> ModelRef:
+        """This model at the commit that its revision stands at now, which may move; itself where it is a folder.
+
+        Raises:
+            ModelError: When the hub has no such model or revision.
+        """
+        from layerplan.models.files import find_commit
+
+        commit = find_commit(self.name, revision=self.revision)
+        return self if commit is None else replace(self, revision=commit)
+
     def config(self) -> dict[str, Any]:
         """The values of `config.json`; raises `ModelError` when it is missing or malformed."""
         from layerplan.models.files import load_hf_config
 
         return load_hf_config(self.name, revision=self.revision)
 
-    def identity(self) -> ModelIdentity:
-        """Who the model is: config facts, and for a folder the hash of its weights; raises `ModelError`."""
+    def identity(self, *, with_weights: bool = True) -> ModelIdentity:
+        """Who the model is: config facts and the hash of its weights, unless a hub id's need not be fetched for it.
+
+        Raises:
+            ModelError: When one is missing.
+        """
         from layerplan.models.files import identify_model
 
-        return identify_model(self.name, revision=self.revision)
+        return identify_model(self.name, revision=self.revision, with_weights=with_weights)
 
     def hash_files(self) -> dict[str, str]:
         """Hashes of its config, weights and code, by these words; raises `ModelError`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from layerplan.config.model import PretrainedModelConfig, ScratchModelConfig
@@ -72,5 +73,5 @@ def _read_shape(config: RunConfig, from_published: bool) -> tuple[ModelShape, st
     if from_published:
         from layerplan.models.published import load_shape_and_type
 
-        return load_shape_and_type(base)
+        return load_shape_and_type(replace(base, revision=config.model.revision))
     return base.shape(), str(base.config()["model_type"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from layerplan.aside import writing_folder_aside
@@ -12,6 +14,7 @@ from layerplan.config.stitch import StitchedModelConfig
 from layerplan.config.train import TrainConfig
 from layerplan.corpus.build import build_token_store
 from layerplan.corpus.sources import SOURCE_FIELD, iter_documents
+from layerplan.errors import ModelError
 from layerplan.models.ref import ModelRef
 from layerplan.models.scratch import build_scratch_model, train_tokenizer
 from layerplan.models.weight_files import WEIGHTS_NAME
@@ -36,7 +39,7 @@ def prepare_model(context: RunContext) -> ModelRef:
     if isinstance(model, StitchedModelConfig):
         return make_stitched(context, model)
     if not isinstance(model, ScratchModelConfig):
-        found = find_base(context.config)
+        found = _find_commit(find_base(context.config), model.revision)
         check_same_base(context.folder, found)
         carry_folder(Path(found.name))  # a conversion, for the workers of other nodes
         return found
@@ -77,6 +80,17 @@ def prepare_model(context: RunContext) -> ModelRef:
     if result.stopped_early:
         raise SystemExit(143)
     return ModelRef(str(result.hf_dir))
+
+
+def _find_commit(base: ModelRef, asked: str) -> ModelRef:
+    """An existing base at the commit that the run has, else at the one where the revision that is `asked` for stands."""
+    found = base.at_commit()
+    if base.revision != asked:
+        with suppress(ModelError):  # only to tell: the run has its commit
+            moved = replace(base, revision=asked).at_commit().revision
+            if moved != found.revision:
+                say("base", f"{asked} of {base} is at {moved[:12]} now; this run goes on with {found.revision[:12]}")
+    return found
 
 
 def _make_untrained(context: RunContext, model: ScratchModelConfig) -> Path:

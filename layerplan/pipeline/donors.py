@@ -30,7 +30,7 @@ def resolve_stitched(config: RunConfig, spec: StitchedModelConfig, *, from_publi
     for name, donor in spec.donors.items():
         ref = ModelRef(find_model(donor.name, storage), donor.revision, donor.trust_remote_code)
         known = find_published(ref.name, revision=ref.revision) if from_published else None
-        donors[name] = read_donor(ref, published=known)
+        donors[name] = read_donor(ref if from_published else ref.at_commit(), published=known)
     return resolve_recipe(spec, donors)
 
 

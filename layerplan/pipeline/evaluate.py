@@ -47,7 +47,7 @@ def score_model(config: RunConfig, model: ModelRef, out_dir: str | Path) -> Resu
     with hold_run(home, config.name) if home.is_dir() and lies_inside(folder, root) else nullcontext() as lease:
         fetch_folder(folder)
         with on_cluster(config, ask_for_scoring(config), tell=None if lease is None else lease.tell):
-            results = evaluate_model(model, config.evaluation, folder)
+            results = evaluate_model(model.at_commit(), config.evaluation, folder)
         carry_folder(folder)
         return results
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from layerplan.config.model import PretrainedModelConfig
@@ -10,6 +11,7 @@ from layerplan.config.run import RunConfig
 from layerplan.config.stitch import StitchedModelConfig
 from layerplan.models.ref import ModelRef
 from layerplan.pipeline.run_folder import locate_run_folder
+from layerplan.pipeline.same_base import find_noted_commit
 from layerplan.plan.stitch_report import LayerOrigin, StitchReport
 from layerplan.run_folder import STITCH_NAME, STITCHED_NAME
 from layerplan.storage.working import is_remote, make_private
@@ -27,6 +29,7 @@ def find_base(config: RunConfig) -> ModelRef:
 def find_named(name: str, config: RunConfig) -> ModelRef:
     """The same for any folder, hub id or GGUF file, with the config's revision and consent where they are meant for it.
 
+    A hub id's revision is the commit at which the run was begun, once it is.
     The consent is to one model's code, so it holds for that model and for what the run exports of it, not for any other.
     A conversion lies where all runs of `storage_path` and all their nodes reach it; of runs in a bucket that is their
     working folder, from which a run sends it to the bucket.
@@ -41,7 +44,7 @@ def find_named(name: str, config: RunConfig) -> ModelRef:
         return ModelRef(found, trust_remote_code=is_own and any(donor.trust_remote_code for donor in donors))
     base = ModelRef(found, own.revision, own.trust_remote_code)
     if name == own.name:
-        return base
+        return replace(base, revision=find_noted_commit(locate_run_folder(config)) or own.revision)
     return base.at(found) if is_own else ModelRef(found)
 
 

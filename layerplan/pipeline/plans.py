@@ -141,7 +141,7 @@ def import_plan(path: str, tool: str, model: ModelRef, out: str) -> None:
     built, shape = build_unloaded(model), model.shape()
     rule = read_rule(values, tool, num_layers=shape.num_layers)
     fields, modules = find_selectors(built, rule)
-    plan = make_plan(ExplicitPlanConfig(**fields), model=model.identity(), shape=shape)
+    plan = make_plan(ExplicitPlanConfig(**fields), model=model.identity(with_weights=False), shape=shape)
     if modules:
         plan = seal_with_cost(plan.model_copy(update={"trainable_modules": modules}), shape, DEFAULT_SEQ_LEN)
     for name in (names := name_parameters(built, plan)).all:

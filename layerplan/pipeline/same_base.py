@@ -1,7 +1,7 @@
 """A run goes on with the base that its files were made with.
 
 A profile, measurements, the trials of a sweep and the base's scores are read back by their names, so a folder whose weights
-or config were replaced in between would give a run of two models.
+or config were replaced in between, or a branch of the hub that has moved on, would give a run of two models.
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ import json
 from layerplan.artifacts import write_json
 from layerplan.errors import ModelError
 from layerplan.models.ref import ModelRef
+from layerplan.plan.layer_profile import is_commit
 from layerplan.run_folder import BASE, RunFolder
+
+COMMIT = "commit"
+
+
+def find_noted_commit(folder: RunFolder) -> str | None:
+    """The commit of its base on the hub that a run was begun with; None for another kind of base, and before it is known."""
+    return _read(folder).get(COMMIT)
 
 
 def check_same_base(folder: RunFolder, model: ModelRef) -> None:
@@ -19,7 +27,7 @@ def check_same_base(folder: RunFolder, model: ModelRef) -> None:
 
     Args:
         folder: Of the run.
-        model: An existing model.
+        model: An existing model, of the hub at its commit.
 
     Raises:
         ModelError: Naming what of it changed.
@@ -31,6 +39,8 @@ def check_same_base(folder: RunFolder, model: ModelRef) -> None:
             f"model.name={model}: its {' and '.join(changed)} changed since {folder.root} was begun; restore what was there,"
             " or choose another name (--set name=...)"
         )
+    if is_commit(model.revision):
+        now[COMMIT] = model.revision
     if now != before:
         write_json(folder.base_files, now)
 

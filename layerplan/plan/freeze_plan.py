@@ -11,7 +11,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_serializer, mod
 from layerplan.artifacts import compute_sha256, read_sealed, write_sealed
 from layerplan.config.base import StrictModel
 from layerplan.errors import PlanError
-from layerplan.plan.layer_profile import ModelIdentity
+from layerplan.plan.layer_profile import ModelIdentity, is_commit
 from layerplan.plan.module_names import name_module
 from layerplan.plan.plan_cost import NoCost, PredictedCost
 
@@ -212,6 +212,8 @@ class FreezePlan(_WithModules):
         mine: Mapping[str, Any] = self.model.model_dump()
         theirs = model.model_dump()
         for field in fields:
+            if field == "revision" and is_commit(self.model.revision) != is_commit(model.revision):
+                continue  # where a branch stood when the plan was made is not known
             if mine[field] != theirs[field] and None not in (mine[field], theirs[field]):
                 raise PlanError(
                     f"freeze plan {self.sha256[:12]}: made for {field}={mine[field]!r},"

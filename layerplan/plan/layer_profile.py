@@ -6,6 +6,7 @@ l = i + 1. Rows are probe groups in the order of `groups`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -39,13 +40,18 @@ class ModelSource(StrictModel):
         return f"{self.file} (sha256 {self.sha256[:12]}; tensors: {kinds})"
 
 
+def is_commit(text: str) -> bool:
+    """Whether a model's revision is a commit's full name, which always means the same files, and no branch or tag."""
+    return re.fullmatch("[0-9a-f]{40}", text) is not None
+
+
 class ModelIdentity(StrictModel):
     """Which model an artifact belongs to."""
 
     name: str
     """Folder name or hub id as configured."""
     revision: str = "main"
-    """Branch, tag or commit; `main` for folders."""
+    """Commit, or the branch or tag where no commit was asked for; `main` for folders."""
     model_type: str
     """`model_type` of the Hugging Face config."""
     num_layers: int = Field(ge=1)
