@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "a" * 40
 JSON = "application/json"
 
@@ -166,3 +169,11 @@ def hash_file(content: bytes) -> str:
 def read_files(folder: Path) -> dict[str, bytes]:
     """Everything in a folder, as the hub has it."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def ask_hub_at(endpoint: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points this process's client at a server: it reads its settings once, when it is imported, which another test has done."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))

@@ -7,17 +7,20 @@ import io
 import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from eval.csv_table import read_table
 from eval.encoding import find_answer_tokens
 from eval.items import Benchmark, Question, load_benchmark
 from eval.prompts import format_prompt
 from layerplan.config.evaluation import BenchmarkConfig
 from layerplan.errors import EvaluationError
+from tests.hub_server import COMMIT, HubRepository, ask_hub_at, serving
 
 QUESTION = Question(
     "law/1", "law", "法学", "Social Science", "下列说法{正确}的是____。 ", ("甲 ", "乙", "丙", "丁"), "C"
@@ -245,3 +248,32 @@ def test_a_benchmark_from_the_hub_is_fetched_once(tmp_path: Path, monkeypatch: p
     assert hub.fetch_benchmark("cmmlu", splits=["test"], repository=str(source)) == folder
     with pytest.raises(EvaluationError, match="subject agronomy, split dev cannot be fetched from the hub"):
         hub.fetch_benchmark("cmmlu", splits=["dev"], repository=str(source))
+
+
+@pytest.mark.parametrize("layout", ["{split}/{subject}.csv", "{split}/{subject}_{split}.csv"])
+def test_a_benchmark_whose_script_is_not_run_any_more_is_read_out_of_its_archive(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CMMLU as it lies on the hub: a card, a loading script and an archive, read by the real client."""
+    from eval import hub
+
+    names = ("agronomy", "anatomy")
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as opened:
+        for name in names:
+            for split in ("dev", "test"):
+                row = f',Question,A,B,C,D,Answer\r\n0,"{split}, 问",甲,乙,丙,丁,B\r\n'
+                opened.writestr(layout.format(split=split, subject=name), row)
+    files = {"README.md": b"# CMMLU", "cmmlu.py": b"raise SystemExit", "cmmlu_v1_0_1.zip": archive.getvalue()}
+    official = hub.load_official_subjects("cmmlu")
+    monkeypatch.setattr(hub, "load_official_subjects", lambda name: {key: official[key] for key in names})
+    monkeypatch.setenv("LAYERPLAN_CACHE", str(tmp_path / "cache"))
+    with serving(HubRepository("datasets", "haonan-li/cmmlu", {COMMIT: files})) as repository:
+        ask_hub_at(repository.endpoint, tmp_path / "hf", monkeypatch)
+        folder = hub.fetch_benchmark("cmmlu", splits=["test", "dev"])
+        (row,) = read_table(folder / "dev" / "anatomy.csv")
+        assert (row["id"], row["question"], row["answer"]) == ("0", "dev, 问", "B")
+        repository.requests.clear()
+        assert hub.fetch_benchmark("cmmlu", splits=["test", "dev"]) == folder and repository.requests == []
+        with pytest.raises(EvaluationError, match=r"cmmlu_v1_0_1.zip: holds no val/agronomy.csv"):
+            hub.fetch_benchmark("cmmlu", splits=["val"])

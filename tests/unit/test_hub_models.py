@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from layerplan.errors import ModelError
 from layerplan.models import hub
 from layerplan.models.ref import ModelRef
-from tests.hub_server import COMMIT, HubRepository, read_files, serving
+from tests.hub_server import COMMIT, HubRepository, ask_hub_at, read_files, serving
 from tests.model_folders import edit_weights, save_tiny_base
 
 NEXT = "b" * 40
@@ -20,14 +20,9 @@ NEXT = "b" * 40
 
 @pytest.fixture(autouse=True)
 def online(repository: HubRepository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The client reads its settings once, when it is imported, which another test has done."""
     hub._fetch_commit.cache_clear()
     with serving(repository):
-        pages = f"{repository.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "ENDPOINT", repository.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", pages)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        ask_hub_at(repository.endpoint, tmp_path / "cache", monkeypatch)
         yield
 
 
