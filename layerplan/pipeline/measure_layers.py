@@ -19,11 +19,10 @@ from layerplan.pipeline.texts import list_benchmark_texts
 from layerplan.plan.cost import predict_cost
 from layerplan.plan.decide import list_measurements
 from layerplan.plan.layer_measurement import LayerMeasurement, LayerMeasurements
-from layerplan.plan.layer_profile import LayerProfile
 from layerplan.plan.policies import make_full_plan
 from layerplan.report.measurements import draw_measurements, render_measurements
 from layerplan.run_folder import MEASUREMENTS_STEM
-from layerplan.tracer.pool import trace_model
+from layerplan.tracer.pool import load_profile, trace_model
 
 TRACED = "trace"
 """Stands for what the tracer measures among the names that may be asked for."""
@@ -84,7 +83,7 @@ def _trace(context: RunContext, model: ModelRef) -> list[LayerMeasurement]:
         began = time.perf_counter()
         trace_model(model, context.config.trace, out_dir=folder.root, report=lambda line: say("measure", line))
         seconds = time.perf_counter() - began
-    profile = LayerProfile.load(folder.profile)
+    profile = load_profile(folder.profile, context.config.trace)
     records = pq.read_table(folder.probes).to_pylist()
     identity, shape = model.identity(), model.shape()
     mean_length = max(2, round(sum(record["num_tokens"] for record in records) / len(records)))

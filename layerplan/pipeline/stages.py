@@ -57,7 +57,7 @@ from layerplan.run_folder import (
 from layerplan.storage.flag import Flag
 from layerplan.storage.mirror import fetch_file, fetch_folder
 from layerplan.storage.working import find_home
-from layerplan.tracer.pool import trace_model
+from layerplan.tracer.pool import load_profile, trace_model
 from layerplan.tracking.callback import LineageCallback
 from layerplan.tracking.tracker import RunSinkFactory, Tracker, status_of
 from layerplan.train.asking import ask_in_task, read_recipe
@@ -164,7 +164,7 @@ def trace(context: RunContext, model: ModelRef) -> LayerProfile | None:
     """Measures the layers when the plan needs it; returns the profile, or None when nothing was measured."""
     if context.folder.profile.exists():
         say("trace", f"found {context.folder.profile}")
-        return LayerProfile.load(context.folder.profile)
+        return load_profile(context.folder.profile, context.config.trace)
     if not wants_profile(context.config.plan):
         say("trace", f"skipped: plan type {context.config.plan.type!r} needs no measurement")
         return None

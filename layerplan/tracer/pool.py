@@ -25,6 +25,9 @@ from layerplan.tracer.encode import EncodedProbe, encode_probes, make_batches
 from layerplan.tracer.lexicon import load_antsynnet, load_builtin_lexicon
 from layerplan.tracer.probes import Probe, hash_probes, load_probes, make_probes
 
+BUILTIN = "builtin"
+"""How a config calls the project's own lexicon."""
+
 
 def trace_model(
     model: ModelRef, config: TraceConfig, *, out_dir: Path, report: Callable[[str], None] = lambda line: None
@@ -60,6 +63,23 @@ def trace_model(
     return profile
 
 
+def load_profile(path: Path, config: TraceConfig) -> LayerProfile:
+    """The profile that a run has, which is one of the probes that its config names.
+
+    Raises:
+        PlanError: When it is malformed or was changed.
+        ProbeError: When the file or folder of the probes was changed after it was made.
+    """
+    profile = LayerProfile.load(path)
+    is_own = config.probes == BUILTIN  # those change with a version of layerplan, and its profiles stay
+    if not is_own and hash_probes(collect_probes(config)) != profile.probe_set_sha256:
+        raise ProbeError(
+            f"trace.probes={config.probes}: other probes than {path} was measured with; restore what was there, or choose"
+            " another name (--set name=...)"
+        )
+    return profile
+
+
 def collect_probes(config: TraceConfig) -> list[Probe]:
     """The probes the config names.
 
@@ -69,7 +89,7 @@ def collect_probes(config: TraceConfig) -> list[Probe]:
     path = Path(config.probes).expanduser()
     if config.probes.endswith(".jsonl"):
         return load_probes(path)
-    if config.probes == "builtin":
+    if config.probes == BUILTIN:
         lexicon = load_builtin_lexicon()
     elif path.is_dir():
         lexicon = load_antsynnet(path)

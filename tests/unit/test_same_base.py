@@ -20,8 +20,12 @@ from layerplan.models.ref import ModelRef
 from layerplan.pipeline.measure_layers import is_of_other_steps
 from layerplan.pipeline.same_base import check_same_base
 from layerplan.plan.layer_measurement import LayerMeasurement, MeasuringCost
+from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.run_folder import RunFolder
+from layerplan.tracer.pool import collect_probes, load_profile
+from layerplan.tracer.probes import hash_probes
 from layerplan.tracer.samples import Sample, measure_samples, write_records
+from tests.layer_profiles import make_profile
 from tests.model_folders import edit_config, edit_weights, save_base_with_code, save_tiny_base
 
 
@@ -143,3 +147,19 @@ def test_a_pilot_is_a_share_of_the_steps_that_the_run_has_now(max_steps: int, is
     pilot = LayerMeasurement(name="pilot", values=[1.0, 2.0], options={"steps": 4}, cost=cost)
     assert is_of_other_steps(pilot, config, ["pilot"]) == is_other
     assert not is_of_other_steps(pilot, config, ["fisher"]) and not is_of_other_steps(None, config, ["pilot"])
+
+
+def test_a_profile_of_other_probes_is_refused(tmp_path: Path) -> None:
+    file, path = tmp_path / "probes.jsonl", tmp_path / "layer_profile.json"
+    line = {"id": "x", "group": "g", "prompt": "Paris: France. Rome:", "answer": " Italy", "context_end": 15}
+    file.write_text(json.dumps(line), encoding="utf-8")
+    config = TraceConfig(probes=str(file))
+    identity = ModelIdentity(name="m", model_type="qwen3", num_layers=3)
+    found = hash_probes(collect_probes(config))
+    profile = make_profile(identity, [0.0, 0.0, 0.0], [0.0, 0.0], probe_set_sha256=found)
+    profile.save(path)
+    assert load_profile(path, config).probe_set_sha256 == found
+    file.write_text(json.dumps(line | {"answer": " Greece"}), encoding="utf-8")
+    with pytest.raises(ProbeError, match=r"trace.probes=.*probes.jsonl: other probes than .*layer_profile.json was"):
+        load_profile(path, config)
+    assert load_profile(path, TraceConfig()) == profile
