@@ -22,7 +22,8 @@ def render_model_card(plan: FreezePlan, *, step: int, state: dict[str, Any], rep
         report: What the export showed of its tensors.
     """
     front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if "/" in plan.model.name:  # a hub id; the name of a folder would link to someone else's model
+    if "/" in plan.model.name and plan.model.weights_sha256 is None:
+        # a hub id: of a folder the weights are hashed, and its name, `<run>/step_X` for an export, would link to someone else
         front["base_model"] = plan.model.name
     short_name = plan.model.name.rstrip("/").rsplit("/", 1)[-1]
     lines = [

@@ -19,6 +19,7 @@ from layerplan.checkpoint import hf_export
 from layerplan.checkpoint.dcp import save_checkpoint
 from layerplan.checkpoint.export_report import ExportReport, is_exported_as
 from layerplan.checkpoint.hf_export import export_hf
+from layerplan.checkpoint.model_card import render_model_card
 from layerplan.checkpoint.trained_values import TrainedValues
 from layerplan.config.plan import FreezeDeepPlanConfig
 from layerplan.config.train import OptimizerConfig, TrainConfig
@@ -105,6 +106,20 @@ def faulty(function: str, damage: Callable[[Path], None], monkeypatch: pytest.Mo
         damage(arguments[-1])
 
     monkeypatch.setattr(hf_export, function, wrapped)
+
+
+def test_a_card_links_to_a_hub_id_and_to_no_folder_of_ours(run: Run, tmp_path: Path) -> None:
+    """An export as a base is called `<run>/step_X`, which on the hub would be somebody else's model."""
+    first = tmp_path / "first" / "hf" / "step_00000001"
+    run.export(first)
+    second = train_briefly(first, tmp_path / "again")
+    assert second.plan.model.name == "first/step_00000001"
+    second.export(tmp_path / "second")
+    assert "base_model" not in (tmp_path / "second" / "README.md").read_text()
+    hub = second.plan.model.model_copy(update={"name": "owner/model", "weights_sha256": None})
+    report = ExportReport(Path(), 1, 1, 1, ("float32",), 0.0)
+    card = render_model_card(second.plan.model_copy(update={"model": hub}), step=1, state={}, report=report)
+    assert 'base_model: "owner/model"' in card
 
 
 def test_frozen_tensors_are_the_bases_and_trained_ones_the_checkpoints(run: Run, tmp_path: Path) -> None:
