@@ -18,6 +18,8 @@ from layerplan.plan.holm import correct_holm
 
 CHANCE = 0.25
 ALPHA = 0.05
+NO_WIDTH = 1e-9
+"""Points; an interval narrower than rounding."""
 
 Arm = tuple[str, EvaluationResult, Sequence[Answer]]
 """A name, its scores, and its answers in the benchmark's order."""
@@ -157,12 +159,20 @@ def _test_difference(
     interval = _to_percent(gap, at_least=-100)
     if len(mine_SN) == len(theirs_SN) == 1:
         mine, theirs = mine_SN[0], theirs_SN[0]
-        if (mine == theirs).all():
-            # no spread to estimate from: what a share that was seen in none of n questions may be at most
-            most = 100 * (1 - 0.025 ** (1 / len(mine)))
-            interval = -most, most
+        if (mine == theirs).all() or interval[1] - interval[0] < NO_WIDTH:
+            interval = _bound_unseen(mine - theirs)
         return interval, "exact McNemar", compute_mcnemar(int((mine > theirs).sum()), int((theirs > mine).sum()))
     return interval, "seeds and questions, Cochran-Cox", gap.p_different()
+
+
+def _bound_unseen(gap_N: np.ndarray) -> tuple[float, float]:
+    """The interval in points where no question differs from another of its subject, so that there is no spread to estimate.
+
+    It is what a share that was seen in none of n questions may be at most, and how far it could move the difference.
+    """
+    most, gap = 1 - 0.025 ** (1 / len(gap_N)), gap_N.mean()
+    low, high = gap - most * (gap_N.max() + 1), gap + most * (1 - gap_N.min())
+    return max(-100.0, 100 * float(low)), min(100.0, 100 * float(high))
 
 
 def _to_percent(estimate: PooledEstimate, *, at_least: float) -> tuple[float, float]:

@@ -119,6 +119,24 @@ def test_answers_that_are_all_the_same_leave_room_for_what_was_not_asked(size: i
     assert verdict.p_value == 1.0
 
 
+def test_subjects_whose_questions_all_moved_alike_leave_room_for_what_was_not_asked() -> None:
+    """Clopper and Pearson's bounds where every question moved; wider than what was seen where only whole subjects did."""
+    for size, is_told in ((2, False), (5, False), (6, True)):
+        benchmark = make_benchmark({"law": ("Social Science", size)})
+        (verdict,) = judge_comparisons(
+            [([("the base", *make_run(benchmark, set()))], [("run", *make_run(benchmark, set(range(size))))])]
+        )
+        least = binomtest(size, size).proportion_ci(0.95, "exact").low  # of the share that got better
+        assert verdict.difference_interval == pytest.approx((100 * (2 * least - 1), 100))
+        assert (verdict.difference_interval[0] > 0) == is_told == (verdict.p_value < 0.05)
+    subjects = make_benchmark(dict.fromkeys(("a", "b", "c", "d"), ("Humanities", 4)))
+    base, run = make_run(subjects, set()), make_run(subjects, set(range(4)))  # all of the first, none of the others
+    (verdict,) = judge_comparisons([([("the base", *base)], [("run", *run)])])
+    most = 1 - 0.025 ** (1 / 16)
+    assert verdict.p_value == 2 / 2**4
+    assert verdict.difference_interval == pytest.approx((25 - 200 * most, 25 + 100 * most))
+
+
 def test_a_run_that_always_says_one_letter_is_not_better_than_guessing() -> None:
     questions = [
         Question(f"law/{index}", "law", "law", "Humanities", "q", ("a", "b", "c", "d"), "A" if index % 2 else "B")
