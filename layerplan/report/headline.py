@@ -11,13 +11,14 @@ from layerplan.plan.permutation import SIGNIFICANT
 from layerplan.report.answer_tables import describe_change
 from layerplan.report.answers import Answers, HeldOutText
 
-Outcome = Literal["better", "worse", "alike", "unjudged"]
+Outcome = Literal["better", "worse", "alike", "unjudged", "broken"]
 Clause = tuple[Outcome, str]
 CLAUSES: dict[Outcome, str] = {
     "better": "better than its base on {}",
     "worse": "worse than its base on {}",
     "alike": "no difference from its base could be told on {}",
     "unjudged": "too few documents to judge {}",
+    "broken": "no finite loss, and so no judgement, on {}",
 }
 _MEANING = f"Better and worse: beyond chance at {SIGNIFICANT:.0%}, corrected for the number of comparisons."
 
@@ -37,7 +38,7 @@ def rate(gain: float, adjusted_p: float) -> Outcome:
 def rate_text(text: HeldOutText) -> Outcome:
     """What a held-out text says; fewer bits are better."""
     if text.sentence.startswith("not judged"):
-        return "unjudged"
+        return "broken" if "not finite" in text.sentence else "unjudged"
     return rate(text.base - text.trained, text.adjusted_p)
 
 

@@ -78,6 +78,16 @@ def test_one_line_says_what_got_better_and_what_worse() -> None:
     )
 
 
+def test_a_text_without_a_finite_loss_is_not_said_to_have_too_few_documents() -> None:
+    reason = (
+        "not judged, as the trained model's loss is not finite on 1 of 12 documents: nan against 1.0000 bits per byte"
+    )
+    text = make_text("target", float("nan"), 1.0, reason)
+    assert say_headline(list_clauses(make_answers(text), [])) == (
+        "No finite loss, and so no judgement, on the text target."
+    )
+
+
 def test_a_run_compared_with_nothing_says_what_its_loss_did() -> None:
     answers = make_answers(validation=ValidationLoss(4, 4.0, 3.0))
     assert say_headline(list_clauses(answers, [])) == (
