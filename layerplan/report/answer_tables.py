@@ -105,7 +105,12 @@ def list_metrics(answers: Answers) -> dict[str, float]:
         found |= {"result/validation_loss/base": loss.base, "result/validation_loss/trained": loss.trained}
     for text in answers.held_out:
         names = ("base", "trained", "difference_low", "difference_high", "adjusted_p")
-        values = (text.base, text.trained, *(text.interval or (None, None)), text.adjusted_p)
+        values = (
+            text.base,
+            text.trained,
+            *(text.interval or (None, None)),
+            text.adjusted_p if text.is_judged else None,
+        )
         found |= {f"result/{text.name}/bits_per_byte/{name}": value for name, value in zip(names, values, strict=True)}
     if (cost := answers.cost) is not None:
         found |= {
@@ -163,7 +168,7 @@ def _held_out_row(text: HeldOutText) -> list[str]:
         f"{text.base:.4f}",
         f"{text.trained:.4f}",
         f"{text.trained - text.base:+.4f}{gap}",
-        f"{text.adjusted_p:.3g}",
+        f"{text.adjusted_p:.3g}" if text.is_judged else NOTHING,
     ]
 
 

@@ -53,10 +53,15 @@ class HeldOutText:
     interval: tuple[float, float] | None
     """95 % interval of trained minus base; None where it is not known."""
     adjusted_p: float
-    """Of no difference, Holm-corrected over the texts."""
+    """Of no difference, Holm-corrected over the texts that are judged; 1 for the others."""
     sentence: str
     may_be_trained_on: bool = False
     """Whether the corpus was built while other documents than these were looked for."""
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether its p is that of a test; too few documents, or a loss that is not finite, have none."""
+        return not self.sentence.startswith("not judged")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def rate(gain: float, adjusted_p: float) -> Outcome:
 
 def rate_text(text: HeldOutText) -> Outcome:
     """What a held-out text says; fewer bits are better."""
-    if text.sentence.startswith("not judged"):
+    if not text.is_judged:
         return "broken" if "not finite" in text.sentence else "unjudged"
     return rate(text.base - text.trained, text.adjusted_p)
 

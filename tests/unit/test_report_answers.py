@@ -17,7 +17,7 @@ from layerplan.pipeline.summary import print_answers
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.policies import make_plan, predict_beside_full
-from layerplan.report.answer_tables import describe_cost, describe_texts, list_metrics, tabulate_cost
+from layerplan.report.answer_tables import describe_cost, describe_texts, list_metrics, tabulate_cost, tabulate_texts
 from layerplan.report.answers import read_answers
 from layerplan.report.card import BEGIN, END, add_results
 from layerplan.report.lineage import fit_sections, list_results, render_note, render_sweep
@@ -260,4 +260,9 @@ def test_a_text_that_cannot_be_judged_has_no_interval(tmp_path: Path) -> None:
     write(folder / "evaluation" / "held_out_verdicts.json", [verdict | {"sentence": words}])
     page = write_report(folder).read_text(encoding="utf-8")
     assert words in page and ">-0.3000<" in page
-    assert "result/notes/bits_per_byte/difference_low" not in list_metrics(read_answers(folder))
+    answers = read_answers(folder)
+    assert "result/notes/bits_per_byte/difference_low" not in list_metrics(answers)
+    assert "result/notes/bits_per_byte/adjusted_p" not in list_metrics(answers), (
+        "nothing was tested, not even with p = 1"
+    )
+    assert [row[-1] for row in tabulate_texts(answers)[1] if row[0].startswith("notes")] == ["–"]
