@@ -9,6 +9,7 @@ from layerplan import __version__
 from layerplan.checkpoint.export_report import ExportReport
 from layerplan.plan.explain import summarize_plan
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.plan.layer_profile import is_commit
 from layerplan.plan.markdown import as_code, as_text
 
 
@@ -22,8 +23,9 @@ def render_model_card(plan: FreezePlan, *, step: int, state: dict[str, Any], rep
         report: What the export showed of its tensors.
     """
     front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if "/" in plan.model.name and plan.model.weights_sha256 is None:
-        # a hub id: of a folder the weights are hashed, and its name, `<run>/step_X` for an export, would link to someone else
+    if is_commit(
+        plan.model.revision
+    ):  # a folder's name, `<run>/step_X` for an export, would link to someone else's model
         front["base_model"] = plan.model.name
     short_name = plan.model.name.rstrip("/").rsplit("/", 1)[-1]
     lines = [

@@ -169,7 +169,7 @@ def _identify(
         raise ModelError(f"model.name={name}: config.json has no num_hidden_layers")
     return ModelIdentity(
         name=name_folder(folder) if folder.is_dir() else name,
-        revision=revision,
+        revision="main" if folder.is_dir() else revision,
         model_type=config["model_type"],
         num_layers=num_layers,
         weights_sha256=None if weights is None else hash_files(weights),

@@ -60,6 +60,8 @@ def test_a_run_keeps_its_commit(
     assert noted["weights"] == plan["model"]["weights_sha256"]
     scores = json.loads((run / "evaluation" / "base" / "ceval.json").read_text())
     assert COMMIT in json.dumps(scores)
+    card = (run / "hf" / f"step_{steps + 1:08}" / "README.md").read_text()
+    assert 'base_model: "owner/base"' in card and COMMIT in card
     exported = load_file(run / "hf" / f"step_{steps + 1:08}" / "model.safetensors")
     base = load_file(Path(four_layers) / "model.safetensors")
     kept = {name for name, value in exported.items() if torch.equal(value, base[name])}

@@ -116,7 +116,7 @@ def test_a_card_links_to_a_hub_id_and_to_no_folder_of_ours(run: Run, tmp_path: P
     assert second.plan.model.name == "first/step_00000001"
     second.export(tmp_path / "second")
     assert "base_model" not in (tmp_path / "second" / "README.md").read_text()
-    hub = second.plan.model.model_copy(update={"name": "owner/model", "weights_sha256": None})
+    hub = second.plan.model.model_copy(update={"name": "owner/model", "revision": "a" * 40})
     report = ExportReport(Path(), 1, 1, 1, ("float32",), 0.0)
     card = render_model_card(second.plan.model_copy(update={"model": hub}), step=1, state={}, report=report)
     assert 'base_model: "owner/model"' in card
