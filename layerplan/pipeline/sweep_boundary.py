@@ -12,6 +12,7 @@ from rich.table import Table
 from layerplan.artifacts import write_json
 from layerplan.config.run import RunConfig
 from layerplan.config.sweep import SweepConfig
+from layerplan.corpus.manifest import Manifest
 from layerplan.corpus.rows import PackedRows
 from layerplan.errors import ConfigError, TrainingError
 from layerplan.pipeline.base_model import prepare_model
@@ -40,7 +41,14 @@ from layerplan.sweep.choosers import make_chooser
 from layerplan.sweep.objective import Trial, make_request
 from layerplan.sweep.room import TrialNeeds, choose_concurrency, read_nodes
 from layerplan.sweep.schedule import find_report_spacing
-from layerplan.sweep.search import check_judged_rows, check_plans, check_search, save_search
+from layerplan.sweep.search import (
+    check_judged_rows,
+    check_plans,
+    check_search,
+    check_trained_rows,
+    leave_out_other_rows,
+    save_search,
+)
 from layerplan.sweep.space import Point
 from layerplan.sweep.tuner import run_sweep
 from layerplan.tracking.tracker import NOTE_TAG, NoopTracker, RunSinkFactory, Tracker
@@ -74,16 +82,19 @@ def sweep_boundary(config: RunConfig, sweep: SweepConfig) -> None:
         candidates = make_candidates(context.config, sweep, model.identity(), model.shape())
         recipe = ask_loss(context, model)
         store = build_store(context, model)
+        corpus_sha256 = Manifest.load(store).content_sha256
+        check_trained_rows(corpus_sha256, context.folder.sweep)
         rate = measure_for_search(context, model, sweep.search)
         with tracked(context, SWEEP_NAME) as tracker:
             trials = make_trials(context, sweep, candidates)
             check_plans(trials.values(), context.folder.sweep)
             texts = pack_texts(context.config, model)
             check_judged_rows(sweep.metric, texts, context.folder.sweep, trials.values())
-            save_search(sweep, context.folder.sweep)
+            save_search(sweep, context.folder.sweep, corpus_sha256)
             base = make_train_request(context, model, candidates[0].plan, store, None)
             request = replace(make_shared_request(context, texts, sweep, base), recipe=recipe)
             records, failed = search(context, tracker, sweep, request, trials, rate, at_once)
+            records = [leave_out_other_rows(record, texts, context.folder.sweep) for record in records]
             if records:
                 chosen = choose(context, tracker, request, trials, records)
                 note_results(context, tracker, records)

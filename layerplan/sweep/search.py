@@ -11,13 +11,16 @@ from layerplan.config.sweep import SweepConfig
 from layerplan.corpus.rows import PackedRows
 from layerplan.errors import ConfigError
 from layerplan.plan.freeze_plan import FreezePlan
-from layerplan.run_folder import BASE, BOUNDARY_PREFIX, PLAN_NAME, ROW_LOSSES_NAME, SEARCH_NAME
+from layerplan.run_folder import BASE, BOUNDARY_PREFIX, PLAN_NAME, ROW_LOSSES_NAME, SEARCH_NAME, TRIAL_NAME
 from layerplan.sweep.objective import Trial
 from layerplan.train.held_out_rows import hash_rows, load_losses
 from layerplan.train.request import load_result
+from layerplan.train.trial_record import TrialRecord
 
 DECIDES = ("max_steps", "equal")
 """Fields that decide a trial's numbers and are not in its name; the space, its search and the scheduler may change."""
+CORPUS = "corpus_sha256"
+"""Hash of the rows that the trials train on, in the same file."""
 EARLIER: dict[str, object] = {"equal": "tokens"}
 """What versions without a field did."""
 
@@ -41,6 +44,20 @@ def check_search(sweep: SweepConfig, folder: Path) -> None:
     ]
     if faults:
         raise ConfigError(*faults)
+
+
+def check_trained_rows(corpus_sha256: str, folder: Path) -> None:
+    """Refuses a corpus that trials which ended did not train on: the store at an address may have been built anew.
+
+    Raises:
+        ConfigError: When it is another one than they had, as far as that was noted.
+    """
+    before = _read_search(folder).get(CORPUS, corpus_sha256)
+    if before != corpus_sha256 and any(folder.glob(f"{BOUNDARY_PREFIX}*/{TRIAL_NAME}")):
+        raise ConfigError(
+            f"corpus: {folder} has trials that ended on other rows than the store holds now; choose another name, or bring the"
+            " earlier store back"
+        )
 
 
 def check_plans(trials: Iterable[Trial], folder: Path) -> None:
@@ -84,6 +101,25 @@ def check_judged_rows(metric: str, texts: Mapping[str, PackedRows], folder: Path
             )
 
 
+def leave_out_other_rows(record: TrialRecord, texts: Mapping[str, PackedRows], folder: Path) -> TrialRecord:
+    """A trial's numbers without its losses on texts that have other rows now, which stand beside no other trial's.
+
+    Args:
+        record: The trial.
+        texts: Rows of `evaluation.held_out`, as they are now.
+        folder: The sweep's folder.
+
+    Raises:
+        CorpusError: When losses cannot be read.
+    """
+    measured = load_losses(folder / record.name / ROW_LOSSES_NAME)
+    others = {
+        name for name, rows in texts.items() if name in measured and measured[name].rows_sha256 != hash_rows(rows)
+    }
+    left = {name: loss for name, loss in record.text_losses.items() if name not in others}
+    return record.model_copy(update={"text_losses": left})
+
+
 def _train_alike(one: FreezePlan, other: FreezePlan) -> bool:
     """The predicted costs beside it may be those of another version."""
     fields = (
@@ -98,9 +134,10 @@ def _train_alike(one: FreezePlan, other: FreezePlan) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in fields)
 
 
-def save_search(sweep: SweepConfig, folder: Path) -> None:
+def save_search(sweep: SweepConfig, folder: Path, corpus_sha256: str) -> None:
     """Writes what the trials have in common, before the first of them is trained."""
-    write_text(folder / SEARCH_NAME, json.dumps({name: getattr(sweep, name) for name in DECIDES}) + "\n")
+    values = {name: getattr(sweep, name) for name in DECIDES} | {CORPUS: corpus_sha256}
+    write_text(folder / SEARCH_NAME, json.dumps(values) + "\n")
 
 
 def _read_search(folder: Path) -> dict[str, object]:
