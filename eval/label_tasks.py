@@ -202,8 +202,9 @@ def _read_objects(path: Path) -> tuple[LabelledPrompt, ...]:
 
 
 def _read_lines(path: Path) -> list[str]:
+    """Lines that hold something; they end at a line feed and nowhere else, as a prompt may hold U+2028."""
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"finetune.task.path: {path} cannot be read ({error})") from None
 

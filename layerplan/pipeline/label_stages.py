@@ -42,7 +42,19 @@ def encode_prompts(context: RunContext, model: ModelRef, section: FinetuneConfig
     left_out = sum(encoded.num_too_long.values())
     labels = ", ".join(repr(word) for word in encoded.spelled.values())
     say("task", f"{encoded.name}: {sizes}, labels {labels}" + (f"; {left_out:,} left out as too long" * (left_out > 0)))
+    if line := describe_unasked(encoded):
+        say("task", line)
     return encoded
+
+
+def describe_unasked(task: EncodedTask) -> str:
+    """What classes without a prompt in the test do to its macro F1, in one line; nothing when there are none."""
+    asked = {prompt.label_id for prompt in task.test}
+    unasked = [label for label, token in task.label_ids.items() if token not in asked]
+    if not unasked:
+        return ""
+    most = 1 - len(unasked) / len(task.label_ids)
+    return f"the test has no prompt of {', '.join(map(repr, unasked))}: an F1 of 0 each, so that macro F1 is at most {most:.1%}"
 
 
 def settle_config(context: RunContext, section: FinetuneConfig, task: EncodedTask) -> RunContext:

@@ -11,6 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from eval.label_encoding import EncodedTask, encode_task
+from eval.label_scores import score_labels
 from eval.label_tasks import LabelTask, load_task
 from layerplan.config.finetune import (
     AntSynNetTaskConfig,
@@ -20,6 +21,7 @@ from layerplan.config.finetune import (
     JsonlTaskConfig,
 )
 from layerplan.errors import EvaluationError
+from layerplan.pipeline.label_stages import describe_unasked
 from tests.tiny_tokenizer import make_bytes, save_tokenizer
 
 WORDS = (" cat", " dog")
@@ -63,6 +65,28 @@ def test_of_several_spellings_the_first_that_is_one_token_is_taken(tmp_path: Pat
         EvaluationError, match=r"the label 'feline' must be one token after a prompt; ' ape' is 4 tokens"
     ):
         encode(longer, tmp_path)
+
+
+def test_a_line_of_a_task_ends_at_a_line_feed_and_nowhere_else(tmp_path: Path) -> None:
+    """What other programs write unescaped: U+2028, U+0085."""
+    for split in ("train", "test"):
+        lines = [
+            json.dumps({"prompt": f"a\u2028b\x85{word}:", "label": word}, ensure_ascii=False) for word in ("cat", "dog")
+        ]
+        (tmp_path / f"{split}.jsonl").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8", newline="")
+    task = load_task(JsonlTaskConfig(path=str(tmp_path)))
+    assert [item.prompt for item in task.train] == ["a\u2028b\x85cat:", "a\u2028b\x85dog:"]
+
+
+def test_classes_that_the_test_does_not_ask_for_are_told(tmp_path: Path) -> None:
+    """Their F1 is 0 whatever a model answers: all right is a macro F1 of a third."""
+    rows = [("ab:", "cat"), ("abc:", "dog")]
+    assert describe_unasked(encode(write_task(tmp_path, rows, rows), tmp_path)) == ""
+    config = write_task(tmp_path, rows, rows[1:]).model_copy(update={"labels": {"bird": ["!"]}})
+    line = describe_unasked(encode(config, tmp_path))
+    assert line == "the test has no prompt of 'bird', 'cat': an F1 of 0 each, so that macro F1 is at most 33.3%"
+    found = score_labels([2], [2], ["bird", "cat", "dog"], task="t", task_sha256="0")
+    assert (found.accuracy, found.macro_f1) == (1.0, pytest.approx(1 / 3))
 
 
 def test_a_prompt_that_eats_the_beginning_of_its_label_is_named(tmp_path: Path) -> None:
