@@ -144,7 +144,9 @@ class Replay:
     def __init__(self, request: TrainRequest, steps: int) -> None:
         assert request.judging is not None, "trials are compared"
         metric, record = request.judging.metric, load_record(request.run_dir)
-        told = [(int(each["step"]), each.get(metric)) for each in read_reports(request.run_dir)]
+        last = math.inf if record is None else record.step  # one that was stopped trains on until it hears of it
+        reports = [each for each in read_reports(request.run_dir) if int(each["step"]) <= last]
+        told = [(int(each["step"]), each.get(metric)) for each in reports]
         if record is not None and not record.was_stopped:
             told.append((record.step, record.judged_by(metric).loss))
         known = [(step, loss) for step, loss in told if loss is not None] or [(0, math.inf)]

@@ -83,6 +83,11 @@ def test_a_replay_ends_where_the_trial_ended(tmp_path: Path) -> None:
         told = hear(Replay(request, TRIAL.steps))
         assert [each["loss"] for each in told] == expected
         assert told[-1]["percent"] == 100 * step / 8
+    TrialRecord(step=4, loss=2.6, **values).save(request.run_dir)
+    told = hear(Replay(request, TRIAL.steps))
+    assert [each["loss"] for each in told] == [2.8, 2.6], (
+        "what it measured before it heard that it was stopped decides nothing"
+    )
 
 
 def test_a_metric_that_was_not_measured_fails_the_trial_in_words(tmp_path: Path) -> None:
