@@ -6,7 +6,8 @@ over the classes (the paper's: 0.399 is a test of MRPC answered with its larger 
 
 Intervals resample nothing: a drawn test lacks classes, which would then score 0. Bias and variance are the jackknife's
 (Efron and Stein 1981), the interval Wilson's with as many prompts as would give a share that variance (Korn and Graubard
-1998), so that it ends within 0 and 1 and has a width where all is right; it is widened to hold the metric itself. That of
+1998), so that it ends within 0 and 1 and has a width where all is right; it is widened to hold the metric itself,
+and that of a macro F1 by what classes without a right answer, which have no variance, could still be worth. That of
 a difference is put together of both models' (Newcombe 1998; Zou and Donner 2008). Tests exchange predictions.
 """
 
@@ -199,7 +200,22 @@ def _measure(truth: Classes, guess_SN: Classes, num_classes: int, metric: Metric
     # where no prompt moves the metric, as at 0 and 1, a mean over classes is worth as many prompts as its rarest allow
     whole = float((asked > 0).sum() ** 2 / (1 / asked[asked > 0]).sum()) if metric == "macro_f1" else float(size)
     low, high = _wilson(min(1.0, max(0.0, value - bias)), value * (1 - value) / variance if variance > TINY else whole)
-    return _Measured(value, (min(low, value), max(high, value)), influence_N)
+    low, high = min(low, value), max(high, value)
+    if metric == "macro_f1" and variance > TINY:
+        high = min(1.0, value + math.hypot(high - value, _bound_unseen(confusions)))
+    return _Measured(value, (low, high), influence_N)
+
+
+def _bound_unseen(confusions: Sequence[Counts]) -> float:
+    """How far classes without a right answer, whose F1 of 0 no prompt moves, could raise a macro F1.
+
+    Of n prompts of a class so large a share may be answered rightly as is seen in none of them in 2.5 % of tests (Clopper and
+    Pearson 1934); of a class that no prompt asks for, any. Classes are put together as independent ones (Zou and Donner 2008).
+    """
+    asked = confusions[0].sum(1)
+    is_unseen = sum(np.diagonal(confusion) for confusion in confusions) == 0
+    shares = [1 - 0.025 ** (1 / count) if count else 1.0 for count in asked[is_unseen].tolist()]
+    return math.hypot(*shares) / len(asked)
 
 
 def _leave_out(truth: Classes, guess: Classes, confusion: Counts, metric: Metric) -> Shares:

@@ -28,6 +28,7 @@ def list_results(run_dir: Path, answers: Answers) -> dict[str, float]:
         "result/train_loss/first": training.get("first_loss"),
         "result/train_loss/final": training.get("final_loss"),
         "result/tokens_seen": training.get("tokens_seen"),
+        "result/steps": training.get("final_step"),
     }
     found = {name: float(value) for name, value in losses.items() if value is not None}
     for verdict in read_verdicts(RunFolder(run_dir)):

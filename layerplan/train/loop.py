@@ -37,6 +37,9 @@ from layerplan.train.step import TensorBatch, accumulate_gradients, fill_up, see
 from layerplan.train.throughput import Window, compute_mfu, peak_memory_gib, render_progress
 from layerplan.train.validation import compute_validation_loss
 
+SEED_STRIDE = 0x9E3779B1
+"""Keeps the steps of one run's seed apart from those of the next; a CPU's generator takes 32 bits of a seed."""
+
 
 @dataclass(frozen=True)
 class TakenStep:
@@ -247,8 +250,9 @@ def _take(books: Books, ahead: StepsAhead, step: int) -> TakenStep:
 def _forward_backward(books: Books, taken: TakenStep, end: int) -> LaunchedStep:
     setup, config, step = books.setup, books.setup.config, taken.step
     books.hooks.mark(IN_STEP[1], step)
-    # dropout, where a model has any, is a function of the step, so that a resume repeats it
-    seed_device((step - 1) * setup.world_size + setup.rank, setup.device)
+    # dropout, where a model has any, is a function of the run's seed and the step, so that a resume repeats it
+    place = (step - 1) * setup.world_size + setup.rank
+    seed_device((setup.seed * SEED_STRIDE + place) % 2**32, setup.device)
     placed = setup.placed
     with books.window.phase("peers"):
         counts = taken.agreement.wait()

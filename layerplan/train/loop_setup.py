@@ -60,6 +60,8 @@ class LoopSetup:
     device: torch.device
     rank: int
     world_size: int
+    seed: int = 0
+    """Of the run, on which a model's own noise depends, such as dropout."""
     flops_per_token: float = 0.0
     """Of this plan, forward and backward."""
     peak_flops: float = 1.0

@@ -144,6 +144,7 @@ def train_phases(request: TrainRequest, mark: Mark, outlet: Outlet) -> None:
                 device,
                 rank,
                 world_size,
+                seed=request.seed,
                 flops_per_token=predict_token_flops(plan, shape, manifest, request.labels),
                 peak_flops=peak_flops,
                 predicted_memory_gib=built.estimate.total / GIB,

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest, permutation_test
 from sklearn.metrics import f1_score
 
-from eval.label_scores import NONE, compare_labels, compare_seeds, score_labels
+from eval.label_scores import NONE, LabelScores, compare_labels, compare_seeds, score_labels
 from layerplan.errors import EvaluationError
 
 
@@ -79,6 +79,25 @@ def test_intervals_hold_their_estimates_with_few_prompts_of_a_class() -> None:
     wrong = [(place + 1) % 50 for place in gold]
     verdict = compare_labels(gold, wrong, gold, 50)["macro_f1"]
     assert verdict.difference == 1.0 and 0.9 < verdict.interval[0] < verdict.interval[1] == 1.0
+
+
+@pytest.mark.parametrize("size", [30, 100])
+def test_intervals_of_macro_f1_cover_where_a_class_is_rare(size: int) -> None:
+    """Of 30 prompts a class of 5 % has none in a fifth of tests, and no right answer in a half: no variance, but no knowledge."""
+    rng, draws = np.random.default_rng(size), 200
+
+    def ask(count: int) -> tuple[list[int], list[int]]:
+        gold = rng.choice(3, count, p=(0.8, 0.15, 0.05))
+        is_known = rng.random(count) < np.array([0.9, 0.7, 0.5])[gold]
+        return gold.tolist(), np.where(is_known, gold, rng.choice(3, count, p=(0.8, 0.15, 0.05))).tolist()
+
+    def score(count: int) -> LabelScores:
+        return score_labels(*ask(count), ["a", "b", "c"], task="t", task_sha256="0")
+
+    truth = score(100_000).macro_f1
+    intervals = [score(size).intervals["macro_f1"] for _ in range(draws)]
+    missed = sum(not low <= truth <= high for low, high in intervals)
+    assert missed <= 0.1 * draws
 
 
 @pytest.mark.parametrize(("size", "num_classes"), [(60, 4), (100, 20)])

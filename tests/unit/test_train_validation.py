@@ -35,6 +35,8 @@ def train(
     state: TrainState | None = None,
     sink: Sink | None = None,
     save: Callable[[TrainState], None] = lambda state: None,
+    *,
+    seed: int = 0,
 ) -> tuple[dict[str, Tensor], TrainState]:
     model = build()
     identity = ModelIdentity(name="tiny", model_type="qwen3", num_layers=3)
@@ -51,7 +53,7 @@ def train(
         optimizer=OptimizerConfig(learning_rate=1e-2),
     )
     rows = lambda step: make_rows(step, batch=2, vocab_size=VOCAB_SIZE)  # noqa: E731
-    setup, hooks = make_loop(model, plan, config, rows_of_step=rows, save=save, sink=sink)
+    setup, hooks = make_loop(model, plan, config, rows_of_step=rows, save=save, sink=sink, seed=seed)
     state = run_loop(setup, state or TrainState(), replace(hooks, validation=validation))
     return {name: parameter.detach() for name, parameter in model.named_parameters()}, state
 
@@ -70,6 +72,12 @@ def test_the_base_is_validated_before_the_first_step() -> None:
     assert [step for step, values in sink.metrics.items() if "validation/loss" in values] == [0, 2, 4]
     assert sink.metrics[0]["validation/loss"] == state.base_validation_loss
     assert state.validation_loss == sink.metrics[4]["validation/loss"] != state.base_validation_loss
+
+
+def test_dropout_is_of_the_runs_seed() -> None:
+    """Seeds of a sweep that shared it would differ by less than seeds do."""
+    first, again, other = (train(None, seed=seed)[0]["model.layers.1.mlp.up_proj.weight"] for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_looking_first_trains_the_same_bytes() -> None:
