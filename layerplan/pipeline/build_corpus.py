@@ -14,14 +14,17 @@ def build_corpus(config: RunConfig) -> None:
     """Builds the store and prints its counts."""
     if config.corpus.mode == "on_the_fly":
         raise ConfigError("corpus.mode=on_the_fly: builds no store; start a run, or set corpus.mode=store")
+    from layerplan.pipeline.file_checks import check_base_files, check_benchmarks, check_corpus
+
+    for check in (check_base_files, check_corpus, check_benchmarks):
+        check(config)
     from layerplan.pipeline.base_model import prepare_model
-    from layerplan.pipeline.checks import check_benchmarks, check_corpus, check_model
+    from layerplan.pipeline.checks import check_model
     from layerplan.pipeline.demands import ask_for_building
     from layerplan.pipeline.session import open_run
     from layerplan.pipeline.stages import build_store
 
-    for check in (check_model, check_corpus, check_benchmarks):
-        check(config)
+    check_model(config)
     with open_run(config, ask_for_building) as context:
         store = build_store(context, prepare_model(context))
     manifest = Manifest.load(store)

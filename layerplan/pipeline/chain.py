@@ -12,17 +12,11 @@ from layerplan.run_folder import BASE, name_step
 
 def continue_pretraining(config: RunConfig) -> None:
     """Runs every stage that is not done yet."""
+    from layerplan.pipeline.file_checks import check_files
+
+    check_files(config)
     from layerplan.pipeline.base_model import prepare_model
-    from layerplan.pipeline.checks import (
-        check_benchmarks,
-        check_corpus,
-        check_model,
-        check_plan,
-        check_plan_of_made,
-        check_probes,
-        check_rows,
-        check_store,
-    )
+    from layerplan.pipeline.checks import check_model, check_plan, check_plan_of_made, check_rows, check_store
     from layerplan.pipeline.demands import ask_around_training, ask_for_training
     from layerplan.pipeline.judging import judge
     from layerplan.pipeline.measure_layers import find_measurements
@@ -41,7 +35,7 @@ def continue_pretraining(config: RunConfig) -> None:
     )
     from layerplan.pipeline.summary import print_summary
 
-    for check in (check_model, check_rows, check_plan, check_corpus, check_probes, check_benchmarks):
+    for check in (check_model, check_rows, check_plan):
         check(config)
     with open_run(config, ask_for_training, ask_around_training) as context:
         model = prepare_model(context)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from eval.items import load_benchmark
 from layerplan.config.model import PretrainedModelConfig, ScratchModelConfig
 from layerplan.config.plan import FilePlanConfig
 from layerplan.config.run import RunConfig
@@ -20,11 +19,9 @@ from layerplan.pipeline.base_facts import describe_base, describe_for_plan
 from layerplan.pipeline.donors import check_donors, resolve_stitched
 from layerplan.pipeline.model_options import find_base
 from layerplan.pipeline.run_folder import locate_run_folder
-from layerplan.pipeline.texts import iter_corpus_sources, iter_held_out_sources, list_source
 from layerplan.plan import decide
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.storage.mirror import fetch_file
-from layerplan.tracer.pool import collect_probes
 
 
 def check_model(config: RunConfig) -> None:
@@ -62,12 +59,6 @@ def _check_kernels(config: RunConfig) -> None:
         raise ModelError(f"train.mamba_kernels={kernels}: needs mamba-ssm, which is not installed here; {INSTALLATION}")
 
 
-def check_corpus(config: RunConfig) -> None:
-    """Raises `CorpusError` when a source is missing or holds no readable file, of the corpus, the base or a held-out text."""
-    for name, source in (*iter_corpus_sources(config), *iter_held_out_sources(config)):
-        list_source(name, source)
-
-
 def check_rows(config: RunConfig) -> None:
     """Raises `PlanError` when rows are longer than an existing model's positions; of a new one the config itself says so."""
     if isinstance(config.model, ScratchModelConfig):
@@ -98,15 +89,3 @@ def check_store(config: RunConfig, store: Path | str) -> None:
     """Raises `CorpusError` when a store that was built holds less than a step takes, before anything is measured."""
     if config.corpus.mode != "on_the_fly":
         check_enough(Manifest.load(store).num_rows, config.train.global_batch_size)
-
-
-def check_probes(config: RunConfig) -> None:
-    """Raises `ProbeError` when tracing is wanted and its probes cannot be made."""
-    if decide.wants_profile(config.plan):
-        collect_probes(config.trace)
-
-
-def check_benchmarks(config: RunConfig) -> None:
-    """Raises `EvaluationError` when a benchmark is missing, short or unlabelled."""
-    for benchmark in config.evaluation.benchmarks:
-        load_benchmark(benchmark)

@@ -82,7 +82,7 @@ def print_trace_dry_run(config: RunConfig) -> None:
 
 def print_probes(config: RunConfig) -> None:
     """What the tracer would ask."""
-    from layerplan.tracer.pool import collect_probes
+    from layerplan.tracer.probes import collect_probes
 
     groups = Counter(probe.group for probe in collect_probes(config.trace))
     print(

@@ -18,6 +18,9 @@ def finetune(config: RunConfig) -> None:
     Raises:
         ConfigError: When the config has no `finetune` section, or a field that the section decides.
     """
+    from layerplan.pipeline.file_checks import check_base_files
+
+    check_base_files(config)
     from layerplan.models.adapters import check_peft
     from layerplan.pipeline.base_model import prepare_model
     from layerplan.pipeline.checks import check_model

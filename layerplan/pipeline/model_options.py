@@ -48,9 +48,14 @@ def find_named(name: str, config: RunConfig) -> ModelRef:
     return base.at(found) if is_own else ModelRef(found)
 
 
+def is_gguf(name: str) -> bool:
+    """Whether a name is that of a GGUF file, by its path or in an installed package."""
+    return "://" in name or name.lower().endswith(".gguf")
+
+
 def find_model(name: str, storage_path: str = "runs") -> str:
     """Folder or hub id of a model; a GGUF file is converted, once, below `storage_path`."""
-    if "://" not in name and not name.lower().endswith(".gguf"):
+    if not is_gguf(name):
         return name  # spares a dry run the import
     from layerplan.models import gguf_cache
 

@@ -17,7 +17,8 @@ from layerplan.corpus.rows import PackedRows
 from layerplan.errors import ConfigError, TrainingError
 from layerplan.pipeline.base_model import prepare_model
 from layerplan.pipeline.candidates import Candidate, make_candidates
-from layerplan.pipeline.checks import check_corpus, check_model, check_rows
+from layerplan.pipeline.checks import check_model, check_rows
+from layerplan.pipeline.file_checks import check_corpus
 from layerplan.pipeline.held_out_texts import pack_texts
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.pipeline.session import open_run

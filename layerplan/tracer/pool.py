@@ -22,11 +22,7 @@ from layerplan.run_folder import PROBES_NAME, PROFILE_NAME
 from layerplan.tracer.actor import SECONDS, TracerActor, encode_batch
 from layerplan.tracer.aggregate import build_profile
 from layerplan.tracer.encode import EncodedProbe, encode_probes, make_batches
-from layerplan.tracer.lexicon import load_antsynnet, load_builtin_lexicon
-from layerplan.tracer.probes import Probe, hash_probes, load_probes, make_probes
-
-BUILTIN = "builtin"
-"""How a config calls the project's own lexicon."""
+from layerplan.tracer.probes import BUILTIN, collect_probes, hash_probes
 
 
 def trace_model(
@@ -78,24 +74,6 @@ def load_profile(path: Path, config: TraceConfig) -> LayerProfile:
             " another name (--set name=...)"
         )
     return profile
-
-
-def collect_probes(config: TraceConfig) -> list[Probe]:
-    """The probes the config names.
-
-    Raises:
-        ProbeError: When they cannot be read.
-    """
-    path = Path(config.probes).expanduser()
-    if config.probes.endswith(".jsonl"):
-        return load_probes(path)
-    if config.probes == BUILTIN:
-        lexicon = load_builtin_lexicon()
-    elif path.is_dir():
-        lexicon = load_antsynnet(path)
-    else:
-        raise ProbeError(f"trace.probes={config.probes}: expected `builtin`, a folder or a .jsonl file")
-    return make_probes(lexicon, per_group=config.probes_per_group, style=config.probe_style, seed=config.seed)
 
 
 def check_complete(expected: list[str], measured: list[str]) -> None:

@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerplan.artifacts import compute_sha256
+from layerplan.config.trace import TraceConfig
 from layerplan.errors import ProbeError
-from layerplan.tracer.lexicon import Lexicon
+from layerplan.tracer.lexicon import Lexicon, load_antsynnet, load_builtin_lexicon
+
+BUILTIN = "builtin"
+"""How a config calls the project's own lexicon."""
 
 Style = Literal["mixed", "uniform"]
 QUERY = "Query:"
@@ -183,3 +187,21 @@ def _find_context_end(probe: dict[str, str], given: Any) -> int:
     if not prompt[:end].strip():
         raise ProbeError(f"probe {name}: has no context before its query")
     return end
+
+
+def collect_probes(config: TraceConfig) -> list[Probe]:
+    """The probes the config names.
+
+    Raises:
+        ProbeError: When they cannot be read.
+    """
+    path = Path(config.probes).expanduser()
+    if config.probes.endswith(".jsonl"):
+        return load_probes(path)
+    if config.probes == BUILTIN:
+        lexicon = load_builtin_lexicon()
+    elif path.is_dir():
+        lexicon = load_antsynnet(path)
+    else:
+        raise ProbeError(f"trace.probes={config.probes}: expected `builtin`, a folder or a .jsonl file")
+    return make_probes(lexicon, per_group=config.probes_per_group, style=config.probe_style, seed=config.seed)

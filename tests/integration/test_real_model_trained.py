@@ -62,7 +62,8 @@ def test_its_profile_is_the_recorded_one_and_of_one_probe_the_oracles(smollm2: s
     from layerplan.config.trace import TraceConfig
     from layerplan.models.causal_lm import find_decoder_parts, load_causal_lm, load_tokenizer
     from layerplan.tracer.encode import encode_probes
-    from layerplan.tracer.pool import PROBES_NAME, collect_probes
+    from layerplan.tracer.pool import PROBES_NAME
+    from layerplan.tracer.probes import collect_probes
 
     profile, golden = trace_fixed_probes(smollm2, tmp_path), json.loads(GOLDEN.read_text(encoding="utf-8"))
     found = list_golden(profile)

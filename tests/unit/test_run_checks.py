@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError, CorpusError, EvaluationError, ModelError, PlanError
 from layerplan.models.freezing import AppliedPlan
 from layerplan.pipeline.candidates import DEFAULT_SWEEP
-from layerplan.pipeline.checks import check_benchmarks, check_corpus, check_model, check_rows
+from layerplan.pipeline.checks import check_model, check_rows
 from layerplan.pipeline.dry_run import print_corpus_dry_run, print_dry_run
+from layerplan.pipeline.file_checks import check_benchmarks, check_corpus
 from layerplan.pipeline.measure_dry_run import print_measure_dry_run
 from layerplan.pipeline.run_folder import locate_run_folder, open_run_folder
 from layerplan.pipeline.sweep_dry_run import print_sweep_dry_run
@@ -31,6 +34,7 @@ from layerplan.train.build import render_placement
 from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
 from tests.tiny_tokenizer import make_bytes, save_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 ROWS = 257
 
 
@@ -117,6 +121,34 @@ def test_a_dry_run_tells_every_local_text_that_a_run_would_miss(
     config.evaluation.benchmarks.pop(0)
     with pytest.raises(EvaluationError, match=re.escape(questions)):
         check_benchmarks(config)
+
+
+def test_what_files_tell_is_said_before_pytorch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a text", encoding="utf-8")
+    save_tokenizer(tmp_path / "model", make_bytes(), control=("<eos>",), config=TINY_QWEN3)
+    text, away = {"path": str(tmp_path / "text.txt")}, {"path": "/nope/text"}
+    base, other = str(tmp_path / "model"), str(tmp_path / "none")
+    faults = [(other, text, []), (base, away, []), (base, text, [{"name": "cmmlu", "path": "/nope"}])]
+    code = f"""
+import sys
+from layerplan.config.load import validate_config
+from layerplan.errors import LayerplanError
+from layerplan.pipeline.chain import continue_pretraining
+for name, source, benchmarks in {faults!r}:
+    values = {{"name": "run", "storage_path": {str(tmp_path / "runs")!r}, "model": {{"type": "pretrained", "name": name}}}}
+    values |= {{"corpus": {{"sources": [source]}}, "plan": {{"type": "full"}}}}
+    if benchmarks:
+        values["evaluation"] = {{"benchmarks": benchmarks}}
+    try:
+        continue_pretraining(validate_config(values))
+    except LayerplanError as error:
+        print(str(error).partition("=")[0].partition(":")[0], "torch" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    said = ["model.name False", "corpus.sources.0.path False", "evaluation.benchmarks False"]
+    assert done.stdout.splitlines() == said, done.stderr
 
 
 def test_text_of_a_base_is_looked_for_until_the_base_is_made(tmp_path: Path) -> None:

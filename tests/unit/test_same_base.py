@@ -22,8 +22,8 @@ from layerplan.pipeline.same_base import check_same_base
 from layerplan.plan.layer_measurement import LayerMeasurement, MeasuringCost
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.run_folder import RunFolder
-from layerplan.tracer.pool import collect_probes, load_profile
-from layerplan.tracer.probes import hash_probes
+from layerplan.tracer.pool import load_profile
+from layerplan.tracer.probes import collect_probes, hash_probes
 from layerplan.tracer.samples import Sample, measure_samples, write_records
 from tests.layer_profiles import make_profile
 from tests.model_folders import edit_config, edit_weights, save_base_with_code, save_tiny_base

@@ -16,8 +16,8 @@ from layerplan.config.trace import TraceConfig
 from layerplan.errors import ProbeError
 from layerplan.tracer.encode import encode_probes, make_batches
 from layerplan.tracer.lexicon import load_antsynnet, load_builtin_lexicon
-from layerplan.tracer.pool import check_complete, collect_probes, describe_time
-from layerplan.tracer.probes import GROUPS, Probe, load_probes, make_probes
+from layerplan.tracer.pool import check_complete, describe_time
+from layerplan.tracer.probes import GROUPS, Probe, collect_probes, load_probes, make_probes
 
 KINDS = ["byte_level_bpe", "sentencepiece", "wordpiece"]
 PROMPT = "Example:good->Bad, été-Hiver; Query:bad->"
