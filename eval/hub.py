@@ -89,6 +89,8 @@ def _copy_member(archive: Path, split: str, subject: str, path: Path) -> None:
 def _fetch_rows(source: str, subject: str, split: str) -> list[dict[str, str]]:
     import datasets
 
+    shows_bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # of a second each, a hundred times
     try:
         table = datasets.load_dataset(source, subject, split=split)
     except Exception as error:
@@ -96,6 +98,9 @@ def _fetch_rows(source: str, subject: str, split: str) -> list[dict[str, str]]:
         raise EvaluationError(
             f"evaluation.benchmarks: {source}, subject {subject}, split {split} cannot be fetched from the hub ({first})"
         ) from None
+    finally:
+        if shows_bars:
+            datasets.enable_progress_bars()
     names = {column.lower(): column for column in table.column_names}
     missing = [column for column in ("question", "answer") if column not in names]
     missing += [letter for letter in LETTERS if letter not in table.column_names]

@@ -116,11 +116,17 @@ def find_tokenizer_file(name: str, *, revision: str = "main") -> Path:
     Raises:
         ModelError: When there is none.
     """
-    if Path(name).expanduser().is_dir():
-        return find_model_file(name, "tokenizer.json")
-    path = hub.fetch_folder(name, revision=revision) / "tokenizer.json"
+    path = fetch_model_folder(name, revision=revision) / "tokenizer.json"
     if not path.is_file():
-        raise ModelError(f"model.name={name}: the hub has no tokenizer.json of it")
+        where = (
+            "the folder has no tokenizer.json"
+            if path.parent == Path(name).expanduser()
+            else "the hub has no tokenizer.json of it"
+        )
+        raise ModelError(
+            f"model.name={name}: {where}; of a tokenizer of another kind transformers can write one:"
+            " AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
+        )
     return path
 
 
