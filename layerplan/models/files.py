@@ -118,13 +118,8 @@ def find_tokenizer_file(name: str, *, revision: str = "main") -> Path:
     """
     path = fetch_model_folder(name, revision=revision) / "tokenizer.json"
     if not path.is_file():
-        where = (
-            "the folder has no tokenizer.json"
-            if path.parent == Path(name).expanduser()
-            else "the hub has no tokenizer.json of it"
-        )
         raise ModelError(
-            f"model.name={name}: {where}; of a tokenizer of another kind transformers can write one:"
+            f"model.name={name}: has no tokenizer.json; of a tokenizer of another kind transformers can write one:"
             " AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
         )
     return path

@@ -103,7 +103,7 @@ def test_what_cannot_be_fetched_is_said_in_one_line(
     expect(base.config, "model.name=owner/base: is gated on the hub; accept its terms there and set HF_TOKEN")
     repository.token = None
     del repository.commits[COMMIT]["tokenizer.json"]
-    expect(base.tokenizer_file, "model.name=owner/base: the hub has no tokenizer.json of it")
+    expect(base.tokenizer_file, "model.name=owner/base: has no tokenizer.json; of a tokenizer of another kind")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     for ask in (base.config, base.folder):
