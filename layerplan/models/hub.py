@@ -99,7 +99,7 @@ def _explain(error: Exception, name: str, revision: str) -> ModelError:
         return ModelError(f"model.revision={revision}: the hub's {name} has no such branch, tag or commit")
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return ModelError(
-            f"model.name={name}: is not in this machine's cache of the hub, and the hub cannot be asked"
+            f"model.name={name}: no such folder, not in this machine's cache of the hub, and the hub cannot be asked"
             f" ({first_line(error.__cause__ or error)})"
         )
     return ModelError(f"model.name={name}: cannot be fetched from the hub ({first_line(error)})")

@@ -107,7 +107,10 @@ def test_what_cannot_be_fetched_is_said_in_one_line(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     for ask in (base.config, base.folder):
-        expect(ask, "model.name=owner/base: is not in this machine's cache of the hub, and the hub cannot be asked")
+        expect(
+            ask,
+            "model.name=owner/base: no such folder, not in this machine's cache of the hub, and the hub cannot be asked",
+        )
 
 
 def expect(ask: Callable[[], object], words: str) -> None:
