@@ -23,9 +23,8 @@ def render_model_card(plan: FreezePlan, *, step: int, state: dict[str, Any], rep
         report: What the export showed of its tensors.
     """
     front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if is_commit(
-        plan.model.revision
-    ):  # a folder's name, `<run>/step_X` for an export, would link to someone else's model
+    if is_commit(plan.model.revision):
+        # of the hub; a folder's name, `<run>/step_X` for an export, would link to someone else's model
         front["base_model"] = plan.model.name
     short_name = plan.model.name.rstrip("/").rsplit("/", 1)[-1]
     lines = [

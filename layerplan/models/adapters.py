@@ -140,14 +140,9 @@ def check_adapter(folder: Path, base: ModelRef) -> None:
         return
     made_for = ModelIdentity.model_validate_json((folder / ADAPTER_BASE_NAME).read_text(encoding="utf-8"))
     given = base.identity()
-    weights = (
-        made_for.weights_sha256 or given.weights_sha256
-    )  # a version that did not hash weights of the hub told none
-    if (weights, made_for.model_type, made_for.num_layers) != (
-        given.weights_sha256,
-        given.model_type,
-        given.num_layers,
-    ):
+    # versions that did not hash weights of the hub told none
+    told = (made_for.weights_sha256 or given.weights_sha256, made_for.model_type, made_for.num_layers)
+    if told != (given.weights_sha256, given.model_type, given.num_layers):
         raise ModelError(
             f"{folder}: the adapter belongs to {made_for.name} (weights {str(made_for.weights_sha256)[:12]}), not to"
             f" {base} (weights {str(given.weights_sha256)[:12]})"
