@@ -47,7 +47,7 @@ def make_torch_trainer(
     from layerplan.train.rendezvous import choose_torch_config
     from layerplan.train.replica_placement import make_scaling
 
-    return TorchTrainer(
+    trainer = TorchTrainer(
         train_fn,
         train_loop_config=loop_config,
         torch_config=choose_torch_config("cpu:gloo,cuda:nccl" if config.use_gpu else "gloo"),
@@ -62,6 +62,10 @@ def make_torch_trainer(
         ),
         validation_config=validation_config,
     )
+    # Ray Train's own handler of Ctrl-C ends the process without a word, and stays after training: what is scored then goes
+    # on to its end, or ends with status 0.
+    trainer._register_sigint_handler = lambda controller: None
+    return trainer
 
 
 @contextmanager

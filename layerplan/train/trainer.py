@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ from layerplan.train.token_flops import predict_token_flops
 
 logger = logging.getLogger(__name__)
 
+_STOPPING: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C (once more ends at once)"}
+
 Fit = Callable[[TrainRequest, StoredPath], None]
 
 __all__ = ["TrainRequest", "TrainResult", "export_result", "load_result", "run_training"]
@@ -56,8 +59,8 @@ def run_training(
     A finished run whose `max_steps` was raised continues from its last checkpoint (`layerplan/train/horizon.py`), and one whose
     `export_dtype` changed is exported anew from it.
 
-    SIGTERM makes the workers save a checkpoint and stop; the signal is then delivered again to whoever handled it
-    before, so that a job exits as it would have.
+    SIGTERM and Ctrl-C make the workers save a checkpoint and stop; the signal is then delivered again to whoever handled
+    it before, so that a job exits as it would have. A second Ctrl-C does not wait for the checkpoint.
 
     Args:
         request: What to train.
@@ -77,7 +80,7 @@ def run_training(
     check_feed(request.store, num_lanes=request.config.global_batch_size, seed=request.seed)
     check_training_fits(request)
     request.run_dir.mkdir(parents=True, exist_ok=True)
-    with _stop_on_sigterm(request.run_dir):
+    with stopping_on_signals(request.run_dir):
         checkpoint = _fit(request, callbacks, fit)
     state = TrainState.parse(read_train_state(checkpoint))
     hf_dir = None
@@ -309,27 +312,33 @@ def _overall_mfu(request: TrainRequest, state: TrainState) -> float:
 
 
 @contextmanager
-def _stop_on_sigterm(run_dir: Path) -> Iterator[None]:
-    """SIGTERM asks the workers for a last checkpoint instead of killing the driver; afterwards it is raised again."""
+def stopping_on_signals(run_dir: Path) -> Iterator[None]:
+    """SIGTERM and Ctrl-C ask the workers for a last checkpoint instead of ending the driver; afterwards they are raised again.
+
+    Ctrl-C once more raises `KeyboardInterrupt` at once. Where it is ignored, as by a shell that starts a job in the
+    background, it stays so.
+    """
     stop_file = Flag(run_dir / STOP_REQUEST)
     stop_file.unlink()
-    asked = False
+    asked: list[int] = []
 
     def request_stop(signum: int, frame: Any) -> None:
-        nonlocal asked
-        asked = True
-        logger.info("SIGTERM: saving a checkpoint, then stopping")
+        if signum == signal.SIGINT and signum in asked:
+            raise KeyboardInterrupt
+        asked.append(signum)
+        logger.info("%s: saving a checkpoint, then stopping", _STOPPING[signum])
         stop_file.touch()
 
-    try:
-        previous = signal.signal(signal.SIGTERM, request_stop)
-    except ValueError:  # not the main thread: whoever owns it decides
+    if threading.current_thread() is not threading.main_thread():  # whoever owns it decides
         yield
         return
+    heard = [signum for signum in _STOPPING if signal.getsignal(signum) is not signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, request_stop) for signum in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
         stop_file.unlink()
         if asked:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), asked[0])

@@ -28,7 +28,7 @@ MAX_STEPS = 10
 def test_a_stopped_killed_damaged_and_crashed_run_ends_bit_exact(
     tmp_path: Path, shared_cluster: dict[str, str]
 ) -> None:
-    """SIGTERM to the driver at step 2, SIGKILL of the driver at step 5, SIGKILL of a worker at step 8.
+    """SIGTERM to the driver at step 2, Ctrl-C at step 3, SIGKILL of the driver at step 5, SIGKILL of a worker at step 8.
 
     In between, Ray's own index is deleted, then cut, and the newest checkpoint gets one bit flipped.
     """
@@ -38,6 +38,11 @@ def test_a_stopped_killed_damaged_and_crashed_run_ends_bit_exact(
     assert "SIGTERM: saving a checkpoint" in stopped.stdout
     saved = sorted(path.name for path in (tmp_path / "interrupted" / "checkpoints").glob("step_*"))
     assert saved, "the stopped run left no checkpoint"
+    interrupted = run_script(__file__, tmp_path, "interrupted", timeout_s=400, **shared_cluster)
+    assert interrupted.returncode == 130, interrupted.stdout[-3000:]
+    assert "Ctrl-C (once more ends at once): saving a checkpoint" in interrupted.stdout
+    assert "stopped by the user; submit the same run name again to continue" in interrupted.stdout
+    assert sorted(path.name for path in (tmp_path / "interrupted" / "checkpoints").glob("step_*")) > saved
     ray_index = tmp_path / "interrupted" / "checkpoints" / "checkpoint_manager_snapshot.json"
     ray_index.unlink(missing_ok=True)  # a driver that ends early may have left none
     killed = run_script(__file__, tmp_path, "interrupted", timeout_s=400, **shared_cluster)
@@ -82,24 +87,28 @@ def flip_a_bit_of_the_newest(checkpoints: Path) -> Path:
 
 @dataclass
 class AccidentSink:
-    """A sink in the worker that causes each accident once, at its step."""
+    """A sink in the worker that causes each accident once, from its step on, and one in each attempt."""
 
     folder: Path
     driver: int
+    caused: bool = False
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        if "train/loss" not in metrics:
+        if "train/loss" not in metrics or self.caused:
             return
         for name, at, victim, number in (
             ("stop", 2, self.driver, signal.SIGTERM),
+            ("interrupt", 3, self.driver, signal.SIGINT),
             ("driver", 5, self.driver, signal.SIGKILL),
             ("worker", 8, os.getpid(), signal.SIGKILL),
         ):
             marker = self.folder / f"{name}.done"
-            if step == at and not marker.exists():
+            if step >= at and not marker.exists():
+                self.caused = True
                 marker.touch()
                 os.kill(victim, number)
                 time.sleep(2)  # the driver notices between two waits for Ray; these steps take milliseconds
+                return
 
     def log_event(self, name: str, step: int, message: str) -> None: ...
 
@@ -160,4 +169,5 @@ def main() -> None:
 if __name__ == "__main__":
     from layerplan.entry import run_guarded
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell starts tests in the background
     sys.exit(run_guarded(main))
