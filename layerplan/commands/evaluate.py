@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--benchmarks",
         nargs="+",
         metavar="NAME[=PATH]",
-        help="ceval and cmmlu, each `builtin` (a small set of ours), `hub` or a folder; the config's when left out",
+        help="ceval and cmmlu, each `hub`, a folder, or `builtin` (a small set of ours, asked by a NAME alone);"
+        " the config's when left out",
     )
     parser.add_argument(
         "--checkpoints",

@@ -13,6 +13,7 @@ from eval.during_training import find_checkpoints
 from eval.items import load_benchmark
 from eval.runner import evaluate_model
 from eval.significance import compute_wilson
+from eval.subjects import is_builtin
 from layerplan.config.load import dump_config
 from layerplan.config.run import RunConfig
 from layerplan.errors import EvaluationError
@@ -23,6 +24,7 @@ from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.pipeline.run_lease import hold_run
 from layerplan.pipeline.session import on_cluster, open_run
 from layerplan.plan.freeze_plan import FreezePlan
+from layerplan.report.headline import describe_built_in
 from layerplan.storage.mirror import carry_folder, fetch_file, fetch_folder
 from layerplan.storage.working import find_home
 
@@ -112,3 +114,6 @@ def print_scores(results: Results, *, title: str = "Accuracy, percent") -> None:
             f"{result.question_mean:.1f} [{low:.1f}, {high:.1f}]",
         )
     Console(width=120).print(table)
+    built_in = [result.benchmark for result in results.values() if is_builtin(result.subjects)]
+    if built_in:
+        print(f"note      {describe_built_in(list(dict.fromkeys(built_in)))}")

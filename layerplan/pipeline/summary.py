@@ -22,7 +22,7 @@ from layerplan.report.answer_tables import (
     tabulate_texts,
 )
 from layerplan.report.answers import Answers
-from layerplan.report.headline import describe_repair, list_clauses, say_headline
+from layerplan.report.headline import describe_built_in, describe_repair, list_clauses, say_headline
 from layerplan.train.trainer import TrainResult
 
 
@@ -49,6 +49,8 @@ def print_summary(
         print(f"verdict   {headline}")
     if plan.model.source is not None:
         print(f"note      {describe_repair(plan.model.source)}")
+    if verdicts and answers.built_in:
+        print(f"note      {describe_built_in(answers.built_in)}")
     print(f"\nreport    {report}")
 
 

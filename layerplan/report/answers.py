@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,8 @@ class Answers:
     held_out: tuple[HeldOutText, ...]
     cost: Cost | None
     continuations: tuple[Continuation, ...]
+    built_in: tuple[str, ...] = ()
+    """Benchmarks in whose place the package's own questions were asked."""
 
 
 def read_answers(run_dir: Path) -> Answers:
@@ -135,7 +137,13 @@ def read_answers(run_dir: Path) -> Answers:
         held_out=tuple(_read_held_out(run)),
         cost=_read_cost(run, training),
         continuations=tuple(_pair_continuations(run)),
+        built_in=tuple(_list_built_in(run)),
     )
+
+
+def _list_built_in(run: RunFolder) -> Iterator[str]:
+    asked = read_json(run.config).get("evaluation", {}).get("benchmarks", [])
+    yield from (item["name"] for item in asked if item.get("path") == "builtin")
 
 
 def _read_validation(run: RunFolder, training: Mapping[str, Any]) -> ValidationLoss | None:

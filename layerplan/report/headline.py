@@ -96,6 +96,14 @@ def describe_repair(source: ModelSource) -> str:
     )
 
 
+def describe_built_in(benchmarks: Sequence[str]) -> str:
+    """What was asked under these names, where it was the package's own questions."""
+    return (
+        f"{' and '.join(benchmarks)}: a small set of layerplan's own questions in the benchmark's format was asked, not the"
+        " benchmark; `hub` or a folder as its path asks that"
+    )
+
+
 def _name_text(text: HeldOutText) -> str:
     return f"{text.name} (which may be trained on)" if text.may_be_trained_on else text.name
 

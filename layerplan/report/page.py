@@ -19,7 +19,13 @@ from layerplan.plan.layer_profile import LayerProfile
 from layerplan.report.answers import read_answers, read_verdicts
 from layerplan.report.ending import render_ending
 from layerplan.report.figures import build_layer_figures, draw_loss
-from layerplan.report.headline import describe_repair, list_clauses, rate_verdict, render_headline
+from layerplan.report.headline import (
+    describe_built_in,
+    describe_repair,
+    list_clauses,
+    rate_verdict,
+    render_headline,
+)
 from layerplan.report.html_parts import embed_svg, render_sentence, render_table
 from layerplan.report.labels import render_labels
 from layerplan.report.measurement import read_deviations, render_measurement
@@ -64,7 +70,7 @@ def write_report(run_dir: Path) -> Path:
         _note(plan, training),
         labels,
         render_outcome(replace(answers, cost=None) if labels else answers),
-        _verdict_section(verdicts),
+        _verdict_section(verdicts, answers.built_in),
         render_checkpoint_scores(run.evaluation),
         _plan_section(plan),
         _training_section(training, figures),
@@ -136,7 +142,7 @@ def _module_table(plan: FreezePlan) -> str:
     return render_table(["module", "layers it trains in", "which"], rows)
 
 
-def _verdict_section(verdicts: Sequence[dict[str, Any]]) -> str:
+def _verdict_section(verdicts: Sequence[dict[str, Any]], built_in: Sequence[str]) -> str:
     if not verdicts:
         return ""
     rows = [
@@ -155,7 +161,9 @@ def _verdict_section(verdicts: Sequence[dict[str, Any]]) -> str:
         for item in verdicts
     )
     headings = ["benchmark", "questions", "base [95 %]", "trained [95 %]", "difference [95 %]", "p (Holm)"]
-    return f'<h2>The verdict of the benchmarks</h2>{render_table(headings, rows)}<p class="soft">{_SCORES_NOTE}</p>{sentences}'
+    note = f"{_SCORES_NOTE} {describe_built_in(built_in)}." if built_in else _SCORES_NOTE
+    soft = f'<p class="soft">{html.escape(note)}</p>'
+    return f"<h2>The verdict of the benchmarks</h2>{render_table(headings, rows)}{soft}{sentences}"
 
 
 def _training_section(result: dict[str, Any] | None, figures: dict[str, Figure]) -> str:

@@ -169,3 +169,16 @@ def test_cells_of_wide_tables_carry_their_headings_for_narrow_screens() -> None:
     assert '<table class="stack">' in wide and '<td data-label="b&quot;">2</td>' in wide and ">&lt;4</td>" in wide
     narrow = render_table(["a", "b"], [["1", "2"]])
     assert narrow.startswith('<div class="scroll"><table class="facts">') and "data-label" not in narrow
+
+
+@pytest.mark.parametrize("path, is_said", [("builtin", True), ("hub", False)])
+def test_our_own_questions_are_not_taken_for_the_benchmark_whose_format_they_have(
+    run: RunFolder, path: str, is_said: bool
+) -> None:
+    verdict = make_verdict(6.2, 1.0) | {"num_questions": 16, "difference_interval": [-19.8, 32.3], "sentence": "alike"}
+    scores: dict[str, Any] = dict.fromkeys(("accuracy", "reference_accuracy"), 25.0)
+    scores |= {name: [10.2, 49.5] for name in ("accuracy_interval", "reference_interval")}
+    write(run.verdicts, [verdict | scores])
+    write(run.config, {"evaluation": {"benchmarks": [{"name": "ceval", "path": path}]}})
+    page = write_report(run.root).read_text(encoding="utf-8")
+    assert ("a small set of layerplan&#x27;s own questions in the benchmark&#x27;s format was asked" in page) is is_said
