@@ -57,7 +57,8 @@ class HubRepository:
 @contextmanager
 def serving_data_set(name: str, files: Mapping[str, bytes], token: str) -> Iterator[tuple[str, list[str]]]:
     """Serves one gated data set of one commit; yields the endpoint and the byte ranges asked for, as they come."""
-    with serving(HubRepository("datasets", name, {COMMIT: dict(files)}, token=token)) as repository:
+    branches = dict.fromkeys(("main", "refs/convert/parquet"), COMMIT)
+    with serving(HubRepository("datasets", name, {COMMIT: dict(files)}, branches, token)) as repository:
         yield repository.endpoint, repository.ranges
 
 
@@ -74,18 +75,18 @@ def serving(repository: HubRepository) -> Iterator[HubRepository]:
             self.do_GET()
 
         def do_GET(self) -> None:
-            path = unquote(urlsplit(self.path).path)
-            repository.requests.append(f"{self.command} {path}")
+            path = urlsplit(self.path).path  # a revision's slashes are quoted, those between parts are not
+            repository.requests.append(f"{self.command} {unquote(path)}")
             if path != api and not path.startswith((f"{api}/", f"{pages}/")):
                 self.answer(404, headers={"X-Error-Code": "RepoNotFound"})
             elif repository.token is not None and self.headers.get("Authorization") != f"Bearer {repository.token}":
                 self.answer(401, headers={"X-Error-Code": "GatedRepo"})
             elif found := re.fullmatch(rf"{pages}/resolve/([^/]+)/(.+)", path):
-                self.send_file(found[1], found[2])
+                self.send_file(unquote(found[1]), unquote(found[2]))
             elif found := re.fullmatch(rf"{api}/tree/([^/]+)(?:/(.+))?", path):
-                self.send_list(found[1], found[2] or "")
+                self.send_list(unquote(found[1]), unquote(found[2] or ""))
             else:
-                self.send_description(path.removeprefix(api).removeprefix("/revision/") or "main")
+                self.send_description(unquote(path.removeprefix(api).removeprefix("/revision/")) or "main")
 
         def send_description(self, revision: str) -> None:
             commit = self.find(revision)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
+import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,14 @@ from layerplan.train.trial_record import TrialRecord
 
 Begin = Callable[[Point], None]
 End = Callable[[Point, dict[str, Any] | None], None]
-_NOISY = "ray.tune.analysis.experiment_analysis"
-"""Warns that results are not in files that nobody asked for."""
+logger = logging.getLogger(__name__)
+
+_NOISY = ("ray.tune.analysis.experiment_analysis", "ray.tune.tune")
+"""Warn that results are not in files that nobody asked for, and how to restore a state that is not restored."""
 _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
@@ -46,6 +52,8 @@ def run_sweep(
     on_end: End,
 ) -> None:
     """Runs the chooser's trials, and tells how each began and ended.
+
+    Ctrl-C ends those that run with a checkpoint, and is raised afterwards; once more, and it is raised at once.
 
     Args:
         config: The sweep.
@@ -71,8 +79,9 @@ def run_sweep(
     searcher = TrialSearcher(chooser, judged, first, on_begin, on_end)
     folder = _clear(request.run_dir)
     os.environ.update(_QUIET)
-    logging.getLogger(_NOISY).setLevel(logging.ERROR)
-    tune.Tuner(
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(TrialActor, shared=Shared(request, dict(trials))), {"CPU": DRIVER_CPUS}
         ),
@@ -92,8 +101,39 @@ def run_sweep(
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=request.config.max_failures),
         ),
-    ).fit()
+    )
+    with ending_trials_on_ctrl_c():
+        tuner.fit()
     _clear(request.run_dir)
+
+
+@contextmanager
+def ending_trials_on_ctrl_c() -> Iterator[None]:
+    """Asks Ray Tune to end its trials by SIGUSR1, which it takes for that; its own handler of Ctrl-C calls the sweep done.
+
+    Where Ctrl-C is ignored, as by a shell that starts a job in the background, it stays so.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+    was_pressed = False
+
+    def end_trials(signum: int, frame: Any) -> None:
+        nonlocal was_pressed
+        if was_pressed or signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:  # Ray Tune does not run yet
+            raise KeyboardInterrupt
+        was_pressed = True
+        logger.info("Ctrl-C (once more ends at once): ending the trials that run, with a checkpoint")
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    previous = signal.signal(signal.SIGINT, end_trials)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if was_pressed:
+        raise KeyboardInterrupt
 
 
 def _clear(sweep: Path) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from layerplan.run_folder import STOP_REQUEST
+from layerplan.sweep.tuner import ending_trials_on_ctrl_c
 from layerplan.train.trainer import stopping_on_signals
 
 
@@ -47,3 +48,23 @@ def test_a_ctrl_c_that_is_ignored_stays_so(tmp_path: Path) -> None:
     with stopping_on_signals(tmp_path):
         press_ctrl_c()
         assert not (tmp_path / STOP_REQUEST).exists()
+
+
+def test_ctrl_c_ends_a_sweeps_trials_and_is_raised_when_they_have_ended() -> None:
+    """Ray Tune takes SIGUSR1 for the wish to end, while it runs; before that there is nothing to end."""
+    ended: list[int] = []
+    with pytest.raises(KeyboardInterrupt), ending_trials_on_ctrl_c():
+        press_ctrl_c()
+        pytest.fail("nothing runs that could be ended")
+    previous = signal.signal(signal.SIGUSR1, lambda signum, frame: ended.append(signum))
+    try:
+        with pytest.raises(KeyboardInterrupt), ending_trials_on_ctrl_c():
+            press_ctrl_c()
+            assert ended == [signal.SIGUSR1]
+        with pytest.raises(KeyboardInterrupt), ending_trials_on_ctrl_c():
+            press_ctrl_c()
+            press_ctrl_c()
+            pytest.fail("the sweep goes on")
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
