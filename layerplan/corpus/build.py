@@ -315,9 +315,10 @@ def _check_counts(config: CorpusConfig, store: Path, writer: StoreWriter) -> Non
             f" malformed ({bad:.1%}); the first is {writer.state.first_fault}; all are in {store / QUARANTINE_NAME}"
         )
     if not has_rows:
+        dropped = ", ".join(f"{counts[name]} {name}" for name in counts if name not in ("in", KEPT) and counts[name])
         raise TooSmallError(
-            f"corpus.sources: {counts['in']} documents in, {counts[KEPT]} kept, none fills a row of"
-            f" seq_len={config.seq_len}; at least one full row of text is needed"
+            f"corpus.sources: {counts['in']} documents in, {counts[KEPT]} kept{dropped and f' ({dropped})'}, none fills"
+            f" a row of seq_len={config.seq_len}; at least one full row of text is needed"
         )
 
 

@@ -158,6 +158,9 @@ def _parse_line(line: bytes, where: str, source: SourceConfig) -> Document | Mal
 def _parse_record(record: Any, where: str, source: SourceConfig) -> Document | Malformed:
     if not isinstance(record, dict):
         return Malformed(where, f"a JSON object is expected, got {type(record).__name__}")
+    if source.text_column not in record:
+        names = ", ".join(sorted(map(_make_name, record)))
+        return Malformed(where, f"column {source.text_column!r} is missing; it has {names}")
     return _make_document(
         record.get(source.id_column),
         record.get(source.text_column),

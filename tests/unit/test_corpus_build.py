@@ -403,7 +403,9 @@ def test_a_corpus_that_is_too_small_leaves_nothing_in_the_way_of_more(tokenizer:
     raw, store = tmp_path / "raw", tmp_path / "store"
     raw.mkdir()
     write_jsonl(raw / "a.jsonl", {"text": make_text(99, 30)})
-    with pytest.raises(CorpusError, match=r"1 documents in, 0 kept, none fills a row of seq_len=64"):
+    with pytest.raises(
+        CorpusError, match=r"1 documents in, 0 kept \(1 filtered/too_short\), none fills a row of seq_len=64"
+    ):
         build_token_store(make_config(raw), tokenizer, store)
     write_jsonl(raw / "b.jsonl", *({"text": make_text(seed)} for seed in range(20)))
     manifest = build_token_store(make_config(raw), tokenizer, store)
