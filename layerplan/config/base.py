@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 BRANCH = "·"
 """Begins the tags of unions that no field of the user tells apart; pydantic puts a tag into the path of a fault."""
 
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What names a folder: of a run, and of a text within it."""
+
 
 class StrictModel(BaseModel):
     """A frozen pydantic model that refuses unknown keys and documents each field where it is declared."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from layerplan.config.base import StrictModel
+from layerplan.config.base import NAME_PATTERN, StrictModel
 from layerplan.config.corpus import SourceConfig
 from layerplan.config.labels import NodeLabels
 
@@ -36,7 +36,7 @@ class BenchmarkConfig(StrictModel):
 class HeldOutConfig(StrictModel):
     """Text on which bits per byte are measured."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME_PATTERN)
     """Name in files and tables."""
     source: SourceConfig
     """Where the documents lie; give `max_documents` for a large source."""

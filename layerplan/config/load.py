@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from layerplan.config.base import BRANCH
+from layerplan.config.base import BRANCH, NAME_PATTERN
 from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError
 from layerplan.redaction import find_hidden, redact_text, redact_values
@@ -152,6 +152,9 @@ def _describe_fault(fault: Any) -> str:
         case "model_attributes_type" | "model_type" | "dict_type":
             such = f", {{type: {given}}}" if given in _list_kinds(node) else ""
             return f"{field}: a mapping of fields is expected{such}{redact_text(f' (got {given!r})')}"
+        case "string_pattern_mismatch" if fault["ctx"]["pattern"] == NAME_PATTERN:
+            rule = "letters A to Z in either case, digits, '.', '-' and '_' are allowed, a letter or digit first"
+            return f"{field}: {rule}{redact_text(f' (got {given!r})')}"
     message = str(fault["msg"]).removeprefix("Value error, ")
     shown = "" if isinstance(given, Mapping | BaseModel) else redact_text(f" (got {given!r})")
     return f"{field}: {message}{shown}"

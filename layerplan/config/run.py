@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from layerplan.config.base import StrictModel
+from layerplan.config.base import NAME_PATTERN, StrictModel
 from layerplan.config.cluster import ClusterConfig
 from layerplan.config.corpus import CorpusConfig
 from layerplan.config.evaluation import EvaluationConfig
@@ -21,7 +21,7 @@ from layerplan.config.train import TrainConfig
 class RunConfig(StrictModel):
     """One run of the chain: config -> trace -> plan -> corpus -> train -> checkpoint -> evaluate -> verdict."""
 
-    name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(min_length=1, max_length=100, pattern=NAME_PATTERN)
     """Name of the run and of its folder; the same name continues the run."""
     storage_path: str = "runs"
     """Folder that holds the runs, or `s3://bucket/folder` or `gs://bucket/folder`; relative paths start where the job does."""

@@ -28,12 +28,13 @@ def build_corpus(config: RunConfig) -> None:
     with open_run(config, ask_for_building) as context:
         store = build_store(context, prepare_model(context))
     manifest = Manifest.load(store)
-    Console(width=140).print(render_manifest(manifest, str(store)))
+    Console(width=140).print(render_manifest(manifest))
+    print(f"store     {store}")
 
 
-def render_manifest(manifest: Manifest, title: str) -> Table:
+def render_manifest(manifest: Manifest) -> Table:
     """What became of every document, per source; a column adds up to its `in`."""
-    table = Table(title=title)
+    table = Table()
     table.add_column("documents")
     for source in manifest.sources:
         table.add_column(

@@ -117,6 +117,7 @@ def test_a_store_built_alone_is_the_store_of_the_chain(
     arguments = settings(storage_path=tmp_path, name="built", **{"tracking.backend": "none"})
     job = run_here("jobs/build_corpus.py", "--config", config, *arguments)
     assert job.returncode == 0, job.output[-5000:]
+    assert f"store     {tmp_path / 'built' / 'token_store'}\n" in job.output, "on one line, however narrow the table is"
     built, chain = (read(run / "token_store" / "manifest.json") for run in (tmp_path / "built", finished_run))
     assert built["counts"] == chain["counts"]
     assert [shard["sha256"] for shard in built["shards"]] == [shard["sha256"] for shard in chain["shards"]]

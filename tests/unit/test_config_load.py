@@ -40,6 +40,13 @@ def test_every_fault_is_one_line_with_field_value_and_what_is_allowed():
     assert all("\n" not in fault for fault in faults)
 
 
+def test_a_name_that_cannot_be_a_folder_is_told_what_it_may_hold():
+    (fault,) = faults_of({**MINIMAL, "name": "my run"})
+    assert fault == (
+        "name: letters A to Z in either case, digits, '.', '-' and '_' are allowed, a letter or digit first (got 'my run')"
+    )
+
+
 def test_an_unknown_key_inside_a_list_names_its_index():
     (fault,) = faults_of({**MINIMAL, "corpus": {"seq_len": 64, "sources": [{"path": "x", "wieght": 2}]}})
     assert fault.startswith("corpus.sources.0.wieght: unknown key; did you mean 'weight'?")
