@@ -61,6 +61,10 @@ def _convert_once(path: Path, cache: Path, report: Callable[[str], None]) -> Pat
         except ModelError:
             if not folder.exists():  # else another process was faster
                 raise
+        except OSError as error:
+            raise ModelError(
+                f"storage_path: {folder} cannot be written ({error}), where the GGUF file is converted"
+            ) from None
     return folder
 
 

@@ -20,6 +20,7 @@ from layerplan.errors import EvaluationError
 from layerplan.inside import lies_inside
 from layerplan.models.ref import ModelRef
 from layerplan.pipeline.demands import ask_for_scoring
+from layerplan.pipeline.file_checks import check_benchmarks
 from layerplan.pipeline.run_folder import locate_run_folder
 from layerplan.pipeline.run_lease import hold_run
 from layerplan.pipeline.session import on_cluster, open_run
@@ -44,6 +45,7 @@ def score_model(config: RunConfig, model: ModelRef, out_dir: str | Path) -> Resu
         model: The model, with the consent to its code.
         out_dir: Folder for the scores.
     """
+    check_benchmarks(config)
     root, folder = locate_run_folder(config).root, Path(out_dir).resolve()
     home = find_home(root)
     with hold_run(home, config.name) if home.is_dir() and lies_inside(folder, root) else nullcontext() as lease:

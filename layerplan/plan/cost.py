@@ -112,14 +112,14 @@ def render_cost_table(costs: Mapping[str, PlanCost]) -> str:
     names: Sequence[str] = list(costs)
     reference = costs[names[0]]
     lines = [
-        f"{'plan':<22}{'trainable':>12}{'GFLOP/token':>13}{'of ' + names[0]:>10}{'memory GiB':>12}{'ckpt GiB':>10}"
+        f"{'plan':<22}{'trainable':>12}{'GFLOP/token':>13}{'of ' + names[0]:>10}{'weights+opt GiB':>17}{'ckpt GiB':>10}"
     ]
     for name in names:
         cost = costs[name]
         lines.append(
             f"{name:<22}{cost.trainable_params / 1e6:>10.1f} M{cost.total_flops / 1e9:>13.3f}"
             f"{cost.total_flops / reference.total_flops:>10.3f}"
-            f"{cost.weight_and_optimizer_bytes / GIB:>12.2f}{cost.checkpoint_bytes / GIB:>10.2f}"
+            f"{cost.weight_and_optimizer_bytes / GIB:>17.2f}{cost.checkpoint_bytes / GIB:>10.2f}"
         )
     return "\n".join(lines)
 

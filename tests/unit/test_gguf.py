@@ -266,3 +266,11 @@ def test_a_dry_run_takes_a_gguf_file_as_its_model(
     out = capsys.readouterr().out
     assert "model  tiny.Q8_0: 2 layers" in out
     assert "".join(caplog.messages).count("converting tiny.Q8_0.gguf to safetensors, once") == 1
+
+
+def test_a_place_that_cannot_be_written_is_said_as_such(tiny_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where a folder is meant", encoding="utf-8")
+    with pytest.raises(
+        ModelError, match=r"storage_path: .*runs/gguf_models.* cannot be written \(.*where the GGUF file is"
+    ):
+        find_model(str(tiny_file), tmp_path / "runs")
