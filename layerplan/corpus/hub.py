@@ -16,6 +16,8 @@ from layerplan.errors import CorpusError
 from layerplan.storage.address import open_filesystem
 
 HUB = "hub://"
+CONVERTED = "refs/convert/parquet"
+"""Branch in which the hub keeps Parquet files of a data set that is a loading script, which `datasets` no longer runs."""
 
 
 def list_hub_files(source: SourceConfig) -> FileTable:
@@ -32,10 +34,14 @@ def list_hub_files(source: SourceConfig) -> FileTable:
 
         builder = load_dataset_builder(name, source.subset, revision=None if _is_local(name) else source.revision)
     except Exception as error:
-        raise CorpusError(
-            f"{source.path}: cannot be read from the hub ({type(error).__name__}: {_shorten(error)});"
-            " check the id, subset and revision, the network (HF_HUB_OFFLINE must not be 1), and for a gated data set"
+        remedy = (
+            f"set revision: {CONVERTED}, the hub's own conversion, where it has one"
+            if "scripts" in str(error)
+            else "check the id, subset and revision, the network (HF_HUB_OFFLINE must not be 1), and for a gated data set"
             " accept its terms and set HF_TOKEN"
+        )
+        raise CorpusError(
+            f"{source.path}: cannot be read from the hub ({type(error).__name__}: {_shorten(error)}); {remedy}"
         ) from None
     splits = builder.config.data_files or {}
     if source.split not in splits:

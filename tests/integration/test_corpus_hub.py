@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,23 @@ def make_lines(first: int, count: int) -> bytes:
         {"id": number, "text": make_text(number, 900), "score": number / 100} for number in range(first, first + count)
     ]
     return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+
+
+def test_a_data_set_that_is_a_script_is_told_where_its_files_are(tmp_path: Path) -> None:
+    files = {"pages.py": b"raise SystemExit", "pages.zip": b"PK"}
+    asked = "from layerplan.config.corpus import SourceConfig; from layerplan.corpus.hub import list_hub_files"
+    code = f"{asked}; list_hub_files(SourceConfig(path='hub://owner/pages'))"
+    with serving_data_set("owner/pages", files, token="hf_right") as (endpoint, _):
+        env = os.environ | {
+            "HF_ENDPOINT": endpoint,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path),
+            "HF_TOKEN": "hf_right",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=False
+        )
+    assert "no longer supported, but found pages.py); set revision: refs/convert/parquet" in done.stderr, done.stderr
 
 
 def test_a_gated_data_set_is_streamed_into_a_store(
