@@ -99,5 +99,5 @@ def test_a_cluster_that_is_slow_to_start_is_told_of_and_one_that_is_quick_is_not
         time.sleep(0.15)
     assert caplog.messages == [
         "0 s for a local Ray cluster to start or answer; if this run ends now, submit the same command again:"
-        " it continues from its newest checkpoint"
+        " it continues from what is finished, or its newest checkpoint"
     ]
