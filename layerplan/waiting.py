@@ -32,7 +32,9 @@ GIVE_BACK_EVERY_S = 10.0
 START_SAID_S = 10.0
 """When a cluster that has not answered yet is told of: less than Ray takes to end a driver whose head is gone."""
 FAILURES_SAID = 3
-AGAIN_AFTER_LOSS = "if this run ends now, submit the same command again: it continues from what is finished, or its newest checkpoint"
+AGAIN_AFTER_LOSS = (
+    "if this run ends now, submit the same command again: it continues from what is finished, or its newest checkpoint"
+)
 """Ray ends the process of a driver that lost its head, so that nothing can be said then."""
 _ASK_TIMEOUT_S = 5
 _MOST_ROWS = 2000
