@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from functools import lru_cache
 from pathlib import Path
 
 from layerplan.errors import ModelError, first_line
 from layerplan.models.weight_files import INDEX_NAME, OTHER_FORMATS, WEIGHTS_NAME, read_index
 from layerplan.plan.layer_profile import is_commit
+
+logger = logging.getLogger(__name__)
 
 WEIGHT_SUFFIXES = (*OTHER_FORMATS, ".safetensors", ".onnx_data", ".tflite", ".ot", ".mlmodel", ".pkl", ".distcp")
 
@@ -62,7 +66,16 @@ def _fetch_snapshot(name: str, revision: str, with_weights: bool) -> Path:
             snapshot_download(name, revision=revision, ignore_patterns=[f"*{each}" for each in WEIGHT_SUFFIXES])
         )
         if with_weights:
-            snapshot_download(name, revision=folder.name, allow_patterns=_name_weights(folder))
+            wanted = _name_weights(folder)
+            if missing := sum(not (folder / file).exists() for file in wanted):
+                logger.info(
+                    "fetching weights of %s from the hub, %d of %d files%s",
+                    name,
+                    missing,
+                    len(wanted),
+                    _show_size(folder),
+                )
+            snapshot_download(name, revision=folder.name, allow_patterns=wanted)
     except ModelError:
         raise
     except Exception as error:
@@ -75,6 +88,15 @@ _fetch_commit = lru_cache(maxsize=8)(_fetch_snapshot)
 
 def _name_weights(folder: Path) -> list[str]:
     return sorted(set(read_index(folder).values())) if (folder / INDEX_NAME).is_file() else [WEIGHTS_NAME]
+
+
+def _show_size(folder: Path) -> str:
+    """Of all weights, where their index says it."""
+    try:
+        size = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["metadata"]["total_size"]
+        return f", {size / 2**30:.1f} GiB in all"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _explain(error: Exception, name: str, revision: str) -> ModelError:

@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from layerplan.errors import ModelError
 from layerplan.models import hub
+from layerplan.models.hub import list_fetched_weights
 from layerplan.models.ref import ModelRef
 from tests.hub_server import COMMIT, HubRepository, ask_hub_at, read_files, serving
 from tests.model_folders import edit_weights, save_tiny_base
@@ -68,6 +69,15 @@ def test_the_identity_is_that_of_a_folder_with_the_same_weights(
     assert model.identity().weights_sha256 == second
     assert pinned.identity().weights_sha256 == first and pinned.identity().revision == COMMIT
     assert not any("consolidated" in request for request in repository.requests)
+
+
+def test_whoever_waits_for_weights_is_told_once(repository: HubRepository, caplog: pytest.LogCaptureFixture) -> None:
+    model = ModelRef("owner/base").at_commit()
+    with caplog.at_level("INFO", logger="layerplan"):
+        model.identity(), model.skeleton()
+    (said,) = [each for each in caplog.messages if "weights" in each]
+    count = len(list_fetched_weights(model.folder()))
+    assert said == f"fetching weights of owner/base from the hub, {count} of {count} files, 0.0 GiB in all"
 
 
 def test_weights_are_not_fetched_to_price_a_plan(repository: HubRepository) -> None:
