@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from layerplan.errors import ModelError, first_line
-from layerplan.models.weight_files import INDEX_NAME, OTHER_FORMATS, WEIGHTS_NAME, read_index
+from layerplan.models.weight_files import INDEX_NAME, OTHER_FORMATS, WEIGHTS_NAME, explain_absence, read_index
 from layerplan.plan.layer_profile import is_commit
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ def _fetch_snapshot(name: str, revision: str, with_weights: bool) -> Path:
         )
         if with_weights:
             wanted = _name_weights(folder)
+            _refuse_other_formats(name, folder, wanted)
             if missing := sum(not (folder / file).exists() for file in wanted):
                 logger.info(
                     "fetching weights of %s from the hub, %d of %d files%s",
@@ -88,6 +89,18 @@ _fetch_commit = lru_cache(maxsize=8)(_fetch_snapshot)
 
 def _name_weights(folder: Path) -> list[str]:
     return sorted(set(read_index(folder).values())) if (folder / INDEX_NAME).is_file() else [WEIGHTS_NAME]
+
+
+def _refuse_other_formats(name: str, folder: Path, wanted: list[str]) -> None:
+    """Raises `ModelError` when the hub has none of the files, with what it has instead; it is not asked once one is here."""
+    if any((folder / file).exists() for file in wanted):
+        return
+    from huggingface_hub import HfApi
+
+    files = HfApi().list_repo_files(name, revision=folder.name)
+    if not set(wanted) & set(files):
+        remedy = "download a GGUF file of it and name that, such as "
+        raise ModelError(f"model.name={name}: {explain_absence(files, where='the hub', gguf_remedy=remedy)}")
 
 
 def _show_size(folder: Path) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,9 @@ def find_weight_files(folder: Path) -> tuple[Path, ...]:
                 f" is missing ({len(missing)} of {len(wanted)} files); half-written? Copy the folder again"
             )
         return tuple(folder / name for name in wanted)
-    raise ModelError(f"model.name={folder}: {_explain_absence(folder, there)}")
+    remedy = f"name the GGUF file itself, such as {folder}{os.sep}"
+    names = (path.name for path in folder.iterdir())
+    raise ModelError(f"model.name={folder}: {explain_absence(names, where='the folder', gguf_remedy=remedy)}")
 
 
 def read_stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -186,17 +189,24 @@ def read_index(folder: Path) -> dict[str, str]:
     return index
 
 
-def _explain_absence(folder: Path, safetensors: set[str]) -> str:
-    if safetensors:
-        names = ", ".join(sorted(safetensors)[:3])
-        return f"holds {names}, but neither {WEIGHTS_NAME} nor {INDEX_NAME}, which say what belongs together"
-    others = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in OTHER_FORMATS)
+def explain_absence(names: Iterable[str], *, where: str, gguf_remedy: str) -> str:
+    """Why there are no weights to read among the files of a model.
+
+    Args:
+        names: Of its files.
+        where: What holds them.
+        gguf_remedy: What to do where one of them is a GGUF file, whose name follows.
+    """
+    files = sorted(name for name in names if "/" not in name)
+    if safetensors := [name for name in files if name.endswith(".safetensors")]:
+        there = ", ".join(safetensors[:3])
+        return f"holds {there}, but neither {WEIGHTS_NAME} nor {INDEX_NAME}, which say what belongs together"
+    others = [name for name in files if name.lower().endswith(OTHER_FORMATS)]
     if not others:
-        return "the folder has no *.safetensors weights; it is not a whole checkpoint"
-    ggufs = [name for name in others if name.lower().endswith(".gguf")]
-    if ggufs:
-        return f"the folder has no *.safetensors weights; name the GGUF file itself, such as {folder / ggufs[0]}"
+        return f"{where} has no *.safetensors weights; it is not a whole checkpoint"
+    if ggufs := [name for name in others if name.lower().endswith(".gguf")]:
+        return f"{where} has no *.safetensors weights; {gguf_remedy}{ggufs[0]}"
     return (
-        f"the folder has no *.safetensors weights, only {others[0]}{' ...' if len(others) > 1 else ''}; other formats are"
+        f"{where} has no *.safetensors weights, only {others[0]}{' ...' if len(others) > 1 else ''}; other formats are"
         " not read: load it with transformers and save it again with `save_pretrained`, which writes safetensors"
     )

@@ -123,6 +123,26 @@ def test_what_cannot_be_fetched_is_said_in_one_line(
         )
 
 
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        (
+            "pytorch_model.bin",
+            "only pytorch_model.bin; other formats are not read: load it with transformers and save it",
+        ),
+        ("q4.gguf", "download a GGUF file of it and name that, such as q4.gguf"),
+        ("note.txt", "it is not a whole checkpoint"),
+    ],
+)
+def test_weights_in_another_format_are_told_as_what_they_are(file: str, words: str, repository: HubRepository) -> None:
+    small = {name: content for name, content in repository.commits[COMMIT].items() if "safetensors" not in name}
+    repository.commits[COMMIT] = small | {file: b"weights"}
+    model = ModelRef("owner/base")
+    for ask in (model.check, model.identity):
+        with pytest.raises(ModelError, match=r"model.name=owner/base: the hub has no \*.safetensors weights.*" + words):
+            ask()
+
+
 def expect(ask: Callable[[], object], words: str) -> None:
     with pytest.raises(ModelError) as caught:
         ask()
