@@ -97,7 +97,10 @@ def _refuse_other_formats(name: str, folder: Path, wanted: list[str]) -> None:
         return
     from huggingface_hub import HfApi
 
-    files = HfApi().list_repo_files(name, revision=folder.name)
+    try:
+        files = HfApi().list_repo_files(name, revision=folder.name)
+    except Exception:  # it cannot be asked: whoever reads the weights says that there are none
+        return
     if not set(wanted) & set(files):
         remedy = "download a GGUF file of it and name that, such as "
         raise ModelError(f"model.name={name}: {explain_absence(files, where='the hub', gguf_remedy=remedy)}")
