@@ -100,7 +100,7 @@ def describe_built_in(benchmarks: Sequence[str]) -> str:
     """What was asked under these names, where it was the package's own questions."""
     return (
         f"{' and '.join(benchmarks)}: a small set of layerplan's own questions in the benchmark's format was asked, not the"
-        " benchmark; `hub` or a folder as its path asks that"
+        " benchmark; set its path to hub or to a folder for that"
     )
 
 
