@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from eval.items import Question, load_benchmark
@@ -27,6 +28,7 @@ from layerplan.config.finetune import (
     JsonlTaskConfig,
     TaskConfig,
 )
+from layerplan.corpus.hub import choose_subset
 from layerplan.errors import EvaluationError
 
 TEST_SHARE = 5
@@ -223,7 +225,8 @@ def _read_hub(config: HubTaskConfig, split: str) -> Iterable[dict[str, Any]]:
     load: Callable[..., Any] = load_dataset
     revision = None if Path(config.name).is_dir() else config.revision
     try:
-        found: Iterable[dict[str, Any]] = load(config.name, config.subset, split=split, revision=revision)
+        subset = choose_subset(config.name, config.subset, revision)
+        found: Iterable[dict[str, Any]] = load(config.name, **subset, split=split, revision=revision)
         return found
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
@@ -236,8 +239,10 @@ def _read_hub(config: HubTaskConfig, split: str) -> Iterable[dict[str, Any]]:
 def _make_hub_prompt(config: HubTaskConfig, split: str, number: int, row: dict[str, Any]) -> LabelledPrompt:
     try:
         prompt, label = config.prompt.format(**row), str(row[config.label_column])
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise EvaluationError(
             f"finetune.task.prompt: {error} is no column of {config.name}; it has {', '.join(row)}"
         ) from None
+    if empty := [name for _, name, _, _ in Formatter().parse(config.prompt) if name and row.get(name, "") is None]:
+        raise EvaluationError(f"finetune.task.prompt: row {number} of {split} has no value in the column {empty[0]!r}")
     return LabelledPrompt(f"{split}/{number}", prompt, label)

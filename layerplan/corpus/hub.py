@@ -6,6 +6,7 @@ our readers then stream those files with byte ranges, so that a bad line costs o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from layerplan.storage.address import open_filesystem
 HUB = "hub://"
 CONVERTED = "refs/convert/parquet"
 """Branch in which the hub keeps Parquet files of a data set that is a loading script, which `datasets` no longer runs."""
+_PARTIAL = re.compile(r"/partial-[^/]+/[^/]+\.parquet$")
+"""Files of a split of which the hub converted the first 5 GB alone, as its dataset viewer's documentation has it."""
 
 
 def list_hub_files(source: SourceConfig) -> FileTable:
@@ -32,7 +35,10 @@ def list_hub_files(source: SourceConfig) -> FileTable:
     try:
         from datasets import load_dataset_builder
 
-        builder = load_dataset_builder(name, source.subset, revision=None if _is_local(name) else source.revision)
+        revision = None if _is_local(name) else source.revision
+        builder = load_dataset_builder(name, **choose_subset(name, source.subset, revision), revision=revision)
+    except CorpusError as error:
+        raise CorpusError(f"{source.path}: {error}") from None
     except Exception as error:
         remedy = (
             f"set revision: {CONVERTED}, the hub's own conversion, where it has one"
@@ -48,6 +54,35 @@ def list_hub_files(source: SourceConfig) -> FileTable:
         have = ", ".join(map(str, splits)) or "none that is made of files"
         raise CorpusError(f"{source.path}: has no split {source.split!r}; it has {have}")
     return FileTable.collect(file for path in splits[source.split] for file in _find_size(str(path)))
+
+
+def choose_subset(name: str, subset: str | None, branch: str | None) -> dict[str, str | None]:
+    """How `datasets` is told of a subset: by its name, or by its folder in the hub's own conversion.
+
+    That branch has a folder for every subset and no card, so that `datasets` takes all of them for one and knows no name.
+
+    Raises:
+        CorpusError: When the conversion has several subsets and none is chosen, or has no such one.
+    """
+    if branch != CONVERTED:
+        return {"name": subset}
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFolder
+
+    found = HfApi().list_repo_tree(name, repo_type="dataset", revision=branch)
+    folders = sorted(entry.path for entry in found if isinstance(entry, RepoFolder))
+    chosen = subset or (folders[0] if len(folders) == 1 else "default")
+    if chosen not in folders:
+        wrong = "has several subsets" if subset is None else f"has no subset {subset!r}"
+        raise CorpusError(f"the hub's conversion {wrong}; set subset to one of {', '.join(folders)}")
+    return {"data_dir": chosen}
+
+
+def explain_partial(files: FileTable) -> str | None:
+    """A line where the hub converted the beginning of a split alone, else None."""
+    if not any(map(_PARTIAL.search, files.iter_paths())):
+        return None
+    return "is a part of the split: the hub converts the first 5 GB of a large one and no more"
 
 
 def _is_local(name: str) -> bool:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.corpus.file_table import FileTable
-from layerplan.corpus.hub import HUB, list_hub_files
-from layerplan.corpus.layout import choose_files
+from layerplan.corpus.hub import HUB, explain_partial, list_hub_files
+from layerplan.corpus.layout import Layout, choose_files
 from layerplan.corpus.location import COMPRESSIONS, is_compressed, list_files
 from layerplan.corpus.machine_docs import is_machine_source, iter_machine_units
 from layerplan.corpus.readers import Document, is_apart, read_unit
@@ -103,7 +103,10 @@ def _list_source(index: int, source: SourceConfig, unit_bytes: int) -> tuple[Sou
     if source.path.startswith(HUB):
         files = list_hub_files(source)
         formats = _find_formats(source, files)
-        return _cut(index, files, np.flatnonzero(formats >= 0), formats, unit_bytes), None
+        layout = Layout(files)
+        layout.leave_out("of no known format", np.flatnonzero(formats < 0))
+        notes = [note for note in (explain_partial(files), layout.explain()) if note is not None]
+        return _cut(index, files, layout.order, formats, unit_bytes), "; ".join(notes) or None
     files = list_files(source.path)
     formats = _find_formats(source, files)
     layout = choose_files(source, files, formats)

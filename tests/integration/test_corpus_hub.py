@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -10,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
-from tests.hub_server import serving_data_set
+from tests.hub_server import COMMIT, HubRepository, serving, serving_data_set
 from tests.tiny_corpus import make_text
 
 CARD = """---
@@ -49,6 +53,57 @@ def test_a_data_set_that_is_a_script_is_told_where_its_files_are(tmp_path: Path)
             [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=False
         )
     assert "no longer supported, but found pages.py); set revision: refs/convert/parquet" in done.stderr, done.stderr
+
+
+def list_sources(repository: HubRepository, cache: Path, *sources: dict[str, str]) -> list[str]:
+    """What is said of each source, and the names of its files in the repository, or the error."""
+    code = """
+import json, sys
+from layerplan.config.corpus import CorpusConfig
+from layerplan.corpus.sources import list_units
+from layerplan.errors import CorpusError
+for source in json.loads(sys.argv[1]):
+    said = []
+    try:
+        units = list_units(CorpusConfig(sources=[source]), report=said.append)
+        said += [unit.path.partition("@")[2].partition("/")[2] for unit in units]
+    except CorpusError as error:
+        said += [str(error)]
+    print("SAID" + "; ".join(line.partition(f"{source['path']}: ")[2] or line for line in said))
+"""
+    with serving(repository):
+        env = os.environ | {"HF_ENDPOINT": repository.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cache)}
+        command = [sys.executable, "-c", code, json.dumps(sources)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [line[4:] for line in done.stdout.splitlines() if line.startswith("SAID")]
+
+
+def test_of_the_hubs_own_conversion_one_subset_is_read(tmp_path: Path) -> None:
+    table = io.BytesIO()
+    pq.write_table(pa.table({"text": [make_text(0, 300)]}), table)
+    names = ("en/train/0000.parquet", "zh/partial-train/0000.parquet", "zh/test/0000.parquet")
+    commits = {COMMIT: {"pages.py": b""}, "b" * 40: {".gitattributes": b"", **dict.fromkeys(names, table.getvalue())}}
+    branches = {"main": COMMIT, "refs/convert/parquet": "b" * 40}
+    source = {"path": "hub://owner/pages", "revision": "refs/convert/parquet"}
+    chosen = ({}, {"subset": "fr"}, {"subset": "en"}, {"subset": "zh"})
+
+    repository = HubRepository("datasets", "owner/pages", commits, branches)
+    none, wrong, whole, part = list_sources(repository, tmp_path, *(source | subset for subset in chosen))
+
+    assert none == "the hub's conversion has several subsets; set subset to one of en, zh"
+    assert wrong == "the hub's conversion has no subset 'fr'; set subset to one of en, zh"
+    assert whole == "en/train/0000.parquet"
+    assert part == (
+        "is a part of the split: the hub converts the first 5 GB of a large one and no more; zh/partial-train/0000.parquet"
+    )
+
+
+def test_files_of_a_split_that_nothing_here_reads_are_told(tmp_path: Path) -> None:
+    files = {"a.jsonl": make_lines(0, 1), "b.jsonl.xz": lzma.compress(make_lines(1, 1))}
+    repository = HubRepository("datasets", "owner/pages", {COMMIT: files})
+    (said,) = list_sources(repository, tmp_path, {"path": "hub://owner/pages"})
+    assert said == "reads 1 files; not read: 1 of no known format (b.jsonl.xz); a.jsonl"
 
 
 def test_a_gated_data_set_is_streamed_into_a_store(

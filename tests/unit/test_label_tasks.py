@@ -139,6 +139,17 @@ def test_a_hub_data_set_is_read_by_its_layout_columns_and_labels(tmp_path: Path)
     assert [(item.prompt, item.label) for item in task.train] == [("a and b are", "0"), ("c and d are", "1")]
     with pytest.raises(EvaluationError, match=r"prompt: 'third' is no column of .*; it has first, second, label"):
         load_task(config.model_copy(update={"prompt": "{third}"}))
+    with pytest.raises(EvaluationError, match=r"prompt: .* has no attribute 'b' is no column of"):
+        load_task(config.model_copy(update={"prompt": "{first.b}"}))
+
+
+def test_a_row_without_a_value_is_no_prompt_that_says_none(tmp_path: Path) -> None:
+    rows = [{"first": "a", "label": 0}, {"first": None, "label": 1}]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = HubTaskConfig(name=str(tmp_path), prompt="{first} is", labels={"0": [" cat"], "1": [" dog"]})
+    with pytest.raises(EvaluationError, match=r"row 1 of train has no value in the column 'first'"):
+        load_task(config)
 
 
 SPLITS = {
