@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from scipy.stats import norm
 
-from eval.significance import compute_mcnemar
+from eval.significance import bound_unseen_share, compute_mcnemar
 from layerplan.config.base import StrictModel
 from layerplan.errors import EvaluationError
 
@@ -209,13 +209,12 @@ def _measure(truth: Classes, guess_SN: Classes, num_classes: int, metric: Metric
 def _bound_unseen(confusions: Sequence[Counts]) -> float:
     """How far classes without a right answer, whose F1 of 0 no prompt moves, could raise a macro F1.
 
-    Of n prompts of a class so large a share may be answered rightly as is seen in none of them in 2.5 % of tests (Clopper and
-    Pearson 1934); of a class that no prompt asks for, any. Classes are put together as independent ones (Zou and Donner 2008).
+    That is a share of its prompts that may be answered rightly although none of them was; of a class that no prompt asks for,
+    any. Classes are put together as independent ones (Zou and Donner 2008).
     """
     asked = confusions[0].sum(1)
     is_unseen = sum(np.diagonal(confusion) for confusion in confusions) == 0
-    shares = [1 - 0.025 ** (1 / count) if count else 1.0 for count in asked[is_unseen].tolist()]
-    return math.hypot(*shares) / len(asked)
+    return math.hypot(*map(bound_unseen_share, asked[is_unseen].tolist())) / len(asked)
 
 
 def _leave_out(truth: Classes, guess: Classes, confusion: Counts, metric: Metric) -> Shares:

@@ -165,12 +165,17 @@ def _test_difference(
     return interval, "seeds and questions, Cochran-Cox", gap.p_different()
 
 
+def bound_unseen_share(count: int) -> float:
+    """How large a share may be of which none is seen among so many, in 2.5 % of tests (Clopper and Pearson 1934); 1 of none."""
+    return 1 - 0.025 ** (1 / count) if count else 1.0
+
+
 def _bound_unseen(gap_N: np.ndarray) -> tuple[float, float]:
     """The interval in points where no question differs from another of its subject, so that there is no spread to estimate.
 
     It is what a share that was seen in none of n questions may be at most, and how far it could move the difference.
     """
-    most, gap = 1 - 0.025 ** (1 / len(gap_N)), gap_N.mean()
+    most, gap = bound_unseen_share(len(gap_N)), gap_N.mean()
     low, high = gap - most * (gap_N.max() + 1), gap + most * (1 - gap_N.min())
     return max(-100.0, 100 * float(low)), min(100.0, 100 * float(high))
 

@@ -136,12 +136,12 @@ def identify_model(name: str, *, revision: str = "main", with_weights: bool = Tr
     Raises:
         ModelError: When config or weights are missing.
     """
+    folder = Path(name).expanduser()
     weights: tuple[Path, ...] | None = None
-    if Path(name).expanduser().is_dir():
-        weights = _list_weights(Path(name).expanduser())
+    if folder.is_dir():
+        weights = _list_weights(folder)
     elif with_weights:
-        folder = hub.fetch_folder(name, revision=revision, with_weights=True)
-        weights = hub.list_fetched_weights(folder) or None
+        weights = hub.list_fetched_weights(hub.fetch_folder(name, revision=revision, with_weights=True)) or None
     return _identify(name, revision, weights, list_changes(name, "*.safetensors", SOURCE_NAME))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from eval.items import load_benchmark
 from layerplan.config.model import PretrainedModelConfig
 from layerplan.config.run import RunConfig
-from layerplan.pipeline.model_options import find_base, is_gguf
+from layerplan.pipeline.model_options import find_base, is_converted
 from layerplan.pipeline.texts import iter_corpus_sources, iter_held_out_sources, list_source
 from layerplan.plan import decide
 from layerplan.tracer.probes import collect_probes
@@ -26,7 +26,7 @@ def check_files(config: RunConfig) -> None:
 
 def check_base_files(config: RunConfig) -> None:
     """Raises `ModelError` when an existing base has no config that can be read; a GGUF file is looked at as it is converted."""
-    if isinstance(config.model, PretrainedModelConfig) and not is_gguf(config.model.name):
+    if isinstance(config.model, PretrainedModelConfig) and not is_converted(config.model.name):
         find_base(config).config()
 
 

@@ -34,7 +34,8 @@ def find_named(name: str, config: RunConfig) -> ModelRef:
     A conversion lies where all runs of `storage_path` and all their nodes reach it; of runs in a bucket that is their
     working folder, from which a run sends it to the bucket.
     """
-    run, own = locate_run_folder(config).root, config.model
+    folder, own = locate_run_folder(config), config.model
+    run = folder.root
     if is_remote(config.storage_path):
         make_private(run.parent)
     found = find_model(name, str(run.parent))
@@ -44,18 +45,18 @@ def find_named(name: str, config: RunConfig) -> ModelRef:
         return ModelRef(found, trust_remote_code=is_own and any(donor.trust_remote_code for donor in donors))
     base = ModelRef(found, own.revision, own.trust_remote_code)
     if name == own.name:
-        return replace(base, revision=find_noted_commit(locate_run_folder(config)) or own.revision)
+        return replace(base, revision=find_noted_commit(folder) or own.revision)
     return base.at(found) if is_own else ModelRef(found)
 
 
-def is_gguf(name: str) -> bool:
-    """Whether a name is that of a GGUF file, by its path or in an installed package."""
+def is_converted(name: str) -> bool:
+    """Whether a name is not that of the model's own folder or id: a GGUF file, by its path or in an installed package."""
     return "://" in name or name.lower().endswith(".gguf")
 
 
 def find_model(name: str, storage_path: str = "runs") -> str:
     """Folder or hub id of a model; a GGUF file is converted, once, below `storage_path`."""
-    if not is_gguf(name):
+    if not is_converted(name):
         return name  # spares a dry run the import
     from layerplan.models import gguf_cache
 
