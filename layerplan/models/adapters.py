@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from layerplan.models.causal_lm import find_decoder_parts
 from layerplan.models.freezing import AppliedPlan
 from layerplan.models.meta import hollow_values
 from layerplan.models.ref import ModelRef
+from layerplan.models.tensor_map import name_parameters
 from layerplan.plan.layer_profile import ModelIdentity
 from layerplan.run_folder import ADAPTER_BASE_NAME
 
@@ -27,6 +28,9 @@ WRAPPING = "base_model.model."
 """What PEFT puts before a model's own names."""
 _BESIDE = ".base_layer."
 """What PEFT puts into the name of a weight that an adapter stands beside."""
+PROBED_TOKENS = 16
+MERGED_ERROR = 1e-3
+"""Largest difference of logits, as a share of the largest one, that rounding may make in float32."""
 
 
 def check_peft() -> None:
@@ -159,10 +163,47 @@ def read_adapter(folder: Path, base: ModelRef) -> Any:
 
 
 @torch.no_grad()
-def compute_merged(wrapped: Any) -> dict[str, Tensor]:
-    """The adapted matrices with their adapters added, float32, by the names they have in the base."""
+def compute_merged(wrapped: Any, base: nn.Module, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """What merging changes of the base, float32, by the base's names: matrices, biases, and modules that trained whole.
+
+    PEFT merges, whatever the kind of adapter. Not all of it is a sum that can be stored: a tied matrix cannot change on
+    one side alone. So the merged model has to give the logits that the adapted one gave.
+
+    Args:
+        wrapped: The base with the adapter, in float32; merged in place.
+        base: Of the base's class, on the meta device or not; says what is tied.
+        read: From a parameter's name to its values in the base.
+
+    Raises:
+        ModelError: When the adapter is of a kind that cannot be merged, or the merged model would be another.
+    """
+    kind = str(getattr(wrapped.peft_config["default"].peft_type, "value", "adapter"))
+    device, num_words = next(wrapped.parameters()).device, base.get_input_embeddings().num_embeddings
+    ids = torch.linspace(0, num_words - 1, PROBED_TOKENS, device=device).long()[None]
+    adapted = wrapped(ids).logits.float()
+    try:
+        merged = wrapped.merge_and_unload(safe_merge=True)
+    except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{kind}: PEFT cannot merge this adapter into its base ({first_line(error)})") from None
+    values, names = merged.state_dict(), name_parameters(base)
+    if missing := names.keys() - values.keys():
+        raise ModelError(f"{kind}: the merged model has no {min(missing)}, which its base has")
+    for name, first in names.items():
+        if not torch.equal(values[name], values[first]):
+            raise ModelError(
+                f"{kind}: leaves {name} other values than {first}, and the base has one tensor for both (tied)"
+            )
+    found = merged(ids).logits.float()
+    if found.shape != adapted.shape or not torch.allclose(
+        found, adapted, atol=MERGED_ERROR * float(adapted.abs().max())
+    ):
+        raise ModelError(
+            f"{kind}: merged into its base, the model gives other logits than with the adapter beside it; an adapter on"
+            " the embeddings or the head of a base that ties them cannot be merged"
+        )
+    parameters = dict.fromkeys(name for name, _ in base.named_parameters())
     return {
-        name: module.base_layer.weight.float() + compute_delta(module) for name, module in find_adapted(wrapped).items()
+        name: values[name].float() for name in parameters if not torch.equal(values[name].float(), read(name).float())
     }
 
 

@@ -9,7 +9,7 @@ from layerplan.models.ref import ModelRef
 
 
 def merge_adapter(adapter: Path, base: ModelRef, out_dir: Path) -> None:
-    """Writes the base's own files with the adapter added to the matrices it stands beside.
+    """Writes the base's own files with what the adapter changes of them.
 
     Args:
         adapter: Folder in PEFT's format.
@@ -17,7 +17,7 @@ def merge_adapter(adapter: Path, base: ModelRef, out_dir: Path) -> None:
         out_dir: Folder that is made.
 
     Raises:
-        ModelError: When the folder is no adapter, or one for another base, or `out_dir` exists.
+        ModelError: When the folder is no adapter, one for another base or one that cannot be merged, or `out_dir` exists.
     """
     from layerplan.aside import writing_folder_aside
     from layerplan.checkpoint.export_weights import sort_base_weights, write_weights
@@ -27,8 +27,9 @@ def merge_adapter(adapter: Path, base: ModelRef, out_dir: Path) -> None:
     if out_dir.exists():
         raise ModelError(f"{out_dir}: exists already; name a folder that does not")
     check_adapter(adapter, base)
-    merged = compute_merged(read_adapter(adapter, base))
-    model = base.skeleton().model
+    skeleton = base.skeleton()
+    model = skeleton.model
+    merged = compute_merged(read_adapter(adapter, base), model, skeleton.reader.read)
     source = base.folder(with_weights=True)
     weights = sort_base_weights(model, source, set(merged), as_float32=False)
     with writing_folder_aside(out_dir) as folder:

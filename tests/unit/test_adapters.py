@@ -103,7 +103,8 @@ def test_the_saved_folder_is_one_that_peft_reads_and_the_merged_matrices_are_its
     loaded = peft.PeftModel.from_pretrained(build_tiny_qwen3(), tmp_path / "adapter")
     assert all(torch.equal(value, values[name]) for name, value in list_adapter_tensors(loaded).items())
     merged = dict(loaded.merge_and_unload().named_parameters())
-    found = compute_merged(wrapped)
+    base = build_tiny_qwen3()
+    found = compute_merged(wrapped, base, base.get_parameter)
     assert len(found) == 14 and all(torch.allclose(value, merged[name], atol=1e-7) for name, value in found.items())
 
 
@@ -125,6 +126,59 @@ def test_an_adapter_is_merged_into_its_own_base_and_refused_by_another(tmp_path:
     (tmp_path / "adapter" / "adapter_base.json").unlink()
     with pytest.raises(ModelError, match=r"no adapter_config\.json"):
         merge_adapter(base, ModelRef(str(base)), tmp_path / "wrong")
+
+
+ON = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]}
+LORA = ON | {"r": 2, "lora_alpha": 6}
+UNTIED = {"tie_word_embeddings": False}
+KINDS = {
+    "whole modules": (peft.LoraConfig(**LORA, modules_to_save=["embed_tokens", "lm_head", "norm"]), UNTIED),
+    "dora": (peft.LoraConfig(**LORA, use_dora=True), {}),
+    "biases": (peft.LoraConfig(**LORA, bias="all"), {"attention_bias": True}),
+    "tokens": (peft.LoraConfig(**LORA, trainable_token_indices=[0, 3]), {}),
+    "ia3": (peft.IA3Config(**ON, feedforward_modules=["down_proj"]), {}),
+    "rslora": (peft.LoraConfig(**LORA, use_rslora=True, rank_pattern={"q_proj": 4}), {}),
+}
+"""As people train them; each changes more than a low-rank product beside a matrix, or by another factor."""
+UNMERGEABLE = {
+    "embeddings alone": (peft.LoraConfig(**LORA, modules_to_save=["embed_tokens"]), "has one tensor for both"),
+    "beside tied ones": (peft.LoraConfig(**LORA | {"target_modules": ["embed_tokens"]}), "gives other logits than"),
+    "prefix": (
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        "PREFIX_TUNING: PEFT cannot merge",
+    ),
+}
+
+
+def save_as_peft(config: peft.PeftConfig, folder: Path, **changes: bool) -> ModelRef:
+    """A base and an adapter of it whose values are not those of its start."""
+    build_tiny_qwen3(**changes).save_pretrained(folder / "base")
+    wrapped = peft.get_peft_model(build_tiny_qwen3(**changes), config)
+    generator = torch.Generator().manual_seed(0)
+    for value in (each.data for each in wrapped.parameters() if each.requires_grad):
+        value.add_(torch.randn(value.shape, generator=generator) * 0.1)
+    wrapped.save_pretrained(str(folder / "adapter"))
+    return ModelRef(str(folder / "base"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_model_is_the_adapted_one_whatever_the_adapter_changes(kind: str, tmp_path: Path) -> None:
+    config, changes = KINDS[kind]
+    base = save_as_peft(config, tmp_path, **changes)
+    merge_adapter(tmp_path / "adapter", base, tmp_path / "merged")
+    with torch.no_grad():
+        plain, found = base.load()(IDS).logits, ModelRef(str(tmp_path / "merged")).load()(IDS).logits
+        adapted = peft.PeftModel.from_pretrained(base.load(), str(tmp_path / "adapter"))(IDS).logits
+    assert torch.allclose(found, adapted, atol=1e-5) and not torch.allclose(found, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", UNMERGEABLE)
+def test_an_adapter_that_no_base_can_hold_is_refused(kind: str, tmp_path: Path) -> None:
+    config, reason = UNMERGEABLE[kind]
+    base = save_as_peft(config, tmp_path)
+    with pytest.raises(ModelError, match=reason) as told:
+        merge_adapter(tmp_path / "adapter", base, tmp_path / "merged")
+    assert "\n" not in str(told.value) and not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
