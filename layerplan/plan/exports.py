@@ -18,6 +18,14 @@ import yaml
 from layerplan.errors import PlanError
 
 SWIFT_PATTERNS = ("freeze_parameters_regex", "trainable_parameters_regex")
+SWIFT_KINDS = ("tuner_type", "train_type", "sft_type")
+"""What ms-swift calls the choice between everything and adapters, since version 4, 3 and 2."""
+CHANGING = {
+    "axolotl": ("lisa_n_layers", "lisa_step_interval"),
+    "llamafactory": ("use_badam",),
+    "ms-swift": ("lisa_activated_layers",),
+}
+"""Fields by which a tool trains other layers every few steps."""
 Rule = Callable[[str], bool]
 """Whether a tool trains the parameter of this name."""
 
@@ -67,7 +75,21 @@ def export_axolotl(names: ParameterNames) -> tuple[str, Rule]:
 
 
 def read_axolotl(values: Mapping[str, Any]) -> Rule:
-    """The rule of an axolotl configuration; raises `PlanError` for one that trains rows of a matrix."""
+    """The rule of an axolotl configuration, which trains everything where it names nothing.
+
+    Raises:
+        PlanError: For one that trains adapters or rows of a matrix, or whose layers it does not say.
+    """
+    if values.get("adapter"):
+        raise PlanError(f"adapter={values['adapter']!r}: trains adapters, not parameters of the model")
+    if values.get("spectrum_top_fraction"):
+        raise PlanError(
+            "spectrum_top_fraction: axolotl measures the model when it starts and chooses then; read the list of"
+            " unfrozen_parameters that Spectrum writes"
+        )
+    _refuse_changing(values, "axolotl")
+    if not values.get("unfrozen_parameters"):
+        return lambda name: True
     patterns = _get_list(values, "unfrozen_parameters")
     ranged = [pattern for pattern in patterns if re.search(r"\[[0-9]*(:[0-9]*)?\]$", pattern)]
     if ranged:
@@ -98,17 +120,20 @@ def export_llamafactory(names: ParameterNames) -> tuple[str, Rule]:
 
 def read_llamafactory(values: Mapping[str, Any], *, num_layers: int) -> Rule:
     """The rule of a LLaMA-Factory configuration: a name trains when it holds `.index.` or an extra module's name."""
+    _refuse_changing(values, "llamafactory")
     if values.get("finetuning_type") == "full":
         return lambda name: True
     if values.get("finetuning_type") != "freeze":
         raise PlanError(f"finetuning_type={values.get('finetuning_type')!r}: `freeze` or `full` is expected")
     if values.get("use_llama_pro"):
         raise PlanError("use_llama_pro=true: trains layers that it inserts, which a plan for the base cannot say")
-    number = int(values.get("freeze_trainable_layers", 2))
+    number = values.get("freeze_trainable_layers", 2)
+    if not isinstance(number, int):
+        raise PlanError(f"freeze_trainable_layers={number!r}: a whole number is expected")
     layers = range(max(0, num_layers - number), num_layers) if number > 0 else range(min(-number, num_layers))
-    modules = str(values.get("freeze_trainable_modules", "all")).split(",")
-    parts = [f".{layer}.{'' if module == 'all' else module}" for layer in layers for module in map(str.strip, modules)]
-    parts += [part.strip() for part in str(values.get("freeze_extra_modules") or "").split(",") if part.strip()]
+    modules = _split(values.get("freeze_trainable_modules") or "all")
+    parts = [f".{layer}.{'' if module == 'all' else module}" for layer in layers for module in modules]
+    parts += _split(values.get("freeze_extra_modules") or "")
     return lambda name: any(part in name for part in parts)
 
 
@@ -126,6 +151,11 @@ def read_swift(values: Mapping[str, Any]) -> Rule:
         raise PlanError(
             f"freeze_parameters_ratio={ratio}: cuts between parameters by their sizes; only 0 and 1 are read"
         )
+    kind, chosen = next(((key, values[key]) for key in SWIFT_KINDS if values.get(key)), (SWIFT_KINDS[0], "lora"))
+    if chosen != "full":
+        left_out = "" if values.get(kind) else ", which ms-swift takes where it is left out"
+        raise PlanError(f"{kind}={chosen!r}{left_out}: trains adapters; `full` is expected")
+    _refuse_changing(values, "ms-swift")
     frozen = tuple(_get_list(values, "freeze_parameters"))
     active = tuple(_get_list(values, "trainable_parameters"))
     patterns = [re.compile(str(values[key])) if values.get(key) else None for key in SWIFT_PATTERNS]
@@ -211,6 +241,18 @@ def read_rule(values: Mapping[str, Any], tool: str, *, num_layers: int) -> Rule:
         case "ms-swift":
             return read_swift(values)
     raise PlanError(f"{tool}: its configurations are not read; those of {', '.join(READ)} are")
+
+
+def _refuse_changing(values: Mapping[str, Any], tool: str) -> None:
+    for key in CHANGING[tool]:
+        if values.get(key):
+            raise PlanError(f"{key}={values[key]!r}: trains other layers every few steps; see `plan.type: rotation`")
+
+
+def _split(value: Any) -> list[str]:
+    """Names in a list, or between commas."""
+    parts = value if isinstance(value, list) else str(value).split(",")
+    return [part for part in (str(each).strip() for each in parts) if part]
 
 
 def _get_list(values: Mapping[str, Any], key: str) -> Sequence[str]:

@@ -133,12 +133,35 @@ def test_a_plan_comes_back_from_what_was_written(family: str, tool: str) -> None
         ),
         ("llamafactory", {"finetuning_type": "lora"}, "finetuning_type='lora': `freeze` or `full` is expected"),
         ("llamafactory", {"finetuning_type": "freeze", "use_llama_pro": True}, "trains layers that it inserts"),
+        ("llamafactory", {"finetuning_type": "freeze", "freeze_trainable_layers": "two"}, "'two': a whole number"),
+        ("llamafactory", {"finetuning_type": "full", "use_badam": True}, "use_badam=True: trains other layers every"),
+        ("axolotl", {"adapter": "lora", "unfrozen_parameters": ["lm_head"]}, "adapter='lora': trains adapters"),
+        ("axolotl", {"spectrum_top_fraction": 0.5}, "read the list of unfrozen_parameters that Spectrum writes"),
+        ("axolotl", {"lisa_n_layers": 4}, "lisa_n_layers=4: trains other layers every few steps"),
+        ("ms-swift", {"model": "x"}, "tuner_type='lora', which ms-swift takes where it is left out: trains adapters"),
+        ("ms-swift", {"train_type": "adalora"}, "train_type='adalora': trains adapters; `full` is expected"),
+        ("ms-swift", {"train_type": "full", "lisa_activated_layers": 2}, "lisa_activated_layers=2: trains other"),
         ("peft", {}, "peft: its configurations are not read; those of axolotl, llamafactory, ms-swift are"),
     ],
 )
 def test_what_no_plan_says_is_refused(tool: str, values: dict[str, Any], said: str) -> None:
     with pytest.raises(PlanError, match=said):
         read_rule(values, tool, num_layers=12)
+
+
+def test_a_configuration_that_freezes_nothing_trains_everything() -> None:
+    for tool, values in (("axolotl", {"base_model": "x"}), ("ms-swift", {"train_type": "full"})):
+        fields, modules = find_selectors(build("qwen3"), read_rule(values, tool, num_layers=12))
+        ends = {key for key, value in fields.items() if value is True}
+        assert fields["trainable"] == list(range(12)) and not modules
+        assert ends == {"train_embeddings", "train_final_norm", "train_lm_head"}
+
+
+def test_names_in_a_list_are_those_between_commas() -> None:
+    values = {"finetuning_type": "freeze", "freeze_trainable_modules": ["mlp"], "freeze_extra_modules": ["lm_head"]}
+    rule = read_rule(values, "llamafactory", num_layers=12)
+    assert rule("model.layers.11.mlp.up_proj.weight") and rule("lm_head.weight")
+    assert not rule("model.layers.11.self_attn.q_proj.weight") and not rule("model.layers.9.mlp.up_proj.weight")
 
 
 def test_a_part_of_a_layer_is_a_plan_and_a_part_of_a_module_is_none() -> None:
