@@ -22,6 +22,7 @@ from layerplan.models.files import find_tokenizer_file, load_hf_config
 from layerplan.models.meta import ValuesAreTrue, explain_load_error, hollow_values
 from layerplan.models.tensor_map import TensorAccount, find_unfed, map_tensors
 from layerplan.models.weight_files import read_stored_tensors
+from layerplan.models.written_tokenizer import follow_file
 
 FOREIGN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
 """What a model's own code raises when it is used as the text decoder it is not."""
@@ -115,12 +116,14 @@ def load_causal_lm(
 
 
 def load_tokenizer(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> Any:
-    """Loads the model's fast tokenizer; raises `ModelError` when there is none."""
+    """Loads the model's fast tokenizer, which splits text as its file says; raises `ModelError` when there is none."""
     from transformers import AutoTokenizer
 
-    find_tokenizer_file(name, revision=revision)
+    file = find_tokenizer_file(name, revision=revision)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        return follow_file(tokenizer, file, pretrained_model_name_or_path=name, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"model.name={name}: the tokenizer cannot be loaded ({first_line(error)})") from None
 
