@@ -204,9 +204,12 @@ def _read_objects(path: Path) -> tuple[LabelledPrompt, ...]:
 
 
 def _read_lines(path: Path) -> list[str]:
-    """Lines that hold something; they end at a line feed and nowhere else, as a prompt may hold U+2028."""
+    """Lines that hold something; they end at a line feed and nowhere else, as a prompt may hold U+2028.
+
+    What spreadsheets and editors of Windows put before them, a byte-order mark, is no part of the first.
+    """
     try:
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"finetune.task.path: {path} cannot be read ({error})") from None
 

@@ -268,11 +268,15 @@ def _list_values(batch: pa.RecordBatch, name: str | None) -> list[Any]:
     if name is None or name not in batch.schema.names:
         return [None] * len(batch)
     column = batch.column(batch.schema.names.index(name))
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        column = column.cast(pa.large_binary())
-    return list(column.to_pylist())
+    if pa.types.is_dictionary(column.type):  # values first: views, which Polars writes, cannot be taken by index
+        column = pa.DictionaryArray.from_arrays(column.indices, _as_bytes(column.dictionary)).dictionary_decode()
+    return list(_as_bytes(column).to_pylist())
+
+
+def _as_bytes(column: pa.Array) -> pa.Array:
+    kind = column.type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return column.cast(pa.large_binary()) if is_text else column
 
 
 def _columns(source: SourceConfig, *, every: bool = False) -> list[str]:

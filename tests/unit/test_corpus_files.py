@@ -279,6 +279,20 @@ def test_half_a_pair_anywhere_costs_at_most_its_own_line(tmp_path: Path) -> None
     assert len(listed) == 2 and "surrogates not allowed" in str(listed[0]) and "a number is expected" in str(listed[1])
 
 
+def test_views_of_text_are_read_as_text_and_a_bad_one_costs_itself(tmp_path: Path) -> None:
+    """As Polars writes strings and categories to Arrow files."""
+    values = [b"good", b"\xff is the first byte of no character", b"\xe7\x9a\x84"]
+    views = pa.Array.from_buffers(pa.string_view(), 3, pa.array(values, pa.binary_view()).buffers())
+    columns = {"text": views, "id": pa.DictionaryArray.from_arrays([0, 2, 2], views)}
+    table = pa.Table.from_arrays(list(columns.values()), names=list(columns))
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    good, bad, last = read_all(tmp_path)
+    assert isinstance(good, Document) and (good.id, good.text) == ("good", "good")
+    assert isinstance(bad, Malformed) and "invalid start byte" in bad.reason
+    assert isinstance(last, Document) and (last.id, last.text) == ("的", "的")
+
+
 def test_a_path_that_is_a_link_to_a_folder_is_that_folder(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     write_jsonl(tmp_path / "real" / "a.jsonl", *RECORDS)

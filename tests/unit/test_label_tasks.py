@@ -143,6 +143,14 @@ def test_a_hub_data_set_is_read_by_its_layout_columns_and_labels(tmp_path: Path)
         load_task(config.model_copy(update={"prompt": "{first.b}"}))
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
+    for kind in ("adjective", "noun", "verb"):
+        for split in ("train", "test"):
+            (tmp_path / f"{kind}-pairs.{split}").write_text("hot\tcold\t1\r\nbig\tlarge\t0\r\n", encoding="utf-8-sig")
+    task = load_task(AntSynNetTaskConfig(path=str(tmp_path)))
+    assert task.train[0].prompt == "The words hot and cold mean the"
+
+
 def test_a_row_without_a_value_is_no_prompt_that_says_none(tmp_path: Path) -> None:
     rows = [{"first": "a", "label": 0}, {"first": None, "label": 1}]
     for split in ("train", "test"):
