@@ -246,6 +246,14 @@ def _make_hub_prompt(config: HubTaskConfig, split: str, number: int, row: dict[s
         raise EvaluationError(
             f"finetune.task.prompt: {error} is no column of {config.name}; it has {', '.join(row)}"
         ) from None
-    if empty := [name for _, name, _, _ in Formatter().parse(config.prompt) if name and row.get(name, "") is None]:
-        raise EvaluationError(f"finetune.task.prompt: row {number} of {split} has no value in the column {empty[0]!r}")
+    for column in (name for _, name, _, _ in Formatter().parse(config.prompt) if name in row):
+        if row[column] is None:
+            raise EvaluationError(
+                f"finetune.task.prompt: row {number} of {split} has no value in the column {column!r}"
+            )
+        if isinstance(row[column], list | dict):
+            raise EvaluationError(
+                f"finetune.task.prompt: the column {column!r} holds a {type(row[column]).__name__} in row {number} of"
+                f" {split}; name the text in it, such as {{{column}[0]}} or {{{column}[name]}}"
+            )
     return LabelledPrompt(f"{split}/{number}", prompt, label)

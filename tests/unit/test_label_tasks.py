@@ -160,6 +160,17 @@ def test_a_row_without_a_value_is_no_prompt_that_says_none(tmp_path: Path) -> No
         load_task(config)
 
 
+def test_a_list_is_no_text_and_its_parts_may_be_named(tmp_path: Path) -> None:
+    rows = [{"turns": [{"role": "user", "content": word}], "label": number} for number, word in enumerate("ab")]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = HubTaskConfig(name=str(tmp_path), prompt="{turns} is", labels={"0": [" cat"], "1": [" dog"]})
+    with pytest.raises(EvaluationError, match=r"'turns' holds a list in row 0 of train; .*such as \{turns\[0\]\}"):
+        load_task(config)
+    task = load_task(config.model_copy(update={"prompt": "{turns[0][content]} is"}))
+    assert [item.prompt for item in task.train] == ["a is", "b is"]
+
+
 SPLITS = {
     "cmmlu": (CmmluCategoryTaskConfig, 9240, 2342, 4, "a615734d09148492"),
     "ceval": (CevalFieldTaskConfig, 1299, 307, 11, "30402b057b4b4181"),
