@@ -18,7 +18,7 @@ CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def make_digits() -> Tokenizer:
-    """Each digit alone, although `12` is an entry that a merge leads to: as SmolLM2, StarCoder and OLMo 2 have it."""
+    """Each digit alone, although `12` is an entry that a merge leads to: as SmolLM2 has it."""
     vocab = {piece: number for number, piece in enumerate([*BYTES, "12"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("1", "2")]))
     digits, pieces = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
