@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -15,6 +15,7 @@ def make_bytes(words: tuple[str, ...] = ()) -> Tokenizer:
     """One entry per byte, then the words, which no merge makes."""
     tokenizer = Tokenizer(models.BPE(vocab={piece: number for number, piece in enumerate((*BYTES, *words))}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
