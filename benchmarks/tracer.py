@@ -3,11 +3,12 @@
     OMP_NUM_THREADS=1 python benchmarks/tracer.py
     OMP_NUM_THREADS=1 python benchmarks/tracer.py --model FOLDER
     python benchmarks/tracer.py --device cuda --rounds 5 --all-probes
+    python benchmarks/tracer.py --device cuda --shape qwen3-8b --rounds 1 --naive-layers 2 --some-batches 8
 
-The model has the shape of Qwen3-0.6B and random weights, float32, or is a pre-trained one in a folder. Probes are the
-project's own, cut by the model's tokenizer, or by a byte-level BPE trained on them, so that their lengths are those of
-a tokenizer that knows the words. The peers, interleaved
-(ours, naive 1, naive 8, ours, ...), give P(l) and JS(l) of every layer:
+The model has a shape of Qwen3, 0.6B unless told otherwise, and random weights, float32, or is a pre-trained one in a
+folder. Probes are the project's own, cut by the model's tokenizer, or by a byte-level BPE trained on them, so that their
+lengths are those of a tokenizer that knows the words. The peers, interleaved (ours, naive 1, naive 8, ours, ...), give
+P(l) and JS(l) of every layer:
 
     ours      one batch of equal length through `trace_masked`, the way its self-test chose
     naive 1   the oracle of the tests, one full forward pass per layer and probe
@@ -56,6 +57,8 @@ from layerplan.train.throughput import measure_matmul_flops
 SHAPES = {
     "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
     | {"num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True, "vocab_size": 151936},
+    "qwen3-8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
+    | {"num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False, "vocab_size": 151936},
     "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True, "vocab_size": 8192},
 }
@@ -87,7 +90,8 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(**SHAPES[args.shape], max_position_embeddings=1024)).float()
+    with torch.device(args.device):
+        return Qwen3ForCausalLM(Qwen3Config(**SHAPES[args.shape], max_position_embeddings=1024)).float()
 
 
 def trace_ours(meter: ProbeMeter, ids: torch.Tensor, context: torch.Tensor, mask: Mask) -> tuple[Any, Any]:

@@ -136,10 +136,13 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=32000)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--documents", type=int, default=1, help="a row, for our loop alone: peers have no such rows")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--json", type=Path, help="append the results to this file")
     args = parser.parse_args()
+    if args.documents > 1 and args.peers != ["ours"]:
+        parser.error("--documents: rows of several documents are --peers ours; the others would mix them")
     if args.device == "cpu":
         torch.set_num_threads(1)
     try:

@@ -39,6 +39,8 @@ class Case:
     plan: FreezePlan
     shape: ModelShape
     rows: np.ndarray
+    document_ids: np.ndarray
+    """Of the tokens of one step's rows, the same in every step; only our loop keeps documents apart."""
     batch: int
     steps: int
     device: torch.device
@@ -75,7 +77,8 @@ def build_case(args: argparse.Namespace, plan_type: str, split_ratio: Fraction, 
     plan = make_plan(plan_config, model=identity, shape=shape, profile=None)
     size = (args.steps, args.batch, args.seq_len)
     rows = read_rows(args.model, size) if args.model else draw_rows(shape.vocab_size, size)
-    return Case(base, plan, shape, rows, args.batch, args.steps, torch.device(args.device), args.dtype, peak)
+    documents = cut_documents(args.documents, (args.batch, args.seq_len))
+    return Case(base, plan, shape, rows, documents, args.batch, args.steps, torch.device(args.device), args.dtype, peak)
 
 
 def build_random_model(args: argparse.Namespace) -> Any:
@@ -92,6 +95,15 @@ def draw_rows(vocab_size: int, size: tuple[int, int, int]) -> np.ndarray:
     """Token ids in a Zipf-like draw, so that the loss falls as it does on text."""
     weights = 1 / np.arange(1, vocab_size + 1)
     return np.random.default_rng(0).choice(vocab_size, size=size, p=weights / weights.sum())
+
+
+def cut_documents(number: int, size: tuple[int, int]) -> np.ndarray:
+    """Ids of so many documents a row, of lengths that random cuts leave."""
+    cuts = np.zeros(size, dtype=np.int32)
+    random = np.random.default_rng(0)
+    for row in cuts:
+        row[random.choice(np.arange(1, size[1]), size=number - 1, replace=False)] = 1
+    return np.cumsum(cuts, axis=1, dtype=np.int32)
 
 
 def read_rows(model: Path, size: tuple[int, int, int]) -> np.ndarray:

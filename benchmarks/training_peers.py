@@ -18,7 +18,7 @@ from torch import nn
 from training_case import Case
 
 from layerplan.config.train import OptimizerConfig, ScheduleConfig, TrainConfig
-from layerplan.corpus.rows import PackedRows
+from layerplan.corpus.rows import PackedRows, make_rows
 from layerplan.models.freezing import apply_plan
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.placement import Placement
@@ -149,13 +149,14 @@ def run_ours(case: Case, turn: Turn | Watch) -> nn.Module:
     if case.device.type == "cpu":
         use_memory_well(placed.model, is_sharded=False)
     setup = LoopSetup(placed, optimizer, applied, config, case.device, 0, 1)
-    position_ids = np.tile(np.arange(case.seq_len, dtype=np.int32), (case.batch, 1))
-    document_ids = np.zeros_like(position_ids)
+    document_ids = case.document_ids
+    starts = [np.flatnonzero(np.diff(row, prepend=-1)).astype(np.int32) for row in document_ids]
+    used = np.full(case.batch, case.seq_len, dtype=np.int32)
 
     def iter_steps(start: int, stop: int) -> Iterator[PackedRows]:
         for step in range(start, stop):
             ids = np.arange(step * case.batch, (step + 1) * case.batch)
-            yield PackedRows(ids, case.rows[step].astype(np.int32), document_ids, position_ids)
+            yield make_rows(ids, case.rows[step].astype(np.int32), starts, used)
 
     def mark(part: str, step: int) -> None:
         if part == LOGGING:  # its update has been launched
