@@ -139,11 +139,11 @@ class TrainConfig(StrictModel):
     bit the same weights. `auto` does where it is predicted to take less than half of the time it saves and half of the free
     disk holds it; `on` refuses by name what cannot be kept. Its size is in a dry run; it is removed after the last step."""
     attention: Literal["auto", "sdpa", "flex", "eager", "blocks", "varlen", "segmented"] = "auto"
-    """Attention over packed documents. `varlen` (GPU, bfloat16) and `segmented` (CPU) read each document alone, at a cost of
-    the sum of their squared lengths, where the model hands down where documents start; it is asked. `auto` measures the
-    candidates at start on a GPU; on a CPU it is `sdpa`, and for rows of up to 1,024 under `compile` `eager`, or in bfloat16
-    `blocks`, which is `eager` without the products nobody sees. A model whose own attention does more than those kernels, as
-    capping its scores, is given its own whatever this says; the self-test tells."""
+    """Attention over packed documents. `varlen` (GPU, bfloat16), `flex` (GPU) and `segmented` (CPU) read each document alone, at
+    a cost of the sum of their squared lengths, where the model hands down where documents start; it is asked. `auto` measures
+    the candidates at start on a GPU and takes the fastest that serves the model; on a CPU it is `sdpa`, and for rows of up to
+    1,024 under `compile` `eager`, or in bfloat16 `blocks`, which is `eager` without the products nobody sees. A model whose own
+    attention does more than those kernels, as capping its scores, is given its own whatever this says; the self-test tells."""
     mamba_kernels: Literal["torch", "triton"] = "torch"
     """What scans the Mamba2 layers of a hybrid. `triton` takes mamba-ssm's kernels (GPU only, installed apart: docs/hybrids.md),
     which mix the documents of a packed row at once; `torch` mixes them one by one. `compile` compiles what is around both."""

@@ -1,9 +1,9 @@
 """Which attention runs on packed rows.
 
 `varlen` (GPU) and `segmented` (CPU) read each document alone, at a cost of the sum of their squared lengths, and take no
-mask (`layerplan/train/document_attention.py`). For the others masks are made by `transformers`, as each layer means them,
-from positions that restart: `sdpa` takes a boolean one, `flex` (FlexAttention, GPU) a block mask whose empty blocks are
-skipped. A row made of one document needs none: the plain causal kernel runs. `eager` and `blocks`
+mask (`layerplan/train/document_attention.py`); `flex` (FlexAttention, GPU) leaves out blocks in which nothing is seen
+(`layerplan/train/flex_documents.py`). For the others masks are made by `transformers`, as each layer means them, from
+positions that restart. A row made of one document needs none: the plain causal kernel runs. `eager` and `blocks`
 (`layerplan/train/block_attention.py`) spell the products out for the compiler, which on a CPU beats PyTorch's flash kernel
 for rows of up to 1,024. `blocks` leaves out what lies above the diagonal, and rounds otherwise, so that it is chosen in
 bfloat16 alone. A model whose own attention does more than those kernels, such as capping its scores, gets `eager` from its
@@ -18,40 +18,35 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from layerplan.config.train import TrainConfig
 from layerplan.errors import TrainingError, first_line
 from layerplan.plan.attention import CAUSAL, expect_attention
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.plan.model_shape import ModelShape
-from layerplan.train.block_attention import BLOCKS, attend_blocks
-from layerplan.train.document_attention import (
-    OFFSETS,
-    SEGMENTED,
-    VARLEN,
-    attend_segmented,
-    attend_varlen,
-    find_offsets,
-)
+from layerplan.train.block_attention import BLOCKS
+from layerplan.train.document_attention import OFFSETS, SEGMENTED, VARLEN, find_offsets
+from layerplan.train.flex_documents import FLEX, make_masks
 
 logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = {
     "sdpa": "sdpa",
-    "flex": "flex_attention",
+    "flex": FLEX,
     "eager": "eager",
     "varlen": VARLEN,
     "segmented": SEGMENTED,
     "blocks": BLOCKS,
 }
 """Our name to transformers' name."""
-BY_DOCUMENT = {"varlen": "cuda", "segmented": "cpu"}
+BY_DOCUMENT = {"varlen": "cuda", "flex": "cuda", "segmented": "cpu"}
 """Those that read each document alone, and the device they are for."""
+TIMED_CALLS = 5
+_HEAD_START = 200_000_000
+"""Cycles that a GPU is kept busy while the host launches what is timed: about a tenth of a second."""
 
 
 def choose_attention(
@@ -60,10 +55,13 @@ def choose_attention(
     seq_len: int,
     device: torch.device,
     recipe: LossRecipe,
-    find_fault: Callable[[], str | None] = lambda: None,
+    find_fault: Callable[[str], str | None] = lambda name: None,
     find_blocks_fault: Callable[[], str | None] = lambda: None,
+    agree: Callable[[list[str]], list[str]] = lambda names: names,
 ) -> str:
     """Returns a name of `IMPLEMENTATIONS`: what the model needs, what the config says, or the fastest one on a GPU.
+
+    Every worker asks the same in the same order, so that what it is given may be collectives.
 
     Args:
         config: Training section.
@@ -71,8 +69,9 @@ def choose_attention(
         seq_len: Tokens per row.
         device: Where training runs.
         recipe: How the model's loss is computed.
-        find_fault: Asks the model why its documents cannot be read one by one; None when they can.
+        find_fault: Asks the model why one of `BY_DOCUMENT` cannot read its documents one by one; None when it can.
         find_blocks_fault: Asks the model why its attention cannot be computed in blocks; None when it can.
+        agree: From the names in the order in which they were fast here to those that all workers go by.
 
     Raises:
         TrainingError: When the config names one that the device or the model does not have.
@@ -96,19 +95,16 @@ def choose_attention(
         return "blocks" if fault is None else "eager"
     if recipe.rows == "whole":
         return "sdpa"
-    return _choose_fastest(config, shape, seq_len, device, find_fault)
-
-
-def asks_for_documents(config: TrainConfig, device: torch.device, recipe: LossRecipe) -> bool:
-    """Whether `choose_attention` may ask why documents cannot be read one by one; the same on every worker."""
-    if config.attention in BY_DOCUMENT:
-        return True
-    is_open = config.attention == "auto" and recipe.attention != "eager" and recipe.rows != "whole"
-    return is_open and device.type == "cuda" and config.compute_dtype != "float32"
+    for name in agree(order_by_time(config, shape, seq_len, device)):
+        fault = find_fault(name) if name in BY_DOCUMENT else None
+        if fault is None:
+            return name
+        logger.info("attention %s does not serve this model: %s", name, fault)
+    return "sdpa"
 
 
 def _check_by_document(
-    config: TrainConfig, device: torch.device, recipe: LossRecipe, find_fault: Callable[[], str | None]
+    config: TrainConfig, device: torch.device, recipe: LossRecipe, find_fault: Callable[[str], str | None]
 ) -> None:
     where = BY_DOCUMENT[config.attention]
     fault = None
@@ -118,7 +114,7 @@ def _check_by_document(
         fault = "its kernel has no float32; use train.compute_dtype=bfloat16"
     elif recipe.attention == "eager":
         fault = "the model needs its own attention"
-    _refuse(config, fault or find_fault())
+    _refuse(config, fault or find_fault(config.attention))
 
 
 def _refuse(config: TrainConfig, fault: str | None) -> None:
@@ -126,23 +122,18 @@ def _refuse(config: TrainConfig, fault: str | None) -> None:
         raise TrainingError(f"train.attention={config.attention}: {fault}; train.attention=auto takes another")
 
 
-def _choose_fastest(
-    config: TrainConfig, shape: ModelShape, seq_len: int, device: torch.device, find_fault: Callable[[], str | None]
-) -> str:
+def order_by_time(config: TrainConfig, shape: ModelShape, seq_len: int, device: torch.device) -> list[str]:
+    """Names of `IMPLEMENTATIONS` that run on a GPU, the fastest first."""
     seconds = {}
     dtype = getattr(torch, config.compute_dtype)
-    names = ["sdpa", "flex"] + ["varlen"] * (dtype != torch.float32)
-    for name in names:
+    for name in ["sdpa", "flex"] + ["varlen"] * (dtype != torch.float32):
         try:
-            seconds[name] = time_attention(name, shape, seq_len, config.micro_rows, device, dtype)
+            seconds[name] = time_attention(
+                name, shape, seq_len, config.micro_rows, device, dtype, compiled=config.compiles
+            )
         except (RuntimeError, ImportError, TypeError) as error:
-            logger.info("attention %s cannot run here: %s", name, str(error).splitlines()[0])
-    fastest = min(seconds, key=lambda name: seconds[name], default="sdpa")
-    if fastest == "varlen" and (fault := find_fault()) is not None:
-        logger.info("attention varlen does not serve this model: %s", fault)
-        del seconds["varlen"]
-        fastest = min(seconds, key=lambda name: seconds[name], default="sdpa")
-    return fastest
+            logger.info("attention %s cannot run here: %s", name, first_line(error))
+    return sorted(seconds, key=lambda name: seconds[name])
 
 
 def time_attention(
@@ -153,9 +144,23 @@ def time_attention(
     device: torch.device,
     dtype: torch.dtype,
     num_documents: int = 4,
+    *,
+    compiled: bool = False,
 ) -> float:
-    """Seconds of one forward and backward pass over rows of documents of one length, the best of five."""
-    document_ids = (torch.arange(seq_len, device=device) * num_documents // seq_len).expand(num_rows, seq_len)
+    """Seconds of one forward and backward pass over rows of documents of one length, as a layer calls it.
+
+    Args:
+        name: Of `IMPLEMENTATIONS`, or `causal`: rows of one document, without a mask.
+        shape: Sizes of the model.
+        seq_len: Tokens per row.
+        num_rows: Rows.
+        device: Where it runs.
+        dtype: Of queries, keys and values.
+        num_documents: A row.
+        compiled: Whether layers are compiled. On a GPU it is then the time of the kernels alone that counts, a mean of
+            five calls; otherwise what the host takes to call them counts too, the best of five.
+    """
+    documents_BT = (torch.arange(seq_len, device=device) * num_documents // seq_len).expand(num_rows, seq_len)
 
     def random(num_heads: int) -> Tensor:
         size = (num_rows, num_heads, seq_len, shape.head_dim)
@@ -164,55 +169,64 @@ def time_attention(
     query, key, value = (
         random(count) for count in (shape.num_attention_heads, shape.num_key_value_heads, shape.num_key_value_heads)
     )
-    attend = _make_attend(name, document_ids, dtype)
-    best = float("inf")
-    for _ in range(6):
-        started = time.perf_counter()
+    attend = _make_attend(name, shape, documents_BT, dtype)
+    if compiled or name == "blocks":  # which is for compiled layers alone
+        attend = torch.compile(attend, dynamic=False)
+
+    def work() -> None:
         attend(query, key, value).sum().backward()
+
+    if compiled and device.type == "cuda":
+        return _time_kernels(work, device)
+    best = float("inf")
+    for _ in range(1 + TIMED_CALLS):
+        started = time.perf_counter()
+        work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - started)
     return best
 
 
-def _make_attend(name: str, document_ids_BT: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    if name in BY_DOCUMENT:
-        starts = np.diff(document_ids_BT.cpu().numpy(), prepend=-1) != 0
-        offsets = torch.from_numpy(find_offsets(starts)).to(document_ids_BT.device)
-        attend = attend_varlen if name == "varlen" else attend_segmented
-        return lambda query, key, value: attend(nn.Module(), query, key, value, None, **{OFFSETS: offsets})[0]
+def _time_kernels(work: Callable[[], None], device: torch.device) -> float:
+    """Seconds of the device, which is kept busy until all is launched, so that it never waits for the host."""
+    for _ in range(2):
+        work()
+    torch.cuda.synchronize(device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_HEAD_START)
+    start.record()
+    for _ in range(TIMED_CALLS):
+        work()
+    end.record()
+    torch.cuda.synchronize(device)
+    return float(start.elapsed_time(end)) / 1e3 / TIMED_CALLS
+
+
+def _make_attend(
+    name: str, shape: ModelShape, documents_BT: Tensor, dtype: torch.dtype
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A layer's attention over rows of such documents, under the mask that it is given in training."""
+    from transformers import AttentionInterface
+
+    module = nn.Module()
+    module.num_key_value_groups = shape.num_attention_heads // shape.num_key_value_heads
+    run = AttentionInterface()[IMPLEMENTATIONS["sdpa" if name == "causal" else name]]
+    mask: Tensor | None = None
+    asked: dict[str, Any] = {}
+    starts_BT = torch.diff(documents_BT, prepend=documents_BT[:, :1] - 1) != 0
+    if name == "flex":
+        places_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+        positions_BT = places_T - torch.where(starts_BT, places_T, 0).cummax(1).values
+        asked[OFFSETS] = make_masks(positions_BT, tuple(positions_BT.shape), (), positions_BT.device)
+    elif name in BY_DOCUMENT:
+        asked[OFFSETS] = torch.from_numpy(find_offsets(starts_BT.cpu().numpy())).to(documents_BT.device)
+    elif name != "causal":
+        mask = torch.tril(documents_BT[:, :, None] == documents_BT[:, None, :])[:, None]
     if name == "blocks":
-        seen, compiled = _make_mask(document_ids_BT, name), torch.compile(attend_blocks, dynamic=False)
-        added = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
-        return lambda query, key, value: compiled(nn.Module(), query, key, value, added)[0]
-    if name == "causal":
-        return lambda query, key, value: scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=True
-        )
-    mask = _make_mask(document_ids_BT, name)
-    return lambda query, key, value: _attend(name, query, key, value, mask)
-
-
-def _make_mask(document_ids_BT: Tensor, name: str) -> Any:
-    """True where a query may see a key: same document, not later."""
-    if name == "flex":
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (query >= key) & (document_ids_BT[batch, query] == document_ids_BT[batch, key])
-
-        num_rows, seq_len = document_ids_BT.shape
-        return create_block_mask(allowed, num_rows, None, seq_len, seq_len, device=document_ids_BT.device)
-    return torch.tril(document_ids_BT[:, :, None] == document_ids_BT[:, None, :])[:, None]
-
-
-def _attend(name: str, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
-    if name == "flex":
-        from torch.nn.attention.flex_attention import flex_attention
-
-        output: Tensor = torch.compile(flex_attention)(query, key, value, block_mask=mask, enable_gqa=True)
-        return output
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+        assert mask is not None
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    return lambda query, key, value: run(module, query, key, value, mask, **asked)[0]
 
 
 def prefer_cudnn(device: torch.device) -> AbstractContextManager[None]:

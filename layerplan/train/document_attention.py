@@ -21,7 +21,7 @@ VARLEN = "layerplan_varlen"
 SEGMENTED = "layerplan_segmented"
 """PyTorch's causal kernel for CPUs, a document at a time."""
 OFFSETS = "document_offsets"
-"""The keyword argument models hand down to their layers: where documents start, or `WHOLE_ROWS`."""
+"""The keyword argument models hand down to their layers: where documents start, what `flex` made of that, or `WHOLE_ROWS`."""
 WHOLE_ROWS = "whole rows"
 """In place of offsets: every row is one document, and the plain causal kernel runs."""
 MIN_OFFSETS = 16
@@ -72,11 +72,11 @@ def attend_varlen(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    offsets, scale, window = _read_request(module, query, attention_mask, asked)
+    offsets, scale, window = read_request(module, query, attention_mask, asked)
     num_rows, _, seq_len, _ = query.shape
     if offsets is None:
         if window is None:
-            return _attend_whole(query, key, value, scale), None
+            return attend_whole(query, key, value, scale), None
         offsets = torch.arange(0, num_rows * seq_len + 1, seq_len, dtype=torch.int32, device=query.device)
     flat = [each.transpose(1, 2).flatten(0, 1) for each in (query, key, value)]
     left = -1 if window is None else window - 1
@@ -88,17 +88,18 @@ def attend_segmented(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **asked: Any
 ) -> tuple[Tensor, None]:
     """As `attend_varlen`, on a CPU, in any floating dtype."""
-    offsets, scale, window = _read_request(module, query, attention_mask, asked)
+    offsets, scale, window = read_request(module, query, attention_mask, asked)
     num_rows, _, seq_len, _ = query.shape
     if offsets is None:
         if window is None:
-            return _attend_whole(query, key, value, scale), None
+            return attend_whole(query, key, value, scale), None
         offsets = torch.arange(0, num_rows * seq_len + 1, seq_len, dtype=torch.int32)
     output, _ = torch.ops.layerplan.segmented_attention(query, key, value, offsets, scale, window or 0)
     return output.transpose(1, 2), None
 
 
-def _attend_whole(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def attend_whole(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention where every row is one document; (B, T, H, D)."""
     output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
     return output.transpose(1, 2).contiguous()
 
@@ -110,10 +111,14 @@ def refuse_more(module: nn.Module, asked: dict[str, Any], *served: str) -> None:
             raise UnservedAttentionError(f"{type(module).__name__} asks for {name}")
 
 
-def _read_request(
+def read_request(
     module: nn.Module, query: Tensor, attention_mask: Tensor | None, asked: dict[str, Any]
-) -> tuple[Tensor | None, float, int | None]:
-    """Offsets (None: whole rows), scale and window (None: none that matters)."""
+) -> tuple[Any, float, int | None]:
+    """Offsets or whatever was handed down (None: whole rows), scale and window (None: none that matters).
+
+    Raises:
+        UnservedAttentionError: When the layer asks for more.
+    """
     offsets, window = asked.get(OFFSETS), asked.get("sliding_window")
     if window is not None and window >= query.shape[2]:
         window = None

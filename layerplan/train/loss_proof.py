@@ -22,8 +22,9 @@ from layerplan.models.meta import hollow_values
 from layerplan.models.ref import ModelRef
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.train.attention import set_attention, try_set_attention
-from layerplan.train.document_attention import SEGMENTED, attends_by_document
+from layerplan.train.document_attention import SEGMENTED
 from layerplan.train.exactness import CANNOT_RUN, run_in_blocks
+from layerplan.train.flex_documents import FLEX, uncompiled
 from layerplan.train.sample_documents import find_shortest_window, make_documents
 from layerplan.train.self_test import SelfTestReport, ask_model, confirm_recipe
 from layerplan.train.state import TrainState
@@ -70,30 +71,35 @@ def agree_on_recipe(load: Callable[[], nn.Module], *, seq_len: int, rank: int, w
 
 
 def agree_on_document_fault(
-    load: Callable[[], nn.Module], recipe: LossRecipe, *, seq_len: int, rank: int, world_size: int
+    load: Callable[[], nn.Module], recipe: LossRecipe, attention: str, *, seq_len: int, rank: int, world_size: int
 ) -> str | None:
     """What rank 0 finds when it asks the whole model for `find_document_fault`, on every rank."""
 
     def ask() -> str | None:
-        return find_document_fault(load(), recipe, seq_len=seq_len)
+        return find_document_fault(load(), recipe, attention, seq_len=seq_len)
 
     fault: str | None = _told_by_rank_0(ask if rank == 0 else None, world_size)
     return fault
 
 
-def find_document_fault(causal_lm: nn.Module, recipe: LossRecipe, *, seq_len: int) -> str | None:
+def find_document_fault(causal_lm: nn.Module, recipe: LossRecipe, attention: str, *, seq_len: int) -> str | None:
     """Why attention that reads each document alone does not give the recipe's loss; None when it does.
 
-    The model is whole, on a CPU, and asked there: what it hands its layers is the same on a GPU.
+    Args:
+        causal_lm: Whole, on a CPU, and asked there: what it hands its layers is the same on a GPU.
+        recipe: How its loss is computed.
+        attention: `varlen`, `segmented` or `flex`.
+        seq_len: Tokens per row.
     """
+    name = FLEX if attention == "flex" else SEGMENTED
     before = causal_lm.config._attn_implementation
     was_training = causal_lm.training
     try:
-        set_attention(causal_lm, SEGMENTED)
-        if not attends_by_document(causal_lm):
+        set_attention(causal_lm, name)
+        if causal_lm.config._attn_implementation != name:
             return f"{type(causal_lm).__name__} has attention of its own"
         model = LossModel(causal_lm, recipe)
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled():
             model.train()(make_documents(causal_lm, seq_len, with_window=False).trial(recipe.rows))
         dtype = next(causal_lm.parameters()).dtype
         confirm_recipe(model, seq_len=seq_len, dtype=dtype, with_window=True)

@@ -35,6 +35,7 @@ from layerplan.train.exactness import (
     run_in_blocks,
     try_recipe,
 )
+from layerplan.train.flex_documents import uncompiled
 from layerplan.train.sample_documents import Documents, make_documents
 from layerplan.train.sharding import reshard
 from layerplan.train.step import LossModel
@@ -135,7 +136,7 @@ def confirm_recipe(
     before = causal_lm.config._attn_implementation
     was_training = model.training
     model.eval()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), uncompiled():
         try_set_attention(causal_lm, "eager")
         try:
             alone = measure_alone(model, documents)

@@ -26,7 +26,7 @@ from layerplan.plan.micro_batch import choose_micro_rows, settle_micro_rows
 from layerplan.plan.model_shape import ModelShape
 from layerplan.plan.placement import Placement
 from layerplan.train.allocator import return_large_blocks
-from layerplan.train.attention import asks_for_documents, choose_attention
+from layerplan.train.attention import choose_attention
 from layerplan.train.compiling import settle_compile
 from layerplan.train.loss_proof import agree_on_document_fault, agree_on_recipe, find_blocks_fault
 from layerplan.train.request import TrainRequest
@@ -154,21 +154,25 @@ def ask_whole_model(
     recipe = request.recipe or agree_on_recipe(load, **workers)
     if not request.document_mask:
         recipe = replace(recipe, rows="whole")
-    fault = None
-    if asks_for_documents(request.config, device, recipe):
-        fault = agree_on_document_fault(load, recipe, **workers)
-    load.cache_clear()
-    gc.collect()  # the whole model is gone before anybody reads a part of it
     config = settle_compiling(recipe)
     attention = choose_attention(
-        config, shape, seq_len, device, recipe, lambda: fault, lambda: find_blocks_fault(skeleton, recipe)
+        config,
+        shape,
+        seq_len,
+        device,
+        recipe,
+        find_fault=lambda name: agree_on_document_fault(load, recipe, name, **workers),
+        find_blocks_fault=lambda: find_blocks_fault(skeleton, recipe),
+        agree=lambda names: agree_on_order(names, world_size),
     )
-    return recipe, config, agree_on_attention(attention, world_size)
+    load.cache_clear()
+    gc.collect()  # the whole model is gone before anybody reads a part of it
+    return recipe, config, attention
 
 
-def agree_on_attention(attention: str, world_size: int) -> str:
-    """That of rank 0: each has timed its own card, and all must predict the same memory."""
-    chosen = [attention]
+def agree_on_order(names: list[str], world_size: int) -> list[str]:
+    """That of rank 0: each has timed its own card, and all must ask the same and predict the same memory."""
+    chosen = [names]
     if world_size > 1:
         dist.broadcast_object_list(chosen, src=0)
     return chosen[0]

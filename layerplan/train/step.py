@@ -29,6 +29,7 @@ from layerplan.models.head import make_inputs, run_to_head
 from layerplan.plan.loss_recipe import LossRecipe
 from layerplan.train.attention import prefer_cudnn
 from layerplan.train.document_attention import OFFSETS, WHOLE_ROWS, attends_by_document, find_offsets
+from layerplan.train.flex_documents import attends_by_blocks, find_windows, make_masks
 from layerplan.train.loss import IGNORED, LossOptions, compute_loss_sum, make_labels
 from layerplan.train.state import TrainState
 
@@ -48,6 +49,7 @@ class LossModel(nn.Module):
         self.causal_lm = causal_lm
         self.recipe = recipe or LossRecipe()
         self._head_path = find_decoder_parts(causal_lm).lm_head_path
+        self._windows = find_windows(causal_lm)
         self._start_arguments = find_start_arguments(causal_lm) if self.recipe.rows == "reset" else ()
         self._loss_options = LossOptions(self.recipe.head.softcap, z_weight, compiled)
 
@@ -96,6 +98,11 @@ class LossModel(nn.Module):
             inputs |= mark_starts(self._start_arguments, batch.position_ids_BT)
         if attends_by_document(self.causal_lm):
             inputs[OFFSETS] = WHOLE_ROWS if batch.position_ids_BT is None else batch.find_offsets()
+        elif attends_by_blocks(self.causal_lm):
+            size = tuple(batch.input_ids_BT.shape)
+            inputs[OFFSETS] = (
+                make_masks(batch.position_ids_BT, size, self._windows, batch.input_ids_BT.device) or WHOLE_ROWS
+            )
         return inputs
 
     def compute_loss(self, hidden_ND: Tensor, labels_N: Tensor, scale: float) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from layerplan.corpus.rows import PackedRows
 from layerplan.train.attention import IMPLEMENTATIONS
 from layerplan.train.document_attention import OFFSETS, attend_segmented, attend_varlen, find_offsets
+from layerplan.train.flex_documents import attend_flex, make_masks
 from layerplan.train.step import LossModel, make_batch
 from tests.qwen3 import TINY_QWEN3, build_tiny_qwen3
 from tests.small_families import build_family
@@ -34,6 +35,10 @@ def make_starts() -> np.ndarray:
     return starts
 
 
+def make_positions() -> np.ndarray:
+    return np.stack([np.concatenate([np.arange(length) for length in row]) for row in LENGTHS])
+
+
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 def test_attention_by_document_is_attention_under_a_mask(
@@ -54,12 +59,16 @@ def test_attention_by_document_is_attention_under_a_mask(
         *(each.float() for each in inputs), attn_mask=seen[:, None].to(device), enable_gqa=True
     )
     expected = torch.autograd.grad((wanted * weight).sum(), inputs)
-    attend = attend_segmented if device.type == "cpu" else attend_varlen
-    asked = {"sliding_window": window, OFFSETS: torch.from_numpy(find_offsets(starts)).to(device)}
-    found, _ = attend(nn.Module(), *inputs, None, **asked)
-    grads = torch.autograd.grad((found.transpose(1, 2).float() * weight).sum(), inputs)
-    for ours, theirs in [(found.transpose(1, 2), wanted), *zip(grads, expected)]:
-        assert (ours.float() - theirs.float()).norm() <= BOUNDS[dtype] * theirs.float().norm()
+    offsets = torch.from_numpy(find_offsets(starts)).to(device)
+    positions = torch.from_numpy(make_positions()).to(device)
+    attends = {attend_segmented: offsets}
+    if device.type == "cuda":
+        attends = {attend_varlen: offsets, attend_flex: make_masks(positions, (3, 512), (100,), device)}
+    for attend, marks in attends.items():
+        found, _ = attend(nn.Module(), *inputs, None, **{"sliding_window": window, OFFSETS: marks})
+        grads = torch.autograd.grad((found.transpose(1, 2).float() * weight).sum(), inputs)
+        for ours, theirs in [(found.transpose(1, 2), wanted), *zip(grads, expected)]:
+            assert (ours.float() - theirs.float()).norm() <= BOUNDS[dtype] * theirs.float().norm()
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])
@@ -73,7 +82,7 @@ def test_packed_rows_give_what_documents_alone_give_under_every_backend(device: 
     ids = np.random.default_rng(0).integers(3, 256, (3, 512), dtype=np.int32)
     starts = make_starts()
     documents = (np.cumsum(starts, axis=1) - 1).astype(np.int32)
-    positions = np.stack([np.concatenate([np.arange(length) for length in row]) for row in LENGTHS]).astype(np.int32)
+    positions = make_positions().astype(np.int32)
     model.set_attn_implementation("eager")
     expected = torch.zeros((), device=device)
     for row, lengths in zip(ids, LENGTHS):

@@ -129,7 +129,7 @@ def test_the_model_says_whether_its_documents_can_be_read_one_by_one(family: str
     """Gemma 2 caps scores, CodeGen has its own code, Llama 4 looks at chunks of eight; attention is left as it was."""
     model = build_family(family)
     before = model.config._attn_implementation
-    found = find_document_fault(model, LossRecipe(), seq_len=64)
+    found = find_document_fault(model, LossRecipe(), "segmented", seq_len=64)
     assert found is None if fault is None else fault in (found or "")
     assert model.config._attn_implementation == before and not model.training
 
@@ -153,5 +153,5 @@ def test_attention_that_device_or_model_lack_is_refused(
     config = TrainConfig.model_validate({"attention": attention})
     shape = ModelShape.from_hf_config(TINY_QWEN3 | {"max_position_embeddings": 64})
     with pytest.raises(TrainingError, match=words):
-        choose_attention(config, shape, 64, torch.device("cpu"), recipe, lambda: fault)
+        choose_attention(config, shape, 64, torch.device("cpu"), recipe, lambda name: fault)
     assert choose_attention(TrainConfig(), shape, 64, torch.device("cpu"), LossRecipe()) == "sdpa"
