@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a fault while running, 2 a bad config, 130 and 143 after S
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import re
 import signal
@@ -81,6 +82,7 @@ def run_guarded(work: Callable[[], None], *, style: str | None = None, level: st
     """
     disable_telemetry()
     disable_bars_in_logs()
+    _print_what_can_be_printed()
     signal.signal(signal.SIGTERM, _stop_on_sigterm)
     with kept():
         return _run(work, style, level)
@@ -103,6 +105,12 @@ def _run(work: Callable[[], None], style: str | None, level: str | None) -> int:
     return 0
 
 
+def _print_what_can_be_printed() -> None:
+    """Has characters that a terminal's encoding lacks shown by their numbers, as Python does for errors; no print fails."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _stop_on_sigterm(signum: int, frame: FrameType | None) -> None:
     logger.info("stopped by SIGTERM; submit the same run name again to continue")
     raise SystemExit(143)
@@ -120,7 +128,7 @@ def _report(error: Exception) -> int:
     fault = find_layerplan_error(error)
     if fault is not None:
         return _report_fault(fault)
-    with tempfile.NamedTemporaryFile("w", prefix="layerplan-", suffix=".log", delete=False) as log:
+    with tempfile.NamedTemporaryFile("w", prefix="layerplan-", suffix=".log", encoding="utf-8", delete=False) as log:
         log.write(redact_text("".join(traceback.format_exception(error))))
     first_line = redact_text(str(error).strip().splitlines()[0]) if str(error).strip() else "no message"
     logger.error("%s: %s%s (details: %s)", type(error).__name__, first_line, _describe_loss(error), log.name)

@@ -283,3 +283,10 @@ line.close()
     assert process.wait() == 0
     assert b"part [2] of 3" in shown and b"[corpus] built" in shown and b"\x1b[2K" in shown
     assert b"[corpus] part" not in shown
+
+
+def test_what_a_terminal_has_no_character_for_is_shown_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
+    assert run_guarded(lambda: print("的 ok")) == 0
+    assert shown.getvalue() == b"\\u7684 ok\n"
