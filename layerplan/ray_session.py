@@ -18,9 +18,12 @@ from layerplan.log import get_settings
 from layerplan.ray_access import LOOPBACK, ask_for_token, is_loopback, stay_on_loopback
 from layerplan.telemetry import QUIET_VARIABLES
 from layerplan.waiting import start_watching, telling_slow_start
-from layerplan.worker_secrets import collect_secrets
+from layerplan.worker_setup import collect_setup
 
+STAYS_IN_PLACE = {"RAY_CHDIR_TO_TRIAL_DIR": "0"}
+"""Ray Train and Ray Tune would have each worker go to a folder of theirs, where no relative path of a config is right."""
 WORKER_VARIABLES = {
+    **STAYS_IN_PLACE,
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -59,6 +62,8 @@ def connect(config: ClusterConfig, *, min_cpus: float, min_gpus: float = 0) -> N
     """
     import ray
 
+    for name, value in STAYS_IN_PLACE.items():
+        os.environ.setdefault(name, value)
     if not ray.is_initialized():
         address = config.address or os.environ.get("RAY_ADDRESS")
         for name, value in OWN_CLUSTER.items() if address is None else ():
@@ -122,9 +127,8 @@ def _init(address: str | None, config: ClusterConfig) -> None:
     if address is not None:
         if "://" not in address and address != "auto":
             variables["RAY_ADDRESS"] = address
-        secrets = collect_secrets(os.environ)
-        hook = {"worker_process_setup_hook": secrets} if secrets else {}
-        ray.init(address=address, runtime_env={"env_vars": variables, **hook}, logging_level=logging.WARNING)
+        runtime_env = {"env_vars": variables, "worker_process_setup_hook": collect_setup(os.environ)}
+        ray.init(address=address, runtime_env=runtime_env, logging_level=logging.WARNING)
         return
     port = find_free_port()
     constants = ray._private.ray_constants

@@ -8,7 +8,7 @@ REPO="${REPO:-$PWD}"
 WORK="$(mktemp -d)"
 trap 'rm -rf "$WORK"' EXIT
 
-# What a machine is given: settings, and the secrets that jobs of the cluster have (layerplan/worker_secrets.py).
+# What a machine is given: settings, and the secrets that jobs of the cluster have (layerplan/worker_setup.py).
 TRAVELS=(RAY_AUTH_TOKEN RAY_PORT DASHBOARD_PORT RAY_TMPDIR RAY_OPTIONS IFNAME VENV HF_HOME HF_ENDPOINT HF_HUB_OFFLINE
   AWS_ENDPOINT_URL AWS_REGION AWS_DEFAULT_REGION
   HF_TOKEN HUGGING_FACE_HUB_TOKEN AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN

@@ -9,6 +9,7 @@ DeepSeek-R1-Distill-Llama: that class cuts at `▁`, which they do not have, so 
 from __future__ import annotations
 
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,14 @@ def follow_file(tokenizer: Any, file: Path, **options: Any) -> Any:
 
     if not tokenizer.is_fast or type(tokenizer) is PreTrainedTokenizerFast or _gives_ids_of(tokenizer, file):
         return tokenizer
-    logger.info("%s splits text otherwise than %s; the file is followed", type(tokenizer).__name__, file)
+    _tell(type(tokenizer).__name__, file)
     return PreTrainedTokenizerFast.from_pretrained(**options)
+
+
+@cache
+def _tell(name: str, file: Path) -> None:
+    """Once in a process."""
+    logger.info("%s splits text otherwise than %s; the file is followed", name, file)
 
 
 def _gives_ids_of(tokenizer: Any, file: Path) -> bool:

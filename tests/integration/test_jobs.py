@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +34,8 @@ def model_folder(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def config(model_folder: Path, write_pretrained_config: Callable[..., Path]) -> Path:
-    """The tiny config on an existing model."""
-    return write_pretrained_config(model_folder)
+    """The tiny config on an existing model, whose path begins where jobs do."""
+    return write_pretrained_config(os.path.relpath(model_folder, ROOT))
 
 
 def settings(**values: object) -> list[str]:

@@ -44,7 +44,42 @@ def test_a_worker_asks_its_own_cluster_whether_a_run_is_alive(foreign_cluster: s
     assert "asked for a token: True, which lies in no file: True" in done.stdout
 
 
+def test_workers_of_another_cluster_stand_where_the_job_does(foreign_cluster: str, tmp_path: Path) -> None:
+    """A relative path of a config means one thing, in tasks and in training; that cluster was started in another folder."""
+    address = (Path(foreign_cluster) / "ray" / "ray_current_cluster").read_text().strip()
+    folder = tmp_path / "some \u6587\u4ef6"
+    folder.mkdir()
+    done = run_script(__file__, folder, timeout_s=300, RAY_ADDRESS=address, RAY_TMPDIR=foreign_cluster)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert {name: (folder / name).read_text() for name in ("task", "training")} == dict.fromkeys(
+        ("task", "training"), str(folder)
+    )
+
+
+def note_folder(name: str) -> None:
+    """In a worker: writes where it stands to a relative path."""
+    Path(name).write_text(str(Path.cwd()))
+
+
+def work_in(folder: str) -> None:
+    """Joins the cluster of RAY_ADDRESS from a folder and has a task and a training worker write there."""
+    import ray
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from layerplan.config.cluster import ClusterConfig
+    from layerplan.ray_session import connect
+
+    os.chdir(folder)
+    connect(ClusterConfig(), min_cpus=1)
+    ray.get(ray.remote(note_folder).remote("task"))
+    TorchTrainer(lambda: note_folder("training"), scaling_config=ScalingConfig(num_workers=1)).fit()
+
+
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        work_in(sys.argv[1])
+        raise SystemExit
     import ray
     from ray.util.state import list_nodes
 
