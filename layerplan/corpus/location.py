@@ -39,7 +39,8 @@ def list_files(path: str) -> FileTable:
         filesystem, root = open_filesystem(path)
         info = filesystem.get_file_info(root)
         if info.type == pafs.FileType.NotFound:
-            raise CorpusError(f"{hide_keys(path)}: no such file or folder")
+            hint = "; patterns are not read, name the folder" if set("*?[") & set(path) else ""
+            raise CorpusError(f"{hide_keys(path)}: no such file or folder{hint}")
         if info.type == pafs.FileType.File:
             name, options = split_options(path) if is_address(path) else (root, "")
             return FileTable.collect([(name, info.size or 0)], after=options)

@@ -32,6 +32,10 @@ class ModelRef:
     trust_remote_code: bool = False
     """Whether the user allowed the Python code that comes with the model; it holds for what is exported of it too."""
 
+    def __post_init__(self) -> None:
+        if self.name.startswith("~"):  # here, since to transformers it is a hub id, and a worker's home may be another
+            object.__setattr__(self, "name", str(Path(self.name).expanduser()))
+
     def __str__(self) -> str:
         return self.name
 

@@ -18,6 +18,7 @@ import zstandard
 
 from layerplan.config.corpus import CorpusConfig, SourceConfig
 from layerplan.corpus.build import build_token_store
+from layerplan.corpus.location import list_files
 from layerplan.corpus.on_the_fly import list_chunks
 from layerplan.corpus.readers import Document, Malformed, read_unit
 from layerplan.corpus.sources import list_units
@@ -298,3 +299,8 @@ def test_a_path_that_is_a_link_to_a_folder_is_that_folder(tmp_path: Path) -> Non
     write_jsonl(tmp_path / "real" / "a.jsonl", *RECORDS)
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert [unit.path for unit in list_units(make_config(tmp_path / "link"))] == [str(tmp_path / "real" / "a.jsonl")]
+
+
+def test_a_pattern_is_told_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"\*\.jsonl: no such file or folder; patterns are not read, name the folder"):
+        list_files(str(tmp_path / "*.jsonl"))

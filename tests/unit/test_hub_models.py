@@ -147,3 +147,14 @@ def expect(ask: Callable[[], object], words: str) -> None:
     with pytest.raises(ModelError) as caught:
         ask()
     assert str(caught.value).startswith(words) and "\n" not in str(caught.value)
+
+
+def test_a_name_that_begins_with_a_tilde_is_below_the_home_of_whoever_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To transformers it would be a hub id, and on a worker's machine another folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_tiny_base(tmp_path / "models" / "mine")
+    model = ModelRef("~/models/mine/")
+    monkeypatch.setenv("HOME", "/nowhere")
+    assert model.name == str(tmp_path / "models" / "mine") and model.shape().num_layers == 3
