@@ -19,8 +19,8 @@ PACKAGE_SCHEME = "package://"
 """A file inside an installed Python package: `package://<import name>/<path>`."""
 CACHE_NAME = "gguf_models"
 KEY_CHARS = 16
-CONVERSION = 2
-"""Raised when a file becomes another folder than before: 2 has the tokenizer that the file describes, whole."""
+CONVERSION = 3
+"""Raised when a file becomes another folder than before: 3 has positions as the file stretches them."""
 
 
 def is_gguf(name: str) -> bool:

@@ -18,13 +18,22 @@ from torch import Tensor, nn
 
 from layerplan.errors import ModelError, first_line
 from layerplan.models.gguf_file import GgufFile
+from layerplan.models.gguf_positions import READ_HERE, read_rotary_share, read_scaling
 
 LEFT_OUT = {
     "attention.key_length": "head_dim",
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
 }
-"""GGUF's keys of sizes that not every architecture of `transformers`' table has, and the names of its configs."""
+"""GGUF's keys that not every architecture of `transformers`' table has, and the names of its configs."""
+LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
+"""Layers of the 27B models: their scores are scaled by the width of a layer per head, which llama.cpp knows by the count of
+layers alone and no file says."""
+RECOMPUTED = ("attn_rot_embd", "attn_rot_embd.weight")
+"""Tensors of old files that only repeat what follows from the config: the frequencies of positions."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +61,11 @@ def read_facts(file: GgufFile) -> GgufFacts:
             values = get_gguf_config(*read_gguf_metadata(str(file.path)))
         else:
             values = load_gguf_checkpoint(str(file.path))["config"]
-            values |= _read_left_out(file, values["model_type"])
+            values |= _read_left_out(file, values)
+            values |= read_scaling(file, values)
         return GgufFacts(values, CONFIG_MAPPING[values["model_type"]].from_dict(dict(values)))
+    except ModelError:
+        raise
     except Exception as error:  # a library's code over data of any shape
         if "not supported" in str(error):
             known = sorted({*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_CONFIG_ARCHS} - {"general", "tokenizer"})
@@ -66,16 +78,19 @@ def read_facts(file: GgufFile) -> GgufFacts:
         ) from None
 
 
-def _read_left_out(file: GgufFile, model_type: str) -> dict[str, int]:
-    """Sizes that the file states and `transformers` leaves at its class's defaults, those of one published model."""
+def _read_left_out(file: GgufFile, values: dict[str, Any]) -> dict[str, Any]:
+    """What the file states and `transformers` leaves at its class's defaults, those of one published model."""
     from transformers.integrations import GGUF_CONFIG_MAPPING
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    read, own = GGUF_CONFIG_MAPPING.get(model_type, {}), CONFIG_MAPPING[model_type]
+    read, own = GGUF_CONFIG_MAPPING.get(values["model_type"], {}), CONFIG_MAPPING[values["model_type"]]()
     stated = {
         name: file.reader.fields.get(f"{file.architecture}.{key}") for key, name in LEFT_OUT.items() if key not in read
     }
-    return {name: int(value.contents()) for name, value in stated.items() if value is not None and hasattr(own, name)}
+    found = {name: value.contents() for name, value in stated.items() if value is not None and hasattr(own, name)}
+    if LARGEST_GEMMA.get(file.architecture, 0) == values.get("num_hidden_layers"):
+        found["query_pre_attn_scalar"] = values["hidden_size"] // values["num_attention_heads"]
+    return found | read_rotary_share(file, values | found, getattr(own, "rope_parameters", None) or {})
 
 
 def iter_tensors(
@@ -116,16 +131,27 @@ def _iter_parts(file: GgufFile, facts: GgufFacts, model: nn.Module, dtype: torch
     left = Counter(filter(None, (_find_target(tensor.name, names) for tensor in file.reader.tensors)))
     ready: dict[str, Tensor] = {}
     for tensor in file.reader.tensors:
-        values = dequantize(tensor.data, tensor.tensor_type)
+        values, known = dequantize(tensor.data, tensor.tensor_type), len(ready)
         done = processor.process(
             weights=values, name=tensor.name, tensor_key_mapping=names, parsed_parameters={"tensors": ready}
         )
         if done.name in names:
             ready[names[done.name]] = torch.from_numpy(np.require(done.weights, requirements=["C", "W"]))
         target = _find_target(tensor.name, names)
+        if target is None and len(ready) == known and done.name not in names:
+            _refuse_unplaced(file, tensor.name, model)
         left.subtract([target] if target else [])
         for name in [name for name in ready if left[name] <= 0]:
             yield name, ready.pop(name).to(dtype)
+
+
+def _refuse_unplaced(file: GgufFile, name: str, model: nn.Module) -> None:
+    """Refuses a tensor that the model has no place for: biases or a norm that the file's own program would compute with."""
+    if name not in READ_HERE and not name.endswith(RECOMPUTED):
+        raise ModelError(
+            f"model.name={file.path}: its tensor {name} has no place in a {type(model).__name__} as transformers makes it of"
+            " the file, which would compute other logits; take the model's safetensors instead"
+        )
 
 
 class _Names:
