@@ -60,6 +60,13 @@ _RULES: dict[str, list[dict[str, Any]]] = {
 """How a rule splits text, as a `tokenizer.json` says it, where `transformers` has no pattern of the name."""
 _SAME_AS = {"stablelm2": "qwen2", "hunyuan": "qwen2"}
 """Rules that split as another does, of which `transformers` has the pattern."""
+_BY_ARCHITECTURE = {
+    **dict.fromkeys(["qwen2", "qwen2moe"], "qwen2"),
+    **{name: name for name in ("bloom", "falcon")},
+    "gpt2": "gpt-2",
+    "starcoder2": "starcoder",
+}
+"""The rule of files that name none, as all of before May 2024, where every model of an architecture then had the same."""
 _LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
 _WHOLE_WORDS_FIRST = (*_LLAMA3, "tekken")
 """Rules under which a piece of text that is an entry is taken whole, whether or not merges lead to it. Their texts begin
@@ -111,7 +118,7 @@ def mend_tokenizer(content: dict[str, Any], file: GgufFile) -> dict[str, Any]:
     found = dict(content)
     if kind == BYTE_LEVEL:
         found |= _name_entries(content, file)
-        steps = _RULES.get(rule) or _find_pattern(_SAME_AS.get(rule, ""))
+        steps = _RULES.get(rule) or _find_pattern(_SAME_AS.get(rule, rule))
         if steps:
             found["pre_tokenizer"] = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
         found["model"] = found["model"] | {"ignore_merges": rule in _WHOLE_WORDS_FIRST}
@@ -128,9 +135,16 @@ def mend_tokenizer(content: dict[str, Any], file: GgufFile) -> dict[str, Any]:
 
 
 def doubt_tokenizer(file: GgufFile) -> str:
-    """Says so when a file names a rule of splitting text that nobody here knows: GPT-2's is taken then."""
+    """Says so when a file names no rule of splitting text, or one that nobody here knows: GPT-2's is taken then."""
     rule = _read_rule(file)
-    if _read(file, "model") != BYTE_LEVEL or rule in _RULES or rule in _SAME_AS or _find_pattern(rule):
+    if _read(file, "model") != BYTE_LEVEL:
+        return ""
+    if _read(file, "pre") is None and file.architecture not in _BY_ARCHITECTURE:
+        return (
+            "the file names no rule by which text is split (tokenizer.ggml.pre), and text is split as GPT-2 does; of most"
+            " models the tokens are others, so take a file converted after May 2024"
+        )
+    if rule in _RULES or rule in _SAME_AS or _find_pattern(rule):
         return ""
     return f"the tokenizer's rule {rule!r} is not known here, and text is split as GPT-2 does"
 
@@ -210,7 +224,7 @@ def _name_token(file: GgufFile, key: str) -> tuple[int, str] | None:
 
 
 def _read_rule(file: GgufFile) -> str:
-    return str(_read(file, "pre") or "default")
+    return str(_read(file, "pre") or _BY_ARCHITECTURE.get(file.architecture, "default"))
 
 
 def _read(file: GgufFile, key: str, place: int | slice = slice(None)) -> Any:

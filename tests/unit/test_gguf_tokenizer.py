@@ -96,9 +96,11 @@ def train_byte_level(rule: str, *, whole: str = "") -> Tokenizer:
     return tokenizer
 
 
-def write_vocabulary(path: Path, kind: str, tokens: list[Any], types: list[int], **extra: Any) -> Path:
-    """A GGUF file of a Llama without weights; `extra` are values of `tokenizer.ggml.`."""
-    writer = gguf.GGUFWriter(str(path), "llama")
+def write_vocabulary(
+    path: Path, kind: str, tokens: list[Any], types: list[int], *, arch: str = "llama", **extra: Any
+) -> Path:
+    """A GGUF file without weights; `extra` are values of `tokenizer.ggml.`."""
+    writer = gguf.GGUFWriter(str(path), arch)
     for add, value in (
         (writer.add_context_length, 128),
         (writer.add_embedding_length, 64),
@@ -130,14 +132,15 @@ def write_vocabulary(path: Path, kind: str, tokens: list[Any], types: list[int],
     return path
 
 
-def store_byte_level(path: Path, tokenizer: Tokenizer, rule: str, **extra: Any) -> Path:
+def store_byte_level(path: Path, tokenizer: Tokenizer, rule: str | None, **extra: Any) -> Path:
     vocab = tokenizer.get_vocab()
     tokens = sorted(vocab, key=vocab.__getitem__)
     added = tokenizer.get_added_tokens_decoder()
     types = [(3 if added[number].special else 4) if number in added else 1 for number in range(len(tokens))]
     merges = [" ".join(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
     ends = {"eos_token_id": vocab[ADDED[0]], "bos_token_id": vocab[ADDED[1]]}
-    return write_vocabulary(path, "gpt2", tokens, types, merges=merges, pre=rule, **ends | extra)
+    said = {} if rule is None else {"pre": rule}
+    return write_vocabulary(path, "gpt2", tokens, types, merges=merges, **said | ends | extra)
 
 
 def convert(path: Path, folder: Path) -> Tokenizer:
@@ -223,3 +226,14 @@ def test_a_rule_that_nobody_here_knows_is_told(tmp_path: Path) -> None:
     assert doubt_tokenizer(open_gguf(path)) == (
         "the tokenizer's rule 'klingon' is not known here, and text is split as GPT-2 does"
     )
+
+
+def test_a_file_that_names_no_rule_has_that_of_its_architecture_or_says_so(tmp_path: Path) -> None:
+    """As files of before May 2024, those of Qwen 1.5 and of Llama 3's first week among them."""
+    tokenizer = train_byte_level("qwen2")
+    named = store_byte_level(tmp_path / "named.gguf", tokenizer, None, arch="qwen2", add_bos_token=False)
+    made = convert(named, tmp_path / "made")
+    assert [made.encode(text).ids for text in TEXTS] == [tokenizer.encode(text).ids for text in TEXTS]
+    assert doubt_tokenizer(open_gguf(named)) == ""
+    unnamed = store_byte_level(tmp_path / "unnamed.gguf", tokenizer, None)
+    assert doubt_tokenizer(open_gguf(unnamed)).startswith("the file names no rule by which text is split")
