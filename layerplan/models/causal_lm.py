@@ -124,7 +124,7 @@ def load_tokenizer(name: str, *, revision: str = "main", trust_remote_code: bool
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         return follow_file(tokenizer, file, pretrained_model_name_or_path=name, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a class's code over a file of any shape
         raise ModelError(f"model.name={name}: the tokenizer cannot be loaded ({first_line(error)})") from None
 
 

@@ -1,9 +1,11 @@
-"""A tokenizer as its file has it, where the class that transformers takes for it would split text otherwise.
+"""A tokenizer as its file has it, whatever class transformers takes for it and whatever else its folder says.
 
 Since version 5 `transformers` builds some tokenizers from the class that `tokenizer_config.json` names and takes no more than
 vocabulary and merges from `tokenizer.json`. Many byte-level tokenizers are called `LlamaTokenizerFast` there, such as that of
 DeepSeek-R1-Distill-Llama: that class cuts at `▁`, which they do not have, so that spaces are gone and the ids are others
-(huggingface/transformers#45488, #45920). A corpus is encoded by the file, as the model was trained; so is everything else.
+(huggingface/transformers#45488, #45920). Entries that `tokenizer_config.json` alone adds and flags it gives to others change ids
+too, and a `tekken.json` beside the file brings a class of Mistral's own. A corpus is encoded by the file, as the model was
+trained; so is everything else.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ PROBES = (
 
 
 def follow_file(tokenizer: Any, file: Path, **options: Any) -> Any:
-    """The tokenizer, or one that is its file and nothing else when that may give other ids.
+    """The tokenizer with the ids of its file: the same entries, splitting and added tokens, whatever else its folder says.
+
+    Entries that only `tokenizer_config.json` adds have no row in the model's embeddings that a corpus was ever encoded
+    with, and are left out.
 
     Args:
         tokenizer: As transformers' class for it made it.
@@ -35,10 +40,22 @@ def follow_file(tokenizer: Any, file: Path, **options: Any) -> Any:
     """
     from transformers import PreTrainedTokenizerFast
 
-    if not tokenizer.is_fast or type(tokenizer) is PreTrainedTokenizerFast or _gives_ids_of(tokenizer, file):
-        return tokenizer
-    _tell(type(tokenizer).__name__, file)
-    return PreTrainedTokenizerFast.from_pretrained(**options)
+    written = _read(file)
+    if written.decoder is None and getattr(tokenizer, "is_fast", False):
+        written.decoder = tokenizer.backend_tokenizer.decoder  # ids are the file's; how they read, it does not say
+    if not getattr(tokenizer, "is_fast", False):  # written in Python, or Mistral's own for its tekken.json
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(**options)
+    elif not _splits_as(tokenizer, written):
+        _tell(type(tokenizer).__name__, file)
+        named = tokenizer.special_tokens_map
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(**options)
+        for role in set(named) & set(tokenizer.SPECIAL_TOKENS_ATTRIBUTES) - set(tokenizer.special_tokens_map):
+            setattr(tokenizer, role, named[role])  # what the class calls its tokens where no file does
+    tokenizer._tokenizer, tokenizer.split_special_tokens = written, False
+    for role in ("bos_token", "eos_token"):  # else an unknown text's id stands for it
+        if getattr(tokenizer, role) is not None and written.token_to_id(str(getattr(tokenizer, role))) is None:
+            setattr(tokenizer, role, None)
+    return tokenizer
 
 
 @cache
@@ -47,11 +64,22 @@ def _tell(name: str, file: Path) -> None:
     logger.info("%s splits text otherwise than %s; the file is followed", name, file)
 
 
-def _gives_ids_of(tokenizer: Any, file: Path) -> bool:
-    """Whether both have the same rules of splitting, and the same ids of text at which such rules part."""
-    written, made = Tokenizer.from_file(str(file)), tokenizer.backend_tokenizer
+def _read(file: Path) -> Tokenizer:
+    """The file's tokenizer without what is meant for other uses: truncation, padding, random merges."""
+    try:
+        written = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no narrower class
+        raise ValueError(f"{file.name}: {error}") from None
     written.no_truncation()
     written.no_padding()
+    if getattr(written.model, "dropout", None):
+        written.model.dropout = None
+    return written
+
+
+def _splits_as(tokenizer: Any, written: Tokenizer) -> bool:
+    """Whether a class has the file's rules of splitting, and the same ids of text at which such rules part."""
+    made = tokenizer.backend_tokenizer
     for one, other in ((written.normalizer, made.normalizer), (written.pre_tokenizer, made.pre_tokenizer)):
         if (one and one.__getstate__()) != (other and other.__getstate__()):
             return False
