@@ -26,6 +26,8 @@ class ExportReport:
     """Largest difference of a logit that rounding to those dtypes made, relative to the largest logit; 0 for float32."""
     export_dtype: str = "base"
     """What `train.export_dtype` asked for."""
+    replaced_class: str | None = None
+    """Class of the base's tokenizer in transformers, which splits text otherwise than its file; None where it stays."""
 
     def save(self, path: Path) -> None:
         """Writes the proof as JSON, atomically."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from layerplan.models.files import hash_weight_files, list_companions
 from layerplan.models.freezing import AppliedPlan, apply_plan
 from layerplan.models.ref import ModelRef
 from layerplan.models.streaming import run_streamed
+from layerplan.models.written_tokenizer import name_plain_class
 from layerplan.plan.freeze_plan import FreezePlan
 from layerplan.run_folder import CARD_NAME, PLAN_NAME, STATE_NAME
 from layerplan.storage.paths import StoredPath
@@ -44,8 +46,9 @@ def export_hf(
     """Writes the trained model as safetensors and proves that the frozen tensors are the base's, byte for byte.
 
     The files are the base's own with the trained tensors replaced; beside them lie all other files of the base (config,
-    tokenizer, generation config, code, licence), `freeze_plan.json` and a model card. Memory holds one tensor at a time, and
-    for the comparison of logits one decoder layer beside what is outside of them.
+    tokenizer, generation config, code, licence), `freeze_plan.json` and a model card. Where `transformers` would take a
+    class that splits text otherwise than `tokenizer.json`, the tokenizer's config names the plain one. Memory holds one
+    tensor at a time, and for the comparison of logits one decoder layer beside what is outside of them.
 
     Args:
         base: The base.
@@ -71,11 +74,12 @@ def export_hf(
     with writing_folder_aside(out_dir) as partial:
         write_weights(weights, skeleton.model, trained.read_rounded, partial)
         copy_companions(source, partial)
+        replaced = name_plain_class(partial)
         if export_dtype == "float32" and any(weights.stored[name].dtype != "F32" for name in weights.direct):
             _say_float32(partial)
         plan.save(partial / PLAN_NAME)
         logits = check_export(base.at(partial), weights, skeleton, trained.hashes)
-        report = _report(out_dir, applied, trained, logits, export_dtype)
+        report = replace(_report(out_dir, applied, trained, logits, export_dtype), replaced_class=replaced)
         card = render_model_card(plan.sealed(), step=state.get("step", 0), state=state, report=report)
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
     return report

@@ -50,6 +50,14 @@ def render_model_card(plan: FreezePlan, *, step: int, state: dict[str, Any], rep
         f"| frozen tensors, dtype and bytes those of the base's files | {report.num_frozen} |",
         f"| trained tensors | {report.num_trained}, of which {report.num_trained_changed} changed;"
         f" written in {' and '.join(report.trained_dtypes)}, updated in float32 |",
+        *(
+            [
+                "| tokenizer | split as `tokenizer.json` says, as in training; "
+                f"the base's class, `{report.replaced_class}`, splits otherwise |"
+            ]
+            if report.replaced_class
+            else []
+        ),
         f"| freeze plan | `freeze_plan.json`, sha256 `{plan.sha256}` |",
         "",
         f"Made with layerplan {__version__}. What the model scores is in the run's report, beside its base.",

@@ -10,6 +10,7 @@ trained; so is everything else.
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "tokenizer_config.json"
 
 PROBES = (
     "Hello  world, it's 2023: f(x) = 650841823\n\n\tdef f():\n        return 3.14\n",
@@ -56,6 +59,40 @@ def follow_file(tokenizer: Any, file: Path, **options: Any) -> Any:
         if getattr(tokenizer, role) is not None and written.token_to_id(str(getattr(tokenizer, role))) is None:
             setattr(tokenizer, role, None)
     return tokenizer
+
+
+def name_plain_class(folder: Path) -> str | None:
+    """Has whoever opens a written model folder split text as its `tokenizer.json` says, so as the model was trained.
+
+    Args:
+        folder: With the files of its base. `tokenizer_config.json` is changed, or made, where the class that transformers
+            takes splits otherwise, and left alone where that is code of the model's own.
+
+    Returns:
+        The class that was replaced; None where it stays.
+    """
+    from transformers import AutoTokenizer
+
+    file, path = folder / "tokenizer.json", folder / CONFIG_NAME
+    said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not file.is_file() or "auto_map" in said:
+        return None
+    try:
+        taken = AutoTokenizer.from_pretrained(str(folder))
+        if not getattr(taken, "is_fast", False) or _splits_as(taken, _read(file)):
+            return None
+        named = follow_file(taken, file, pretrained_model_name_or_path=str(folder)).special_tokens_map
+    except Exception as error:  # a class's code over a file of any shape; loading for training has told before
+        logger.info("%s: whether its class splits text as tokenizer.json was not found out (%s)", folder, error)
+        return None
+    roles = {role: token for role, token in named.items() if role not in said and isinstance(token, str)}
+    said |= roles | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(said, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    replaced = type(taken).__name__
+    logger.info(
+        "%s names PreTrainedTokenizerFast, since %s splits text otherwise than tokenizer.json", path.name, replaced
+    )
+    return replaced
 
 
 @cache

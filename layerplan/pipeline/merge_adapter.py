@@ -23,6 +23,7 @@ def merge_adapter(adapter: Path, base: ModelRef, out_dir: Path) -> None:
     from layerplan.checkpoint.export_weights import sort_base_weights, write_weights
     from layerplan.checkpoint.hf_export import copy_companions
     from layerplan.models.adapters import check_adapter, compute_merged, read_adapter
+    from layerplan.models.written_tokenizer import name_plain_class
 
     if out_dir.exists():
         raise ModelError(f"{out_dir}: exists already; name a folder that does not")
@@ -35,3 +36,4 @@ def merge_adapter(adapter: Path, base: ModelRef, out_dir: Path) -> None:
     with writing_folder_aside(out_dir) as folder:
         write_weights(weights, model, merged.__getitem__, folder)
         copy_companions(source, folder)
+        name_plain_class(folder)

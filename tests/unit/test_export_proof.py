@@ -272,6 +272,7 @@ COMPANIONS = {
     "additional_chat_templates/tool_use.jinja": "{{ tools }}",
     "generation_config.json": '{"do_sample": false, "temperature": 0.9, "top_p": 0.6}',
     "tokenizer.model": "sentencepiece",
+    "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}',
     "vocab_of_any_name.txt": "a b",
     "modeling_extra.py": "X = 1",
 }

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GPT2Tokenizer, Qwen2Tokenizer
 from layerplan.corpus.encoders import TokenizersEncoder
 from layerplan.errors import ModelError
 from layerplan.models.causal_lm import load_tokenizer
+from layerplan.models.written_tokenizer import name_plain_class
 from tests.tiny_tokenizer import BYTES, make_bytes, save_tokenizer
 
 TEXT = "Hello  world, 1212:\n\n  的意思"
@@ -51,6 +52,27 @@ def test_a_class_that_splits_as_the_file_stays(tmp_path: Path) -> None:
     Qwen2Tokenizer(vocab={piece: number for number, piece in enumerate(BYTES)}, merges=[]).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     assert type(load_tokenizer(str(tmp_path))) is Qwen2Tokenizer
+    before = (tmp_path / "tokenizer_config.json").read_bytes()
+    assert name_plain_class(tmp_path) is None and (tmp_path / "tokenizer_config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("config", [{"tokenizer_class": "LlamaTokenizerFast", "chat_template": CHAT}, None])
+def test_who_opens_an_export_gets_the_tokens_of_its_training(config: dict[str, Any] | None, tmp_path: Path) -> None:
+    """By transformers alone; what the class called its tokens keeps its name."""
+    files = {"config": {"model_type": "gpt2" if config is None else "llama"}}
+    files |= {} if config is None else {"tokenizer_config": config}
+    folder = save_tokenizer(tmp_path, make_digits(), control=("<|endoftext|>",), **files)
+    wanted = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT).ids
+    taken = AutoTokenizer.from_pretrained(folder)
+    assert taken(TEXT).input_ids != wanted
+
+    assert name_plain_class(folder) == type(taken).__name__
+
+    opened = AutoTokenizer.from_pretrained(folder)
+    assert opened(TEXT).input_ids == wanted == load_tokenizer(str(folder))(TEXT).input_ids
+    assert (opened.chat_template == CHAT) == (config is not None)
+    assert config is not None or opened.eos_token == "<|endoftext|>"
+    assert name_plain_class(folder) is None
 
 
 def add(text: str, **flags: Any) -> dict[str, Any]:
