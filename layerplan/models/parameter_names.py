@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
 
 from layerplan.errors import PlanError
 from layerplan.models.causal_lm import find_decoder_parts
@@ -14,6 +17,8 @@ from layerplan.models.ref import ModelRef
 from layerplan.plan.exports import ParameterNames, Rule
 from layerplan.plan.freeze_plan import FreezePlan, Modules
 from layerplan.plan.module_names import name_module
+
+_LINEAR = (nn.Linear, Conv1D)
 
 
 def build_unloaded(model: ModelRef) -> nn.Module:
@@ -42,8 +47,16 @@ def name_parameters(model: nn.Module, plan: FreezePlan) -> ParameterNames:
     applied = apply_plan(model, plan)
     parts = find_decoder_parts(model)
     names = tuple(name for name, _ in model.named_parameters())
-    linear = {path.split(".")[-1] for path, module in parts.layers.named_modules() if isinstance(module, nn.Linear)}
-    return ParameterNames(names, applied.trainable, parts.layers_path, len(parts.layers), tuple(sorted(linear)))
+    linear = {path.split(".")[-1] for path, module in parts.layers.named_modules() if isinstance(module, _LINEAR)}
+    return ParameterNames(
+        names,
+        applied.trainable,
+        parts.layers_path,
+        len(parts.layers),
+        linear=tuple(sorted(linear)),
+        stacked=tuple(_list_stacked(parts.layers, parts.layers_path)),
+        tied=parts.embeddings_path if parts.is_tied else None,
+    )
 
 
 def find_selectors(model: nn.Module, rule: Rule) -> tuple[dict[str, Any], Modules]:
@@ -81,6 +94,13 @@ def find_selectors(model: nn.Module, rule: Rule) -> tuple[dict[str, Any], Module
     if parts.is_tied:
         fields["train_lm_head"] = fields["train_embeddings"]
     return fields, modules
+
+
+def _list_stacked(layers: nn.Module, layers_path: str) -> Iterator[str]:
+    for path, module in layers.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 2 and not isinstance(module, _ConvNd):
+                yield f"{layers_path}.{path}.{name}"
 
 
 def _below(names: set[str], path: str) -> set[str]:

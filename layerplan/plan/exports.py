@@ -20,12 +20,16 @@ from layerplan.errors import PlanError
 SWIFT_PATTERNS = ("freeze_parameters_regex", "trainable_parameters_regex")
 SWIFT_KINDS = ("tuner_type", "train_type", "sft_type")
 """What ms-swift calls the choice between everything and adapters, since version 4, 3 and 2."""
+SWIFT_ACTIVE = ("trainable_parameters", "additional_trainable_parameters")
+"""What ms-swift calls the prefixes that train all the same, since version 3 and in version 2."""
 CHANGING = {
     "axolotl": ("lisa_n_layers", "lisa_step_interval"),
     "llamafactory": ("use_badam",),
     "ms-swift": ("lisa_activated_layers",),
 }
 """Fields by which a tool trains other layers every few steps."""
+TIED_BY_PEFT = "embed_tokens"
+"""The one name under which PEFT ties its copy of an embedding to the head, and only when it is told to."""
 Rule = Callable[[str], bool]
 """Whether a tool trains the parameter of this name."""
 
@@ -39,7 +43,9 @@ class ParameterNames:
         trainable: Those the plan trains.
         layers_path: Where the decoder layers lie, such as `model.layers`.
         num_layers: Decoder layers.
-        linear: Names of the linear maps inside a layer, such as `q_proj`; only PEFT asks for them.
+        linear: Names of the linear maps inside a layer, such as `q_proj`; only PEFT asks for them, and for what follows.
+        stacked: Parameters inside layers that hold several matrices, as those of experts do.
+        tied: Path of the embedding where it and the head are one matrix.
     """
 
     all: tuple[str, ...]
@@ -47,6 +53,8 @@ class ParameterNames:
     layers_path: str
     num_layers: int
     linear: tuple[str, ...] = ()
+    stacked: tuple[str, ...] = ()
+    tied: str | None = None
 
     def prefix_of(self, layer: int) -> str:
         """What the names of a layer's parameters begin with; it ends in a dot, or layer 1 would be 10 to 19 too."""
@@ -82,9 +90,11 @@ def read_axolotl(values: Mapping[str, Any]) -> Rule:
     """
     if values.get("adapter"):
         raise PlanError(f"adapter={values['adapter']!r}: trains adapters, not parameters of the model")
-    if values.get("spectrum_top_fraction"):
+    plugin = next((name for name in _get_list(values, "plugins") if "spectrum" in name.lower()), None)
+    chooses = f"plugins: {plugin}" if plugin else "spectrum_top_fraction"
+    if plugin or values.get("spectrum_top_fraction"):
         raise PlanError(
-            "spectrum_top_fraction: axolotl measures the model when it starts and chooses then; read the list of"
+            f"{chooses}: axolotl measures the model when it starts and chooses then; read the list of"
             " unfrozen_parameters that Spectrum writes"
         )
     _refuse_changing(values, "axolotl")
@@ -94,7 +104,7 @@ def read_axolotl(values: Mapping[str, Any]) -> Rule:
     ranged = [pattern for pattern in patterns if re.search(r"\[[0-9]*(:[0-9]*)?\]$", pattern)]
     if ranged:
         raise PlanError(f"unfrozen_parameters: {ranged[0]!r} trains some rows of a matrix, which a plan cannot say")
-    compiled = [re.compile(re.sub(r"\.(?!\+)", r"\\.", pattern)) for pattern in patterns]
+    compiled = [_compile(re.sub(r"\.(?!\+)", r"\\.", pattern), "unfrozen_parameters") for pattern in patterns]
     return lambda name: any(pattern.match(name) for pattern in compiled)
 
 
@@ -146,7 +156,7 @@ def export_swift(names: ParameterNames) -> tuple[str, Rule]:
 
 def read_swift(values: Mapping[str, Any]) -> Rule:
     """The rule of an ms-swift configuration that freezes by name; a ratio between 0 and 1 depends on sizes."""
-    ratio = float(values.get("freeze_parameters_ratio", 0))
+    ratio, frozen = _get_ratio(values), tuple(_get_list(values, "freeze_parameters"))
     if 0 < ratio < 1:
         raise PlanError(
             f"freeze_parameters_ratio={ratio}: cuts between parameters by their sizes; only 0 and 1 are read"
@@ -156,9 +166,8 @@ def read_swift(values: Mapping[str, Any]) -> Rule:
         left_out = "" if values.get(kind) else ", which ms-swift takes where it is left out"
         raise PlanError(f"{kind}={chosen!r}{left_out}: trains adapters; `full` is expected")
     _refuse_changing(values, "ms-swift")
-    frozen = tuple(_get_list(values, "freeze_parameters"))
-    active = tuple(_get_list(values, "trainable_parameters"))
-    patterns = [re.compile(str(values[key])) if values.get(key) else None for key in SWIFT_PATTERNS]
+    active = tuple(name for key in SWIFT_ACTIVE for name in _get_list(values, key))
+    patterns = [_compile(str(values[key]), key) if values.get(key) else None for key in SWIFT_PATTERNS]
 
     def rule(name: str) -> bool:
         trains = ratio == 0 and not name.startswith(frozen) if frozen else ratio == 0
@@ -170,6 +179,11 @@ def read_swift(values: Mapping[str, Any]) -> Rule:
 
 def export_peft(names: ParameterNames) -> tuple[str, Rule]:
     """LoRA on the plan's layers; PEFT trains no base weight of a layer, so this is the plan with other updates."""
+    if names.stacked:
+        raise PlanError(
+            f"peft: {names.stacked[0]} is of several experts at once, which PEFT updates in every layer or in none, by the"
+            " model's type"
+        )
     inside = tuple(map(names.prefix_of, range(names.num_layers)))
     # whole paths: PEFT looks at how a module's path ends, and `norm` would be every layer's norms too
     whole = sorted({name.rpartition(".")[0] for name in names.trainable if not name.startswith(inside)})
@@ -181,6 +195,12 @@ def export_peft(names: ParameterNames) -> tuple[str, Rule]:
         "layers_pattern": names.layers_path.split(".")[-1],
     }
     values |= {"modules_to_save": whole} if whole else {}
+    if names.tied in whole:
+        if names.tied.split(".")[-1] != TIED_BY_PEFT:
+            raise PlanError(
+                f"peft: trains a copy of {names.tied} and leaves the head, which is the same matrix, as it was"
+            )
+        values["ensure_weight_tying"] = True
     layers = tuple(map(names.prefix_of, names.list_whole_layers()))
     note = "# LoRA updates of the plan's layers: PEFT trains no base weight in place.\n"
     return note + _dump(values), lambda name: name.startswith(layers) or name.rpartition(".")[0].endswith(tuple(whole))
@@ -257,7 +277,25 @@ def _split(value: Any) -> list[str]:
 
 def _get_list(values: Mapping[str, Any], key: str) -> Sequence[str]:
     found = values.get(key) or []
-    return [found] if isinstance(found, str) else [str(item) for item in found]
+    found = [found] if isinstance(found, str) else found
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        raise PlanError(f"{key}={found!r}: a list of names is expected")
+    return found
+
+
+def _get_ratio(values: Mapping[str, Any]) -> float:
+    found = values.get("freeze_parameters_ratio") or 0
+    try:
+        return float(found)
+    except (TypeError, ValueError):
+        raise PlanError(f"freeze_parameters_ratio={found!r}: a number is expected") from None
+
+
+def _compile(pattern: str, key: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise PlanError(f"{key}: {pattern!r} is no pattern ({error})") from None
 
 
 def _dump(values: Mapping[str, Any]) -> str:

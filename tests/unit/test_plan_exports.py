@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import layerplan
 from layerplan.cli import main
@@ -101,6 +101,59 @@ def test_peft_gets_lora_on_the_layers_of_the_plan() -> None:
     assert written["target_modules"] == linear and "modules_to_save" not in written
 
 
+def test_pefts_copy_of_a_tied_matrix_is_the_heads_too() -> None:
+    """Without `ensure_weight_tying` PEFT trains a copy for the embedding and scores with the matrix as it was."""
+    from peft import LoraConfig, get_peft_model
+
+    names = names_of("gemma3_text", ExplicitPlanConfig(trainable=[11], train_embeddings=True, train_lm_head=True))
+    written = yaml.safe_load(export_names(names, "peft"))
+    assert written.pop("peft_type") == "LORA"
+    config = AutoConfig.for_model("gemma3_text", **SIZES, tie_word_embeddings=True)
+    model: Any = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(**written))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    copies = [module.modules_to_save["default"].weight for module in (embedding, head)]
+    assert copies[0] is copies[1] and copies[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "config", "said"),
+    [
+        # PEFT's switch asks for the name `embed_tokens`
+        (
+            "gpt2",
+            {"n_layer": 12, "n_embd": 16, "n_head": 2, "tie_word_embeddings": True},
+            ExplicitPlanConfig(trainable=[3], train_embeddings=True, train_lm_head=True),
+            r"trains a copy of transformer\.wte and leaves the head",
+        ),
+        # the experts of Mixtral get no update, those of DeepSeek-V3 one in every layer, whatever layers are named
+        (
+            "mixtral",
+            {"num_local_experts": 4},
+            FreezeDeepPlanConfig(boundary=3),
+            r"model\.layers\.0\.mlp\.experts\.gate_up_proj is of several experts at once",
+        ),
+    ],
+)
+def test_peft_is_refused_what_it_would_train_otherwise(
+    family: str, sizes: dict[str, Any], config: Any, said: str
+) -> None:
+    built = build_without_memory(AutoConfig.for_model(family, **SIZES | sizes), name=family)
+    shape = ModelShape.from_hf_config(TINY_QWEN3 | SIZES | {"tie_word_embeddings": family == "gpt2"})
+    identity = ModelIdentity(name=family, model_type=family, num_layers=12)
+    names = name_parameters(built, layerplan.make_plan(config, model=identity, shape=shape))
+    with pytest.raises(PlanError, match=said):
+        export_names(names, "peft")
+
+
+def test_linear_maps_of_gpt2_are_linear_maps() -> None:
+    sizes = {"vocab_size": 64, "n_layer": 12, "n_embd": 16, "n_head": 2}
+    built = build_without_memory(AutoConfig.for_model("gpt2", **sizes), name="gpt2")
+    shape = ModelShape.from_hf_config(TINY_QWEN3 | SIZES | {"tie_word_embeddings": True})
+    identity = ModelIdentity(name="gpt2", model_type="gpt2", num_layers=12)
+    names = name_parameters(built, layerplan.make_plan(FreezeDeepPlanConfig(boundary=3), model=identity, shape=shape))
+    assert yaml.safe_load(export_names(names, "peft"))["target_modules"] == ["c_attn", "c_fc", "c_proj"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_lines_for_python_train_exactly_the_plan(family: str) -> None:
     names = names_of(family, ExplicitPlanConfig(trainable=[0, 1, 11], train_final_norm=True))
@@ -137,6 +190,21 @@ def test_a_plan_comes_back_from_what_was_written(family: str, tool: str) -> None
         ("llamafactory", {"finetuning_type": "full", "use_badam": True}, "use_badam=True: trains other layers every"),
         ("axolotl", {"adapter": "lora", "unfrozen_parameters": ["lm_head"]}, "adapter='lora': trains adapters"),
         ("axolotl", {"spectrum_top_fraction": 0.5}, "read the list of unfrozen_parameters that Spectrum writes"),
+        # it measures where no share is given too: the plugin has one of its own
+        (
+            "axolotl",
+            {"plugins": ["axolotl.integrations.spectrum.SpectrumPlugin"]},
+            "plugins: axolotl.*SpectrumPlugin: axolotl",
+        ),
+        ("axolotl", {"unfrozen_parameters": ["layers.(1"]}, r"unfrozen_parameters: .* is no pattern"),
+        ("axolotl", {"unfrozen_parameters": 5}, "unfrozen_parameters=5: a list of names is expected"),
+        ("ms-swift", {"freeze_parameters_ratio": "much"}, "freeze_parameters_ratio='much': a number is expected"),
+        ("ms-swift", {"sft_type": "full", "freeze_parameters": 0.5}, "freeze_parameters=0.5: a list of names"),
+        (
+            "ms-swift",
+            {"tuner_type": "full", "freeze_parameters_regex": "("},
+            "freeze_parameters_regex: .* is no pattern",
+        ),
         ("axolotl", {"lisa_n_layers": 4}, "lisa_n_layers=4: trains other layers every few steps"),
         ("ms-swift", {"model": "x"}, "tuner_type='lora', which ms-swift takes where it is left out: trains adapters"),
         ("ms-swift", {"train_type": "adalora"}, "train_type='adalora': trains adapters; `full` is expected"),
@@ -155,6 +223,12 @@ def test_a_configuration_that_freezes_nothing_trains_everything() -> None:
         ends = {key for key, value in fields.items() if value is True}
         assert fields["trainable"] == list(range(12)) and not modules
         assert ends == {"train_embeddings", "train_final_norm", "train_lm_head"}
+
+
+def test_what_version_2_of_swift_calls_its_prefixes_is_read() -> None:
+    values = {"sft_type": "full", "freeze_parameters_ratio": 1, "additional_trainable_parameters": ["model.layers.1."]}
+    rule = read_rule(values, "ms-swift", num_layers=12)
+    assert rule("model.layers.1.mlp.up_proj.weight") and not rule("model.layers.2.mlp.up_proj.weight")
 
 
 def test_names_in_a_list_are_those_between_commas() -> None:
