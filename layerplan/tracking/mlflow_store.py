@@ -1,7 +1,8 @@
 """The lineage in MLflow: one parent run per run folder, one nested run per stage.
 
 The run folder remembers its MLflow run ids, so that a resubmitted job continues the same runs; they are made when the
-store first answers. The client API is used throughout: it needs no global active run.
+store first answers. The client API is used throughout: it needs no global active run. Every call that could go on behind
+our back is made synchronously, whatever `MLFLOW_ENABLE_ASYNC_LOGGING` says: what it returned from counts as arrived.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from layerplan.run_folder import MLFLOW_ARTIFACTS_NAME
 from layerplan.tracking.outbox import PARENT, TrackingFolder
 from layerplan.tracking.tracker import NOTE_TAG, RUN_ID
 
-MAX_PARAM_CHARS = 6000
+MAX_PARAM_CHARS, MAX_TAG_CHARS = 6000, 5000
+"""MLflow's limits of values; servers before 2.18 take no longer tags."""
 MAX_NAME_CHARS, MAX_DIGEST_CHARS = 500, 36
 """MLflow's limits of a dataset."""
 UID_TAG = "layerplan.uid"
@@ -138,18 +140,17 @@ class MlflowStore:
         """Records numbers."""
         metrics = [Metric(point.key, point.value, point.time, point.step) for point in points]
         with self._about(stage):
-            self._client.log_batch(self._run_id(stage), metrics=metrics)
+            self._client.log_batch(self._run_id(stage), metrics=metrics, synchronous=True)
 
     def find_points(self, stage: str, points: Sequence[Point]) -> set[tuple[str, int, float | str]]:
         """Identities of the points the store has at the keys and steps of these."""
         first, run_id = min(point.step for point in points), self._run_id(stage)
-        with self._about(stage):
-            return {
-                Point(key, metric.value, 0, metric.step).identity
-                for key in {point.key for point in points}
-                for metric in self._client.get_metric_history(run_id, key)
-                if metric.step >= first
-            }
+        known: set[tuple[str, int, float | str]] = set()
+        for key in {point.key for point in points}:
+            with suppress(RefusedError), self._about(stage):  # a name that is not allowed has no point
+                history = self._client.get_metric_history(run_id, key)
+                known |= {Point(key, each.value, 0, each.step).identity for each in history if each.step >= first}
+        return known
 
     def log_params(self, stage: str, params: Mapping[str, str]) -> None:
         """Records parameters that are not recorded yet; MLflow refuses to change one."""
@@ -157,14 +158,14 @@ class MlflowStore:
             known = self._client.get_run(self._run_id(stage)).data.params
             new = [Param(key, value[:MAX_PARAM_CHARS]) for key, value in params.items() if key not in known]
             for start in range(0, len(new), 100):
-                self._client.log_batch(self._run_id(stage), params=new[start : start + 100])
+                self._client.log_batch(self._run_id(stage), params=new[start : start + 100], synchronous=True)
 
     def set_tag(self, stage: str, key: str, value: str) -> None:
         """Sets a tag; a description learns the run's id."""
         with self._about(stage):
             run_id = self._run_id(stage)
             value = value.replace(RUN_ID, run_id) if key == NOTE_TAG else value
-            self._client.set_tag(run_id, key, value[:MAX_PARAM_CHARS])
+            self._client.set_tag(run_id, key, value[:MAX_TAG_CHARS], synchronous=True)
 
     def log_dataset(self, stage: str, values: Mapping[str, Any]) -> None:
         """Records what the run trains on; the store keeps one that it has already."""

@@ -220,3 +220,44 @@ def test_what_the_store_will_never_take_is_set_aside_and_counted(run_dir: Path, 
     assert points_of(client, run_id, "train/loss") == [(1, 2.0), (2, 1.0)]
     assert client.get_run(run_id).data.params == {"good": "1"}
     assert [path.name for path in (run_dir.parent / "mlartifacts").rglob("*.json")] == ["plan.json"]
+
+
+def test_a_store_of_files_that_takes_no_such_name_gets_the_rest(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    """It refuses to be asked for a metric of that name too, which a database answers with no point."""
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    address = (run_dir.parent / "mlruns").as_uri()
+    parent, _ = open_stage(run_dir, "train")
+    parent.log_metrics({"result/loss": 2.0, "odd*name": 1.0}, 1)
+    parent.set_tags({"later": "yes"})
+    assert carry(run_dir, address) == [] and count_backlog(run_dir).is_empty
+    run = mlflow.MlflowClient(tracking_uri=address).get_run(ids(run_dir)["parent"])
+    assert run.data.metrics == {"result/loss": 2.0} and run.data.tags["later"] == "yes"
+    assert count_backlog(run_dir).refused == 1
+
+
+def test_what_counts_as_sent_has_arrived_where_the_client_is_told_to_log_behind_our_back(
+    run_dir: Path, uri: str, client: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+    parent, stage = open_stage(run_dir, "train")
+    sink = make_sink(run_dir, stage)
+    for step in range(400):
+        sink.log_metrics({"train/loss": 1.0, "constant": 1.0}, step)
+    parent.log_params({"plan": "full"})
+    parent.set_tags({"kind": "test"})
+    assert carry(run_dir, uri) == [] and count_backlog(run_dir).is_empty
+    made = ids(run_dir)
+    assert len(points_of(client, made["train"], "train/loss")) == 400
+    data = client.get_run(made["parent"]).data
+    assert data.params == {"plan": "full"} and data.tags["kind"] == "test"
+
+
+def test_a_tag_is_cut_to_what_every_server_takes(run_dir: Path, uri: str, client: Any):
+    parent, _ = open_stage(run_dir, "train")
+    parent.set_tags({"long": "x" * 9000})
+    parent.log_params({"long": "x" * 9000})
+    assert carry(run_dir, uri) == []
+    data = client.get_run(ids(run_dir)["parent"]).data
+    assert (len(data.tags["long"]), len(data.params["long"])) == (5000, 6000)
