@@ -26,6 +26,8 @@ REQUIRED_S = 60.0
 """Patience at the start when the store is required: making a new database takes a while."""
 DOWN_S, STALLED_S, CLOSE_S = 5.0, 60.0, 180.0
 """Patience at the end: with a store that fails, with one that says nothing, and in all."""
+ADDRESS_VARIABLE = "MLFLOW_TRACKING_URI"
+"""Where MLflow's own client would go; a run goes where its config says, on whatever machine it is continued."""
 QUIET_S = 60.0
 """Between two lines about the store."""
 
@@ -38,7 +40,13 @@ def open_outbox(config: TrackingConfig, run_dir: Path, run_name: str, report: Ca
     """
     folder = TrackingFolder(run_dir)
     outbox = Outbox(folder)
-    sender = BackgroundSender(locate_store(config, run_dir), config.experiment, folder, report)
+    store, unasked = locate_store(config, run_dir), os.environ.get(ADDRESS_VARIABLE)
+    if unasked and config.uri is None:
+        report(
+            f"{ADDRESS_VARIABLE}={redact_uri(unasked)} is not asked, the lineage goes to {redact_uri(store)};"
+            " set tracking.uri to the address for it"
+        )
+    sender = BackgroundSender(store, config.experiment, folder, report)
     tracker = OutboxTracker(outbox, PARENT, run_name, close=sender.close)
     sender.start(awaited=config.required)
     if config.required:

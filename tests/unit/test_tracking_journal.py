@@ -18,6 +18,7 @@ import pytest
 from layerplan.artifacts import read_lines
 from layerplan.config.tracking import TrackingConfig
 from layerplan.tracking import journal
+from layerplan.tracking.background import BackgroundSender
 from layerplan.tracking.journal import Journal, LineReader
 from layerplan.tracking.jsonl import JsonlSink
 from layerplan.tracking.position import count_backlog
@@ -169,3 +170,17 @@ def test_a_probe_says_in_seconds_what_is_wrong_and_never_the_address(tmp_path: P
         assert probe(f"sqlite:///{database}") == "database is locked"
     (tmp_path / "file").write_text("in the way")
     assert probe(f"sqlite:///{tmp_path}/file/x.db") == f"{tmp_path}/file is no folder that can be written"
+
+
+def test_an_address_of_mlflows_own_that_is_not_asked_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://anna:hunter2-open-sesame@mlflow.example:5000")
+    monkeypatch.setattr(BackgroundSender, "start", lambda self, **options: None)  # what is told comes before it
+    said: list[str] = []
+    (tmp_path / "run").mkdir()
+    open_tracker(TrackingConfig(), tmp_path / "run", "run", said.append)
+    assert said == [
+        "MLFLOW_TRACKING_URI=http://***@mlflow.example:5000 is not asked, the lineage goes to"
+        f" sqlite:///{tmp_path}/mlflow.db; set tracking.uri to the address for it"
+    ]
+    open_tracker(TrackingConfig(uri="http://127.0.0.1:9"), tmp_path / "run", "run", said.append)
+    assert len(said) == 1
