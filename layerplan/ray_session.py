@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -9,7 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from layerplan.config.cluster import ClusterConfig
@@ -49,6 +50,9 @@ PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT", "GLOO_SOCKET_IFNAME", "
 
 STORAGE = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "CLOUD_STORAGE_EMULATOR_ENDPOINT")
 """Those that say where buckets are; the keys to them are each node's own."""
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""In which Ray tells a job's process what the job was submitted with."""
 
 
 def connect(config: ClusterConfig, *, min_cpus: float, min_gpus: float = 0) -> None:
@@ -127,6 +131,8 @@ def _init(address: str | None, config: ClusterConfig) -> None:
     if address is not None:
         if "://" not in address and address != "auto":
             variables["RAY_ADDRESS"] = address
+        own = _list_own_variables(os.environ)
+        variables = {name: value for name, value in variables.items() if name not in own}
         runtime_env = {"env_vars": variables, "worker_process_setup_hook": collect_setup(os.environ)}
         ray.init(address=address, runtime_env=runtime_env, logging_level=logging.WARNING)
         return
@@ -144,6 +150,12 @@ def _init(address: str | None, config: ClusterConfig) -> None:
         runtime_env={"env_vars": variables},
         logging_level=logging.WARNING,
     )
+
+
+def _list_own_variables(environment: Mapping[str, str]) -> set[str]:
+    """Variables that the job was submitted with: its workers get them anyway, and Ray refuses to be told one twice."""
+    told = json.loads(environment.get(JOB_CONFIG) or "{}")
+    return set((told.get("runtime_env") or {}).get("env_vars") or {})
 
 
 def find_reason(error: Exception) -> str:
