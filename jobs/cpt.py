@@ -1,7 +1,7 @@
 """The whole chain: config -> trace -> plan -> corpus -> train -> checkpoint -> evaluate -> verdict.
 
 python jobs/cpt.py --config jobs/configs/quickstart.yaml
-ray job submit --working-dir . -- python jobs/cpt.py --config jobs/configs/quickstart.yaml
+ray job submit --working-dir . -- python jobs/cpt.py --config jobs/configs/quickstart.yaml --set storage_path=/shared/runs
 """
 
 import sys

@@ -77,6 +77,9 @@ MAY_CHANGE_UNTIL = {"plan": _USES_OF_PLAN, "corpus.sources": _USES_OF_TEXT, "cor
 
 MAX_STEPS = "train.max_steps"
 
+RAY_PACKAGES = {"runtime_resources", "working_dir_files"}
+"""Folders on the way to where Ray unpacks what `ray job submit --working-dir` sent."""
+
 _AWKWARD = re.compile(r"\?|%[0-9A-Fa-f]{2}|[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -142,6 +145,7 @@ def locate_run_folder(config: RunConfig) -> RunFolder:
         base = Path(config.storage_path).expanduser().resolve()
     folder = RunFolder(base / config.name)
     _check_characters(folder.root)
+    _check_stays(config.storage_path, folder.root)
     return folder
 
 
@@ -152,6 +156,15 @@ def _check_characters(root: Path) -> None:
         raise ConfigError(
             f"storage_path: {str(root)!r} has {found.group()!r}, which ends or changes an address that is made of it;"
             " choose a folder without question marks, percent escapes and control characters"
+        )
+
+
+def _check_stays(storage_path: str, root: Path) -> None:
+    """Ray unpacks a job's working directory anew whenever a file in it changed, and throws old ones away."""
+    if RAY_PACKAGES.issubset(root.parts):
+        raise ConfigError(
+            f"storage_path={storage_path}: lies in Ray's temporary copy of the job's working directory ({root}), where the next"
+            " submission would not find the run; set it to an absolute path or an address"
         )
 
 

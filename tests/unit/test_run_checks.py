@@ -64,6 +64,20 @@ def test_only_an_id_that_text_can_yield_must_have_a_row_in_the_embedding(tmp_pat
         check_model(make_model(tmp_path / "other", control=("<eos>",), ordinary=("<tool>",)))
 
 
+def test_a_run_in_rays_copy_of_a_jobs_working_directory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next submission with another file in the directory has another copy, and would begin the run anew."""
+    here = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    config = make_model(tmp_path, control=("<eos>",))
+    assert locate_run_folder(config).root == tmp_path / "runs" / "run"
+    with pytest.raises(ConfigError, match=r"storage_path=runs: lies in Ray's temporary copy .* an absolute path"):
+        open_run_folder(config.model_copy(update={"storage_path": "runs"}))
+    assert list(here.iterdir()) == []
+
+
 def test_a_dry_run_shows_what_is_known_of_the_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_model(tmp_path, control=("<eos>", "<late>"))
     print_dry_run(config)
