@@ -22,7 +22,7 @@ from layerplan.config.run import RunConfig
 from layerplan.errors import ConfigError
 from layerplan.redaction import redact_values
 from layerplan.run_folder import RunFolder
-from layerplan.storage.working import find_home, find_working_folder, is_remote
+from layerplan.storage.working import SERVED, find_home, find_working_folder, is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +141,10 @@ def locate_run_folder(config: RunConfig) -> RunFolder:
     """
     if is_remote(config.storage_path):
         base = find_working_folder(config.storage_path, config.working_path)
+    elif config.storage_path.startswith(
+        tuple(f"{scheme}:/" for scheme in SERVED)
+    ):  # what `pathlib` makes of an address
+        raise ConfigError(f"storage_path={config.storage_path}: an address has two slashes after its scheme")
     else:
         base = Path(config.storage_path).expanduser().resolve()
     folder = RunFolder(base / config.name)

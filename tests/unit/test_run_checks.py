@@ -78,6 +78,12 @@ def test_a_run_in_rays_copy_of_a_jobs_working_directory_is_refused(
     assert list(here.iterdir()) == []
 
 
+def test_an_address_that_lost_a_slash_is_no_folder(tmp_path: Path) -> None:
+    config = make_model(tmp_path, control=("<eos>",))
+    with pytest.raises(ConfigError, match=r"storage_path=s3:/bucket/x: an address has two slashes after its scheme"):
+        locate_run_folder(config.model_copy(update={"storage_path": str(Path("s3://bucket/x"))}))
+
+
 def test_a_dry_run_shows_what_is_known_of_the_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_model(tmp_path, control=("<eos>", "<late>"))
     print_dry_run(config)
