@@ -124,7 +124,11 @@ class Sender:
 def main() -> None:
     """Reads the settings, sends until told to stop."""
     messages = _take_stdout()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run decides when it ends
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # the run decides when it ends; `ray job stop` tells all its processes
+        signal.signal(number, signal.SIG_IGN)
     settings = json.loads(sys.stdin.readline())
     for name, value in CALL_VARIABLES.items():
         os.environ.setdefault(name, value)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from layerplan.config.load import dump_config, validate_config
@@ -148,6 +149,24 @@ def test_a_server_that_is_down_at_the_start_is_one_line_and_gets_all_of_it_later
     written = [path for path in (*run_dir.rglob("*"), *(server_files(server))) if path.is_file()]
     assert [path for path in written if SECRET.encode() in path.read_bytes()] == []
     assert SECRET not in refused.stderr + done.stdout + done.stderr + "".join(line for _, line in said)
+
+
+def test_a_stop_that_is_told_to_all_processes_of_a_job_is_in_the_store(run_dir: Path, server: MlflowServer) -> None:
+    """`ray job stop` sends SIGTERM to the sending process too, which still has the end to send."""
+    server.start()
+    said: list[str] = []
+    tracker = open_tracker(TrackingConfig(uri=server.uri), run_dir, "run", said.append)
+    deadline = time.monotonic() + PATIENCE_S
+    while not TrackingFolder(run_dir).place.exists():
+        assert time.monotonic() < deadline, said
+        time.sleep(0.05)
+    (sender,) = (each for each in psutil.Process().children() if "layerplan.tracking.sender" in each.cmdline())
+    sender.terminate()
+    tracker.log_metrics({"result/steps": 3.0}, step=3)
+    tracker.close("KILLED")
+    assert said == [] and count_backlog(run_dir).is_empty
+    run = client_of(server).get_run(json.loads((run_dir / "mlflow_runs.json").read_text())["parent"])
+    assert (run.info.status, run.data.metrics) == ("KILLED", {"result/steps": 3.0})
 
 
 def test_a_server_whose_disk_is_full_costs_the_run_no_time_and_gets_all_of_it_later(
