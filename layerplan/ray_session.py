@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from layerplan.config.cluster import ClusterConfig
 from layerplan.errors import ClusterError, first_line
@@ -53,6 +54,9 @@ STORAGE = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "CLOUD_STORAG
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """In which Ray tells a job's process what the job was submitted with."""
+
+SETUP_HOOK = "worker_process_setup_hook"
+"""What Ray calls a function that each new worker calls first."""
 
 
 def connect(config: ClusterConfig, *, min_cpus: float, min_gpus: float = 0) -> None:
@@ -131,10 +135,10 @@ def _init(address: str | None, config: ClusterConfig) -> None:
     if address is not None:
         if "://" not in address and address != "auto":
             variables["RAY_ADDRESS"] = address
-        own = _list_own_variables(os.environ)
-        variables = {name: value for name, value in variables.items() if name not in own}
-        runtime_env = {"env_vars": variables, "worker_process_setup_hook": collect_setup(os.environ)}
-        ray.init(address=address, runtime_env=runtime_env, logging_level=logging.WARNING)
+        own = _read_job_environment(os.environ)
+        variables = {name: value for name, value in variables.items() if name not in (own.get("env_vars") or {})}
+        hook = {} if SETUP_HOOK in own else {SETUP_HOOK: collect_setup(os.environ)}
+        ray.init(address=address, runtime_env={"env_vars": variables, **hook}, logging_level=logging.WARNING)
         return
     port = find_free_port()
     constants = ray._private.ray_constants
@@ -152,10 +156,10 @@ def _init(address: str | None, config: ClusterConfig) -> None:
     )
 
 
-def _list_own_variables(environment: Mapping[str, str]) -> set[str]:
-    """Variables that the job was submitted with: its workers get them anyway, and Ray refuses to be told one twice."""
+def _read_job_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What the job was submitted with: its workers get it anyway, and Ray refuses to be told a part twice."""
     told = json.loads(environment.get(JOB_CONFIG) or "{}")
-    return set((told.get("runtime_env") or {}).get("env_vars") or {})
+    return dict(told.get("runtime_env") or {})
 
 
 def find_reason(error: Exception) -> str:
