@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ class TransformersEngine:
         self._tokenizer = spec.model.tokenizer()
         self._letter_ids = list(spec.letter_ids)
         self.reader = NextTokenReader(self._model, self._letter_ids, self._device)
-        self._end_ids = _find_end_ids(self._model)
+        self._end_ids = _find_end_ids(self._model, self._tokenizer)
 
     @torch.inference_mode()
     def ask(self, prompt_ids: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> list[EngineAnswer]:
@@ -54,6 +55,7 @@ class TransformersEngine:
             batch,
             attention_mask=torch.ones_like(batch),
             max_new_tokens=limit,
+            eos_token_id=sorted(self._end_ids) or None,
             do_sample=False,
             return_dict_in_generate=True,
             output_logits=True,
@@ -80,8 +82,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[chosen]
 
 
-def _find_end_ids(model: torch.nn.Module) -> set[int]:
-    value = getattr(model.generation_config, "eos_token_id", None)
-    if value is None:
-        return set()
-    return {int(token) for token in value} if isinstance(value, list) else {int(value)}
+def _find_end_ids(model: torch.nn.Module, tokenizer: Any) -> set[int]:
+    """Where an answer ends: what the generation config says, and the tokenizer's own end, as vLLM has it."""
+    said = getattr(model.generation_config, "eos_token_id", None)
+    found = [*(said if isinstance(said, list) else [said]), tokenizer.eos_token_id]
+    return {int(token) for token in found if token is not None}

@@ -141,11 +141,8 @@ def locate_run_folder(config: RunConfig) -> RunFolder:
     """
     if is_remote(config.storage_path):
         base = find_working_folder(config.storage_path, config.working_path)
-    elif config.storage_path.startswith(
-        tuple(f"{scheme}:/" for scheme in SERVED)
-    ):  # what `pathlib` makes of an address
-        raise ConfigError(f"storage_path={config.storage_path}: an address has two slashes after its scheme")
     else:
+        _check_meant_as_path(config.storage_path)
         base = Path(config.storage_path).expanduser().resolve()
     folder = RunFolder(base / config.name)
     _check_characters(folder.root)
@@ -160,6 +157,16 @@ def _check_characters(root: Path) -> None:
         raise ConfigError(
             f"storage_path: {str(root)!r} has {found.group()!r}, which ends or changes an address that is made of it;"
             " choose a folder without question marks, percent escapes and control characters"
+        )
+
+
+def _check_meant_as_path(storage_path: str) -> None:
+    """A folder would be made of whatever is named, and the run be looked for elsewhere."""
+    if storage_path.startswith(tuple(f"{scheme}:/" for scheme in SERVED)):  # what `pathlib` makes of an address
+        raise ConfigError(f"storage_path={storage_path}: an address has two slashes after its scheme")
+    if re.search(r"\$(\w|\{)", storage_path):
+        raise ConfigError(
+            f"storage_path={storage_path}: variables are not replaced in a config; write the path, or `~`"
         )
 
 

@@ -84,6 +84,13 @@ def test_an_address_that_lost_a_slash_is_no_folder(tmp_path: Path) -> None:
         locate_run_folder(config.model_copy(update={"storage_path": str(Path("s3://bucket/x"))}))
 
 
+@pytest.mark.parametrize("path", ["$HOME/runs", "${SCRATCH}/runs", "/data/$USER"])
+def test_a_variable_is_no_folder_either(path: str, tmp_path: Path) -> None:
+    config = make_model(tmp_path, control=("<eos>",)).model_copy(update={"storage_path": path})
+    with pytest.raises(ConfigError, match="variables are not replaced in a config; write the path, or `~`"):
+        locate_run_folder(config)
+
+
 def test_a_dry_run_shows_what_is_known_of_the_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_model(tmp_path, control=("<eos>", "<late>"))
     print_dry_run(config)
