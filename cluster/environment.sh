@@ -5,6 +5,8 @@ case "$VENV" in /*) ;; *) VENV="$PWD/$VENV" ;; esac
 export PATH="$VENV/bin:$PATH"
 export RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
+# Seconds that `ray job stop` gives a job to save its checkpoint before it is killed; Ray's own are 3.
+export RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-600}"
 
 die() {
   echo "error: $*" >&2

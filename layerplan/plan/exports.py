@@ -138,7 +138,7 @@ def read_llamafactory(values: Mapping[str, Any], *, num_layers: int) -> Rule:
     if values.get("use_llama_pro"):
         raise PlanError("use_llama_pro=true: trains layers that it inserts, which a plan for the base cannot say")
     number = values.get("freeze_trainable_layers", 2)
-    if not isinstance(number, int):
+    if not isinstance(number, int) or isinstance(number, bool):
         raise PlanError(f"freeze_trainable_layers={number!r}: a whole number is expected")
     layers = range(max(0, num_layers - number), num_layers) if number > 0 else range(min(-number, num_layers))
     modules = _split(values.get("freeze_trainable_modules") or "all")

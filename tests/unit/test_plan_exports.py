@@ -187,6 +187,7 @@ def test_a_plan_comes_back_from_what_was_written(family: str, tool: str) -> None
         ("llamafactory", {"finetuning_type": "lora"}, "finetuning_type='lora': `freeze` or `full` is expected"),
         ("llamafactory", {"finetuning_type": "freeze", "use_llama_pro": True}, "trains layers that it inserts"),
         ("llamafactory", {"finetuning_type": "freeze", "freeze_trainable_layers": "two"}, "'two': a whole number"),
+        ("llamafactory", {"finetuning_type": "freeze", "freeze_trainable_layers": True}, "True: a whole number"),
         ("llamafactory", {"finetuning_type": "full", "use_badam": True}, "use_badam=True: trains other layers every"),
         ("axolotl", {"adapter": "lora", "unfrozen_parameters": ["lm_head"]}, "adapter='lora': trains adapters"),
         ("axolotl", {"spectrum_top_fraction": 0.5}, "read the list of unfrozen_parameters that Spectrum writes"),
