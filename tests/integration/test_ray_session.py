@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -13,12 +12,13 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.ray_script import run_script, script_environment
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def foreign_cluster() -> Iterator[str]:
     """A cluster that `ray start` made and noted as the machine's latest; yields Ray's folder, where the note lies."""
     with tempfile.TemporaryDirectory(prefix="lpf", dir="/tmp", ignore_cleanup_errors=True) as folder:
@@ -34,7 +34,11 @@ def foreign_cluster() -> Iterator[str]:
                 time.sleep(0.2)
             yield folder
         finally:
-            process.send_signal(signal.SIGTERM)
+            for each in [
+                *psutil.Process(process.pid).children(recursive=True),
+                process,
+            ]:  # asked, they take half a minute
+                each.kill()
             process.wait(timeout=60)
 
 
