@@ -44,4 +44,4 @@ for pid in "${pids[@]}"; do wait "$pid" || failed=yes; done
 run_on_all await "$head_address" "${#hosts[@]}" -- "$head" || stop_what_started
 echo "cluster of ${#hosts[@]} machines, head $head_address:$RAY_PORT. To submit, with the same RAY_AUTH_TOKEN:"
 echo "  ssh -N -L $DASHBOARD_PORT:127.0.0.1:$DASHBOARD_PORT $head &"
-echo "  RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:$DASHBOARD_PORT --working-dir . -- python jobs/cpt.py --config ..."
+echo "  RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:$DASHBOARD_PORT --working-dir . -- python jobs/cpt.py --config ... --set storage_path=/shared/runs"
