@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,14 +78,19 @@ def export_hf(
             _say_float32(partial)
         plan.save(partial / PLAN_NAME)
         logits = check_export(base.at(partial), weights, skeleton, trained.hashes)
-        report = replace(_report(out_dir, applied, trained, logits, export_dtype), replaced_class=replaced)
+        report = _report(out_dir, applied, trained, logits, export_dtype, replaced)
         card = render_model_card(plan.sealed(), step=state.get("step", 0), state=state, report=report)
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
     return report
 
 
 def _report(
-    out_dir: Path, applied: AppliedPlan, trained: TrainedValues, logits: torch.Tensor, export_dtype: str
+    out_dir: Path,
+    applied: AppliedPlan,
+    trained: TrainedValues,
+    logits: torch.Tensor,
+    export_dtype: str,
+    replaced_class: str | None,
 ) -> ExportReport:
     moved = 0.0
     if trained.is_rounded:
@@ -95,7 +99,7 @@ def _report(
         moved = measure_rounding(exact, logits)
     dtypes = {str(dtype).removeprefix("torch.") for each in trained.weights.dtypes.values() for dtype in each}
     counts = len(applied.frozen), len(applied.trainable), len(trained.changed)
-    return ExportReport(out_dir, *counts, tuple(sorted(dtypes)), moved, export_dtype)
+    return ExportReport(out_dir, *counts, tuple(sorted(dtypes)), moved, export_dtype, replaced_class)
 
 
 def copy_companions(source: Path, folder: Path) -> None:

@@ -87,6 +87,8 @@ def write_tokenizer(file: GgufFile, work: Path, out_dir: Path) -> None:
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
+    from layerplan.models.written_tokenizer import CONFIG_NAME, write_plain_class
+
     work.mkdir()  # transformers would read what lies beside the file, which may be another model's
     (work / "model.gguf").symlink_to(file.path.resolve())
     path = out_dir / "tokenizer.json"
@@ -96,7 +98,9 @@ def write_tokenizer(file: GgufFile, work: Path, out_dir: Path) -> None:
         mended = mend_tokenizer(content, file)
         if mended != content:
             path.write_text(json.dumps(mended, ensure_ascii=False, indent=2), encoding="utf-8")
-            _load_as_written(out_dir / "tokenizer_config.json")
+            # classes named after models build their own rules anew
+            config = out_dir / CONFIG_NAME
+            write_plain_class(config, json.loads(config.read_text(encoding="utf-8")))
         Tokenizer.from_file(str(path))
     except Exception as error:  # a library's code over data of any shape
         kind = _read(file, "model")
@@ -209,13 +213,6 @@ def _put_around(begin: tuple[int, str] | None, end: tuple[int, str] | None) -> d
         "pair": [*place("A", 0), *place("B", 1)],
         "special_tokens": tokens,
     }
-
-
-def _load_as_written(path: Path) -> None:
-    """Classes named after models build their own rules anew; this one takes those of the file."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def _name_token(file: GgufFile, key: str) -> tuple[int, str] | None:

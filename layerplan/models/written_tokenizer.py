@@ -85,14 +85,18 @@ def name_plain_class(folder: Path) -> str | None:
     except Exception as error:  # a class's code over a file of any shape; loading for training has told before
         logger.info("%s: whether its class splits text as tokenizer.json was not found out (%s)", folder, error)
         return None
-    roles = {role: token for role, token in named.items() if role not in said and isinstance(token, str)}
-    said |= roles | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(said, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_plain_class(path, {role: token for role, token in named.items() if isinstance(token, str)} | said)
     replaced = type(taken).__name__
     logger.info(
         "%s names PreTrainedTokenizerFast, since %s splits text otherwise than tokenizer.json", path.name, replaced
     )
     return replaced
+
+
+def write_plain_class(path: Path, said: dict[str, Any]) -> None:
+    """Writes a `tokenizer_config.json` of these values by which transformers takes the rules of `tokenizer.json`."""
+    content = json.dumps(said | {"tokenizer_class": "PreTrainedTokenizerFast"}, ensure_ascii=False, indent=2)
+    path.write_text(content, encoding="utf-8")
 
 
 @cache

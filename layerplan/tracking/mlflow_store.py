@@ -29,7 +29,7 @@ from layerplan.tracking.outbox import PARENT, TrackingFolder
 from layerplan.tracking.tracker import NOTE_TAG, RUN_ID
 
 MAX_PARAM_CHARS, MAX_TAG_CHARS = 6000, 5000
-"""MLflow's limits of values; servers before 2.18 take no longer tags."""
+"""MLflow's limits of values; a server of 2.9 refuses longer tags, one of 2.22 does not."""
 MAX_NAME_CHARS, MAX_DIGEST_CHARS = 500, 36
 """MLflow's limits of a dataset."""
 UID_TAG = "layerplan.uid"

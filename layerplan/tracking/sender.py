@@ -124,10 +124,8 @@ class Sender:
 def main() -> None:
     """Reads the settings, sends until told to stop."""
     messages = _take_stdout()
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # the run decides when it ends; `ray job stop` tells all its processes
+    # the run decides when it ends; Ctrl-C and `ray job stop` tell all its processes
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     settings = json.loads(sys.stdin.readline())
     for name, value in CALL_VARIABLES.items():

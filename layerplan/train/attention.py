@@ -44,7 +44,8 @@ IMPLEMENTATIONS = {
 """Our name to transformers' name."""
 BY_DOCUMENT = {"varlen": "cuda", "flex": "cuda", "segmented": "cpu"}
 """Those that read each document alone, and the device they are for."""
-TIMED_CALLS = 5
+_TIMED_CALLS = 5
+"""Calls that an attention is timed by, after those that warm it up."""
 _HEAD_START = 200_000_000
 """Cycles that a GPU is kept busy while the host launches what is timed: about a tenth of a second."""
 
@@ -179,7 +180,7 @@ def time_attention(
     if compiled and device.type == "cuda":
         return _time_kernels(work, device)
     best = float("inf")
-    for _ in range(1 + TIMED_CALLS):
+    for _ in range(1 + _TIMED_CALLS):
         started = time.perf_counter()
         work()
         if device.type == "cuda":
@@ -196,11 +197,11 @@ def _time_kernels(work: Callable[[], None], device: torch.device) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(_HEAD_START)
     start.record()
-    for _ in range(TIMED_CALLS):
+    for _ in range(_TIMED_CALLS):
         work()
     end.record()
     torch.cuda.synchronize(device)
-    return float(start.elapsed_time(end)) / 1e3 / TIMED_CALLS
+    return float(start.elapsed_time(end)) / 1e3 / _TIMED_CALLS
 
 
 def _make_attend(
